@@ -1,0 +1,1 @@
+"""Activations of language models in DuckDB and Parquet, open to SQL."""

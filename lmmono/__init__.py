@@ -1,0 +1,1 @@
+"""Neuron analysis of language models; see README.md."""

@@ -1,0 +1,51 @@
+"""The errors that a user can cause, and the words they are told in.
+
+One root, `LmmonoError`: the command line turns it into one message and exit code 2. A message says
+what is wrong, where, what was found, what was wanted, and the way out. Mistakes of ours are asserts.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LmmonoError(Exception):
+    """Root of every error that a user's input, file or machine can cause."""
+
+
+class RecipeError(LmmonoError):
+    """A recipe that cannot be used; holds every fault found, one line each."""
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class DataError(LmmonoError):
+    """Text, tokens or a tokenizer that cannot be read or used."""
+
+
+class ModelError(LmmonoError):
+    """A model, checkpoint or hook name that does not fit what was asked."""
+
+
+class TrainError(LmmonoError):
+    """Training that cannot start or must not go on."""
+
+
+class RunError(LmmonoError):
+    """A run folder that is missing, foreign, or holds something else than asked."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the way out for an unknown name: the closest known ones, or all of them.
+
+    >>> nearest("blocks.0.mlp.hook_pots", ["blocks.0.mlp.hook_post", "hook_embed"])
+    'did you mean blocks.0.mlp.hook_post?'
+    >>> nearest("zzz", ["crate", "gpt2"])
+    'known: crate, gpt2'
+    """
+    choices = list(known)
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return "known: " + ", ".join(choices[:20]) + (", ..." if len(choices) > 20 else "")

@@ -1,0 +1,232 @@
+"""The settings of a run, one frozen class per stage; a sentence under each field is its documentation.
+
+Holds no torch and reads no file: `lmmono check` answers from here in under a second.
+Choices between kinds are tags (`kind`, `arch`), never class paths.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lmmono.types import Split
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all settings: strict types, unknown keys refused, never changed after loading."""
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
+
+
+class PlantedCorpus(Section):
+    """A generated language whose every token has known features; needs no download."""
+
+    kind: Literal["planted"] = "planted"
+    n_documents: Count = 20_000
+    """Documents to generate."""
+    language_seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the language and its documents; the run's own seed does not change the text."""
+
+
+class FilesCorpus(Section):
+    """Local `.txt`, `.jsonl` or `.parquet` files, plain or `.gz`/`.zst`."""
+
+    kind: Literal["files"]
+    paths: tuple[str, ...] = Field(min_length=1)
+    """Files, folders or globs; relative ones are relative to the working folder."""
+    text_column: str = "text"
+    """Column or JSON key that holds a document's text; a `.txt` file is split at blank lines."""
+    max_documents: Count | None = None
+    """Stop after this many documents; null reads all."""
+
+
+class HubCorpus(Section):
+    """A Hugging Face dataset by name or folder, read through `datasets`."""
+
+    kind: Literal["hub"]
+    name: str
+    """Dataset name or local folder, as `datasets.load_dataset` takes it."""
+    config: str | None = None
+    """Dataset configuration, where it has several."""
+    split: str = "train"
+    """The dataset's own split to read; lmmono makes its splits by document."""
+    text_column: str = "text"
+    """Column that holds a document's text."""
+    streaming: bool = True
+    """Read as a stream instead of preparing the whole dataset on disk."""
+    max_documents: Count | None = None
+    """Stop after this many documents; null reads all."""
+
+
+Corpus = Annotated[PlantedCorpus | FilesCorpus | HubCorpus, Field(discriminator="kind")]
+
+
+class WordTokenizer(Section):
+    """One token per word of the corpus; fits `planted`, where truth is known per word."""
+
+    kind: Literal["words"] = "words"
+
+
+class BpeTokenizer(Section):
+    """A byte-level BPE trained on the corpus' training documents."""
+
+    kind: Literal["bpe"]
+    d_vocab: Annotated[int, Field(ge=257)] = 4096
+    """Vocabulary size, the 256 bytes and the end-of-text token included."""
+
+
+class FolderTokenizer(Section):
+    """A tokenizer folder as `save_pretrained` writes it, or GPT-2's vocabulary and merges."""
+
+    kind: Literal["folder"]
+    path: str
+    """Folder with `tokenizer.json`, or with `encoder.json`/`vocab.json` and `vocab.bpe`/`merges.txt`."""
+
+
+Tokenizer = Annotated[WordTokenizer | BpeTokenizer | FolderTokenizer, Field(discriminator="kind")]
+
+
+class Splits(Section):
+    """Shares of documents, drawn once by a hash of each document's text; the rest is `train`."""
+
+    val_fraction: Fraction = 0.05
+    """Documents for the loss on held-out text."""
+    explain_fraction: Fraction = 0.05
+    """Documents from which explanations may be made."""
+    score_fraction: Fraction = 0.05
+    """Documents on which explanations are scored; no explanation ever sees one."""
+
+    @model_validator(mode="after")
+    def _leave_some_for_training(self) -> "Splits":
+        held_out = self.val_fraction + self.explain_fraction + self.score_fraction
+        if held_out >= 1.0:
+            raise ValueError(f"want val + explain + score fractions below 1, got {held_out:g}")
+        return self
+
+
+class Data(Section):
+    """Which text, cut into which tokens, in rows of which length."""
+
+    corpus: Corpus = PlantedCorpus()
+    """Where the documents come from."""
+    tokenizer: Tokenizer = WordTokenizer()
+    """How text becomes token ids."""
+    splits: Splits = Splits()
+    """How documents are divided."""
+    n_ctx: Annotated[int, Field(ge=2)] = 128
+    """Tokens per row; documents are packed end to end with an end-of-text token."""
+
+
+class CrateModel(Section):
+    """A CRATE language model; the defaults are the released one (arXiv 2410.16443)."""
+
+    arch: Literal["crate"]
+    n_layers: Count = 2
+    """Blocks of one MSSA and one ISTA each."""
+    d_model: Count = 128
+    """Width of the stream."""
+    n_heads: Count = 4
+    """Attention heads; must divide `d_model`."""
+    overcompleteness: Count = 4
+    """Dictionary size over `d_model`: `d_mlp` = this x `d_model`."""
+    n_ista_steps: Count = 2
+    """Proximal gradient steps from the zero code."""
+    step_size: Annotated[float, Field(gt=0.0)] | Literal["lipschitz"] = 0.1
+    """Step (eta): a number, or `lipschitz` for 1/sigma_max(D)^2 by power iteration."""
+    sparsity: Annotated[float, Field(ge=0.0)] = 0.1
+    """Weight of the L1 penalty (lambda)."""
+    ista_skip: bool = False
+    """Add the block's input to ISTA's output; the released model has no skip."""
+    untied_decoder: bool = False
+    """Decode the code with a second dictionary instead of the encoding one."""
+    separate_query: bool = False
+    """Give attention a query projection of its own (keys and values stay shared)."""
+    learned_threshold: bool = False
+    """Learn one threshold per neuron, starting at step_size x sparsity."""
+
+
+class Gpt2Model(Section):
+    """The GPT-2 baseline: transformers' own model, with the released baseline's ReLU."""
+
+    arch: Literal["gpt2"]
+    n_layers: Count = 2
+    """Blocks."""
+    d_model: Count = 128
+    """Width of the residual stream; `d_mlp` is four times this."""
+    n_heads: Count = 4
+    """Attention heads; must divide `d_model`."""
+    activation: Literal["relu", "gelu_new"] = "relu"
+    """Activation of the MLP's neurons."""
+
+
+Model = Annotated[CrateModel | Gpt2Model, Field(discriminator="arch")]
+
+
+class Train(Section):
+    """How the model is trained: AdamW with warm-up and cosine, as the paper's recipe."""
+
+    steps: Count = 1000
+    """Optimizer steps."""
+    batch_tokens: Count = 8192
+    """Tokens per optimizer step over all processes; a multiple of `data.n_ctx`."""
+    micro_batch_tokens: Count | None = None
+    """Tokens per forward pass and process; null takes the whole share of a process at once."""
+    lr: Annotated[float, Field(gt=0.0)] = 2e-3
+    """Peak learning rate."""
+    min_lr_fraction: Fraction = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    """Steps of linear warm-up."""
+    beta1: Fraction = 0.9
+    """AdamW's first moment decay."""
+    beta2: Fraction = 0.95
+    """AdamW's second moment decay."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Decay of matrices and embeddings; vectors are never decayed."""
+    clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Largest gradient norm."""
+    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    """`auto` takes bf16 on a GPU that has it and fp32 elsewhere."""
+    eval_every_steps: Count = 250
+    """Steps between evaluations on held-out documents."""
+    eval_tokens: Count = 65_536
+    """Held-out tokens per evaluation."""
+    minimal_pairs: str | None = None
+    """A file of sentence pairs in BLiMP's format (columns good, bad), scored at the end."""
+    checkpoint_every_steps: Count | None = None
+    """Steps between checkpoints; null keeps only the last one of an interrupted run and the model."""
+    compile: bool = False
+    """Compile the model with `torch.compile`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers to log to, beside `metrics.parquet`; wandb runs offline."""
+
+
+class Capture(Section):
+    """Which activations of which documents go into the store."""
+
+    hooks: tuple[str, ...] = ("blocks.*.mlp.hook_post",)
+    """Hook names or globs whose activations are stored as sparse rows with statistics."""
+    vectors: tuple[str, ...] = ()
+    """Hook names or globs whose activations are stored as dense vectors."""
+    splits: tuple[Split, ...] = ("explain", "score")
+    """Splits of documents to capture."""
+    max_tokens: Count | None = 200_000
+    """Tokens per split, whole rows; null captures all."""
+    threshold: float = 0.0
+    """An activation is stored, and counts for density, when it is above this."""
+    max_density: Fraction = 0.5
+    """Refuse to store rows for a hook that fires more often than this."""
+    top_k: Count = 32
+    """Strongest exemplars per unit, one per document."""
+    random_k: Count = 16
+    """Exemplars per unit drawn uniformly over all tokens."""
+    quantile_k: Count = 4
+    """Exemplars per unit and quantile bin of its activation."""
+    batch_tokens: Count = 8192
+    """Tokens per forward pass."""
