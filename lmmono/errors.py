@@ -1,7 +1,8 @@
 """The errors that a user can cause, and the words they are told in.
 
-One root, `LmmonoError`: the command line turns it into one message and exit code 2. A message says
-what is wrong, where, what was found, what was wanted, and the way out. Mistakes of ours are asserts.
+One root, `LmmonoError`: the command line turns it into one message and exit code 2. A message
+says what is wrong, where, what was found, what was wanted, and the way out. Our own mistakes are
+asserts.
 """
 
 import difflib

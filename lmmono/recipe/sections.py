@@ -1,4 +1,4 @@
-"""The settings of a run, one frozen class per stage; a sentence under each field is its documentation.
+"""The settings of a run: one frozen class per stage, a sentence under each field.
 
 Holds no torch and reads no file: `lmmono check` answers from here in under a second.
 Choices between kinds are tags (`kind`, `arch`), never class paths.
@@ -84,7 +84,7 @@ class FolderTokenizer(Section):
 
     kind: Literal["folder"]
     path: str
-    """Folder with `tokenizer.json`, or with `encoder.json`/`vocab.json` and `vocab.bpe`/`merges.txt`."""
+    """Folder with `tokenizer.json`, or with GPT-2's two files (`encoder.json`, `vocab.bpe`)."""
 
 
 Tokenizer = Annotated[WordTokenizer | BpeTokenizer | FolderTokenizer, Field(discriminator="kind")]
@@ -198,7 +198,7 @@ class Train(Section):
     minimal_pairs: str | None = None
     """A file of sentence pairs in BLiMP's format (columns good, bad), scored at the end."""
     checkpoint_every_steps: Count | None = None
-    """Steps between checkpoints; null keeps only the last one of an interrupted run and the model."""
+    """Steps between checkpoints; null keeps only an interrupted run's last one."""
     compile: bool = False
     """Compile the model with `torch.compile`."""
     gradient_checkpointing: bool = False
