@@ -33,6 +33,10 @@ class TrainError(LmmonoError):
     """Training that cannot start or must not go on."""
 
 
+class TrainingStopped(LmmonoError):
+    """Training that was asked to stop and saved everything first."""
+
+
 class RunError(LmmonoError):
     """A run folder that is missing, foreign, or holds something else than asked."""
 

@@ -1,0 +1,73 @@
+"""One formula per metric name, each with its version, equation and source.
+
+Holds arithmetic on arrays and sums, nothing that reads a model or a store. Every stored row names a
+metric of `METRICS` and its version; a changed formula gets a new version, never a new meaning.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What a metric name stands for."""
+
+    name: str
+    """Name in tables and figures."""
+    version: int
+    """Raised whenever the formula changes."""
+    unit: str
+    """Unit of the value, or its range."""
+    better: Literal["lower", "higher", "neither"]
+    """Direction of improvement, where there is one."""
+    equation: str
+    """The formula in one line."""
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("loss", 1, "nats per token", "lower", "mean of -ln p(next token)"),
+        Metric("lr", 1, "per step", "neither", "learning rate of the step"),
+        Metric("grad_norm", 1, "1", "neither", "L2 norm of all gradients before clipping"),
+        Metric("minimal_pairs", 1, "[0, 1]", "higher", "share of pairs with p(good) > p(bad)"),
+        Metric("density", 1, "[0, 1]", "neither", "share of (token, unit) pairs above threshold"),
+        Metric("dead_fraction", 1, "[0, 1]", "lower", "share of units never above threshold"),
+        Metric("kurtosis", 1, ">= 1", "neither", "median over units of m4 / m2^2 (normal: 3)"),
+        Metric("ista_step_norm", 1, "1", "neither", "step_size * sigma_max(D)^2; stable below 2"),
+        Metric("reconstruction_error", 1, ">= 0", "lower", "sum|x - D a|^2 / sum|x|^2"),
+        Metric("token_selectivity", 1, "[0, 1]", "higher", "1 - H(token | act) / H(token)"),
+    )
+}
+
+
+def kurtosis(
+    n: float, power_sums: Float[ndarray, "4 units"], minimum_variance: float = 1e-12
+) -> Float[ndarray, " units"]:
+    """Return m4 / m2^2 per unit from the sums of x, x^2, x^3, x^4 over n values.
+
+    A unit whose variance does not exceed `minimum_variance` has none: NaN.
+
+    >>> kurtosis(4, np.array([[2.0], [2.0], [2.0], [2.0]]))  # 0, 0, 1, 1
+    array([1.])
+    """
+    raw = power_sums / n
+    m1, r2, r3, r4 = raw
+    m2 = r2 - m1**2
+    m4 = r4 - 4 * m1 * r3 + 6 * m1**2 * r2 - 3 * m1**4
+    varies = m2 > minimum_variance
+    return np.where(varies, m4 / np.where(varies, m2, 1.0) ** 2, np.nan)
+
+
+def entropy(weights: Float[ndarray, " n"] | Int[ndarray, " n"]) -> float:
+    """Return the entropy in nats of the distribution proportional to non-negative weights.
+
+    >>> round(entropy(np.array([1, 1, 0, 2])), 4)
+    1.0397
+    """
+    p = weights[weights > 0] / weights.sum()
+    return float(-(p * np.log(p)).sum())

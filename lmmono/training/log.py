@@ -1,0 +1,93 @@
+"""The log of a training run: numbers as rows, kept in `metrics.parquet`."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lmmono.metrics import METRICS
+from lmmono.training.evaluation import Evaluation
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("split", pa.string()),
+        ("metric", pa.string()),
+        ("metric_version", pa.int16()),
+        ("layer", pa.int16()),
+        ("value", pa.float64()),
+        ("n_tokens", pa.int64()),
+        ("seconds", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LogRow:
+    """One measured number."""
+
+    step: int
+    """Optimizer steps taken before the measurement."""
+    split: str
+    """Split it was measured on."""
+    metric: str
+    """Name in `lmmono.metrics.METRICS`."""
+    value: float
+    """The number."""
+    n_tokens: int
+    """Tokens it was measured over."""
+    seconds: float = 0.0
+    """Training time so far."""
+    layer: int | None = None
+    """Block, where it belongs to one."""
+
+
+class TrainingLog:
+    """Rows in memory, written whole by `save`; a file on disk is always complete."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: list[LogRow] = []
+
+    def add(self, rows: Iterable[LogRow]) -> None:
+        """Append rows; they reach the disk with the next `save`."""
+        self._rows.extend(rows)
+
+    def table(self) -> pa.Table:
+        """Return all rows as a table with the columns of `SCHEMA`."""
+        records = [
+            {**asdict(row), "metric_version": METRICS[row.metric].version} for row in self._rows
+        ]
+        return pa.Table.from_pylist(records, schema=SCHEMA)
+
+    def save(self) -> None:
+        """Write `metrics.parquet` beside its old version, then take its place."""
+        temporary = self.path.with_suffix(".tmp")
+        pq.write_table(self.table(), temporary)
+        os.replace(temporary, self.path)
+
+    def resume(self, before_step: int) -> None:
+        """Take up the rows that an earlier process wrote up to a step; later ones are dropped."""
+        if not self.path.exists():
+            return
+        kept = [row for row in pq.read_table(self.path).to_pylist() if row["step"] <= before_step]
+        self._rows = [
+            LogRow(**{k: v for k, v in row.items() if k != "metric_version"}) for row in kept
+        ]
+
+
+def evaluation_rows(result: Evaluation, step: int, seconds: float) -> list[LogRow]:
+    """Return the rows of one evaluation: its loss, and every statistic of every layer."""
+    rows = [LogRow(step, "val", "loss", result.loss, result.n_tokens, seconds)]
+    for layer in result.layers:
+        values = asdict(layer)
+        i = values.pop("layer")
+        rows += [
+            LogRow(step, "val", name, value, result.n_tokens, seconds, layer=i)
+            for name, value in values.items()
+            if value is not None
+        ]
+    return rows

@@ -1,0 +1,308 @@
+"""The training loop: AdamW over packed rows with Accelerate, exact to resume, safe to stop.
+
+Batch k of a run depends only on the recipe's seed and k. Every process takes its share of it, so the
+number of processes changes nothing but speed. Held-out loss and code statistics go to
+`metrics.parquet`; nothing is printed and no tracker runs unless asked.
+"""
+
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lmmono.data.batches import train_batches
+from lmmono.data.minimal_pairs import read_minimal_pairs
+from lmmono.data.tokens import TokenRows
+from lmmono.errors import RecipeError, TrainingStopped
+from lmmono.models import build_model
+from lmmono.recipe import Recipe
+from lmmono.run import Run
+from lmmono.training.checkpoint import (
+    Position,
+    load_checkpoint,
+    remove_checkpoint,
+    save_checkpoint,
+)
+from lmmono.training.evaluation import Evaluation, evaluate, minimal_pair_accuracy
+from lmmono.training.log import LogRow, TrainingLog, evaluation_rows
+from lmmono.training.optimizer import build_optimizer, lr_at, set_lr
+from lmmono.training.signals import StopRequest, stop_requests
+from lmmono.training.watch import LossWatch
+from lmmono.types import Progress, silent
+
+SECTIONS = ("data", "model", "train")
+CHECK_EVERY_STEPS = 10  # reading a loss waits for the device, so losses are read in tens
+
+
+def train(recipe: Recipe, *, progress: Progress = silent) -> Run:
+    """Train the model of a recipe and return its run; a finished or interrupted one is taken up.
+
+    Works alone and under `accelerate launch`. The model appears in the run folder only when it is
+    whole; an interrupted training leaves a checkpoint, from which the same call goes on to the same
+    bits (CPU, fp32).
+
+    Args:
+        recipe: One run; of a study with several, choose one by an override.
+        progress: Called with steps done, loss and tokens per second.
+
+    Raises:
+        RecipeError: the recipe stands for several runs, or does not fit the number of processes.
+        DataError: the corpus cannot be read or is too small.
+        TrainError: the loss became NaN or diverged, or a checkpoint cannot be used.
+        TrainingStopped: SIGTERM arrived; everything is saved.
+        KeyboardInterrupt: Ctrl-C arrived; everything is saved.
+    """
+    recipe = _one_run(recipe)
+    accelerator = _accelerator(recipe)
+    main = accelerator.is_main_process
+    digest = recipe.digest(*SECTIONS)
+    with accelerator.main_process_first():
+        run = Run.create(recipe)
+        corpus = run.corpus
+    if run.is_finished("train", digest):
+        return run
+    with run.stage("train", digest) if main else nullcontext() as stage, stop_requests() as request:
+        loop = _Loop.start(accelerator, run, progress, request)
+        loop.optimize()
+        facts = loop.finish()
+        if stage is not None:
+            stage.facts.update(facts, data_digest=corpus.digest)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return run
+
+
+def _one_run(recipe: Recipe) -> Recipe:
+    """Return the only run of a recipe, or say how to choose one."""
+    runs = recipe.runs()
+    if len(runs) != 1:
+        choices = ", ".join(str(single.dir) for single in runs)
+        raise RecipeError(
+            [
+                f"{recipe.name}: want one run to train, got {len(runs)} ({choices}); choose by override"
+            ]
+        )
+    return runs[0]
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    """Return Accelerate's view of the machine for this recipe."""
+    settings = recipe.train
+    bf16 = settings.precision == "bf16" or (
+        settings.precision == "auto"
+        and torch.cuda.is_available()
+        and torch.cuda.is_bf16_supported()
+    )
+    accelerator = Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
+        log_with=list(settings.trackers) or None,
+        project_dir=recipe.dir,
+    )
+    share = settings.batch_tokens // recipe.data.n_ctx
+    if share % accelerator.num_processes:
+        raise RecipeError(
+            [
+                f"train.batch_tokens: want a number of rows ({share}) that divides over "
+                f"{accelerator.num_processes} processes"
+            ]
+        )
+    if settings.trackers:
+        accelerator.init_trackers(
+            recipe.name,
+            config={"seed": recipe.seed},
+            init_kwargs={"wandb": {"mode": "offline", "dir": str(recipe.dir)}},
+        )
+    return accelerator
+
+
+@dataclass(slots=True)
+class _Loop:
+    """Everything that one training holds while it runs."""
+
+    accelerator: Accelerator
+    run: Run
+    bare: PreTrainedModel
+    """The model itself; `model` may wrap it for several processes or compilation."""
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    rows: TokenRows
+    log: TrainingLog
+    watch: LossWatch
+    request: StopRequest
+    progress: Progress
+    step: int
+    started: float = field(default_factory=time.perf_counter)
+    unread: list[Tensor] = field(default_factory=list[Tensor])
+    """Losses of this process since they were last read from the device."""
+
+    @classmethod
+    def start(
+        cls, accelerator: Accelerator, run: Run, progress: Progress, request: StopRequest
+    ) -> "_Loop":
+        """Build model and optimizer, or restore them from a checkpoint."""
+        recipe, corpus = run.recipe, run.corpus
+        bare = _new_model(run).to(accelerator.device)
+        torch.manual_seed(recipe.seed)
+        optimizer = build_optimizer(bare, recipe.train)
+        position = load_checkpoint(
+            run.dir / "checkpoint", bare, optimizer, recipe.digest(*SECTIONS)
+        )
+        log = TrainingLog(run.dir / "metrics.parquet")
+        log.resume(position.step if position else 0)
+        prepared = torch.compile(bare) if recipe.train.compile else bare
+        model, optimizer = accelerator.prepare(prepared, optimizer)
+        return cls(
+            accelerator=accelerator,
+            run=run,
+            bare=bare,
+            model=model,
+            optimizer=optimizer,
+            rows=corpus.tokens("train"),
+            log=log,
+            watch=LossWatch(len(corpus.tokenizer), position.smooth_loss if position else None),
+            request=request,
+            progress=progress,
+            step=position.step if position else 0,
+        )
+
+    def optimize(self) -> None:
+        """Take every step that is left, evaluating, saving and stopping where due."""
+        settings = self.run.recipe.train
+        batch_rows = settings.batch_tokens // self.run.recipe.data.n_ctx
+        batches = train_batches(self.rows, batch_rows, self.run.recipe.seed, self.step)
+        while self.step < settings.steps:
+            self.unread.append(self._take_step(next(batches)))
+            self.step += 1
+            stop = self.request.agreed(self.accelerator)
+            last = self.step == settings.steps
+            if stop or last or self.step % CHECK_EVERY_STEPS == 0:
+                self._read_losses()
+            if not last and self.step % settings.eval_every_steps == 0:
+                self._evaluate()
+            every = settings.checkpoint_every_steps
+            if stop or (every and self.step % every == 0):
+                self._save()
+            if stop:
+                raise _stopped(stop, self.run, self.step)
+
+    def _take_step(self, batch: np.ndarray) -> Float[Tensor, ""]:
+        """Make one optimizer step on a global batch [batch_rows, n_ctx]; return this share's loss."""
+        accelerator, settings = self.accelerator, self.run.recipe.train
+        set_lr(self.optimizer, lr_at(self.step, settings))
+        share = len(batch) // accelerator.num_processes
+        first = accelerator.process_index * share
+        ids = torch.from_numpy(batch[first : first + share]).to(accelerator.device)
+        micro_tokens = settings.micro_batch_tokens or settings.batch_tokens
+        parts = ids.split(max(1, micro_tokens // ids.shape[1]))
+        total = torch.zeros((), device=accelerator.device)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                loss = self.model(input_ids=part, labels=part, use_cache=False).loss
+                loss = loss * (len(part) / share)
+                accelerator.backward(loss)
+            total += loss.detach()
+        accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _read_losses(self) -> None:
+        """Read the losses of the last steps, check them, log and report them."""
+        losses = self.accelerator.reduce(torch.stack(self.unread), reduction="mean").tolist()
+        first = self.step - len(losses)
+        self.unread.clear()
+        self.watch.check(losses, first, self.bare, self.run.recipe.train)
+        tokens = self.run.recipe.train.batch_tokens
+        mean, seconds = sum(losses) / len(losses), time.perf_counter() - self.started
+        lr = lr_at(self.step - 1, self.run.recipe.train)
+        values = {"loss": mean, "lr": lr}
+        self.log.add(
+            LogRow(self.step, "train", name, value, tokens * len(losses), seconds)
+            for name, value in values.items()
+        )
+        self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.step)
+        if self.accelerator.is_main_process:
+            total = self.run.recipe.train.steps
+            self.progress(f"train {self.run.name}", self.step, total, loss=mean)
+
+    def _evaluate(self) -> Evaluation | None:
+        """Evaluate on held-out documents in the main process, and log the result."""
+        result = None
+        if self.accelerator.is_main_process:
+            settings = self.run.recipe.train
+            rows = self.run.tokens("val").limit(settings.eval_tokens)
+            batch_tokens = min(settings.batch_tokens, settings.eval_tokens)
+            result = evaluate(self.bare, rows.ids, max(1, batch_tokens // rows.n_ctx))
+            seconds = time.perf_counter() - self.started
+            self.log.add(evaluation_rows(result, self.step, seconds))
+            self.log.save()
+            self.accelerator.log({"val/loss": result.loss}, step=self.step)
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _save(self) -> None:
+        """Save a checkpoint and the log so far."""
+        if self.accelerator.is_main_process:
+            position = Position(
+                step=self.step,
+                digest=self.run.recipe.digest(*SECTIONS),
+                smooth_loss=self.watch.smooth_loss,
+            )
+            save_checkpoint(self.run.dir / "checkpoint", self.bare, self.optimizer, position)
+            self.log.save()
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> dict[str, float | int | str]:
+        """Evaluate a last time, save the model whole, and return the facts of the run."""
+        result = self._evaluate()
+        if result is None:
+            return {}
+        settings = self.run.recipe.train
+        facts: dict[str, float | int | str] = {
+            "val_loss": result.loss,
+            "val_tokens": result.n_tokens,
+            "train_tokens": settings.steps * settings.batch_tokens,
+            "n_parameters": sum(p.numel() for p in self.bare.parameters()),
+        }
+        if settings.minimal_pairs:
+            pairs = read_minimal_pairs(settings.minimal_pairs)
+            accuracy = minimal_pair_accuracy(self.bare, self.run.corpus.tokenizer, pairs)
+            facts |= {"minimal_pairs": accuracy, "n_minimal_pairs": len(pairs)}
+            self.log.add([LogRow(self.step, "val", "minimal_pairs", accuracy, result.n_tokens)])
+            self.log.save()
+        self.run.save_model(self.bare, self.run.corpus.tokenizer)
+        remove_checkpoint(self.run.dir / "checkpoint")
+        return facts
+
+
+def _new_model(run: Run) -> PreTrainedModel:
+    """Return the freshly initialised model of a run, ready to train."""
+    recipe, tokenizer = run.recipe, run.corpus.tokenizer
+    model = build_model(
+        recipe.model,
+        d_vocab=len(tokenizer),
+        n_ctx=recipe.data.n_ctx,
+        seed=recipe.seed,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def _stopped(number: int, run: Run, step: int) -> BaseException:
+    """Return what a stop request raises once everything is saved."""
+    if number == signal.SIGINT:
+        return KeyboardInterrupt()
+    return TrainingStopped(
+        f"{run.dir}: stopped by SIGTERM after step {step} of {run.recipe.train.steps}; "
+        "all is saved, the same command goes on from here"
+    )

@@ -1,0 +1,47 @@
+"""Ctrl-C and SIGTERM during training: the step under way is finished and saved first."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+
+class StopRequest:
+    """Remembers the first signal that asked for a stop; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        """Handle a signal."""
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def agreed(self, accelerator: Accelerator) -> int | None:
+        """Return the signal if any process received one: all processes get the same answer."""
+        if accelerator.num_processes == 1:
+            return self.signal
+        flag = torch.tensor([self.signal or 0], device=accelerator.device)
+        highest = int(torch.max(accelerator.gather(flag)).item())
+        return highest or None
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Catch SIGINT and SIGTERM inside the block; outside the main thread nothing is caught."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, request.receive) for number in numbers}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

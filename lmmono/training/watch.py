@@ -1,0 +1,50 @@
+"""Watches the training loss: NaN or divergence stops a run with what to change."""
+
+import math
+
+import torch
+from torch import nn
+
+from lmmono.errors import TrainError
+from lmmono.recipe.sections import Train
+
+SMOOTHING = 0.9
+WORSE_THAN_GUESSING_NATS = 1.0
+
+
+class LossWatch:
+    """Follows a smoothed loss and stops what cannot become a model.
+
+    Diverged means: the smoothed loss is more than one nat above ln(d_vocab), the loss of guessing
+    every token alike, where training starts.
+    """
+
+    def __init__(self, d_vocab: int, smooth_loss: float | None) -> None:
+        self.limit = math.log(d_vocab) + WORSE_THAN_GUESSING_NATS
+        self.smooth_loss = smooth_loss
+
+    def check(self, losses: list[float], first_step: int, model: nn.Module, train: Train) -> None:
+        """Take in the losses of steps `first_step`, `first_step + 1`, ... in nats per token.
+
+        Raises:
+            TrainError: one is not finite, or they diverge; says at which step and what to change.
+        """
+        for step, loss in enumerate(losses, start=first_step):
+            if not math.isfinite(loss):
+                raise TrainError(_message(f"loss became {loss}", step, model, train))
+            before = loss if self.smooth_loss is None else self.smooth_loss
+            self.smooth_loss = SMOOTHING * before + (1 - SMOOTHING) * loss
+            if self.smooth_loss > self.limit:
+                what = f"loss diverged to {self.smooth_loss:.2f} nats (guessing is {self.limit - 1:.2f})"
+                raise TrainError(_message(what, step, model, train))
+
+
+def _message(what: str, step: int, model: nn.Module, train: Train) -> str:
+    """Say what went wrong, where, and the ways out."""
+    broken = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    where = f"; first broken parameter: {broken[0]}" if broken else ""
+    return (
+        f"{what} at step {step}{where}. Lower train.lr (now {train.lr:g}), raise "
+        f"train.warmup_steps (now {train.warmup_steps}) or lower train.clip_norm (now "
+        f"{train.clip_norm:g}); with bf16, try train.precision=fp32. The last checkpoint is kept."
+    )
