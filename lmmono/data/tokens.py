@@ -1,0 +1,240 @@
+"""A corpus as token rows on disk: made once per content, read as memory maps ever after.
+
+A prepared folder holds `tokenizer/`, `{split}.ids.npy` and `{split}.doc_ids.npy` per split,
+`documents.parquet`, and `corpus.json`. It refuses to be half of anything: the folder gets its
+name only when it is complete.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+from jaxtyping import Int32, Int64, UInt
+from transformers import PreTrainedTokenizerFast
+
+from lmmono.data.corpora import Document, documents, fingerprint
+from lmmono.data.packing import pack
+from lmmono.data.tokenizers import build_tokenizer, shown_tokens
+from lmmono.errors import DataError
+from lmmono.recipe.sections import Data
+from lmmono.types import SPLITS, Progress, Split, silent
+
+FORMAT = 1
+"""Part of every digest: raised whenever equal settings and text would give other files."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows of one split in corpus order, documents packed end to end with end-of-text between."""
+
+    ids: UInt[np.ndarray, "n_rows n_ctx"]
+    """Token ids, uint16 or uint32, usually a memory map."""
+    doc_ids: Int32[np.ndarray, "n_rows n_ctx"]
+    """Document of each token; an end-of-text token belongs to the document it ends."""
+    first_seq_id: int
+    """`seq_id` of the first row; row r has `first_seq_id + r`, unique over a corpus' splits."""
+    split: Split
+    """The split all rows come from."""
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens per row."""
+        return self.ids.shape[1]
+
+    @property
+    def seq_ids(self) -> Int64[np.ndarray, "n_rows"]:
+        """The `seq_id` of every row."""
+        return np.arange(self.first_seq_id, self.first_seq_id + len(self), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def limit(self, max_tokens: int | None) -> "TokenRows":
+        """Return the first whole rows that hold at most `max_tokens` tokens; None keeps all.
+
+        Raises:
+            DataError: If not even one row fits.
+        """
+        if max_tokens is None:
+            return self
+        n_rows = max_tokens // self.n_ctx
+        if n_rows == 0:
+            raise DataError(
+                f"a limit of {max_tokens} tokens holds no row of {self.n_ctx}: "
+                f"allow at least {self.n_ctx} tokens"
+            )
+        return replace(self, ids=self.ids[:n_rows], doc_ids=self.doc_ids[:n_rows])
+
+
+class TokenCorpus:
+    """A prepared folder, opened: reads `corpus.json` at once and everything else when asked.
+
+    Raises:
+        DataError: If the folder is no prepared corpus, or one of another format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.dir = folder
+        self._facts = _read_facts(folder)
+        self.digest: str = self._facts["digest"]
+        self.n_ctx: int = self._facts["n_ctx"]
+
+    def __repr__(self) -> str:
+        n_rows = sum(facts["n_rows"] for facts in self.facts.values())
+        return f"TokenCorpus({self.dir}, {n_rows} rows of {self.n_ctx} tokens)"
+
+    @property
+    def facts(self) -> dict[str, dict[str, int]]:
+        """Per split: `n_rows`, `n_documents`, `n_tokens` and `n_tokens_dropped` by packing."""
+        return self._facts["splits"]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that made the rows."""
+        return PreTrainedTokenizerFast.from_pretrained(self.dir / "tokenizer")
+
+    @cached_property
+    def documents(self) -> pa.Table:
+        """One row per document: doc_id, split, name, text_sha256, n_tokens."""
+        return pq.read_table(self.dir / "documents.parquet")
+
+    def tokens(self, split: Split) -> TokenRows:
+        """Return the rows of a split as memory maps.
+
+        Raises:
+            DataError: If the split has no whole row.
+        """
+        facts = self.facts[split]
+        if facts["n_rows"] == 0:
+            raise DataError(_no_rows(split, facts, self.n_ctx))
+        earlier = SPLITS[: SPLITS.index(split)]
+        return TokenRows(
+            ids=np.load(self.dir / f"{split}.ids.npy", mmap_mode="r"),
+            doc_ids=np.load(self.dir / f"{split}.doc_ids.npy", mmap_mode="r"),
+            first_seq_id=sum(self.facts[other]["n_rows"] for other in earlier),
+            split=split,
+        )
+
+    def vocabulary(self) -> list[str]:
+        """Return each token as people read it; joined, the tokens of a row read as its text.
+
+        So a word carries the blank before it. Bytes that are no text alone show as `<0xE2>`.
+        """
+        return shown_tokens(self.tokenizer)
+
+
+def prepare(section: Data, cache_dir: Path, progress: Progress = silent) -> TokenCorpus:
+    """Return the corpus of the settings, made now if no folder of this content exists yet.
+
+    The content is the settings and every byte of the files (not where they lie), or the version
+    of the planted language. Safe to call from several processes at once: one works, the others
+    wait. A killed or failed call leaves nothing that looks finished; the next one starts over.
+
+    Args:
+        section: What to read, how to split, tokenize and cut it.
+        cache_dir: Folder of prepared corpora; made if absent.
+        progress: Called with the documents done; the total is what is known of it so far.
+
+    Raises:
+        DataError: If the text or the tokenizer cannot be read, nothing is left to train on, or
+            the disk refuses.
+    """
+    digest = _digest(section)
+    folder = cache_dir / digest[:16]
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_dir / f"{digest[:16]}.lock"):
+            if not folder.exists():
+                _make(section, digest, folder, progress)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the prepared corpus to {cache_dir}: {error}; "
+            "free space there or choose another folder"
+        ) from error
+    return TokenCorpus(folder)
+
+
+def _make(section: Data, digest: str, folder: Path, progress: Progress) -> None:
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed call; the lock is ours now
+    partial.mkdir()
+    try:
+        _write(section, digest, partial, progress)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(section: Data, digest: str, folder: Path, progress: Progress) -> None:
+    tokenizer = build_tokenizer(section.tokenizer, section.corpus, section.splits)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    texts = _Counted(documents(section.corpus))
+    table, splits = pack(
+        texts, tokenizer, section, folder, lambda done: progress("documents", done, done)
+    )
+    if splits["train"]["n_rows"] == 0:
+        raise DataError(_no_rows("train", splits["train"], section.n_ctx))
+    pq.write_table(table, folder / "documents.parquet", compression="zstd")
+    facts = {
+        "format": FORMAT,
+        "digest": digest,
+        "n_ctx": section.n_ctx,
+        "d_vocab": len(tokenizer),
+        "end_of_text_id": tokenizer.eos_token_id,
+        "empty_documents": texts.n_empty,
+        "splits": splits,
+        "settings": section.model_dump(mode="json"),
+    }
+    (folder / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+class _Counted:
+    """Documents without the empty ones, which are counted."""
+
+    def __init__(self, texts: Iterator[Document]) -> None:
+        self.n_empty = 0
+        self._texts = texts
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self._texts:
+            if document.text.strip():
+                yield document
+            else:
+                self.n_empty += 1
+
+
+def _digest(section: Data) -> str:
+    settings = section.model_dump(mode="json")
+    settings["corpus"] = fingerprint(section.corpus)
+    settings["format"] = FORMAT
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    path = folder / "corpus.json"
+    if not path.is_file():
+        raise DataError(f"{folder} is no prepared corpus: it has no corpus.json; run prepare again")
+    facts = json.loads(path.read_text())
+    if facts["format"] != FORMAT:
+        raise DataError(
+            f"{path}: want a corpus of format {FORMAT}, got {facts['format']}; run prepare again"
+        )
+    return facts
+
+
+def _no_rows(split: Split, facts: dict[str, int], n_ctx: int) -> str:
+    return (
+        f"split {split!r} fills no row of {n_ctx} tokens: it has {facts['n_documents']} documents "
+        f"with {facts['n_tokens']} tokens in all; use more documents, a larger "
+        f"{'corpus' if split == 'train' else f'data.splits.{split}_fraction'} or a smaller "
+        "data.n_ctx"
+    )
