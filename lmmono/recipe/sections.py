@@ -4,9 +4,10 @@ Holds no torch and reads no file: `lmmono check` answers from here in under a se
 Choices between kinds are tags (`kind`, `arch`), never class paths.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from lmmono.types import Split
 
@@ -18,8 +19,29 @@ class Section(BaseModel):
     """Base of all settings: strict types, unknown keys refused, never changed after loading."""
 
     model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True
+        strict=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
+
+
+def clash(message: str, *fields: str) -> PydanticCustomError:
+    """Return the fault of fields that do not fit each other; the first is the one to change.
+
+    Fields are dotted, relative to the section whose validator raises the fault.
+    """
+    return PydanticCustomError("clash", "{message}", {"message": message, "fields": fields})
+
+
+def _heads_divide_width(model: "CrateModel | Gpt2Model") -> None:
+    if model.d_model % model.n_heads:
+        raise clash(
+            f"want a divisor of d_model ({model.d_model}), got {model.n_heads}",
+            "n_heads",
+            "d_model",
+        )
 
 
 class PlantedCorpus(Section):
@@ -101,10 +123,15 @@ class Splits(Section):
     """Documents on which explanations are scored; no explanation ever sees one."""
 
     @model_validator(mode="after")
-    def _leave_some_for_training(self) -> "Splits":
+    def _leave_some_for_training(self) -> Self:
         held_out = self.val_fraction + self.explain_fraction + self.score_fraction
         if held_out >= 1.0:
-            raise ValueError(f"want val + explain + score fractions below 1, got {held_out:g}")
+            raise clash(
+                f"want val + explain + score fractions below 1, got {held_out:g}",
+                "val_fraction",
+                "explain_fraction",
+                "score_fraction",
+            )
         return self
 
 
@@ -148,6 +175,11 @@ class CrateModel(Section):
     learned_threshold: bool = False
     """Learn one threshold per neuron, starting at step_size x sparsity."""
 
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        _heads_divide_width(self)
+        return self
+
 
 class Gpt2Model(Section):
     """The GPT-2 baseline: transformers' own model, with the released baseline's ReLU."""
@@ -161,6 +193,11 @@ class Gpt2Model(Section):
     """Attention heads; must divide `d_model`."""
     activation: Literal["relu", "gelu_new"] = "relu"
     """Activation of the MLP's neurons."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        _heads_divide_width(self)
+        return self
 
 
 Model = Annotated[CrateModel | Gpt2Model, Field(discriminator="arch")]
@@ -205,6 +242,16 @@ class Train(Section):
     """Recompute activations in the backward pass to save memory."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Trackers to log to, beside `metrics.parquet`; wandb runs offline."""
+
+    @model_validator(mode="after")
+    def _leave_steps_after_warmup(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise clash(
+                f"want fewer than train.steps ({self.steps}), got {self.warmup_steps}",
+                "warmup_steps",
+                "steps",
+            )
+        return self
 
 
 class Capture(Section):

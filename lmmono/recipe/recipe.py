@@ -1,0 +1,134 @@
+"""A recipe: everything that decides what a run does, and the runs that a study makes of it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from lmmono.errors import RecipeError
+from lmmono.recipe.sections import Capture, Data, Model, Section, Train, clash
+
+SECTIONS = ("data", "model", "train", "capture")
+"""Keys that arms may change and digests may cover, in the order of the stages."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _seed_or_seeds(schema: dict[str, Any]) -> None:
+    schema["required"].remove("seed")
+    schema["oneOf"] = [{"required": ["seed"]}, {"required": ["seeds"]}]
+
+
+class Recipe(Section, json_schema_extra=_seed_or_seeds):
+    """One run, or a study: every arm with every seed, one run folder each.
+
+    A recipe is complete without its arms; each arm changes some of its settings. In a file give
+    `seed` or `seeds`, not both.
+    """
+
+    name: Name
+    """Name of the run or study: its folder under `out`."""
+    about: str = ""
+    """What the recipe is for, in free text; changes no hash."""
+    seed: Seed
+    """Seed of everything random in a run; a study with `seeds` shows their first here."""
+    seeds: tuple[Seed, ...] = ()
+    """Seeds of a study: every arm is run once with each."""
+    out: str = "runs"
+    """Folder that holds the run folders."""
+    data: Data = Data()
+    """Text and tokens."""
+    model: Model
+    """The model, by its `arch`."""
+    train: Train = Train()
+    """Training."""
+    capture: Capture = Capture()
+    """What goes into the store."""
+    arms: dict[Name, dict[str, Any]] = {}
+    """Named changes, one run each: dotted keys (`model.arch: gpt2`) or whole sections."""
+    arm: Name | None = None
+    """The arm to run, of `arms`; in a run's own recipe, the arm that it is."""
+    folder: Name | None = None
+    """Folder of a study's run under the study's; lmmono writes it, recipes leave it out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_first_seed(cls, values: Any) -> Any:
+        seeds = values.get("seeds") if isinstance(values, dict) else None
+        if isinstance(seeds, tuple) and seeds and "seed" not in values:
+            return {**values, "seed": seeds[0]}
+        return values
+
+    @model_validator(mode="after")
+    def _fit_rows(self) -> Self:
+        if fault := row_clash(self.data, self.train):
+            raise fault
+        if len(set(self.seeds)) < len(self.seeds):
+            raise clash("want every seed once", "seeds")
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, *overrides: str) -> "Recipe":
+        """Read a recipe file; an override `train.steps=500` changes one setting of it.
+
+        Overrides win over arms. An arm that itself sets an overridden key to another value is not
+        run: `model.arch=crate` leaves only the arms that are CRATE models; `arm=crate` leaves that
+        arm. `seed=1` or `seeds=[1, 2]` replaces the file's seed or seeds. If one run is left, its
+        own recipe is returned, arm and all.
+
+        Raises:
+            RecipeError: With every fault of the file and the overrides, one line each.
+        """
+        from lmmono.recipe.loading import load_recipe
+
+        return load_recipe(path, overrides)
+
+    def runs(self) -> tuple["Recipe", ...]:
+        """Return the recipe of each run: every arm with every seed; a single run is itself.
+
+        Raises:
+            RecipeError: An arm changes the recipe into one that cannot be run.
+        """
+        from lmmono.recipe.loading import runs_of
+
+        return (self,) if not self.arms and not self.seeds else runs_of(self)
+
+    def only(self) -> "Recipe":
+        """Return the recipe of the only run.
+
+        Raises:
+            RecipeError: There are several.
+        """
+        runs = self.runs()
+        if len(runs) != 1:
+            names = ", ".join(str(run.folder) for run in runs)
+            message = f"want one run, got {len(runs)} ({names}); say arm=... or seed=..."
+            raise RecipeError([f"recipe {self.name}: {message}"])
+        return runs[0]
+
+    @property
+    def dir(self) -> Path:
+        """The run folder: `out/name`, or `out/name/folder` in a study."""
+        return Path(self.out, self.name, self.folder or "")
+
+    def digest(self, *sections: str) -> str:
+        """Return the SHA-256 (hex) of the seed and the named sections, defaults included."""
+        assert not self.seeds, "a digest is of one run: take it of each of runs()"
+        values = self.model_dump(mode="json", include={"seed", *sections})
+        assert set(values) == {"seed", *sections}, f"no such section in {sections}"
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def row_clash(data: Data, train: Train) -> PydanticCustomError | None:
+    """Return the fault of a batch that is no whole number of rows, if it is one."""
+    for field in ("batch_tokens", "micro_batch_tokens"):
+        n_tokens = getattr(train, field)
+        if n_tokens is not None and n_tokens % data.n_ctx:
+            message = f"want a multiple of data.n_ctx ({data.n_ctx}), got {n_tokens}"
+            return clash(message, f"train.{field}", "data.n_ctx")
+    return None
