@@ -1,0 +1,70 @@
+"""The errors that a user, a file or a machine can cause in a store, and the words for them.
+
+One root, `StoreError`. A message says what is wrong, where, what was found, what was wanted, and
+the way out. Our own mistakes are asserts.
+"""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+
+class StoreError(Exception):
+    """Root of every error of this package."""
+
+
+class NotAStoreError(StoreError):
+    """There is nothing here, or something that is no store."""
+
+
+class SchemaError(StoreError):
+    """The store was written under another version of the schema."""
+
+
+class ShardError(StoreError):
+    """A Parquet file that the catalogue lists is missing, shortened or changed."""
+
+
+class LockedError(StoreError):
+    """Another process holds the store for writing."""
+
+
+class WriteError(StoreError):
+    """The machine refused a write: disk full, read-only folder, I/O error; the store is intact."""
+
+
+class ContentError(StoreError):
+    """Rows, settings or a model that do not fit the store they are written to."""
+
+
+class QueryError(StoreError):
+    """SQL that the store refuses to run, or that DuckDB could not run."""
+
+
+def _reason(fault: BaseException) -> str:
+    number = getattr(fault, "errno", None)
+    text = str(fault)
+    if number == errno.ENOSPC or "No space left" in text:
+        return "the disk is full; free some space and run again"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS) or "Permission denied" in text:
+        return "no permission to write there; check the owner and mode of the folder"
+    return text.splitlines()[0] if text else type(fault).__name__
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the machine's refusals while writing `path` into a `WriteError`.
+
+    Raises:
+        WriteError: the block raised an operating system, Arrow or DuckDB input/output error.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowIOError, duckdb.IOException) as fault:
+        raise WriteError(
+            f"{path}: cannot write: {_reason(fault)}. What was committed before is intact."
+        ) from fault
