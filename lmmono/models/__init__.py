@@ -1,1 +1,3 @@
-"""CRATE and GPT-2 as Hugging Face models, and hook points on any decoder."""
+"""Networks and their named activations; importing this registers CRATE with `Auto*` classes."""
+
+from lmmono.models import crate as _crate  # noqa: F401  # registers the Auto* classes

@@ -1,0 +1,69 @@
+"""The GPT-2 baseline: transformers' own model with ReLU neurons and no dropout.
+
+Holds the builder and the mapping from released (nanoGPT-style) weights.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers.models.gpt2.configuration_gpt2 import GPT2Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
+
+from lmmono.models.weights import count_blocks, fill
+
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+"""Linear weights [out, in] of nanoGPT that GPT-2's Conv1D holds as [in, out]."""
+
+
+def gpt2_config(
+    *,
+    d_vocab: int,
+    n_ctx: int,
+    d_model: int,
+    n_layers: int,
+    n_heads: int,
+    activation: Literal["relu", "gelu_new"] = "relu",
+    eos_token_id: int | None = None,
+) -> GPT2Config:
+    """Return the configuration of the baseline: no dropout, and no cache unless asked for."""
+    return GPT2Config(
+        vocab_size=d_vocab,
+        n_positions=n_ctx,
+        n_embd=d_model,
+        n_layer=n_layers,
+        n_head=n_heads,
+        activation_function=activation,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+    )
+
+
+def from_released(state_dict: Mapping[str, Tensor], *, n_heads: int) -> GPT2LMHeadModel:
+    """Build the ReLU baseline from weights under the released code's (nanoGPT's) names.
+
+    Checkpoints without biases (nanoGPT's `bias=False`) get zero ones. `n_heads` cannot be read off
+    the weights.
+
+    Raises:
+        ModelError: A weight is missing, unknown or of another shape.
+    """
+    d_vocab, d_model = state_dict["transformer.wte.weight"].shape
+    config = gpt2_config(
+        d_vocab=d_vocab,
+        n_ctx=state_dict["transformer.wpe.weight"].shape[0],
+        d_model=d_model,
+        n_layers=count_blocks(state_dict, "transformer.h."),
+        n_heads=n_heads,
+    )
+    model = GPT2LMHeadModel(config)
+    weights = {k: v.T if k.endswith(TRANSPOSED) else v for k, v in state_dict.items()}
+    absent = [k for k in model.state_dict() if k.endswith(".bias") and k not in weights]
+    if not any(k.endswith("c_attn.bias") for k in weights):
+        weights |= {k: torch.zeros_like(model.state_dict()[k]) for k in absent}
+    return fill(model, weights, {})
