@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -64,7 +64,7 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
         return values
 
     @model_validator(mode="after")
-    def _fit_rows(self) -> Self:
+    def _fit_rows(self) -> "Recipe":
         if fault := row_clash(self.data, self.train):
             raise fault
         if len(set(self.seeds)) < len(self.seeds):

@@ -4,7 +4,7 @@ Holds no torch and reads no file: `lmmono check` answers from here in under a se
 Choices between kinds are tags (`kind`, `arch`), never class paths.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -123,7 +123,7 @@ class Splits(Section):
     """Documents on which explanations are scored; no explanation ever sees one."""
 
     @model_validator(mode="after")
-    def _leave_some_for_training(self) -> Self:
+    def _leave_some_for_training(self) -> "Splits":
         held_out = self.val_fraction + self.explain_fraction + self.score_fraction
         if held_out >= 1.0:
             raise clash(
@@ -176,7 +176,7 @@ class CrateModel(Section):
     """Learn one threshold per neuron, starting at step_size x sparsity."""
 
     @model_validator(mode="after")
-    def _check_heads(self) -> Self:
+    def _check_heads(self) -> "CrateModel":
         _heads_divide_width(self)
         return self
 
@@ -195,7 +195,7 @@ class Gpt2Model(Section):
     """Activation of the MLP's neurons."""
 
     @model_validator(mode="after")
-    def _check_heads(self) -> Self:
+    def _check_heads(self) -> "Gpt2Model":
         _heads_divide_width(self)
         return self
 
@@ -244,7 +244,7 @@ class Train(Section):
     """Trackers to log to, beside `metrics.parquet`; wandb runs offline."""
 
     @model_validator(mode="after")
-    def _leave_steps_after_warmup(self) -> Self:
+    def _leave_steps_after_warmup(self) -> "Train":
         if self.warmup_steps >= self.steps:
             raise clash(
                 f"want fewer than train.steps ({self.steps}), got {self.warmup_steps}",
