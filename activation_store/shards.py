@@ -8,10 +8,45 @@ from pathlib import Path
 from typing import Literal
 
 import duckdb
+import pyarrow as pa
 
 from activation_store.catalogue import Place
 
 Kind = Literal["acts", "tokens", "vectors"]
+
+# Integers are signed and 32 bit wide: Parquet stores narrower ones the same way, and DuckDB compares
+# a bound parameter with a narrower or unsigned column only after a cast of the column, which keeps
+# the filter out of the reader (measured on 100 M rows: 244 ms instead of 38 ms for one unit).
+ACTS = pa.schema(
+    {
+        "hook": pa.dictionary(pa.int32(), pa.string()),
+        "unit": pa.int32(),
+        "seq_id": pa.int32(),
+        "pos": pa.int32(),
+        "act": pa.float32(),
+    }
+)
+"""Columns of an acts shard: one hook; blocks of consecutive sequences, each sorted by unit, seq_id, pos."""
+
+TOKENS = pa.schema(
+    {
+        "seq_id": pa.int32(),
+        "pos": pa.int32(),
+        "doc_id": pa.int32(),
+        "split": pa.dictionary(pa.int32(), pa.string()),
+        "token_id": pa.int32(),
+    }
+)
+"""Columns of a tokens shard, sorted by seq_id, pos."""
+
+BLOCK_ACTS = 3_000_000
+"""Acts of all hooks together after which a block ends: what "all activations of one token" scans."""
+
+ACTS_ROW_GROUP = 131_072
+"""Rows per row group of an acts shard; a row group holds units of one block only."""
+
+TOKENS_ROW_GROUP = 16_384
+"""Rows per row group of a tokens shard: what one excerpt reads."""
 
 _NAME = re.compile(r"(acts|tokens|vectors)-[0-9a-f]{12}-\d{6,}\.parquet(\.part)?")
 
