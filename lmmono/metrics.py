@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy import ndarray
 
 
@@ -63,11 +63,15 @@ def kurtosis(
     return np.where(varies, m4 / np.where(varies, m2, 1.0) ** 2, np.nan)
 
 
-def entropy(weights: Float[ndarray, " n"] | Int[ndarray, " n"]) -> float:
-    """Return the entropy in nats of the distribution proportional to non-negative weights.
+def entropies(weights: Float[ndarray, "*batch n"]) -> Float[ndarray, "*batch"]:
+    """Return the entropy in nats of each distribution proportional to non-negative weights.
 
-    >>> round(entropy(np.array([1, 1, 0, 2])), 4)
-    1.0397
+    Weights that are all zero have none: NaN.
+
+    >>> entropies(np.array([[1.0, 1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]])).round(4)
+    array([1.0397,    nan])
     """
-    p = weights[weights > 0] / weights.sum()
-    return float(-(p * np.log(p)).sum())
+    total = weights.sum(axis=-1, keepdims=True)
+    p = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    logs = np.log(p, out=np.zeros_like(p), where=p > 0)
+    return np.where(total[..., 0] > 0, -(p * logs).sum(axis=-1), np.nan)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lmmono.durable import flush
 from lmmono.errors import TrainError
 
 
@@ -42,7 +43,7 @@ def save_checkpoint(
     save_file(_moments(model, optimizer), fresh / "optimizer.safetensors")
     (fresh / "state.json").write_text(json.dumps(asdict(position)))
     for file in fresh.iterdir():
-        _flush(file)
+        flush(file)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -128,9 +129,3 @@ def _restore(
     torch.set_rng_state(moments["random/cpu"])
     if "random/cuda" in moments and torch.cuda.is_available():
         torch.cuda.set_rng_state(moments["random/cuda"])
-
-
-def _flush(file: Path) -> None:
-    """Make a file's bytes durable before the folder takes its name."""
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())

@@ -1,5 +1,6 @@
 """What a model is worth during training: held-out loss, minimal pairs, and how its codes look."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lmmono.data.minimal_pairs import MinimalPair
 from lmmono.metrics import kurtosis
+from lmmono.models.crate import CrateForCausalLM
 from lmmono.models.hooks import recording
 
 
@@ -39,6 +41,8 @@ class Evaluation:
 
     loss: float
     """Nats per token."""
+    loss_se: float
+    """Standard error of the loss over rows; NaN for a single row."""
     n_tokens: int
     """Predicted tokens."""
     layers: tuple[LayerStatistics, ...]
@@ -54,25 +58,28 @@ def token_losses(model: PreTrainedModel, ids: Int[Tensor, "batch pos"]) -> Float
 
 def evaluate(model: PreTrainedModel, rows: np.ndarray, batch_rows: int) -> Evaluation:
     """Return held-out loss and layer statistics of a model over packed rows [n_rows, n_ctx]."""
-    names = [f"blocks.{i}.mlp.hook_post" for i in range(model.config.num_hidden_layers)]
-    inputs = [f"blocks.{i}.ln2.hook_normalized" for i in range(len(names))]
-    sums = [_CodeSums() for _ in names]
-    total, n_tokens = 0.0, 0
+    n_layers = model.config.num_hidden_layers
+    codes = [f"blocks.{i}.mlp.hook_post" for i in range(n_layers)]
+    sums = [_CodeSums() for _ in codes]
+    row_losses: list[Tensor] = []
     model.eval()
-    with recording(model, names) as acts:
+    with recording(model, codes) as acts:
         for ids in _batches(rows, batch_rows, model.device):
-            losses = token_losses(model, ids)
-            total += float(losses.double().sum())
-            n_tokens += losses.numel()
-            for name, layer_sums in zip(names, sums, strict=True):
+            row_losses.append(token_losses(model, ids).view(len(ids), -1).double().mean(dim=1))
+            for name, layer_sums in zip(codes, sums, strict=True):
                 layer_sums.add(acts[name])
+    ista = _ista_facts(model, next(_batches(rows, batch_rows, model.device)))
     model.train()
-    assert len(inputs) == len(sums)
-    layers = tuple(
-        layer_sums.statistics(i, *_ista_facts(model, i, rows[:batch_rows]))
-        for i, layer_sums in enumerate(sums)
+    losses = torch.cat(row_losses).cpu().numpy()
+    return Evaluation(
+        loss=float(losses.mean()),
+        loss_se=float(losses.std(ddof=1) / len(losses) ** 0.5) if len(losses) > 1 else math.nan,
+        n_tokens=len(losses) * (rows.shape[1] - 1),
+        layers=tuple(
+            layer_sums.statistics(i, *facts)
+            for i, (layer_sums, facts) in enumerate(zip(sums, ista, strict=True))
+        ),
     )
-    return Evaluation(total / n_tokens, n_tokens, layers)
 
 
 @torch.no_grad()
@@ -120,19 +127,23 @@ def _batches(
 
 @torch.no_grad()
 def _ista_facts(
-    model: PreTrainedModel, layer: int, rows: np.ndarray
-) -> tuple[float | None, float | None]:
-    """Return (ista_step_norm, reconstruction_error) of a CRATE layer; (None, None) for others."""
-    steps = getattr(model, "ista_steps", None)
-    if steps is None:
-        return None, None
-    step = steps()[layer]
-    names = [f"blocks.{layer}.ln2.hook_normalized", f"blocks.{layer}.mlp.hook_post"]
-    with recording(model, names) as acts:
-        model(input_ids=torch.from_numpy(rows.astype(np.int64)).to(model.device), use_cache=False)
-        x, code = acts[names[0]].float(), acts[names[1]].float()
-    error = (x - code @ step.dictionary.float()).square().sum() / x.square().sum()
-    return step.norm, float(error)
+    model: PreTrainedModel, ids: Int[Tensor, "batch pos"]
+) -> list[tuple[float | None, float | None]]:
+    """Return (ista_step_norm, reconstruction_error) per CRATE layer; (None, None) for others."""
+    if not isinstance(model, CrateForCausalLM):
+        return [(None, None)] * model.config.num_hidden_layers
+    sizes, dictionaries = model.step_sizes(), model.dictionaries()
+    codes = [f"blocks.{i}.mlp.hook_post" for i in range(len(sizes))]
+    inputs = [f"model.blocks.{i}.ln2" for i in range(len(sizes))]
+    facts: list[tuple[float | None, float | None]] = []
+    with recording(model, [*inputs, *codes]) as acts:
+        model(input_ids=ids, use_cache=False)
+        for size, d, before, code in zip(sizes, dictionaries, inputs, codes, strict=True):
+            x, a, d = acts[before].float(), acts[code].float(), d.float()
+            error = (x - a @ d).square().sum() / x.square().sum()
+            norm = size * float(torch.linalg.matrix_norm(d, ord=2)) ** 2
+            facts.append((norm, float(error)))
+    return facts
 
 
 class _CodeSums:

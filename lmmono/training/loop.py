@@ -1,7 +1,7 @@
 """The training loop: AdamW over packed rows with Accelerate, exact to resume, safe to stop.
 
-Batch k of a run depends only on the recipe's seed and k. Every process takes its share of it, so the
-number of processes changes nothing but speed. Held-out loss and code statistics go to
+Batch k of a run depends only on the recipe's seed and k. Every process takes its share of it, so
+the number of processes changes nothing but speed. Held-out loss and code statistics go to
 `metrics.parquet`; nothing is printed and no tracker runs unless asked.
 """
 
@@ -21,7 +21,7 @@ from lmmono.data.batches import train_batches
 from lmmono.data.minimal_pairs import read_minimal_pairs
 from lmmono.data.tokens import TokenRows
 from lmmono.errors import RecipeError, TrainingStopped
-from lmmono.models import build_model
+from lmmono.models.build import build_model
 from lmmono.recipe import Recipe
 from lmmono.run import Run
 from lmmono.training.checkpoint import (
@@ -59,7 +59,7 @@ def train(recipe: Recipe, *, progress: Progress = silent) -> Run:
         TrainingStopped: SIGTERM arrived; everything is saved.
         KeyboardInterrupt: Ctrl-C arrived; everything is saved.
     """
-    recipe = _one_run(recipe)
+    recipe = recipe.only()
     accelerator = _accelerator(recipe)
     main = accelerator.is_main_process
     digest = recipe.digest(*SECTIONS)
@@ -77,19 +77,6 @@ def train(recipe: Recipe, *, progress: Progress = silent) -> Run:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return run
-
-
-def _one_run(recipe: Recipe) -> Recipe:
-    """Return the only run of a recipe, or say how to choose one."""
-    runs = recipe.runs()
-    if len(runs) != 1:
-        choices = ", ".join(str(single.dir) for single in runs)
-        raise RecipeError(
-            [
-                f"{recipe.name}: want one run to train, got {len(runs)} ({choices}); choose by override"
-            ]
-        )
-    return runs[0]
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
@@ -193,7 +180,7 @@ class _Loop:
                 raise _stopped(stop, self.run, self.step)
 
     def _take_step(self, batch: np.ndarray) -> Float[Tensor, ""]:
-        """Make one optimizer step on a global batch [batch_rows, n_ctx]; return this share's loss."""
+        """Step on a global batch [batch_rows, n_ctx]; return the loss of this process' share."""
         accelerator, settings = self.accelerator, self.run.recipe.train
         set_lr(self.optimizer, lr_at(self.step, settings))
         share = len(batch) // accelerator.num_processes
@@ -268,6 +255,7 @@ class _Loop:
         settings = self.run.recipe.train
         facts: dict[str, float | int | str] = {
             "val_loss": result.loss,
+            "val_loss_se": result.loss_se,
             "val_tokens": result.n_tokens,
             "train_tokens": settings.steps * settings.batch_tokens,
             "n_parameters": sum(p.numel() for p in self.bare.parameters()),

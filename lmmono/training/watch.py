@@ -35,7 +35,8 @@ class LossWatch:
             before = loss if self.smooth_loss is None else self.smooth_loss
             self.smooth_loss = SMOOTHING * before + (1 - SMOOTHING) * loss
             if self.smooth_loss > self.limit:
-                what = f"loss diverged to {self.smooth_loss:.2f} nats (guessing is {self.limit - 1:.2f})"
+                guessing = self.limit - WORSE_THAN_GUESSING_NATS
+                what = f"loss diverged to {self.smooth_loss:.2f} nats (guessing: {guessing:.2f})"
                 raise TrainError(_message(what, step, model, train))
 
 

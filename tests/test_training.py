@@ -1,0 +1,239 @@
+"""Training: exact to resume, the same on two processes, and stopped with a reason."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy import stats
+from torch.nn import functional
+
+from lmmono.data.minimal_pairs import MinimalPair
+from lmmono.errors import RecipeError, TrainError, TrainingStopped
+from lmmono.models.build import build_model
+from lmmono.models.hooks import run_with_cache
+from lmmono.recipe import Recipe
+from lmmono.recipe.sections import CrateModel, Train
+from lmmono.run import Run
+from lmmono.training import train
+from lmmono.training.evaluation import evaluate, minimal_pair_accuracy
+from lmmono.training.optimizer import build_optimizer, lr_at
+from lmmono.training.watch import LossWatch
+
+RECIPE = """
+name: tiny
+seed: 3
+out: {out}
+data: {{corpus: {{kind: planted, n_documents: 300}}, n_ctx: 32}}
+model: {{arch: crate, n_layers: 1, d_model: 16, n_heads: 2}}
+train: {{steps: 24, batch_tokens: 256, warmup_steps: 4, eval_every_steps: 10, eval_tokens: 512,
+  precision: fp32}}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.format(out=tmp_path / "runs"))
+    return path
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.dir / "model" / "model.safetensors")
+
+
+def stop_at(step: int, number: int):
+    def report(what: str, done: int, total: int, **facts: float) -> None:
+        if done >= step:
+            os.kill(os.getpid(), number)
+
+    return report
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGTERM, TrainingStopped), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_stopped_training_goes_on_to_the_bits_of_one_that_never_stopped(
+    recipe_file: Path, number: int, raised: type[BaseException]
+) -> None:
+    whole = train(Recipe.load(recipe_file, "name=whole"))
+    recipe = Recipe.load(recipe_file, "name=stopped")
+    with pytest.raises(raised):
+        train(recipe, progress=stop_at(10, number))
+    assert not (recipe.dir / "model").exists()
+    resumed = train(recipe)
+    assert all(torch.equal(a, weights(whole)[name]) for name, a in weights(resumed).items())
+    columns = ["step", "split", "metric", "layer", "value"]
+    assert resumed.metrics.select(columns).equals(whole.metrics.select(columns))
+    assert not (recipe.dir / "checkpoint").exists()
+
+
+def test_a_killed_training_goes_on_from_its_last_checkpoint(recipe_file: Path) -> None:
+    whole = train(Recipe.load(recipe_file, "name=whole"))
+    code = (
+        "import os, signal\n"
+        "from lmmono.training import train\nfrom lmmono.recipe import Recipe\n"
+        "def report(what, done, total, **facts):\n"
+        "    if done >= 20: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"train(Recipe.load({str(recipe_file)!r}, 'name=killed', 'train.checkpoint_every_steps=7'),"
+        " progress=report)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    recipe = Recipe.load(recipe_file, "name=killed", "train.checkpoint_every_steps=7")
+    assert json.loads((recipe.dir / "checkpoint" / "state.json").read_text())["step"] == 14
+    resumed = train(recipe)
+    assert all(torch.equal(a, weights(whole)[name]) for name, a in weights(resumed).items())
+
+
+@pytest.mark.slow
+def test_two_processes_match_one_at_the_same_global_batch(recipe_file: Path) -> None:
+    whole = train(Recipe.load(recipe_file, "name=one", "train.steps=20"))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    command += ["--main_process_port=0", "-m", "lmmono.cli", "train", str(recipe_file)]
+    command += ["name=two", "train.steps=20"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    both = weights(Run.create(Recipe.load(recipe_file, "name=two", "train.steps=20")))
+    for name, one in weights(whole).items():
+        torch.testing.assert_close(both[name], one, atol=1e-5, rtol=0)
+
+
+def test_micro_batches_change_only_rounding(recipe_file: Path) -> None:
+    whole = train(Recipe.load(recipe_file, "name=whole"))
+    parts = train(Recipe.load(recipe_file, "name=parts", "train.micro_batch_tokens=64"))
+    for name, one in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], one, atol=1e-5, rtol=0)
+
+
+def test_a_finished_training_is_not_repeated(recipe_file: Path) -> None:
+    run = train(Recipe.load(recipe_file))
+    before = (run.dir / "model" / "model.safetensors").stat().st_mtime_ns
+    again = train(Recipe.load(recipe_file))
+    assert (again.dir / "model" / "model.safetensors").stat().st_mtime_ns == before
+    assert again.val_loss == run.val_loss
+
+
+def test_the_loss_falls_and_the_log_holds_every_statistic(recipe_file: Path) -> None:
+    run = train(Recipe.load(recipe_file, "train.lr=1e-2", "train.steps=60"))
+    rows = run.metrics.to_pylist()
+    losses = [row["value"] for row in rows if row["metric"] == "loss" and row["split"] == "val"]
+    assert losses[-1] < losses[0] - 0.5
+    names = {row["metric"] for row in rows if row["layer"] == 0}
+    assert names == {
+        "density",
+        "dead_fraction",
+        "kurtosis",
+        "ista_step_norm",
+        "reconstruction_error",
+    }
+
+
+def test_a_checkpoint_cut_short_is_named_with_the_way_out(recipe_file: Path) -> None:
+    recipe = Recipe.load(recipe_file)
+    with pytest.raises(TrainingStopped):
+        train(recipe, progress=stop_at(10, signal.SIGTERM))
+    file = recipe.dir / "checkpoint" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(TrainError, match=r"checkpoint.*remove the folder to start again"):
+        train(recipe)
+
+
+def test_a_diverging_loss_stops_with_step_and_what_to_change(recipe_file: Path) -> None:
+    with pytest.raises(TrainError, match=r"at step \d+.*Lower train.lr \(now 30\)"):
+        train(Recipe.load(recipe_file, "train.lr=30", "train.steps=200", "train.warmup_steps=0"))
+
+
+def test_nan_names_the_first_broken_parameter() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.weight.data[0, 0] = float("nan")
+    with pytest.raises(TrainError, match="nan at step 5; first broken parameter: weight"):
+        LossWatch(10, None).check([2.0, float("nan")], 4, model, Train())
+
+
+def test_a_study_is_refused_with_its_runs_named(recipe_file: Path) -> None:
+    with pytest.raises(RecipeError, match="seed"):
+        train(Recipe.load(recipe_file, "seeds=[1, 2]"))
+
+
+def test_only_matrices_decay_and_the_lr_ends_at_its_floor() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.LayerNorm(4))
+    decayed, free = build_optimizer(model, Train()).param_groups
+    assert [p.dim() for p in decayed["params"]] == [2] and decayed["weight_decay"] == 0.1
+    assert [p.dim() for p in free["params"]] == [1, 1] and free["weight_decay"] == 0.0
+    settings = Train(steps=100, warmup_steps=10, lr=1e-3, min_lr_fraction=0.1)
+    assert max(lr_at(k, settings) for k in range(101)) == 1e-3
+    assert lr_at(100, settings) == pytest.approx(1e-4)
+
+
+def tiny_model() -> torch.nn.Module:
+    section = CrateModel(arch="crate", n_layers=2, d_model=16, n_heads=2)
+    return build_model(section, d_vocab=50, n_ctx=12, seed=0, eos_token_id=0)
+
+
+def test_an_evaluation_agrees_with_plain_numpy_and_scipy() -> None:
+    model, rows = tiny_model(), np.random.default_rng(0).integers(0, 50, (7, 12))
+    result = evaluate(model, rows, batch_rows=3)
+    ids = torch.from_numpy(rows)
+    logits, acts = run_with_cache(model, ids, "blocks.*.mlp.hook_post")
+    losses = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    ).view(7, 11)
+    assert result.loss == pytest.approx(float(losses.mean()), abs=1e-6)
+    assert result.loss_se == pytest.approx(float(stats.sem(losses.mean(1).numpy())), rel=1e-5)
+    assert result.n_tokens == 77
+    for layer in result.layers:
+        a = acts[f"blocks.{layer.layer}.mlp.hook_post"].flatten(0, 1).double().numpy()
+        assert layer.density == pytest.approx((a > 0).mean())
+        assert layer.dead_fraction == pytest.approx((a.max(axis=0) == 0).mean())
+        alive = a[:, a.std(axis=0) > 0]
+        wanted = np.median(stats.kurtosis(alive, axis=0, fisher=False))
+        assert layer.kurtosis == pytest.approx(wanted, rel=1e-6)
+
+
+def test_ista_facts_are_the_spectral_norm_and_the_relative_error() -> None:
+    model, rows = tiny_model(), np.random.default_rng(1).integers(0, 50, (2, 12))
+    layer = evaluate(model, rows, batch_rows=2).layers[1]
+    block = model.model.blocks[1]
+    d = block.mlp.dictionary.detach().double()
+    assert layer.ista_step_norm == pytest.approx(0.1 * float(torch.linalg.svdvals(d)[0]) ** 2)
+    names = ["model.blocks.1.ln2", "blocks.1.mlp.hook_post"]
+    _, acts = run_with_cache(model, torch.from_numpy(rows), names)
+    x, code = (acts[name].double() for name in names)
+    error = float((x - code @ d).square().sum() / x.square().sum())
+    assert layer.reconstruction_error == pytest.approx(error, rel=1e-5)
+
+
+def test_minimal_pairs_compare_whole_sentence_probabilities(recipe_file: Path) -> None:
+    run = Run.create(Recipe.load(recipe_file))
+    model, tokenizer = tiny_model_for(run), run.corpus.tokenizer
+    words = [token for token in run.corpus.vocabulary() if token.strip().isalpha()][:40]
+    pairs = [
+        MinimalPair(good=" ".join(words[i : i + 3]), bad=" ".join(words[i + 1 : i + 6]), group="x")
+        for i in range(20)
+    ]
+
+    def log_prob(sentence: str) -> float:
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(sentence)["input_ids"]]])
+        logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        return float(logs.gather(1, ids[0, 1:, None]).sum())
+
+    with torch.no_grad():
+        wanted = np.mean([log_prob(pair.good) > log_prob(pair.bad) for pair in pairs])
+    assert minimal_pair_accuracy(model, tokenizer, pairs, batch_pairs=7) == pytest.approx(wanted)
+
+
+def tiny_model_for(run: Run) -> torch.nn.Module:
+    section = CrateModel(arch="crate", n_layers=1, d_model=16, n_heads=2)
+    tokenizer = run.corpus.tokenizer
+    return build_model(
+        section, d_vocab=len(tokenizer), n_ctx=32, seed=0, eos_token_id=tokenizer.eos_token_id
+    )
