@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
-from lmmono.data.corpora import Document
+from lmmono.data.document import Document
 from lmmono.data.splits import split_of
-from lmmono.data.tokenizers import plain_encoder
+from lmmono.data.tokenizers import end_of_text_id, plain_encoder
 from lmmono.recipe.sections import Data
 from lmmono.types import SPLITS, Split
 
@@ -130,7 +130,7 @@ def pack(
     the packing itself puts an end-of-text token anywhere.
     """
     encode = plain_encoder(tokenizer)
-    end = tokenizer.eos_token_id
+    end = end_of_text_id(tokenizer)
     dtype = id_dtype(len(tokenizer))
     blocks: list[pa.RecordBatch] = []
     with ExitStack() as stack:
@@ -140,7 +140,7 @@ def pack(
         }
         n_documents = 0
         for block in _blocks(texts):
-            splits = [split_of(document.text, section.splits) for document in block]
+            splits: list[Split] = [split_of(document.text, section.splits) for document in block]
             tokens = [[*ids, end] for ids in encode([document.text for document in block])]
             for split in SPLITS:
                 mine = [i for i, other in enumerate(splits) if other == split]

@@ -1,35 +1,98 @@
-"""Tokenizers: one token per word, a byte-level BPE trained here, or a folder from elsewhere."""
+"""Tokenizers: one token per word, a byte-level BPE trained here, or a folder from elsewhere.
 
+Those made here see training documents only, so no held-out text shapes the vocabulary, and put
+`<|endoftext|>` last, as GPT-2 does.
+"""
+
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lmmono.data.corpora import documents
+from lmmono.data.corpora import document_count, documents
 from lmmono.data.splits import split_of
 from lmmono.errors import DataError
 from lmmono.recipe import sections
+from lmmono.types import Progress, silent
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
+GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+"""Vocabulary and merges, as transformers and as OpenAI name them."""
+SAVED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def build_tokenizer(
-    section: sections.Tokenizer, corpus: sections.Corpus, splits: sections.Splits
+    section: sections.Tokenizer,
+    corpus: sections.Corpus,
+    splits: sections.Splits,
+    progress: Progress = silent,
 ) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of the settings, trained on training documents only."""
+    """Return the tokenizer of the settings; equal settings and text give an equal tokenizer.
+
+    `words` and `bpe` are trained here on the training documents of the corpus; `folder` is read
+    as it is.
+
+    Args:
+        section: Which tokenizer.
+        corpus: The text to train on.
+        splits: Which of its documents are for training.
+        progress: Called with the documents read.
+
+    Raises:
+        DataError: If the corpus is too small for the vocabulary, or the folder is no tokenizer
+            with an end-of-text token.
+    """
     match section:
         case sections.WordTokenizer():
-            return _words(corpus, splits)
-        case _:
-            raise DataError(f"tokenizer kind {section.kind!r} is not built yet")
+            return _words(_training_texts(corpus, splits, progress))
+        case sections.BpeTokenizer():
+            return _bpe(_training_texts(corpus, splits, progress), section.d_vocab)
+        case sections.FolderTokenizer():
+            return _from_folder(Path(section.path).expanduser())
+
+
+def tokenizer_fingerprint(section: sections.Tokenizer) -> dict[str, Any]:
+    """Return what the tokenizer depends on beside the text, as JSON: settings, bytes of files."""
+    if not isinstance(section, sections.FolderTokenizer):
+        return section.model_dump(mode="json")
+    folder = Path(section.path).expanduser()
+    known = {name for pair in GPT2_FILES for name in pair} | set(SAVED_FILES)
+    files = sorted(path for path in folder.glob("*") if path.name in known)
+    digests = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
+    return {"kind": section.kind, "files": digests}
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a tokenizer folder.
+
+    Raises:
+        OSError: If the disk refuses.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers has no class for a failed write
+        if "os error" in str(error):
+            raise OSError(str(error)) from error
+        raise
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the id that ends a document."""
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int), end  # build_tokenizer saw to it
+    return end
 
 
 def plain_encoder(
     tokenizer: PreTrainedTokenizerFast,
 ) -> Callable[[list[str]], list[list[int]]]:
-    """Return a batch encoder that adds nothing and reads special tokens as ordinary text."""
+    """Return a batch encoder that adds no token and reads special tokens as ordinary text."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.encode_special_tokens = True
     backend.no_truncation()
@@ -41,17 +104,52 @@ def plain_encoder(
     return encode
 
 
-def _words(corpus: sections.Corpus, splits: sections.Splits) -> PreTrainedTokenizerFast:
-    counts = Counter[str]()
-    for document in documents(corpus):
+def _training_texts(
+    corpus: sections.Corpus, splits: sections.Splits, progress: Progress
+) -> Iterator[str]:
+    total = document_count(corpus)
+    for done, document in enumerate(documents(corpus), start=1):
         if split_of(document.text, splits) == "train":
-            counts.update(document.text.split())
+            yield document.text
+        if done % 1000 == 0:
+            progress("tokenizer", done, total or done)
+
+
+def _words(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    counts = Counter[str]()
+    for text in texts:
+        counts.update(text.split())
     del counts[UNKNOWN]
     order = sorted(counts, key=lambda word: (-counts[word], word))
     vocabulary = {word: i for i, word in enumerate([UNKNOWN, *order])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return _finished(tokenizer, unk_token=UNKNOWN)
+
+
+def _bpe(texts: Iterator[str], d_vocab: int) -> PreTrainedTokenizerFast:
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=d_vocab - 1,  # end-of-text comes on top
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    made = tokenizer.get_vocab_size() + 1
+    if made < d_vocab:
+        raise DataError(
+            f"the training documents support a vocabulary of {made} tokens, "
+            f"data.tokenizer.d_vocab asks for {d_vocab}: lower it or use more text"
+        )
+    return _finished(tokenizer)
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _finished(tokenizer: Tokenizer, unk_token: str | None = None) -> PreTrainedTokenizerFast:
@@ -65,8 +163,37 @@ def _finished(tokenizer: Tokenizer, unk_token: str | None = None) -> PreTrainedT
     )
 
 
-def shown_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return each token id as people read it."""
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    special = set(tokenizer.all_special_tokens)
-    return [token if token in special else " " + token for token in tokens]
+def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
+    if (folder / "tokenizer.json").is_file():
+        return _with_end_of_text(_saved(folder), folder)
+    for vocabulary, merges in GPT2_FILES:
+        if (folder / vocabulary).is_file() and (folder / merges).is_file():
+            model = models.BPE.from_file(str(folder / vocabulary), str(folder / merges))
+            return _finished(_byte_level(model))
+    found = ", ".join(sorted(path.name for path in folder.glob("*"))[:10])
+    raise DataError(
+        f"{folder} is no tokenizer folder: want tokenizer.json, or "
+        f"{' or '.join(' and '.join(pair) for pair in GPT2_FILES)}; found {found or 'nothing'}"
+    )
+
+
+def _saved(folder: Path) -> PreTrainedTokenizerFast:
+    # tokenizers raises bare Exception for a broken file, so the file is checked first
+    try:
+        json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{folder / 'tokenizer.json'}: broken: {error}") from error
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _with_end_of_text(tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTrainedTokenizerFast:
+    if tokenizer.eos_token is None:
+        if END_OF_TEXT not in tokenizer.get_vocab():
+            raise DataError(
+                f"{folder}: the tokenizer names no end-of-text token and has no {END_OF_TEXT}: "
+                'set "eos_token" in its tokenizer_config.json'
+            )
+        tokenizer.eos_token = END_OF_TEXT
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = tokenizer.eos_token
+    return tokenizer

@@ -5,6 +5,7 @@ A prepared folder holds `tokenizer/`, `{split}.ids.npy` and `{split}.doc_ids.npy
 name only when it is complete.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -17,13 +18,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
 from jaxtyping import Int32, Int64, UInt
 from transformers import PreTrainedTokenizerFast
 
-from lmmono.data.corpora import Document, documents, fingerprint
+from lmmono.data.corpora import document_count, documents, fingerprint
+from lmmono.data.document import Document
 from lmmono.data.packing import pack
-from lmmono.data.tokenizers import build_tokenizer, shown_tokens
+from lmmono.data.tokenizers import (
+    build_tokenizer,
+    end_of_text_id,
+    save_tokenizer,
+    tokenizer_fingerprint,
+)
+from lmmono.data.vocabulary import shown_tokens
 from lmmono.errors import DataError
 from lmmono.recipe.sections import Data
 from lmmono.types import SPLITS, Progress, Split, silent
@@ -152,7 +159,8 @@ def prepare(section: Data, cache_dir: Path, progress: Progress = silent) -> Toke
     folder = cache_dir / digest[:16]
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir / f"{digest[:16]}.lock"):
+        with (cache_dir / f"{digest[:16]}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # waits; goes with the process, however it ends
             if not folder.exists():
                 _make(section, digest, folder, progress)
     except OSError as error:
@@ -175,12 +183,18 @@ def _make(section: Data, digest: str, folder: Path, progress: Progress) -> None:
 
 
 def _write(section: Data, digest: str, folder: Path, progress: Progress) -> None:
-    tokenizer = build_tokenizer(section.tokenizer, section.corpus, section.splits)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    texts = _Counted(documents(section.corpus))
-    table, splits = pack(
-        texts, tokenizer, section, folder, lambda done: progress("documents", done, done)
-    )
+    corpus = section.corpus
+    tokenizer = build_tokenizer(section.tokenizer, corpus, section.splits, progress)
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    texts, total = _Counted(documents(corpus)), document_count(corpus)
+
+    def report(n_packed: int) -> None:
+        done = n_packed + texts.n_empty
+        progress("documents", done, total or done)
+
+    table, splits = pack(texts, tokenizer, section, folder, report)
+    if table.num_rows == 0:
+        raise DataError(f"the corpus is empty: {texts.n_empty} documents read, none holds any text")
     if splits["train"]["n_rows"] == 0:
         raise DataError(_no_rows("train", splits["train"], section.n_ctx))
     pq.write_table(table, folder / "documents.parquet", compression="zstd")
@@ -189,7 +203,7 @@ def _write(section: Data, digest: str, folder: Path, progress: Progress) -> None
         "digest": digest,
         "n_ctx": section.n_ctx,
         "d_vocab": len(tokenizer),
-        "end_of_text_id": tokenizer.eos_token_id,
+        "end_of_text_id": end_of_text_id(tokenizer),
         "empty_documents": texts.n_empty,
         "splits": splits,
         "settings": section.model_dump(mode="json"),
@@ -215,6 +229,7 @@ class _Counted:
 def _digest(section: Data) -> str:
     settings = section.model_dump(mode="json")
     settings["corpus"] = fingerprint(section.corpus)
+    settings["tokenizer"] = tokenizer_fingerprint(section.tokenizer)
     settings["format"] = FORMAT
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
