@@ -128,7 +128,7 @@ class Run:
             RunError: There is none yet.
             ModelError: It cannot be read.
         """
-        from lmmono.models import load_model
+        from lmmono.models.build import load_model
 
         if not (self.dir / "model").is_dir():
             raise RunError(f"{self.dir}: holds no model yet; {self._train_first()}")

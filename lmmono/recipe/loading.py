@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -10,9 +9,10 @@ from pydantic import ValidationError
 
 from lmmono.errors import RecipeError, nearest
 from lmmono.recipe.recipe import SECTIONS, Recipe, row_clash
+from lmmono.recipe.schema import Schema, recipe_schema, resolve
 from lmmono.recipe.sections import Data, Train
 from lmmono.recipe.tree import Fault, Origin, Path, Tree, Values, read_override, read_tree
-from lmmono.recipe.wording import Schema, clash_fault, faults_of, resolve, shown
+from lmmono.recipe.wording import clash_fault, faults_of, shown
 
 
 def load_recipe(path: str | FilePath, overrides: Sequence[str]) -> Recipe:
@@ -28,11 +28,22 @@ def load_recipe(path: str | FilePath, overrides: Sequence[str]) -> Recipe:
     tree.faults += _select(tree, changes)
     recipe, faults = _check(tree)
     runs, run_faults = _expand(tree)
-    faults = [*tree.faults, *faults, *[f for f in run_faults if replace(f, arm="") not in faults]]
+    faults = [*tree.faults, *faults, *_news(run_faults, faults)]
     if faults or unreadable:
         raise RecipeError([*map(str, sorted(set(faults))), *unreadable])
     assert recipe is not None
     return runs[0] if len(runs) == 1 else recipe
+
+
+def _news(faults: Sequence[Fault], known: Sequence[Fault]) -> list[Fault]:
+    """Return the faults of runs that are neither known nor inside a setting known to be wrong."""
+    wrong = {fault.path for fault in known}
+    return [
+        fault
+        for fault in faults
+        if replace(fault, arm="") not in known
+        and not any(fault.path[:n] in wrong for n in range(1, len(fault.path)))
+    ]
 
 
 def runs_of(recipe: Recipe) -> tuple[Recipe, ...]:
@@ -42,12 +53,6 @@ def runs_of(recipe: Recipe) -> tuple[Recipe, ...]:
     if faults:
         raise RecipeError(map(str, sorted(set(faults))))
     return tuple(runs)
-
-
-@cache
-def recipe_schema() -> Schema:
-    """Return the JSON Schema of a recipe file."""
-    return Recipe.model_json_schema()
 
 
 def _read_text(path: FilePath) -> str:
@@ -168,10 +173,10 @@ def _expand(tree: Tree) -> tuple[list[Recipe], list[Fault]]:
     arms = tree.values.get("arms") or {}
     for name in arms if isinstance(arms, dict) and arms else [None]:
         arm = _arm_tree(tree, name)
-        _, found = _check(arm)
-        found = [*found, *[f for f in arm.faults if f not in tree.faults]]
+        checked, found = _check(arm)
+        found += [fault for fault in arm.faults if fault not in tree.faults]
         faults += [replace(fault, arm=name or "") for fault in found]
-        if not found:
+        if checked is not None and not found:
             runs += [Recipe.model_validate(values) for values in _per_seed(arm.values, name)]
     return runs, faults
 

@@ -5,14 +5,13 @@ Wants are worded from the recipe's JSON Schema, so they cannot disagree with it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic_core import ErrorDetails
 
 from lmmono.errors import nearest
+from lmmono.recipe.schema import Schema, resolve
 from lmmono.recipe.tree import Fault, Path, Tree, dotted
 
-Schema = dict[str, Any]
 _NOUNS = {
     "integer": "an integer",
     "number": "a number",
@@ -35,12 +34,6 @@ class Place:
     """`arch: gpt2` where the section's kind was chosen by a tag."""
     elsewhere: frozenset[str] = frozenset()
     """Settings that other kinds of the section have."""
-
-
-def resolve(schema: Schema, root: Schema) -> Schema:
-    """Follow a `$ref` of the root's definitions."""
-    reference = str(schema.get("$ref", ""))
-    return root["$defs"][reference.rpartition("/")[2]] if reference else schema
 
 
 def locate(loc: Sequence[str | int], root: Schema) -> Place:

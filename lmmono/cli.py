@@ -1,0 +1,267 @@
+"""The command line: one verb per stage.
+
+What a user can cause is told in one message, exit code 2. Ctrl-C is 130 and SIGTERM 143, both with
+everything saved that was finished. Verbs import what they need themselves, so that `--help` and
+`check` answer at once.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lmmono.errors import LmmonoError, RecipeError, TrainingStopped
+
+if TYPE_CHECKING:
+    from lmmono.recipe import Recipe
+    from lmmono.run import Run
+else:  # for annotations only
+    Recipe = Run = object
+
+app = typer.Typer(
+    name="lmmono",
+    help="Neuron analysis of language models: train, capture, ask in SQL.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+import_app = typer.Typer(help="Bring in models that were trained elsewhere.", no_args_is_help=True)
+app.add_typer(import_app, name="import")
+
+
+class Listed(StrEnum):
+    """What `lmmono ls` can list."""
+
+    recipes = "recipes"
+    runs = "runs"
+    stores = "stores"
+    hooks = "hooks"
+
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
+RecipeOrRun = Annotated[
+    Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or a run folder.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as train.steps=500."),
+]
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Delete what other settings made in the run folder.")
+]
+
+
+@app.command()
+def check(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="Files, overrides.")
+    ],
+) -> None:
+    """Say every fault of recipes at once; write nothing."""
+    overrides = [text for text in recipes if _is_override(text)]
+    faults: list[str] = []
+    for path in (text for text in recipes if not _is_override(text)):
+        faults += _faults(path, overrides)
+    if faults:
+        raise RecipeError(dict.fromkeys(faults))
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(help="File to write instead of stdout.")] = None,
+) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from lmmono.recipe.schema import schema_text
+
+    if out is None:
+        print(schema_text(), end="")
+    else:
+        out.write_text(schema_text(), encoding="utf-8")
+
+
+@app.command("ls")
+def list_(
+    what: Annotated[Listed, typer.Argument(help="What to list.")],
+    where: Annotated[Path | None, typer.Argument(help="A folder; for hooks, a run.")] = None,
+) -> None:
+    """List recipes, runs, stores, or the hooks of a run's model."""
+    from lmmono import listing
+    from lmmono.terminal import show_table
+
+    default = Path("recipes" if what is Listed.recipes else "runs")
+    found = getattr(listing, f"list_{what.value}")(where or default)
+    show_table(found.columns, found.rows)
+
+
+@app.command("run")
+def run_(recipe: RecipeFile, overrides: Overrides = None, replace: Replace = False) -> None:
+    """Do every stage of every run that is not done yet, then compare the runs."""
+    from lmmono.recipe import Recipe
+    from lmmono.reporting.tables import comparison
+    from lmmono.terminal import show_table
+
+    for table in comparison(_finish(Recipe.load(recipe, *overrides or ()), replace)):
+        show_table(table.columns, table.rows, title=table.title, note=table.note)
+
+
+@app.command()
+def train(target: RecipeOrRun, overrides: Overrides = None, replace: Replace = False) -> None:
+    """Train the models of a recipe; go on where an interrupted training stopped."""
+    for recipe in _runs_of(target, overrides):
+        _say(_trained(recipe, replace))
+
+
+@app.command()
+def capture(target: RecipeOrRun, overrides: Overrides = None, replace: Replace = False) -> None:
+    """Stream activations of trained models into their stores."""
+    for recipe in _runs_of(target, overrides):
+        _say(_captured(_created(recipe, replace)))
+
+
+@app.command()
+def sql(
+    stores: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders or stores, then the query.")
+    ],
+    query: Annotated[str, typer.Argument(help="SQL; $name stands for a --param.")],
+    param: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON array on stdout.")] = False,
+    arrow: Annotated[bool, typer.Option("--arrow", help="Arrow IPC stream on stdout.")] = False,
+) -> None:
+    """Ask a store in SQL, reading only; several runs are schemas named by their folders."""
+    from lmmono.querying import answer
+    from lmmono.terminal import write_result
+
+    if csv + json + arrow > 1:
+        raise typer.BadParameter("want at most one of --csv, --json, --arrow")
+    format = "csv" if csv else "json" if json else "arrow" if arrow else "table"
+    write_result(answer(stores, query, param or []), format)
+
+
+@app.command()
+def generate(
+    target: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Let a trained model go on from a text."""
+    from lmmono.generation import generate
+    from lmmono.run import open_run
+
+    run = open_run(target)
+    print(generate(run, prompt, n_tokens=tokens, temperature=temperature, seed=seed))
+
+
+@import_app.command("crate-lm")
+def import_crate_lm(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A released .pt file.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
+    n_heads: Annotated[int | None, typer.Option(min=1, help="If the file does not say.")] = None,
+) -> None:
+    """Turn a released CRATE or GPT-2 checkpoint into a Hugging Face folder."""
+    from lmmono.models.released import import_released
+
+    print(import_released(checkpoint, out, n_heads=n_heads))
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    try:
+        app()
+    except BaseException as error:
+        sys.exit(_exit_code(error))
+
+
+def _exit_code(error: BaseException) -> int | str | None:
+    """Tell an error that the user can act on; let our own mistakes through with their trace."""
+    if isinstance(error, SystemExit) and error.code != 130:
+        return error.code
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        _tell("stopped; what was finished is kept, the same command goes on from there")
+        return 130
+    if isinstance(error, BrokenPipeError):  # the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if not (isinstance(error, LmmonoError | OSError) or _is_store_error(error)):
+        raise error
+    _tell(str(error))
+    return 143 if isinstance(error, TrainingStopped) else 2
+
+
+def _is_store_error(error: BaseException) -> bool:
+    """Say whether the store's error root is among the error's classes, without importing it."""
+    roots = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
+    return ("activation_store", "StoreError") in roots
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _is_override(text: str) -> bool:
+    return "=" in text and not Path(text).exists()
+
+
+def _faults(path: str, overrides: Sequence[str]) -> list[str]:
+    """Return the faults of a recipe; where there are none, say what it stands for."""
+    from lmmono.recipe import Recipe
+
+    try:
+        runs = Recipe.load(path, *overrides).runs()
+    except RecipeError as error:
+        return list(error.faults)
+    print(
+        f"{path}: ok, {len(runs)} run{'s' * (len(runs) > 1)}: {', '.join(str(r.dir) for r in runs)}"
+    )
+    return []
+
+
+def _runs_of(target: Path, overrides: Sequence[str] | None) -> "tuple[Recipe, ...]":
+    from lmmono.recipe import Recipe
+
+    path = target / "recipe.yaml" if (target / "manifest.json").is_file() else target
+    return Recipe.load(path, *overrides or ()).runs()
+
+
+def _created(recipe: "Recipe", replace: bool) -> "Run":
+    from lmmono.run import Run
+
+    return Run.create(recipe, replace=replace)
+
+
+def _trained(recipe: "Recipe", replace: bool) -> "Run":
+    from lmmono.terminal import shown_progress
+    from lmmono.training import train
+
+    if replace:
+        _created(recipe, replace)
+    with shown_progress() as progress:
+        return train(recipe, progress=progress)
+
+
+def _captured(run: "Run") -> "Run":
+    from lmmono.capturing import capture_run
+    from lmmono.terminal import shown_progress
+
+    with shown_progress() as progress:
+        return capture_run(run, progress=progress)
+
+
+def _finish(recipe: "Recipe", replace: bool) -> "list[Run]":
+    return [_captured(_trained(single, replace)) for single in recipe.runs()]
+
+
+def _say(run: "Run") -> None:
+    if os.environ.get("RANK", "0") == "0":  # one voice where several processes work
+        print(run)
+
+
+if __name__ == "__main__":
+    main()

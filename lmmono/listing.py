@@ -1,0 +1,68 @@
+"""What lies around: recipes, runs, stores and hook names, as rows of a table."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmmono.errors import RecipeError, RunError
+from lmmono.recipe import Recipe
+from lmmono.run import find_runs, open_run
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Rows with a name for each column."""
+
+    columns: tuple[str, ...]
+    """Column heads."""
+    rows: tuple[tuple[object, ...], ...]
+    """One tuple of cells per row."""
+
+
+def list_recipes(folder: Path) -> Listing:
+    """List the recipe files of a folder; one with faults says so in place of its runs."""
+    rows: list[tuple[object, ...]] = []
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            recipe = Recipe.load(path)
+            runs = ", ".join(str(run.dir) for run in recipe.runs())
+            rows.append((str(path), runs, recipe.about))
+        except RecipeError as error:
+            rows.append((str(path), f"{len(error.faults)} faults; lmmono check {path}", ""))
+    return Listing(("recipe", "runs", "about"), tuple(rows))
+
+
+def list_runs(folder: Path) -> Listing:
+    """List the run folders under a folder, with their stages; a damaged one says so."""
+    rows: list[tuple[object, ...]] = []
+    for path in find_runs(folder):
+        try:
+            run = open_run(path)
+        except RunError as error:
+            rows.append((str(path), f"damaged: {str(error).splitlines()[0]}", None, None))
+            continue
+        records = run.manifest.stages
+        stages = ", ".join(f"{name} {record.state}" for name, record in records.items())
+        loss = records["train"].facts.get("val_loss") if "train" in records else None
+        rows.append((str(path), stages, loss, _megabytes(path)))
+    return Listing(("run", "stages", "val loss", "MB"), tuple(rows))
+
+
+def list_stores(folder: Path) -> Listing:
+    """List the activation stores under a folder."""
+    paths = sorted(folder.rglob("store.duckdb"))
+    rows = tuple(
+        (str(path), _megabytes(path) + _megabytes(path.parent / "store")) for path in paths
+    )
+    return Listing(("store", "MB"), rows)
+
+
+def list_hooks(path: Path) -> Listing:
+    """List the hook names of a run's model, in the order they run."""
+    from lmmono.models.hooks import hook_names
+
+    return Listing(("hook",), tuple((name,) for name in hook_names(open_run(path).model)))
+
+
+def _megabytes(path: Path) -> float:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return round(sum(file.stat().st_size for file in files if file.is_file()) / 1e6, 1)

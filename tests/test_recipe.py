@@ -1,0 +1,360 @@
+"""Recipes: every fault at once with its line, overrides, arms and seeds, digests, JSON Schema."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from lmmono.errors import RecipeError
+from lmmono.recipe import SECTIONS, Recipe
+from lmmono.recipe.schema import schema_text
+from lmmono.recipe.sections import CrateModel, Data, Gpt2Model, PlantedCorpus, Train
+from lmmono.recipe.tree import read_override
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+TWINS = """\
+name: twins
+seed: 0
+data:
+  corpus: {n_documents: 500}
+model:
+  arch: crate
+  n_layers: 3
+train:
+  steps: 300
+arms:
+  crate: {model.arch: crate}
+  gpt2: {model.arch: gpt2, train.lr: 1e-3}
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a recipe under the name r.yaml in the working folder, and return that name."""
+    monkeypatch.chdir(tmp_path)
+
+    def written(text: str) -> str:
+        Path("r.yaml").write_text(text)
+        return "r.yaml"
+
+    return written
+
+
+def faults(path: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(path, *overrides).runs()
+    assert str(caught.value) == "\n".join(caught.value.faults)
+    return list(caught.value.faults)
+
+
+def single(path: str, *overrides: str) -> Recipe:
+    return Recipe.load(path, "arm=crate", *overrides)
+
+
+def test_every_fault_of_a_file_is_told_at_once_with_its_line(write):
+    path = write(
+        """\
+name: "bad name"
+seeds: [0, 1]
+seed: 3
+data:
+  n_ctx: 100
+  corpus: {kind: plantd}
+  tokenizer: {kind: bpe, d_vocab: 3, foo: 1}
+model:
+  arch: crate
+  n_layer: 2
+  step_size: fast
+train:
+  steps: ten
+  steps: 5
+  warmup_steps: -1
+  precision: bf-16
+  batch_tokens: true
+capture:
+  splits: [explain, scor]
+  max_tokens: 1.5
+arms:
+  crate: {model.arch: crate, name: x}
+  empty:
+"""
+    )
+    assert faults(path) == [
+        "r.yaml:1: name: want text matching ^[A-Za-z0-9][A-Za-z0-9_.-]*$, got 'bad name'",
+        "r.yaml:3: seed: want seed (an integer >= 0) or seeds (a list of them), got both",
+        "r.yaml:6: data.corpus.kind: want one of files, hub, planted, got 'plantd'; "
+        "did you mean planted?",
+        "r.yaml:7: data.tokenizer.d_vocab: want an integer >= 257, got 3",
+        "r.yaml:7: data.tokenizer.foo: unknown key; known: kind, d_vocab",
+        "r.yaml:10: model.n_layer: unknown key; did you mean n_layers?",
+        "r.yaml:11: model.step_size: want a number > 0.0 or lipschitz, got 'fast'",
+        "r.yaml:13: train.steps: want an integer >= 1, got 'ten'",
+        "r.yaml:14: train.steps: written twice, first in line 13",
+        "r.yaml:15: train.warmup_steps: want an integer >= 0, got -1",
+        "r.yaml:16: train.precision: want one of fp32, bf16, auto, got 'bf-16'; did you mean bf16?",
+        "r.yaml:17: train.batch_tokens: want an integer >= 1, got true",
+        "r.yaml:19: capture.splits[1]: want one of train, val, explain, score, got 'scor'; "
+        "did you mean score?",
+        "r.yaml:20: capture.max_tokens: want an integer >= 1 or null, got 1.5",
+        "r.yaml:22: arm crate: name: want a setting of a section; "
+        "known: data, model, train, capture",
+        "r.yaml:23: arms.empty: want a mapping, got null",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "r.yaml:1: want a mapping such as `name: my_run`, got nothing"),
+        ("- a\n- b\n", "r.yaml:1: want a mapping such as `name: my_run`, got a list"),
+        ("name: a\nseed: [1\n", "r.yaml:3: not YAML: "),
+        ("name: a\n\tseed: 1\n", "r.yaml:2: not YAML: "),
+        ("name: a\nseed: !!python/name:os.system 1\n", "r.yaml:2: seed: want a plain value"),
+        ("name: a\n? [x]\n: 1\n", "r.yaml:2: want text as a key"),
+    ],
+)
+def test_what_is_no_recipe_is_said_to_be_none(write, text, fault):
+    assert any(line.startswith(fault) for line in faults(write(text)))
+
+
+def test_files_that_cannot_be_read_are_named(write, tmp_path):
+    write(TWINS)
+    Path("latin.yaml").write_bytes(b"name: caf\xe9\n")
+    (missing,) = faults("q.yaml")
+    assert missing.startswith("q.yaml: no such file; did you mean ") and "r.yaml" in missing
+    assert faults(str(tmp_path)) == [f"{tmp_path}: want a recipe file, got a folder"]
+    assert faults("latin.yaml") == ["latin.yaml: not text in UTF-8 (byte 9)"]
+
+
+def test_a_missing_setting_is_told_at_its_section(write):
+    assert faults(write("seed: 1\ndata:\n  corpus: {kind: files}\n")) == [
+        "r.yaml:1: model: missing; want a mapping with arch",
+        "r.yaml:1: name: missing; want text matching ^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        "r.yaml:3: data.corpus.paths: missing; want a list of at least 1 text",
+    ]
+    assert faults(write("name: a\nmodel: {n_layers: 2}\n")) == [
+        "r.yaml:1: seed: want seed (an integer >= 0) or seeds (a list of them), got neither",
+        "r.yaml:2: model.arch: missing; want one of crate, gpt2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("train.steps=ten", "want an integer >= 1, got 'ten'"),
+        ("train.step=9", "unknown key; did you mean steps?"),
+        ("tran.steps=9", "tran: unknown key; did you mean train?"),
+        ("train.steps=20", "train.warmup_steps: want fewer than train.steps (20), got 50"),
+        ("data.n_ctx=100", "train.batch_tokens: want a multiple of data.n_ctx (100), got 8192"),
+        ("model.n_heads=5", "want a divisor of d_model (128), got 5"),
+        ("train.steps.x=1", "cannot set train.steps.x: train.steps is 300"),
+        ("train=5", "want a mapping, got 5"),
+        ("train.lr=.inf", "want a number > 0.0, got inf"),
+        ("seed=-1", "want an integer >= 0 and < 4294967296, got -1"),
+        ("arm=gpt3", "want one of crate, gpt2, got 'gpt3'"),
+        ("arms={}", "arms cannot be overridden; override the setting, or say arm=..."),
+        ("train.steps", "want key=value such as train.steps=500"),
+        ("=1", "want key=value such as train.steps=500"),
+    ],
+)
+def test_an_override_at_fault_is_named(write, override, fault):
+    assert faults(write(TWINS), override) == [f"override {override}: {fault}"]
+
+
+def test_faults_of_several_overrides_and_of_the_file_come_together(write):
+    path = write(TWINS.replace("n_layers: 3", "n_layers: no"))
+    assert faults(path, "train.steps=x", "train.lr=[1", "capture.top_k=0") == [
+        "override capture.top_k=0: want an integer >= 1, got 0",
+        "override train.steps=x: want an integer >= 1, got 'x'",
+        "r.yaml:7: model.n_layers: want an integer >= 1, got 'no'",
+        "override train.lr=[1: not YAML: expected ',' or ']', but got '<stream end>'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1", 1), ("1e-3", 1e-3), ("1_000", 1000), ("true", True), ("yes", "yes"), ("~", None),
+        ("", None), ("'5'", "5"), ("[a, 2]", ("a", 2)), ("{k: [1]}", {"k": (1,)}), ("a b", "a b"),
+        ("2020-01-01", "2020-01-01"), ("0x10", 16),
+    ],
+)  # fmt: skip
+def test_an_overrides_value_is_read_as_yaml_1_2(text, value):
+    assert read_override(f"a={text}").values == {"a": value}
+
+
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.text("ab c", min_size=1), st.lists)
+)
+def test_any_json_value_survives_an_override(value):
+    def plain(node):
+        return tuple(map(plain, node)) if isinstance(node, list) else node
+
+    assert read_override(f"a={json.dumps(value)}").values == {"a": plain(value)}
+
+
+def test_arms_and_seeds_give_one_run_folder_each(write):
+    recipe = Recipe.load(write(TWINS.replace("seed: 0", "seeds: [3, 5]")))
+    assert [(str(r.dir), r.arm, r.seed, r.model.arch) for r in recipe.runs()] == [
+        ("runs/twins/crate-seed3", "crate", 3, "crate"),
+        ("runs/twins/crate-seed5", "crate", 5, "crate"),
+        ("runs/twins/gpt2-seed3", "gpt2", 3, "gpt2"),
+        ("runs/twins/gpt2-seed5", "gpt2", 5, "gpt2"),
+    ]
+    with pytest.raises(RecipeError, match=r"want one run, got 4 \(crate-seed3, .*arm="):
+        recipe.only()
+
+
+def test_a_single_run_lies_under_its_name(write):
+    text = TWINS[: TWINS.index("arms:")]
+    recipe = Recipe.load(write(text), "out=elsewhere")
+    assert recipe.runs() == (recipe,)
+    assert recipe.dir == Path("elsewhere/twins")
+    seeds = Recipe.load(write(text.replace("seed: 0", "seeds: [1, 2]"))).runs()
+    assert [str(r.dir) for r in seeds] == ["runs/twins/seed1", "runs/twins/seed2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "folders"),
+    [
+        (("model.arch=crate",), ["crate"]),
+        (("model.arch=gpt2", "train.steps=500"), ["gpt2"]),
+        (("arm=gpt2",), ["gpt2"]),
+        (("train.lr=0.001",), ["crate", "gpt2"]),
+        (("train.lr=0.01",), ["crate"]),
+        (("seed=7",), ["crate", "gpt2"]),
+        (("seeds=[1, 2]", "arm=crate"), ["crate-seed1", "crate-seed2"]),
+    ],
+)
+def test_overrides_also_select_the_arms_that_agree_with_them(write, overrides, folders):
+    runs = Recipe.load(write(TWINS), *overrides).runs()
+    assert [run.folder for run in runs] == folders
+
+
+def test_one_run_left_is_returned_as_that_run(write):
+    recipe = Recipe.load(write(TWINS), "model.arch=gpt2", "train.steps=500")
+    assert isinstance(recipe.model, Gpt2Model)
+    assert (recipe.model.n_layers, recipe.train.lr, recipe.train.steps) == (3, 1e-3, 500)
+    assert recipe.runs() == (recipe,)
+    assert recipe.only() is recipe
+
+
+def test_an_override_that_no_arm_agrees_with_leaves_none(write):
+    path = write(TWINS.replace("train.lr: 1e-3", "train.steps: 400"))
+    path = write(Path(path).read_text().replace("{model.arch: crate}", "{train.steps: 200}"))
+    assert faults(path, "train.steps=600") == [
+        "override train.steps=600: leaves none of the arms crate, gpt2"
+    ]
+
+
+def test_seed_overrides_replace_the_files_seeds_and_keep_its_folders(write):
+    recipe = Recipe.load(write(TWINS.replace("seed: 0", "seeds: [3, 5]")), "seed=5", "arm=crate")
+    assert (recipe.seed, str(recipe.dir)) == (5, "runs/twins/crate-seed5")
+
+
+def test_an_arm_of_another_kind_refuses_explicit_settings_of_the_first(write):
+    path = write(TWINS.replace("n_layers: 3", "n_layers: 3\n  sparsity: 0.2"))
+    assert faults(path) == [
+        "r.yaml:8: arm gpt2: model.sparsity: not a setting of arch: gpt2; leave it out, "
+        "or write model: {arch: gpt2, ...}"
+    ]
+
+
+def test_an_arm_may_replace_a_whole_section_and_overrides_win_over_it(write):
+    text = TWINS.replace("{model.arch: gpt2, train.lr: 1e-3}", "{model: {arch: gpt2, d_model: 64}}")
+    gpt2 = Recipe.load(write(text)).runs()[1]
+    assert gpt2.model == Gpt2Model(arch="gpt2", d_model=64)
+    smaller = Recipe.load(write(text), "model.d_model=32").runs()
+    assert [run.model.d_model for run in smaller] == [32]  # the arm that says 64 is not run
+    deeper = Recipe.load(write(text), "model.n_layers=5").runs()
+    assert [run.model.n_layers for run in deeper] == [5, 5]
+
+
+def test_faults_inside_an_arm_name_arm_and_line(write):
+    text = TWINS.replace("train.lr: 1e-3", "train.lr: fast, model.n_head: 2, modle.d_model: 3")
+    assert faults(write(text)) == [
+        "r.yaml:12: arm gpt2: model.n_head: unknown key; did you mean n_heads?",
+        "r.yaml:12: arm gpt2: modle.d_model: want a setting of a section; did you mean model?",
+        "r.yaml:12: arm gpt2: train.lr: want a number > 0.0, got 'fast'",
+    ]
+
+
+def test_faults_across_sections_are_told_beside_all_others(write):
+    text = TWINS.replace("steps: 300", "steps: 300\n  batch_tokens: 1000\ncapture:\n  top_k: no")
+    assert faults(write(text)) == [
+        "r.yaml:10: train.batch_tokens: want a multiple of data.n_ctx (128), got 1000",
+        "r.yaml:12: capture.top_k: want an integer >= 1, got 'no'",
+    ]
+
+
+def test_integers_are_taken_for_numbers_and_nothing_else_is_converted(write):
+    assert single(write(TWINS), "train.lr=1").train.lr == 1.0
+    for wrong in ("train.lr='1'", "train.steps=100.0", "train.compile=1", "name=5"):
+        assert len(faults(write(TWINS), wrong)) == 1
+
+
+def test_a_section_without_a_kind_keeps_the_default_kind(write):
+    assert single(write(TWINS)).data.corpus == PlantedCorpus(n_documents=500)
+
+
+def test_recipes_made_in_python_and_in_yaml_are_equal(write):
+    by_hand = Recipe(
+        name="twins",
+        seed=0,
+        data=Data(corpus=PlantedCorpus(n_documents=500)),
+        model=CrateModel(arch="crate", n_layers=3),
+        train=Train(steps=300),
+        arms={"crate": {"model.arch": "crate"}, "gpt2": {"model.arch": "gpt2", "train.lr": 1e-3}},
+    )
+    assert by_hand == Recipe.load(write(TWINS))
+    assert by_hand.runs() == Recipe.load(write(TWINS)).runs()
+    assert Recipe.model_validate({**dict(by_hand), "seeds": (4, 5)}).runs()[0].seed == 4
+
+
+def test_a_digest_covers_seed_and_named_sections_only(write):
+    plain = single(write(TWINS))
+    assert plain.digest("train") == single("r.yaml", "about=hello", "out=x", "name=y").digest(
+        "train"
+    )
+    assert plain.digest("data") == single("r.yaml", "train.steps=9000").digest("data")
+    explicit = single("r.yaml", "train.lr=0.002")  # the default, written out
+    assert plain.digest(*SECTIONS) == explicit.digest(*SECTIONS)
+    changed = [single("r.yaml", text) for text in ("seed=1", "train.lr=1", "data.n_ctx=64")]
+    digests = {recipe.digest("data", "train") for recipe in [plain, *changed]}
+    assert len(digests) == 4
+    assert all(len(digest) == 64 for digest in digests)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_loads_and_says_how_to_run_it(path):
+    lines = path.read_text().splitlines()
+    assert lines[0] == "# yaml-language-server: $schema=recipe.schema.json"
+    head = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    assert f"recipes/{path.name}" in head and "Minutes, hardware, result" in head
+    recipe = Recipe.load(path)
+    assert recipe.name == path.stem
+    assert {run.arm for run in recipe.runs()} == {"crate", "gpt2"}
+
+
+def test_the_json_schema_is_current_and_agrees_with_loading(write):
+    stored = (RECIPES / "recipe.schema.json").read_text()
+    assert stored == schema_text(), "run: lmmono schema --out recipes/recipe.schema.json"
+    check = jsonschema.Draft202012Validator(json.loads(stored))
+    yaml = YAML(typ="safe", pure=True)
+    texts = [path.read_text() for path in RECIPES.glob("*.yaml")] + [TWINS]
+    assert all(check.is_valid(yaml.load(text)) for text in texts)
+    for old, new in {
+        "n_layers: 3": "n_layer: 3",
+        "arch: crate\n": "arch: lstm\n",
+        "train.lr": "train.lrr",
+        "seed: 0\n": "",
+        "steps: 300": "steps: ten",
+    }.items():
+        wrong = TWINS.replace(old, new)
+        assert not check.is_valid(yaml.load(wrong)), new
+        assert faults(write(wrong))
