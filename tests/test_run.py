@@ -1,0 +1,251 @@
+"""Run folders: what they record, what they refuse, and what survives a crash."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from lmmono import provenance
+from lmmono.durable import disk_faults, write_whole
+from lmmono.errors import RunError
+from lmmono.manifest import STAGES
+from lmmono.recipe import SECTIONS, Recipe
+from lmmono.recipe.sections import Capture, CrateModel, Train
+from lmmono.run import Run, find_runs, open_run
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Recipe:
+    return Recipe(
+        name="one", seed=3, out=str(tmp_path / "runs"), model=CrateModel(arch="crate", n_layers=1)
+    )
+
+
+def changed(recipe: Recipe, **sections) -> Recipe:
+    return Recipe.model_validate({**dict(recipe), **sections})
+
+
+def digest(recipe: Recipe, stage: str) -> str:
+    return recipe.digest(*STAGES[stage].sections)
+
+
+def finish(run: Run, name: str, **facts) -> None:
+    with run.stage(name, digest(run.recipe, name)) as stage:
+        stage.facts.update(facts)
+
+
+def test_a_new_run_keeps_its_resolved_recipe_and_where_it_comes_from(recipe):
+    run = Run.create(recipe)
+    assert Recipe.load(run.dir / "recipe.yaml") == recipe
+    assert "sparsity: 0.1" in (run.dir / "recipe.yaml").read_text(), "defaults are written out"
+    manifest = json.loads((run.dir / "manifest.json").read_text())
+    assert manifest["recipe_digest"] == recipe.digest(*SECTIONS)
+    assert manifest["seed"] == 3
+    assert manifest["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert manifest["versions"]["torch"].startswith("2.")
+    assert manifest["machine"]["cores"] >= 1
+    assert open_run(run.dir).manifest == run.manifest
+    assert repr(run).startswith(f"Run({run.dir}, ")
+
+
+def test_the_manifest_names_the_commit_of_the_working_folder(tmp_path):
+    assert provenance.git_commit(tmp_path) is None
+    for arguments in (
+        ("init", "-q"),
+        ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"),
+    ):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    commit = provenance.git_commit(tmp_path)
+    assert commit is not None and len(commit) == 40
+    (tmp_path / "new").touch()
+    assert provenance.git_commit(tmp_path) == commit, "untracked files do not change a result"
+    subprocess.run(["git", "add", "new"], cwd=tmp_path, check=True)
+    assert provenance.git_commit(tmp_path) == f"{commit}-dirty"
+
+
+def test_a_stage_counts_as_finished_only_when_it_succeeds(recipe):
+    run = Run.create(recipe)
+    with pytest.raises(ZeroDivisionError), run.stage("train", digest(recipe, "train")):
+        time.sleep(0.05)
+        raise ZeroDivisionError
+    assert not run.is_finished("train", digest(recipe, "train"))
+    spent = run.manifest.stages["train"].wall_seconds
+    assert spent >= 0.05
+    finish(run, "train", val_loss=2.5)
+    again = open_run(run.dir)
+    assert again.is_finished("train", digest(recipe, "train"))
+    assert not again.is_finished("train", "0" * 64)
+    assert again.val_loss == 2.5
+    record = again.manifest.stages["train"]
+    assert record.wall_seconds >= spent, "attempts add up"
+    assert record.peak_memory_bytes > 1e6
+    assert record.started.endswith("+00:00")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's reset")
+def test_peak_memory_is_that_of_the_stage_not_of_the_process():
+    block = [bytearray(200_000_000)]
+    high = provenance.peak_memory_bytes()
+    block.clear()
+    provenance.reset_peak_memory()
+    assert provenance.peak_memory_bytes() < high - 150_000_000
+    block.append(bytearray(200_000_000))
+    assert provenance.peak_memory_bytes() > high - 50_000_000
+
+
+def test_results_of_other_settings_are_refused_with_the_keys_that_differ(recipe):
+    finish(Run.create(recipe), "train", val_loss=1.0)
+    other = changed(recipe, train=Train(lr=1e-4))
+    with pytest.raises(RunError) as caught:
+        Run.create(other)
+    message = str(caught.value)
+    assert "train.lr: 0.002 there, 0.0001 asked" in message
+    assert "name=..." in message and "--replace" in message
+    assert open_run(recipe.dir).recipe == recipe, "nothing was changed"
+
+
+def test_replace_deletes_the_stale_stage_and_all_after_it(recipe):
+    run = Run.create(recipe)
+    finish(run, "train")
+    finish(run, "capture")
+    for name in ("model", "store"):
+        (run.dir / name).mkdir()
+    for name in ("metrics.parquet", "store.duckdb", "notes.txt"):
+        (run.dir / name).touch()
+    captured = Run.create(changed(recipe, capture=Capture(top_k=5)), replace=True)
+    assert list(captured.manifest.stages) == ["train"]
+    left = {path.name for path in run.dir.iterdir()} - {".lock"}
+    assert left == {"model", "metrics.parquet", "notes.txt", "recipe.yaml", "manifest.json"}
+    trained = Run.create(changed(recipe, train=Train(lr=1.0)), replace=True)
+    assert trained.manifest.stages == {}
+    assert {path.name for path in run.dir.iterdir()} - {".lock"} == {
+        "notes.txt", "recipe.yaml", "manifest.json"
+    }  # fmt: skip
+
+
+def test_settings_of_stages_not_begun_may_change(recipe):
+    finish(Run.create(recipe), "train", val_loss=1.0)
+    other = changed(recipe, capture=Capture(top_k=5), about="with fewer exemplars")
+    run = Run.create(other)
+    assert run.is_finished("train", digest(other, "train"))
+    assert open_run(run.dir).recipe == other
+    assert run.manifest.recipe_digest == other.digest(*SECTIONS)
+
+
+def test_one_process_at_a_time_works_in_a_run(recipe):
+    run = Run.create(recipe)
+    other = Run.create(recipe)
+    with (
+        run.stage("train", "d"),
+        pytest.raises(RunError, match=rf"process \(id {os.getpid()}\)"),
+        other.stage("train", "d"),
+    ):
+        raise AssertionError("the stage must not begin")
+    with Run.create(recipe).stage("train", "d"):
+        pass
+
+
+def test_a_killed_process_leaves_no_lock_and_no_finished_stage(recipe):
+    run = Run.create(recipe)
+    script = (
+        "import os, signal, sys; from lmmono.run import open_run\n"
+        "with open_run(sys.argv[1]).stage('train', 'd'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(run.dir)], check=False)
+    assert done.returncode == -9
+    again = open_run(run.dir)
+    assert again.manifest.stages["train"].state == "begun"
+    with again.stage("train", "d"):
+        pass
+    assert again.is_finished("train", "d")
+
+
+def test_folders_that_are_no_run_are_refused_with_the_way_out(recipe, tmp_path):
+    run = Run.create(recipe)
+    with pytest.raises(RunError, match="no such run folder; did you mean .*/one?"):
+        open_run(tmp_path / "runs" / "ones")
+    with pytest.raises(RunError, match="holds several runs; name one: .*/one"):
+        open_run(tmp_path / "runs")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    with pytest.raises(RunError, match="no run folder"):
+        open_run(foreign)
+    with pytest.raises(RunError, match="no run folder"):
+        Run.create(changed(recipe, out=str(tmp_path), name="foreign"))
+    assert find_runs(tmp_path) == [run.dir]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[: len(text) // 2], "cut short or changed by hand"),
+        (lambda text: "", "cut short or changed by hand"),
+        (lambda text: "[]", "cut short or changed by hand"),
+        (lambda text: text.replace('"seed": 3', '"seed": "x"'), "seed: Input should be"),
+        (lambda text: text.replace('"format": 1', '"format": 99'), "written by a newer lmmono"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(recipe, damage, said):
+    path = Run.create(recipe).dir / "manifest.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(RunError, match=said):
+        open_run(path.parent)
+
+
+def test_a_damaged_recipe_is_refused_with_its_faults(recipe):
+    path = Run.create(recipe).dir / "recipe.yaml"
+    path.write_text(path.read_text().replace("n_layers: 1", "n_layers: x"))
+    with pytest.raises(RunError, match=r"recipe.yaml:\d+: model.n_layers: want an integer"):
+        open_run(path.parent)
+    path.unlink()
+    with pytest.raises(RunError, match="no such file"):
+        open_run(path.parent)
+
+
+def test_what_is_not_there_yet_says_how_to_make_it(recipe):
+    run = Run.create(recipe)
+    for name in ("model", "val_loss", "metrics"):
+        with pytest.raises(RunError, match="run `lmmono train .*recipe.yaml` first"):
+            getattr(run, name)
+
+
+def test_a_saved_model_is_read_back_whole(recipe):
+    run = Run.create(recipe)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    vocabulary = {f"w{i}": i for i in range(7)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    for _ in range(2):  # the second time replaces the first
+        run.save_model(model, PreTrainedTokenizerFast(tokenizer_object=inner))
+    assert not (run.dir / "model.tmp").exists()
+    read = open_run(run.dir).model
+    assert all(
+        (weight == read.state_dict()[name]).all() for name, weight in model.state_dict().items()
+    )
+    assert PreTrainedTokenizerFast.from_pretrained(run.dir / "model").vocab_size == 7
+
+
+def test_a_refused_write_is_the_users_error_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "manifest.json"
+    write_whole(path, "old")
+    path.with_name("manifest.json.tmp").mkdir()  # where the new bytes would go
+    with pytest.raises(RunError, match=r"manifest.json: cannot be written: .*; check the folder"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")
+def test_a_full_disk_is_said_to_be_full():
+    wanted = "x: cannot be written: No space left on device; free some space"
+    with (
+        pytest.raises(RunError, match=wanted),
+        disk_faults(Path("x")),
+        Path("/dev/full").open("w") as file,
+    ):
+        file.write("y" * 9999)
