@@ -1,3 +1,5 @@
-"""Networks and their named activations; importing this registers CRATE with `Auto*` classes."""
+"""Networks and their named activations; importing this registers CRATE with the `Auto*` classes."""
 
-from lmmono.models import crate as _crate  # noqa: F401  # registers the Auto* classes
+from lmmono.models.crate import CrateConfig, CrateForCausalLM, CrateModel
+
+__all__ = ["CrateConfig", "CrateForCausalLM", "CrateModel"]

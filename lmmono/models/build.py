@@ -1,17 +1,17 @@
-"""A recipe's model section made into a network, and a saved network read back."""
-
-from pathlib import Path
+"""A recipe's model section made into a network; `load_model` and `save_model` keep it."""
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from lmmono.errors import ModelError
 from lmmono.models.crate import CrateConfig
-from lmmono.models.gpt2 import gpt2_config
+from lmmono.models.gpt2 import build_gpt2, gpt2_config
+from lmmono.models.storage import load_model, save_model
 from lmmono.recipe.sections import CrateModel, Gpt2Model
+
+__all__ = ["build_model", "load_model", "model_config", "save_model"]
 
 
 def model_config(
@@ -65,40 +65,6 @@ def build_model(
     config = model_config(section, d_vocab=d_vocab, n_ctx=n_ctx, eos_token_id=eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if isinstance(section, Gpt2Model):
+            return build_gpt2(config)
         return AutoModelForCausalLM.from_config(config)
-
-
-def load_model(path: Path | str) -> PreTrainedModel:
-    """Return the causal language model that `save_pretrained` wrote to a folder, in eval mode.
-
-    Reads safetensors only, from this machine only.
-
-    Raises:
-        ModelError: The folder is missing or foreign, or its weights are cut short or incomplete.
-    """
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{folder}: no model here (want config.json and model.safetensors as save_pretrained"
-            " writes them); a released .pt checkpoint is made one by `lmmono import crate-lm`"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as fault:
-        raise ModelError(
-            f"{folder}: the model cannot be read ({fault}); copy or train it again"
-        ) from fault
-    gone = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
-    if gone:
-        raise ModelError(
-            f"{folder}: got weights without {', '.join(gone[:5])}, want all of"
-            f" {type(model).__name__}; copy or train it again"
-        )
-    return model.eval()

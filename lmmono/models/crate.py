@@ -5,14 +5,13 @@ Holds the configuration, the network and the mapping from released weights. Bloc
     Z' = Z + MSSA(LN1(Z));  Z = ISTA(LN2(Z'))
 
 with no skip around ISTA, so the stream after a block is what its code decodes to and nothing else:
-`hook_resid_post` equals `hook_mlp_out`. Shapes are [batch, pos, d_model]; a dictionary is stored
-as rows, W_D [d_mlp, d_model], the transpose of the paper's D. Refuses flash-attention, which has
-not been tested here.
+`hook_resid_post` equals `hook_mlp_out`. A dictionary is stored as rows, W_D [d_mlp, d_model], the
+transpose of the paper's D. Refuses flash-attention, which has not been tested here.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -25,29 +24,13 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import (
-    ALL_ATTENTION_FUNCTIONS,
-    PreTrainedModel,
-    slice_logits_to_keep,
-)
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel, slice_logits_to_keep
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from lmmono.errors import ModelError
-from lmmono.models.weights import count_blocks, fill
-
-RELEASED_NAMES = {
-    "transformer.wte.": "model.embed.",
-    "transformer.wpe.": "model.pos_embed.",
-    "transformer.ln_f.": "model.ln_final.",
-    "transformer.h.": "model.blocks.",
-    ".prenorm_": ".ln",
-    ".attn.c_attn.": ".attn.u_proj.",
-    ".attn.c_proj.": ".attn.o_proj.",
-    ".ista.weight": ".mlp.dictionary",
-}
-"""Parts of the released code's weight names, and ours."""
+from lmmono.models.weights import RELEASED_CRATE, count_blocks, fill, shape_of
 
 
 class CrateConfig(PreTrainedConfig):
@@ -57,8 +40,8 @@ class CrateConfig(PreTrainedConfig):
     """
 
     model_type = "crate"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    attribute_map: ClassVar[dict[str, str]] = {
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
         "d_vocab": "vocab_size",
         "n_ctx": "max_position_embeddings",
         "d_model": "hidden_size",
@@ -97,10 +80,8 @@ class CrateConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.hidden_size % self.num_attention_heads:
-            raise ModelError(
-                f"d_model {self.hidden_size} cannot be split over {self.num_attention_heads} heads;"
-                " choose n_heads that divides d_model"
-            )
+            sizes = f"d_model {self.hidden_size}, n_heads {self.num_attention_heads}"
+            raise ModelError(f"{sizes}: choose n_heads that divides d_model")
         if isinstance(self.step_size, str) and self.step_size != "lipschitz":
             raise ModelError(f"step_size: want a number or 'lipschitz', got {self.step_size!r}")
         if self.n_ista_steps < 1:
@@ -125,15 +106,11 @@ class CrateMssa(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.d_head = config.hidden_size // config.num_attention_heads
-        self.scaling = self.d_head**-0.5
-        self.u_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.q_proj = (
-            nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-            if config.separate_query
-            else None
-        )
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        d_model = config.hidden_size
+        self.d_head = d_model // config.num_attention_heads
+        self.u_proj = nn.Linear(d_model, d_model, bias=False)
+        self.q_proj = nn.Linear(d_model, d_model, bias=False) if config.separate_query else None
+        self.o_proj = nn.Linear(d_model, d_model)
 
     def forward(
         self,
@@ -148,10 +125,9 @@ class CrateMssa(nn.Module):
         if past_key_values is not None:
             # values of width 0: any cache class then stores the one shared tensor and no more
             u, _ = past_key_values.update(u, u[..., :0], self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        z, pattern = attend(self, q, u, u, attention_mask, dropout=0.0, scaling=self.scaling)
+        kind = cast(str, self.config._attn_implementation)  # pyright: ignore[reportPrivateUsage]
+        attend = AttentionInterface().get_interface(kind, eager_attention_forward)
+        z, pattern = attend(self, q, u, u, attention_mask, dropout=0.0, scaling=self.d_head**-0.5)
         return self.o_proj(z.flatten(-2)), pattern
 
 
@@ -163,25 +139,40 @@ class CrateIsta(nn.Module):
     A W_D. Two steps cost four dictionary products; the released code's fifth repeats x W_D^T.
     """
 
+    power: Tensor | None
+
     def __init__(self, config: CrateConfig) -> None:
         super().__init__()
-        d_mlp, d_model = config.d_mlp, config.hidden_size
-        self.n_steps = config.n_ista_steps
-        self.sparsity = config.sparsity
-        self.dictionary = nn.Parameter(torch.empty(d_mlp, d_model))
-        self.decoder = nn.Parameter(torch.empty(d_mlp, d_model)) if config.untied_decoder else None
-        self.threshold = nn.Parameter(torch.empty(d_mlp)) if config.learned_threshold else None
-        self.step_size: float | Tensor
-        self.lipschitz = isinstance(config.step_size, str)
-        if isinstance(config.step_size, str):
-            self.register_buffer("step_size", torch.empty(()))
-            self.register_buffer("top_direction", torch.empty(d_model))
-        else:
-            self.step_size = config.step_size
-        for step in range(self.n_steps - 1):
+        self.config = config
+        shape = (config.d_mlp, config.hidden_size)
+        self.dictionary = nn.Parameter(torch.empty(shape))
+        self.decoder = nn.Parameter(torch.empty(shape)) if config.untied_decoder else None
+        self.threshold = nn.Parameter(torch.empty(shape[0])) if config.learned_threshold else None
+        # W_D^T W_D v of a power iteration; its length is sigma_max^2, and it is saved
+        follows = config.step_size == "lipschitz"
+        self.register_buffer("power", torch.empty(config.hidden_size) if follows else None)
+        for step in range(config.n_ista_steps - 1):
             self.add_module(f"hook_code_{step}", nn.Identity())
         self.hook_pre = nn.Identity()
         self.hook_post = nn.Identity()
+
+    @property
+    def step_size(self) -> float | Tensor:
+        """Step (eta): the configured number, or 1/sigma_max(W_D)^2, a constant to the gradient."""
+        if self.power is None:
+            return float(self.config.step_size)
+        return torch.linalg.vector_norm(self.power).reciprocal()
+
+    @torch.no_grad()
+    def follow_dictionary(self, n_iterations: int = 1) -> None:
+        """Advance the power iteration, which uses no random numbers; nothing for a fixed step."""
+        if self.power is None:
+            return
+        with torch.autocast(self.power.device.type, enabled=False):
+            rows, power = self.dictionary.float(), self.power.float()
+            for _ in range(n_iterations):
+                power = rows.T @ (rows @ F.normalize(power, dim=0))
+        self.power.copy_(power)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Encode and decode."""
@@ -189,12 +180,13 @@ class CrateIsta(nn.Module):
 
     def encode(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_mlp"]:
         """Return the non-negative code after the last step."""
-        # the step is folded into the narrow side of each product, the threshold into its bias
-        target, bias = x * self.step_size, -self._threshold()
+        # the step scales the narrow side of each product, the threshold is the product's bias
+        step_size, bias = self.step_size, -self.thresholds()
+        target = x * step_size
         pre = F.linear(target, self.dictionary, bias)
-        for step in range(self.n_steps - 1):
+        for step in range(self.config.n_ista_steps - 1):
             code = self.get_submodule(f"hook_code_{step}")(F.relu(pre))
-            residual = target - (code @ self.dictionary) * self.step_size
+            residual = target - (code @ self.dictionary) * step_size
             pre = F.linear(residual, self.dictionary, bias) + code
         return self.hook_post(F.relu(self.hook_pre(pre)))
 
@@ -202,31 +194,12 @@ class CrateIsta(nn.Module):
         """Return the sum of dictionary rows weighted by the code."""
         return code @ (self.dictionary if self.decoder is None else self.decoder)
 
-    def _threshold(self) -> Float[Tensor, " d_mlp"]:
+    def thresholds(self) -> Float[Tensor, " d_mlp"]:
+        """Return what each neuron's input must exceed: learned, or step_size x sparsity."""
         if self.threshold is not None:
             return self.threshold
-        fixed = self.step_size * self.sparsity
-        if isinstance(fixed, Tensor):
-            return fixed.to(self.dictionary.dtype).expand(self.dictionary.shape[0])
-        return self.dictionary.new_full((self.dictionary.shape[0],), fixed)
-
-    @torch.no_grad()
-    def refresh_step_size(self, n_iterations: int = 1) -> None:
-        """Advance the power iteration and set step_size to 1/sigma_max(W_D)^2; no random numbers.
-
-        One iteration per training step follows a slowly moving dictionary. The step is a constant
-        to the gradient, and both buffers are saved with the weights.
-        """
-        assert isinstance(self.step_size, Tensor)
-        direction = self.top_direction.float()
-        with torch.autocast(direction.device.type, enabled=False):
-            dictionary = self.dictionary.float()
-            for _ in range(n_iterations):
-                image = dictionary.T @ (dictionary @ direction)
-                sigma_squared = torch.linalg.vector_norm(image)
-                direction = image / sigma_squared
-        self.top_direction.copy_(direction)
-        self.step_size.copy_(1.0 / sigma_squared)
+        fixed = torch.as_tensor(self.step_size).to(self.dictionary) * self.config.sparsity
+        return fixed.expand(self.config.d_mlp)
 
 
 class CrateBlock(GradientCheckpointingLayer):
@@ -261,12 +234,12 @@ class CratePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _input_embed_layer = "embed"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["CrateBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["CrateBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs: ClassVar[dict[str, Any]] = {
+    _can_record_outputs = {
         "hidden_states": CrateBlock,
         "attentions": OutputRecorder(CrateMssa, index=1),
     }
@@ -274,17 +247,10 @@ class CratePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as released: N(0, 0.02^2), MSSA's output smaller, W_D Kaiming-uniform."""
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
-            init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, CrateMssa):
-            n_residuals = 2 * self.config.num_hidden_layers
-            init.normal_(module.o_proj.weight, std=std / math.sqrt(n_residuals))
+        super()._init_weights(module)
+        if isinstance(module, CrateMssa):
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.o_proj.weight, std=std)
         elif isinstance(module, CrateIsta):
             self._init_ista(module)
 
@@ -292,13 +258,11 @@ class CratePreTrainedModel(PreTrainedModel):
         init.kaiming_uniform_(ista.dictionary)
         if ista.decoder is not None:
             init.copy_(ista.decoder, ista.dictionary)
-        if isinstance(ista.step_size, Tensor) and not getattr(
-            ista.step_size, "_is_hf_initialized", False
-        ):
-            init.constant_(ista.top_direction, ista.top_direction.numel() ** -0.5)
-            ista.refresh_step_size(n_iterations=100)
+        if ista.power is not None and not getattr(ista.power, "_is_hf_initialized", False):
+            ista.power.fill_(1.0)
+            ista.follow_dictionary(n_iterations=100)
         if ista.threshold is not None:
-            init.constant_(ista.threshold, float(ista.step_size) * ista.sparsity)
+            init.constant_(ista.threshold, float(ista.step_size) * self.config.sparsity)
 
 
 class CrateModel(CratePreTrainedModel):
@@ -308,9 +272,9 @@ class CrateModel(CratePreTrainedModel):
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.pos_embed = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.blocks = nn.ModuleList(CrateBlock(config, i) for i in range(config.num_hidden_layers))
+        blocks = (CrateBlock(config, i) for i in range(config.num_hidden_layers))
+        self.blocks: Any = nn.ModuleList(blocks)
         self.ln_final = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.gradient_checkpointing = False
         self.post_init()
 
     @capture_outputs
@@ -326,60 +290,47 @@ class CrateModel(CratePreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Return the normed stream; without `position_ids`, padding takes no positions.
 
-        The cache is made only when asked (`generate` asks), so training never pays for it.
+        A cache is made only when asked for (`generate` asks), so training never pays for it.
 
         Raises:
-            ModelError: Neither or both of `input_ids` and `inputs_embeds`, or a row longer than
-                the positional table.
+            ModelError: Not exactly one kind of input, or a row longer than the positional table.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("want exactly one of input_ids and inputs_embeds")
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
         if position_ids is None:
             position_ids = self._positions(x, attention_mask, past_key_values)
         x = x + self.pos_embed(position_ids)
-        self._refresh_step_sizes()
+        if self.training:
+            # before the blocks: a checkpointed block runs twice and must see one step size
+            for block in self.blocks:
+                block.mlp.follow_dictionary()
         for block in self.blocks:
             x = block(x, mask, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_final(x),
-            past_key_values=past_key_values if use_cache else None,
-        )
+        cache = past_key_values if use_cache else None
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_final(x), past_key_values=cache)
 
     def _positions(
         self, x: Tensor, attention_mask: Tensor | None, past: Cache | None
     ) -> Int[Tensor, "batch_or_one pos"]:
         n_pos, n_ctx = x.shape[1], self.config.max_position_embeddings
-        n_past = 0 if past is None else past.get_seq_length()
-        if isinstance(n_past, int) and n_past + n_pos > n_ctx:
+        n_past: Any = 0 if past is None else past.get_seq_length()  # a tensor in a static cache
+        if not isinstance(n_past, Tensor) and n_past + n_pos > n_ctx:
             raise ModelError(
-                f"{n_past + n_pos} tokens do not fit the model's {n_ctx} positions; cut the text "
-                "or train with a larger data.n_ctx"
+                f"{n_past + n_pos} tokens do not fit the model's {n_ctx} positions; cut the text"
             )
         if attention_mask is not None and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n_pos:]
         return (torch.arange(n_pos, device=x.device) + n_past).unsqueeze(0)
 
-    def _refresh_step_sizes(self) -> None:
-        # here and not in the block: a checkpointed block runs twice and must see one step size
-        if self.training and self.config.step_size == "lipschitz":
-            for block in self.blocks:
-                block.mlp.refresh_step_size()
-
 
 class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
     """CRATE with a language-modelling head tied to the token embedding."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed.weight"}
 
     def __init__(self, config: CrateConfig) -> None:
         super().__init__(config)
@@ -405,26 +356,15 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
         `labels` are shifted here (pass `input_ids`), -100 is ignored; `shift_labels` takes targets
         that are shifted already.
         """
-        out = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        rest = (attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        out = self.model(input_ids, *rest, **kwargs)
         logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-        )
+            compute: Any = self.loss_function
+            loss = compute(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        extras = {name: out[name] for name in out if name != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **extras)
 
     def dictionaries(self) -> list[Float[Tensor, "d_mlp d_model"]]:
         """Return each layer's encoding dictionary W_D, the parameter itself."""
@@ -443,17 +383,16 @@ def from_released(state_dict: Mapping[str, Tensor], *, n_heads: int) -> CrateFor
     Raises:
         ModelError: A weight is missing, unknown or of another shape.
     """
-    d_vocab, d_model = state_dict["transformer.wte.weight"].shape
+    d_mlp, d_model = shape_of(state_dict, "transformer.h.0.ista.weight")
     config = CrateConfig(
-        vocab_size=d_vocab,
-        max_position_embeddings=state_dict["transformer.wpe.weight"].shape[0],
+        vocab_size=shape_of(state_dict, "transformer.wte.weight")[0],
+        max_position_embeddings=shape_of(state_dict, "transformer.wpe.weight")[0],
         hidden_size=d_model,
         num_hidden_layers=count_blocks(state_dict, "transformer.h."),
         num_attention_heads=n_heads,
-        overcompleteness=state_dict["transformer.h.0.ista.weight"].shape[0] // d_model,
+        overcompleteness=d_mlp // d_model,
     )
-    model = CrateForCausalLM(config)
-    return fill(model, state_dict, RELEASED_NAMES)
+    return fill(CrateForCausalLM(config), state_dict, RELEASED_CRATE)
 
 
 AutoConfig.register(CrateConfig.model_type, CrateConfig, exist_ok=True)

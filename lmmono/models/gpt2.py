@@ -4,14 +4,15 @@ Holds the builder and the mapping from released (nanoGPT-style) weights.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 
-from lmmono.models.weights import count_blocks, fill
+from lmmono.models.weights import count_blocks, fill, shape_of
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 """Linear weights [out, in] of nanoGPT that GPT-2's Conv1D holds as [in, out]."""
@@ -44,6 +45,16 @@ def gpt2_config(
     )
 
 
+def build_gpt2(config: PreTrainedConfig) -> GPT2LMHeadModel:
+    """Return a new model whose plain forward makes no cache while `generate` still uses one."""
+    model = GPT2LMHeadModel(cast(GPT2Config, config))
+    assert model.generation_config is not None
+    model.generation_config.use_cache = True
+    # transformers finds no loss for this class name and would say so on every first forward
+    model.loss_type = "ForCausalLM"
+    return model
+
+
 def from_released(state_dict: Mapping[str, Tensor], *, n_heads: int) -> GPT2LMHeadModel:
     """Build the ReLU baseline from weights under the released code's (nanoGPT's) names.
 
@@ -53,15 +64,15 @@ def from_released(state_dict: Mapping[str, Tensor], *, n_heads: int) -> GPT2LMHe
     Raises:
         ModelError: A weight is missing, unknown or of another shape.
     """
-    d_vocab, d_model = state_dict["transformer.wte.weight"].shape
+    d_vocab, d_model = shape_of(state_dict, "transformer.wte.weight")
     config = gpt2_config(
         d_vocab=d_vocab,
-        n_ctx=state_dict["transformer.wpe.weight"].shape[0],
+        n_ctx=shape_of(state_dict, "transformer.wpe.weight")[0],
         d_model=d_model,
         n_layers=count_blocks(state_dict, "transformer.h."),
         n_heads=n_heads,
     )
-    model = GPT2LMHeadModel(config)
+    model = build_gpt2(config)
     weights = {k: v.T if k.endswith(TRANSPOSED) else v for k, v in state_dict.items()}
     absent = [k for k in model.state_dict() if k.endswith(".bias") and k not in weights]
     if not any(k.endswith("c_attn.bias") for k in weights):

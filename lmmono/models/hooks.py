@@ -275,7 +275,7 @@ def _module_paths(network: nn.Module) -> list[str]:
 
 def _is_compiled(model: nn.Module) -> bool:
     return hasattr(model, "_orig_mod") or any(
-        module._compiled_call_impl is not None for module in bare(model).modules()
+        getattr(module, "_compiled_call_impl", None) is not None for module in bare(model).modules()
     )
 
 

@@ -8,9 +8,21 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from lmmono.errors import ModelError
+from lmmono.errors import ModelError, nearest
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+RELEASED_CRATE = {
+    "transformer.wte.": "model.embed.",
+    "transformer.wpe.": "model.pos_embed.",
+    "transformer.ln_f.": "model.ln_final.",
+    "transformer.h.": "model.blocks.",
+    ".prenorm_": ".ln",
+    ".attn.c_attn.": ".attn.u_proj.",
+    ".attn.c_proj.": ".attn.o_proj.",
+    ".ista.weight": ".mlp.dictionary",
+}
+"""Parts of the released CRATE code's weight names, and ours."""
 
 NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 """Endings of names that old checkpoints hold beside the weights: causal masks and the tied head."""
@@ -23,6 +35,17 @@ def count_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:
     2
     """
     return len({name[len(prefix) :].split(".")[0] for name in weights if name.startswith(prefix)})
+
+
+def shape_of(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """Return the shape of a weight.
+
+    Raises:
+        ModelError: There is no such weight.
+    """
+    if name not in weights:
+        raise ModelError(f"no weight {name!r} here: {nearest(name, weights)}")
+    return tuple(weights[name].shape)
 
 
 def rename(name: str, parts: Mapping[str, str]) -> str:

@@ -1,0 +1,105 @@
+"""Networks on disk: a Hugging Face folder with safetensors, written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+import lmmono.models.crate  # pyright: ignore[reportUnusedImport]  # noqa: F401  # Auto* classes
+from lmmono.errors import ModelError
+
+
+def save_model(model: PreTrainedModel, path: Path | str) -> Path:
+    """Write the model to a new folder, which exists only when everything is in it.
+
+    Raises:
+        ModelError: There is something at `path` already.
+    """
+    folder = Path(path)
+    if folder.exists():
+        raise ModelError(f"{folder}: something is there already; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with _no_progress_bars():
+            model.save_pretrained(partial)
+        partial.chmod(0o755)  # mkdtemp makes folders that only the owner can read
+        os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def load_model(path: Path | str) -> PreTrainedModel:
+    """Return the causal language model that `save_pretrained` wrote to a folder, in eval mode.
+
+    Reads safetensors only, from this machine only, and only when every weight is there.
+
+    Raises:
+        ModelError: The folder is missing or foreign, or its weights are cut short or incomplete.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder}: no model here (want config.json and model.safetensors as save_pretrained"
+            " writes them); `lmmono import crate-lm` makes a folder from a released checkpoint"
+        )
+    for file in sorted(folder.glob("*.safetensors")):
+        _check_whole(file)
+    try:
+        with _no_progress_bars():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as fault:
+        raise ModelError(f"{folder}: not a model lmmono can read: {fault}") from fault
+    model, report = loaded
+    _check_complete(folder, model, report)
+    model.loss_type = model.loss_type or "ForCausalLM"
+    return model.eval()
+
+
+def _check_whole(file: Path) -> None:
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError) as fault:
+        raise ModelError(
+            f"{file}: got {file.stat().st_size:,} bytes that are no whole safetensors file"
+            f" ({fault}); copy it again or train again"
+        ) from fault
+
+
+def _check_complete(folder: Path, model: PreTrainedModel, report: Any) -> None:
+    faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    faults += [f"{name} is unknown" for name in sorted(report["unexpected_keys"])]
+    if faults:
+        raise ModelError(
+            f"{folder}: the weights do not fit {type(model).__name__}: {'; '.join(faults[:5])};"
+            " copy the folder again or train again"
+        )
+
+
+@contextmanager
+def _no_progress_bars() -> Generator[None]:
+    """Keep transformers from drawing its own bars: lmmono prints nothing unless asked."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
