@@ -1,0 +1,296 @@
+"""Exemplars: the token positions that stand for a unit, chosen in one pass.
+
+Three choices, all the same for any grouping of the tokens into batches, commits and ranks:
+
+- top: the largest activations above the threshold, one per document; the earlier position wins a tie.
+- random: a uniform draw without replacement over all tokens with a finite activation.
+- firing: the same over the tokens above the threshold. Ranked by activation and cut into
+  `QUANTILE_BINS` parts of equal count, it gives the quantile exemplars: bin b stands for the b-th
+  tenth of the unit's activations.
+
+A draw keeps the k tokens with the smallest priorities, which depend on (seed, unit, position) only.
+A firing token's priority is a hash. Hashing every (unit, token) would cost as much as the rest of
+the capture, so the priorities of all tokens of one tile are drawn together, smallest first, as the
+order statistics of n uniforms at random positions; nearly always the first is too large already.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, no_type_check
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64, UInt16, UInt64
+
+from activation_store.compiled import compiled
+
+QUANTILE_BINS = 10
+_NEVER = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+
+class Top(NamedTuple):
+    """The best token of each of the best documents per unit, in no order."""
+
+    act: Float32[np.ndarray, "units k"]
+    seq: Int32[np.ndarray, "units k"]
+    pos: UInt16[np.ndarray, "units k"]
+    doc: Int32[np.ndarray, "units k"]
+    size: Int64[np.ndarray, " units"]
+    worst: Int64[np.ndarray, " units"]
+    """Place of the entry that goes next, once the unit's list is full."""
+    gate: Float32[np.ndarray, " units"]
+    """Activation below which nothing can enter; -inf while the list is not full."""
+
+
+class Draw(NamedTuple):
+    """A uniform sample of tokens per unit, in no order."""
+
+    key: UInt64[np.ndarray, "units k"]
+    """Priority; the smallest stay."""
+    act: Float32[np.ndarray, "units k"]
+    seq: Int32[np.ndarray, "units k"]
+    pos: UInt16[np.ndarray, "units k"]
+    doc: Int32[np.ndarray, "units k"]
+    size: Int64[np.ndarray, " units"]
+    worst: Int64[np.ndarray, " units"]
+    gate: UInt64[np.ndarray, " units"]
+    """Priority above which nothing can enter; the largest number while the list is not full."""
+    salt: UInt64[np.ndarray, " units"]
+    """Hash of seed, purpose and unit."""
+
+
+def _places(n_units: int, k: int) -> list[np.ndarray]:
+    kinds = (np.float32, np.int32, np.uint16, np.int32)
+    return [np.zeros((n_units, k), kind) for kind in kinds] + [
+        np.zeros(n_units, np.int64) for _ in range(2)
+    ]
+
+
+def new_top(n_units: int, k: int) -> Top:
+    """Return lists that hold nothing yet and at most k documents per unit; k = 0 keeps none."""
+    gate = np.full(n_units, -np.inf if k else np.inf, np.float32)
+    return Top(*_places(n_units, k), gate)
+
+
+def new_draw(units: Int64[np.ndarray, " units"], k: int, seed: int, purpose: int) -> Draw:
+    """Return samples of nothing yet and of at most k tokens per unit.
+
+    Draws of one seed for different purposes are independent, and so are those of different units.
+    """
+    start = np.uint64((seed * 0x9E3779B1 + purpose) & 0xFFFFFFFFFFFFFFFF)
+    salt = _mixed(_mixed(np.full(len(units), start)) + units.astype(np.uint64))
+    gate = np.full(len(units), _NEVER if k else 0, np.uint64)
+    key = np.zeros((len(units), k), np.uint64)
+    return Draw(key, *_places(len(units), k), gate, salt)
+
+
+@compiled
+@no_type_check
+def mix(z):
+    """Return a 64-bit hash: the finalizer of splitmix64 (Steele, Lea, Flood 2014)."""
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@compiled
+@no_type_check
+def _mixed(values):
+    """Return `mix` of every value."""
+    out = np.empty_like(values)
+    for i in range(values.shape[0]):
+        out[i] = mix(values[i])
+    return out
+
+
+@compiled
+@no_type_check
+def position_key(seq, pos):
+    """Return the number of a position, the same in any batch."""
+    return (np.uint64(seq) << np.uint64(16)) | np.uint64(pos)
+
+
+@compiled
+@no_type_check
+def offer_top(top, u, act, seq, pos, doc):
+    """Let one token into the list of unit u if it belongs there; exact for tokens in any order."""
+    k = top.act.shape[1]
+    n = top.size[u]
+    place = -1
+    for i in range(n):
+        if top.doc[u, i] == doc:
+            place = i
+    if place < 0 and n < k:
+        place = n
+        top.size[u] = n + 1
+    else:
+        if place < 0:
+            place = top.worst[u]
+        if not _ahead(act, seq, pos, top, u, place):
+            return
+    top.act[u, place] = act
+    top.seq[u, place] = seq
+    top.pos[u, place] = pos
+    top.doc[u, place] = doc
+    if top.size[u] == k:
+        worst = 0
+        for i in range(1, k):
+            if not _ahead(top.act[u, i], top.seq[u, i], top.pos[u, i], top, u, worst):
+                worst = i
+        top.worst[u] = worst
+        top.gate[u] = top.act[u, worst]
+
+
+@compiled
+@no_type_check
+def _ahead(act, seq, pos, top, u, i):
+    """Tell whether a token ranks before entry i: larger, or as large and earlier."""
+    if act != top.act[u, i]:
+        return act > top.act[u, i]
+    return position_key(seq, pos) < position_key(top.seq[u, i], top.pos[u, i])
+
+
+@compiled
+@no_type_check
+def offer_draw(draw, u, key, act, seq, pos, doc):
+    """Let one token into the sample of unit u if its priority is small enough."""
+    k = draw.act.shape[1]
+    n = draw.size[u]
+    if k == 0 or (n == k and key >= draw.gate[u]):
+        return
+    place = n if n < k else draw.worst[u]
+    draw.key[u, place] = key
+    draw.act[u, place] = act
+    draw.seq[u, place] = seq
+    draw.pos[u, place] = pos
+    draw.doc[u, place] = doc
+    draw.size[u] = n = min(n + 1, k)
+    if n == k:
+        worst = 0
+        for i in range(1, k):
+            if draw.key[u, i] > draw.key[u, worst]:
+                worst = i
+        draw.worst[u] = worst
+        draw.gate[u] = draw.key[u, worst]
+
+
+@compiled
+@no_type_check
+def fraction(h):
+    """Return the hash as a number in [0, 1)."""
+    return np.float64(h >> np.uint64(11)) * 2.0**-53
+
+
+@compiled
+@no_type_check
+def is_drawn(draw, u, tile_key, n):
+    """Tell whether the smallest of n priorities may enter; false means that none does.
+
+    The smallest of n uniforms is 1 - (1 - h)^(1/n) for a uniform h, which is at least h / n.
+    """
+    h = fraction(mix(draw.salt[u] ^ tile_key))
+    return h * 2.0**64 < np.float64(n) * np.float64(draw.gate[u])
+
+
+@compiled
+@no_type_check
+def draw_tile(draw, u, tile_key, values, used, seq, pos, docs):
+    """Offer the tokens of one tile to the sample of unit u, in the order of their priorities.
+
+    `values` holds the unit's activations; `used` is scratch of the same length.
+    """
+    n = values.shape[0]
+    used[:n] = False
+    state = draw.salt[u] ^ tile_key
+    left, smallest = np.float64(1.0), 0.0
+    for i in range(n):
+        left *= (1.0 - fraction(mix(state))) ** (1.0 / (n - i))
+        smallest = 1.0 - left
+        key = np.uint64(smallest * 2.0**53) << np.uint64(11)
+        if draw.size[u] == draw.act.shape[1] and key >= draw.gate[u]:
+            return
+        at = 0
+        while True:
+            state = mix(state)
+            at = np.int64(fraction(mix(state ^ np.uint64(1))) * n)
+            if not used[at]:
+                break
+        used[at] = True
+        state = mix(state)
+        if np.isfinite(values[at]):
+            offer_draw(draw, u, key, values[at], seq, pos + at, docs[at])
+
+
+@compiled
+@no_type_check
+def merge_top(into, other):
+    """Take the lists of other tokens of the same units into `into`."""
+    for u in range(other.size.shape[0]):
+        for i in range(other.size[u]):
+            offer_top(
+                into, u, other.act[u, i], other.seq[u, i], other.pos[u, i], other.doc[u, i]
+            )
+
+
+@compiled
+@no_type_check
+def merge_draw(into, other):
+    """Take the samples of other tokens of the same units into `into`."""
+    for u in range(other.size.shape[0]):
+        for i in range(other.size[u]):
+            offer_draw(
+                into,
+                u,
+                other.key[u, i],
+                other.act[u, i],
+                other.seq[u, i],
+                other.pos[u, i],
+                other.doc[u, i],
+            )
+
+
+class Chosen(NamedTuple):
+    """Exemplars of one kind for all units of a hook, by unit and rank."""
+
+    place: Int64[np.ndarray, " n"]
+    """Place of the unit among those captured."""
+    rank: Int32[np.ndarray, " n"]
+    """Order within the unit, 1 is first."""
+    bin: Int32[np.ndarray, " n"] | None
+    seq: Int32[np.ndarray, " n"]
+    pos: UInt16[np.ndarray, " n"]
+    doc: Int32[np.ndarray, " n"]
+    act: Float32[np.ndarray, " n"]
+
+
+def top_exemplars(top: Top) -> Chosen:
+    """Return the top exemplars, the largest first."""
+    return _ordered(top, lambda held: (held.pos, held.seq, -held.act))
+
+
+def random_exemplars(draw: Draw) -> Chosen:
+    """Return the sample in the order of its priorities, so that the first m are a sample of m."""
+    key = draw.key[_held(draw)]
+    return _ordered(draw, lambda held: (held.pos, held.seq, key))
+
+
+def quantile_exemplars(draw: Draw) -> Chosen:
+    """Return the sample by ascending activation, cut into `QUANTILE_BINS` parts of equal count."""
+    chosen = _ordered(draw, lambda held: (held.pos, held.seq, held.act))
+    share = (chosen.rank - 1) * QUANTILE_BINS // draw.size[chosen.place]
+    return chosen._replace(bin=share.astype(np.int32))
+
+
+def _held(lists: Top | Draw) -> np.ndarray:
+    return np.arange(lists.act.shape[1]) < lists.size[:, None]
+
+
+def _ordered(lists: Top | Draw, by: Callable[[Chosen], tuple[np.ndarray, ...]]) -> Chosen:
+    """Return the entries held, by unit and then by the keys that `by` gives, the last one first."""
+    held = _held(lists)
+    place = np.nonzero(held)[0]
+    rank = np.zeros(len(place), np.int32)
+    entries = [values[held] for values in (lists.seq, lists.pos, lists.doc, lists.act)]
+    order = np.lexsort((*by(Chosen(place, rank, None, *entries)), place))
+    first = np.concatenate([[0], np.cumsum(lists.size)])[:-1]
+    rank = (np.arange(len(place)) - first[place] + 1).astype(np.int32)
+    return Chosen(place, rank, None, *[values[order] for values in entries])

@@ -1,0 +1,116 @@
+"""What is kept of one hook point: the settings of a capture, checked when they are made."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from activation_store.errors import ContentError
+
+Dtype = Literal["float32", "float16"]
+
+LARGEST: dict[str, float] = {
+    "float32": float(np.finfo(np.float32).max),
+    "float16": float(np.finfo(np.float16).max),
+}
+"""Largest finite value of each type that activations can be stored as."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Keep a hook's activations as sparse rows, with statistics and exemplars of every unit."""
+
+    hook: str
+    """Name of the tensor."""
+    d: int
+    """Width of the tensor in units, >= 1."""
+    threshold: float = 0.0
+    """An activation is stored, and counts as active, where it is above this."""
+    max_density: float = 0.5
+    """Refuse the hook where a larger share of its activations than this would be stored."""
+    top_k: int = 32
+    """Strongest exemplars per unit, one per document."""
+    random_k: int = 16
+    """Exemplars per unit drawn uniformly over all tokens."""
+    quantile_k: int = 4
+    """Exemplars per unit and tenth of its activations above the threshold."""
+    dtype: Dtype = "float32"
+    """Type that stored activations are rounded to; statistics use the value before rounding."""
+    units: tuple[int, ...] | None = None
+    """Units to keep; None keeps all."""
+    top_p: float | None = None
+    """Store only the smallest set of a token's activations that holds this share of their sum."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be.
+
+        Raises:
+            ContentError: a setting is out of its range; names hook, setting, value and range.
+        """
+        sizes = min(self.top_k, self.random_k, self.quantile_k)
+        _check(self.hook, "d", self.d, 1 <= self.d <= 2**31 - 1, "an integer >= 1")
+        _check(self.hook, "top_k, random_k, quantile_k", sizes, sizes >= 0, "integers >= 0")
+        _check(
+            self.hook, "max_density", self.max_density, 0 < self.max_density <= 1, "in (0, 1]"
+        )
+        _check(
+            self.hook, "threshold", self.threshold, np.isfinite(self.threshold), "a finite number"
+        )
+        _check(self.hook, "dtype", self.dtype, self.dtype in LARGEST, "float32 or float16")
+        if self.top_p is not None:
+            _check(self.hook, "top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+            _check(
+                self.hook, "threshold", self.threshold, self.threshold >= 0, ">= 0 with top_p"
+            )
+        if self.units is not None:
+            known = len(self.units) > 0 and 0 <= min(self.units) <= max(self.units) < self.d
+            ascends = list(self.units) == sorted(set(self.units))
+            _check(
+                self.hook,
+                "units",
+                _shortened(self.units),
+                known and ascends,
+                f"ascending units between 0 and {self.d - 1}",
+            )
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Units kept, ascending, int64."""
+        return np.arange(self.d) if self.units is None else np.array(self.units, np.int64)
+
+    @property
+    def cutoff(self) -> np.float32:
+        """Largest float32 not above the threshold: a float32 is above the one iff the other."""
+        near = np.float32(self.threshold)
+        return near if near <= self.threshold else np.nextafter(near, np.float32(-np.inf))
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Keep a hook's activations whole, one vector per token."""
+
+    hook: str
+    """Name of the tensor."""
+    d: int
+    """Width of the tensor, >= 1."""
+    dtype: Dtype = "float16"
+    """Type that vectors are rounded to."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be.
+
+        Raises:
+            ContentError: a setting is out of its range.
+        """
+        _check(self.hook, "d", self.d, self.d >= 1, "an integer >= 1")
+        _check(self.hook, "dtype", self.dtype, self.dtype in LARGEST, "float32 or float16")
+
+
+def _check(hook: str, name: str, got: object, holds: object, wanted: str) -> None:
+    if not holds:
+        raise ContentError(f"{hook}: {name}: want {wanted}, got {got!r}.")
+
+
+def _shortened(units: tuple[int, ...]) -> str:
+    shown = ", ".join(str(unit) for unit in units[:6])
+    return f"[{shown}{', ...' if len(units) > 6 else ''}]"

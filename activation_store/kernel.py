@@ -1,0 +1,390 @@
+"""One pass over a block of activations: moments, sketch, exemplars and the sparse entries.
+
+A block is cut into tiles, runs of at most `TILE` tokens of one sequence, and each tile into strips of
+`STRIP` units. A strip of a tile is copied to a buffer that stays in the fastest cache; everything is
+computed from there, so a block is read from memory once. Tiles lie on a fixed grid within their
+sequence: the result does not depend on how sequences are grouped into blocks, to the bit.
+
+Entries come out tile by tile, within a tile by unit, within a unit by position, with a count per
+(tile, unit). `gather` merges the tiles of many blocks into columns sorted by (unit, seq_id, pos).
+"""
+
+from typing import NamedTuple, no_type_check
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64, UInt8, UInt16
+
+from activation_store.compiled import compiled
+from activation_store.exemplars import (
+    Draw,
+    Top,
+    draw_tile,
+    is_drawn,
+    mix,
+    offer_draw,
+    offer_top,
+    position_key,
+)
+from activation_store.sketch import SIDE, Counts, bucket
+from activation_store.statistics import Moments, add_sums
+
+TILE = 128
+"""Most tokens in a tile; a count per (tile, unit) must fit in a byte."""
+STRIP = 64
+"""Units handled together: four cache lines of a row."""
+_LANE = 16
+"""Units whose positions are collected together, so that their lists stay in the fastest cache."""
+
+
+class Tiles(NamedTuple):
+    """Where the tokens of a block come from."""
+
+    row: Int64[np.ndarray, " tiles"]
+    """First row of the tile in the block."""
+    length: Int64[np.ndarray, " tiles"]
+    seq: Int32[np.ndarray, " tiles"]
+    pos: Int64[np.ndarray, " tiles"]
+    """Position of the first row within its sequence."""
+    doc: Int32[np.ndarray, " rows"]
+    cut: Float32[np.ndarray, " rows"]
+    """Smallest activation of the token that is kept; -inf keeps all above the threshold."""
+
+
+class Seen(NamedTuple):
+    """What a hook's tokens added up to; the arrays are changed in place."""
+
+    moments: Moments
+    sketch: Counts
+    top: Top
+    random: Draw
+    firing: Draw
+    odd: Int64[np.ndarray, "units 3"]
+    """NaN, infinite and (for float16) overflowing activations per unit."""
+
+
+class Entries(NamedTuple):
+    """Sparse entries in the order of the pass; `used` counts entries and tiles filled so far."""
+
+    pos: UInt16[np.ndarray, " entries"]
+    act: Float32[np.ndarray, " entries"]
+    count: UInt8[np.ndarray, "tiles units"]
+    seq: Int32[np.ndarray, " tiles"]
+    start: Int64[np.ndarray, " tiles"]
+    """First entry of the tile."""
+    used: Int64[np.ndarray, "2"]
+
+
+class Strip(NamedTuple):
+    """Buffers for one strip of one tile."""
+
+    act: Float32[np.ndarray, "tokens units"]
+    at: UInt16[np.ndarray, "units tokens"]
+    n: Int64[np.ndarray, " units"]
+    shift: np.ndarray
+    sums: np.ndarray
+    low: Float32[np.ndarray, " units"]
+    high: Float32[np.ndarray, " units"]
+    bad: Float32[np.ndarray, " units"]
+    column: Float32[np.ndarray, " tokens"]
+    used: np.ndarray
+
+
+@compiled
+@no_type_check
+def new_strip():
+    """Return fresh buffers."""
+    real = np.zeros((3, STRIP), np.float32)
+    return Strip(
+        np.zeros((TILE, STRIP), np.float32),
+        np.zeros((STRIP, TILE + 1), np.uint16),
+        np.zeros(STRIP, np.int64),
+        np.zeros(STRIP),
+        np.zeros((4, STRIP)),
+        real[0],
+        real[1],
+        real[2],
+        np.zeros(TILE, np.float32),
+        np.zeros(TILE, np.bool_),
+    )
+
+
+@compiled
+@no_type_check
+def scan(x, tiles, first, last, threshold, largest, seen, entries):
+    """Take units first..last-1 of a block x [rows, d] into `seen` and, unless empty, `entries`.
+
+    `entries` covers just these units. Activations above `largest` are counted, not kept.
+    """
+    strip = new_strip()
+    keep = entries.pos.shape[0] > 0
+    for tile in range(tiles.row.shape[0]):
+        if keep:
+            at_tile = entries.used[1]
+            entries.used[1] = at_tile + 1
+            entries.seq[at_tile] = tiles.seq[tile]
+            entries.start[at_tile] = entries.used[0]
+        for c in range(first, last, STRIP):
+            width = min(STRIP, last - c)
+            _load(x, tiles.row[tile], tiles.length[tile], c, width, strip)
+            _sum(tiles.length[tile], seen.moments, c, width, strip)
+            for lane in range(0, STRIP, _LANE):
+                _collect(tiles.length[tile], threshold, lane, strip)
+            for u in range(width):
+                _take_unit(tiles, tile, c, u, threshold, seen, strip)
+                if keep:
+                    kept = _append(tiles, tile, c, u, largest, seen, strip, entries)
+                    entries.count[at_tile, c - first + u] = kept
+
+
+@compiled
+@no_type_check
+def _load(x, row, n, c, width, strip):
+    """Copy one strip of one tile; a strip at the edge is as wide as any, its rest is stale."""
+    if width == STRIP:
+        for t in range(n):
+            source, target = x[row + t, c : c + STRIP], strip.act[t]
+            for u in range(STRIP):
+                target[u] = source[u]
+    else:
+        for t in range(n):
+            for u in range(width):
+                strip.act[t, u] = x[row + t, c + u]
+
+
+@compiled
+@no_type_check
+def _sum(n, moments, c, width, strip):
+    """Sum powers of the deviation from the mean so far, with extremes and a mark for non-finite."""
+    s1, s2 = np.zeros(STRIP), np.zeros(STRIP)
+    s3, s4 = np.zeros(STRIP), np.zeros(STRIP)
+    shift, low, high, bad = strip.shift, strip.low, strip.high, strip.bad
+    for u in range(width):
+        known = moments.count[c + u] > 0
+        shift[u] = moments.mean[c + u] if known else strip.act[0, u]
+        if not np.isfinite(shift[u]):
+            shift[u] = 0.0
+    for u in range(STRIP):
+        low[u], high[u], bad[u] = np.inf, -np.inf, 0.0
+    for t in range(n):
+        row = strip.act[t]
+        for u in range(STRIP):
+            v = row[u]
+            d = np.float64(v) - shift[u]
+            d2 = d * d
+            s1[u] += d
+            s2[u] += d2
+            s3[u] += d2 * d
+            s4[u] += d2 * d2
+            low[u] = min(low[u], v)
+            high[u] = max(high[u], v)
+            bad[u] += v * np.float32(0.0)
+    for u in range(STRIP):
+        strip.sums[0, u] = s1[u]
+        strip.sums[1, u] = s2[u]
+        strip.sums[2, u] = s3[u]
+        strip.sums[3, u] = s4[u]
+
+
+@compiled
+@no_type_check
+def _collect(n, threshold, lane, strip):
+    """List the rows of `_LANE` units that are above the threshold, without a branch per value."""
+    count = np.zeros(_LANE, np.uint32)
+    at = strip.at[lane : lane + _LANE]
+    for t in range(n):
+        row = strip.act[t, lane : lane + _LANE]
+        for u in range(_LANE):
+            k = count[u]
+            at[u, k] = t
+            count[u] = k + np.uint32(row[u] > threshold)
+    for u in range(_LANE):
+        strip.n[lane + u] = count[u]
+
+
+@compiled
+@no_type_check
+def _take_unit(tiles, tile, c, u, threshold, seen, strip):
+    """Take one unit of one tile into moments, sketch and exemplars."""
+    n = tiles.length[tile]
+    finite = n
+    if strip.bad[u] != 0.0:
+        finite = _drop_odd(n, c + u, u, seen, strip)
+    if finite == 0:
+        return
+    moments = seen.moments
+    add_sums(
+        moments,
+        c + u,
+        np.float64(finite),
+        strip.shift[u],
+        strip.sums[0, u],
+        strip.sums[1, u],
+        strip.sums[2, u],
+        strip.sums[3, u],
+    )
+    moments.active[c + u] += strip.n[u]
+    moments.low[c + u] = min(moments.low[c + u], strip.low[u])
+    moments.high[c + u] = max(moments.high[c + u], strip.high[u])
+    if threshold == 0.0 and strip.low[u] >= 0.0:
+        _count_active(c + u, u, finite, seen.sketch, strip)
+    else:
+        _count_all(c + u, u, n, seen.sketch, strip)
+    _choose(tiles, tile, c + u, u, seen, strip)
+
+
+@compiled
+@no_type_check
+def _drop_odd(n, unit, u, seen, strip):
+    """Count NaN and infinities, and redo sums and list over what is finite; return how many are."""
+    finite, active = 0, 0
+    strip.sums[:, u] = 0.0
+    strip.low[u], strip.high[u] = np.inf, -np.inf
+    for t in range(n):
+        v = strip.act[t, u]
+        if np.isfinite(v):
+            finite += 1
+            d = np.float64(v) - strip.shift[u]
+            strip.sums[0, u] += d
+            strip.sums[1, u] += d * d
+            strip.sums[2, u] += d * d * d
+            strip.sums[3, u] += d * d * d * d
+            strip.low[u] = min(strip.low[u], v)
+            strip.high[u] = max(strip.high[u], v)
+        else:
+            seen.odd[unit, 0 if np.isnan(v) else 1] += 1
+    for k in range(strip.n[u]):
+        t = strip.at[u, k]
+        if np.isfinite(strip.act[t, u]):
+            strip.at[u, active] = t
+            active += 1
+    strip.n[u] = active
+    return finite
+
+
+@compiled
+@no_type_check
+def _count_active(unit, u, n, sketch, strip):
+    """Count a unit whose other values are all zero: the usual case of a ReLU."""
+    bits = strip.column.view(np.uint32)
+    counts = sketch[unit]
+    for k in range(strip.n[u]):
+        strip.column[k] = strip.act[strip.at[u, k], u]
+    for k in range(strip.n[u]):
+        counts[bucket(bits[k])] += np.uint32(1)
+    counts[SIDE] += np.uint32(n - strip.n[u])
+
+
+@compiled
+@no_type_check
+def _count_all(unit, u, n, sketch, strip):
+    """Count every finite value of a unit."""
+    bits = strip.column.view(np.uint32)
+    counts = sketch[unit]
+    for t in range(n):
+        strip.column[t] = strip.act[t, u]
+        if np.isfinite(strip.column[t]):
+            counts[bucket(bits[t])] += np.uint32(1)
+
+
+@compiled
+@no_type_check
+def _choose(tiles, tile, unit, u, seen, strip):
+    """Offer the tokens of one unit of one tile to its exemplars."""
+    n, seq, pos = tiles.length[tile], tiles.seq[tile], tiles.pos[tile]
+    docs = tiles.doc[tiles.row[tile] : tiles.row[tile] + n]
+    if strip.n[u] > 0 and strip.high[u] >= seen.top.gate[unit]:
+        _offer_best(unit, u, seq, pos, docs, seen.top, strip)
+    firing = seen.firing
+    if firing.act.shape[1] > 0:
+        for k in range(strip.n[u]):
+            t = strip.at[u, k]
+            key = mix(firing.salt[unit] ^ position_key(seq, pos + t))
+            if key < firing.gate[unit]:
+                offer_draw(firing, unit, key, strip.act[t, u], seq, pos + t, docs[t])
+    tile_key = mix(position_key(seq, pos))
+    if seen.random.act.shape[1] > 0 and is_drawn(seen.random, unit, tile_key, n):
+        for t in range(n):
+            strip.column[t] = strip.act[t, u]
+        draw_tile(seen.random, unit, tile_key, strip.column[:n], strip.used, seq, pos, docs)
+
+
+@compiled
+@no_type_check
+def _offer_best(unit, u, seq, pos, docs, top, strip):
+    """Offer the best token of each run of one document: at most one of them can stay."""
+    best = strip.at[u, 0]
+    for k in range(1, strip.n[u]):
+        t = strip.at[u, k]
+        if docs[t] != docs[best]:
+            offer_top(top, unit, strip.act[best, u], seq, pos + best, docs[best])
+            best = t
+        elif strip.act[t, u] > strip.act[best, u]:
+            best = t
+    offer_top(top, unit, strip.act[best, u], seq, pos + best, docs[best])
+
+
+@compiled
+@no_type_check
+def _append(tiles, tile, c, u, largest, seen, strip, entries):
+    """Append the entries of one unit of one tile and return how many."""
+    end = entries.used[0]
+    row, pos = tiles.row[tile], tiles.pos[tile]
+    for k in range(strip.n[u]):
+        t = strip.at[u, k]
+        v = strip.act[t, u]
+        if v > largest:
+            seen.odd[c + u, 2] += 1
+        elif v >= tiles.cut[row + t]:
+            entries.pos[end] = pos + t
+            entries.act[end] = v
+            end += 1
+    kept = end - entries.used[0]
+    entries.used[0] = end
+    return kept
+
+
+@compiled
+@no_type_check
+def gather(entries, order, cursor, first, last, unit_ids, unit, seq, pos, act):
+    """Write units first..last-1 of `entries` as columns by (unit, seq_id, pos).
+
+    `order` lists the tiles by sequence and position. `cursor` holds, per tile, the first entry not
+    yet written: units are asked for in order.
+    """
+    end = 0
+    for u in range(first, last):
+        for i in range(order.shape[0]):
+            tile = order[i]
+            n = np.int64(entries.count[tile, u])
+            start = cursor[tile]
+            for k in range(n):
+                unit[end + k] = unit_ids[u]
+                seq[end + k] = entries.seq[tile]
+                pos[end + k] = entries.pos[start + k]
+                act[end + k] = entries.act[start + k]
+            cursor[tile] = start + n
+            end += n
+
+
+@compiled
+@no_type_check
+def top_p_cuts(x, threshold, share):
+    """Return per row the smallest activation of the smallest set that holds `share` of the sum.
+
+    The sum is over the finite activations above the threshold; ties with the smallest stay too.
+    """
+    cuts = np.empty(x.shape[0], np.float32)
+    for t in range(x.shape[0]):
+        row = x[t]
+        kept = row[(row > threshold) & np.isfinite(row)]
+        kept = np.sort(kept)
+        total, part = 0.0, 0.0
+        for i in range(kept.shape[0]):
+            total += kept[i]
+        i = kept.shape[0]
+        while i > 0 and part < share * total:
+            i -= 1
+            part += kept[i]
+        cuts[t] = kept[i] if kept.shape[0] else np.inf
+    return cuts
+

@@ -1,0 +1,152 @@
+"""The tables that a capture keeps up to date: `hooks`, `unit_stats` and `exemplars`.
+
+Each commit replaces the rows of the capture's hooks, so the tables always speak of exactly the tokens
+that are committed.
+"""
+
+from collections.abc import Sequence
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from activation_store.accumulator import Accumulator
+from activation_store.exemplars import (
+    Chosen,
+    quantile_exemplars,
+    random_exemplars,
+    top_exemplars,
+)
+from activation_store.sketch import RELATIVE_ERROR, quantiles
+from activation_store.statistics import shape_of
+from activation_store.vectors import VectorLog
+
+QUANTILES = {
+    "q01": 0.01,
+    "q10": 0.1,
+    "q25": 0.25,
+    "q50": 0.5,
+    "q75": 0.75,
+    "q90": 0.9,
+    "q99": 0.99,
+    "q999": 0.999,
+}
+"""Columns of `unit_stats` and the quantiles they hold."""
+
+
+def write_tables(
+    con: duckdb.DuckDBPyConnection,
+    hooks: Sequence[Accumulator],
+    vectors: VectorLog,
+    seed: int,
+) -> None:
+    """Replace the rows of these hooks in the three tables."""
+    for hook in hooks:
+        name = hook.rows.hook
+        con.execute("DELETE FROM hooks WHERE hook = $1 AND kind = 'rows'", [name])
+        con.execute("DELETE FROM unit_stats WHERE hook = $1", [name])
+        con.execute("DELETE FROM exemplars WHERE hook = $1", [name])
+        _insert_row(con, "hooks", _rows_facts(hook, seed))
+        _insert(con, "unit_stats", unit_stats(hook))
+        _insert(con, "exemplars", exemplars(hook))
+    for i, hook in enumerate(vectors.hooks):
+        con.execute("DELETE FROM hooks WHERE hook = $1 AND kind = 'vectors'", [hook.hook])
+        counts = dict(zip(("n_nan", "n_inf", "n_overflow"), vectors.odd[i].tolist(), strict=True))
+        facts = {"hook": hook.hook, "kind": "vectors", "d": hook.d, "dtype": hook.dtype}
+        seen = {"n_tokens": vectors.n_tokens, "n_acts": vectors.n_vectors}
+        _insert_row(con, "hooks", {**facts, **seen, **counts})
+
+
+def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
+    assert table in ("unit_stats", "exemplars")
+    con.register("rows_to_insert", rows)
+    con.execute(f"INSERT INTO {table} BY NAME SELECT * FROM rows_to_insert")
+    con.unregister("rows_to_insert")
+
+
+def _insert_row(con: duckdb.DuckDBPyConnection, table: str, row: dict[str, object]) -> None:
+    names = ", ".join(row)
+    marks = ", ".join(["?"] * len(row))
+    con.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", list(row.values()))
+
+
+def _rows_facts(hook: Accumulator, seed: int) -> dict[str, object]:
+    rows = hook.rows
+    odd = hook.seen.odd.sum(axis=0).tolist()
+    return {
+        "hook": rows.hook,
+        "kind": "rows",
+        "d": rows.d,
+        "units": None if rows.units is None else list(rows.units),
+        "dtype": rows.dtype,
+        "threshold": rows.threshold,
+        "max_density": rows.max_density,
+        "top_p": rows.top_p,
+        "top_k": rows.top_k,
+        "random_k": rows.random_k,
+        "quantile_k": rows.quantile_k,
+        "seed": seed,
+        "n_tokens": hook.n_tokens,
+        "n_acts": hook.n_acts,
+        "n_nan": odd[0],
+        "n_inf": odd[1],
+        "n_overflow": odd[2],
+        "quantile_error": RELATIVE_ERROR,
+    }
+
+
+def unit_stats(hook: Accumulator) -> pa.Table:
+    """Return the rows of table `unit_stats` for one hook; NULL where a number is not defined."""
+    moments = hook.seen.moments
+    variance, skewness, kurtosis = shape_of(moments)
+    seen = moments.count > 0
+    with np.errstate(invalid="ignore"):
+        density = moments.active / moments.count
+    numbers = {
+        "density": density,
+        "mean": np.where(seen, moments.mean, np.nan),
+        "variance": variance,
+        "skewness": skewness,
+        "kurtosis": kurtosis,
+        "min_act": np.where(seen, moments.low, np.nan).astype(np.float64),
+        "max_act": np.where(seen, moments.high, np.nan).astype(np.float64),
+    }
+    levels = quantiles(hook.seen.sketch, moments.low, moments.high, tuple(QUANTILES.values()))
+    numbers |= dict(zip(QUANTILES, levels.T, strict=True))
+    return pa.table(
+        {
+            "hook": pa.array([hook.rows.hook]).take(pa.array(np.zeros(len(seen), np.int32))),
+            "unit": hook.rows.kept.astype(np.int32),
+            "n_tokens": moments.count,
+            "n_active": moments.active,
+            **{name: pa.array(values, from_pandas=True) for name, values in numbers.items()},
+        }
+    )
+
+
+def exemplars(hook: Accumulator) -> pa.Table:
+    """Return the rows of table `exemplars` for one hook."""
+    chosen = {
+        "top": top_exemplars(hook.seen.top),
+        "random": random_exemplars(hook.seen.random),
+        "quantile": quantile_exemplars(hook.seen.firing),
+    }
+    return pa.concat_tables(_exemplar_rows(hook, kind, rows) for kind, rows in chosen.items())
+
+
+def _exemplar_rows(hook: Accumulator, kind: str, chosen: Chosen) -> pa.Table:
+    n = len(chosen.rank)
+    again = pa.array(np.zeros(n, np.int32))
+    return pa.table(
+        {
+            "hook": pa.array([hook.rows.hook]).take(again),
+            "unit": hook.rows.kept[chosen.place].astype(np.int32),
+            "kind": pa.array([kind]).take(again),
+            "rank": chosen.rank,
+            "bin": pa.nulls(n, pa.int32()) if chosen.bin is None else pa.array(chosen.bin),
+            "seq_id": chosen.seq.astype(np.int64),
+            "pos": chosen.pos.astype(np.int32),
+            "doc_id": chosen.doc,
+            "act": chosen.act,
+        }
+    )
