@@ -1,6 +1,6 @@
 """Names shared by every part: document splits and the progress callback. Imports nothing heavy."""
 
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 Split = Literal["train", "val", "explain", "score"]
 """Part of a corpus; each document belongs to exactly one (see `lmmono.data.splits`)."""
@@ -8,6 +8,7 @@ Split = Literal["train", "val", "explain", "score"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
+@runtime_checkable
 class Progress(Protocol):
     """How long work reports: called with what is done so far; must be cheap and never raise."""
 
