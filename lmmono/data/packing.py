@@ -1,7 +1,7 @@
 """Packing: documents end to end, an end-of-text token after each, cut into rows on disk."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -12,14 +12,13 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
 from lmmono.data.document import Document
+from lmmono.data.encoding import BLOCK_CHARACTERS, plain_encoder
 from lmmono.data.splits import split_of
-from lmmono.data.tokenizers import end_of_text_id, plain_encoder
+from lmmono.data.tokenizers import end_of_text_id
 from lmmono.recipe.sections import Data
 from lmmono.types import SPLITS, Split
 
 BLOCK_DOCUMENTS = 2048
-BLOCK_CHARACTERS = 2_000_000
-"""Text encoded at once: enough to keep every core busy, little enough to stay far below a GB."""
 
 DOCUMENTS = pa.schema(
     [
@@ -61,12 +60,14 @@ class RowFile:
         self._rest = joined[n_rows * self._n_ctx :]
         self.n_rows += n_rows
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Write the final shape into the header; tokens of the last incomplete row are dropped."""
-        if not self._file.closed:
-            self._file.seek(0)
-            self._write_header()
-            self._file.close()
+        self._file.seek(0)
+        self._write_header()
+
+    def close(self) -> None:
+        """Close the file; unless it was finished, its header says that it has no rows."""
+        self._file.close()
 
     def _write_header(self) -> None:
         # numpy pads the header so that its first axis can grow in place (numpy.lib.format)
@@ -96,13 +97,17 @@ class SplitWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._ids.close()
-        self._doc_ids.close()
+        for file in (self._ids, self._doc_ids):
+            with closing(file):
+                if kind is None:
+                    file.finish()
 
-    def append(self, doc_ids: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+    def append(self, doc_ids: Sequence[int], tokens: Sequence[np.ndarray]) -> None:
         """Add documents, each with its end-of-text token already at its end."""
         lengths = [len(ids) for ids in tokens]
-        self._ids.append(np.fromiter((i for ids in tokens for i in ids), np.int64, sum(lengths)))
+        if not lengths:
+            return
+        self._ids.append(np.concatenate(tokens))
         self._doc_ids.append(np.repeat(np.asarray(doc_ids, np.int32), lengths))
         self.n_documents += len(doc_ids)
         self.n_tokens += sum(lengths)
@@ -130,7 +135,7 @@ def pack(
     the packing itself puts an end-of-text token anywhere.
     """
     encode = plain_encoder(tokenizer)
-    end = end_of_text_id(tokenizer)
+    end = np.uint32(end_of_text_id(tokenizer))
     dtype = id_dtype(len(tokenizer))
     blocks: list[pa.RecordBatch] = []
     with ExitStack() as stack:
@@ -141,7 +146,7 @@ def pack(
         n_documents = 0
         for block in _blocks(texts):
             splits: list[Split] = [split_of(document.text, section.splits) for document in block]
-            tokens = [[*ids, end] for ids in encode([document.text for document in block])]
+            tokens = [np.append(ids, end) for ids in encode([document.text for document in block])]
             for split in SPLITS:
                 mine = [i for i, other in enumerate(splits) if other == split]
                 writers[split].append([n_documents + i for i in mine], [tokens[i] for i in mine])
@@ -166,7 +171,7 @@ def _blocks(texts: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _document_rows(
-    first: int, block: list[Document], splits: list[Split], tokens: list[list[int]]
+    first: int, block: list[Document], splits: list[Split], tokens: list[np.ndarray]
 ) -> pa.RecordBatch:
     columns = [
         range(first, first + len(block)),

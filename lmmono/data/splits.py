@@ -7,6 +7,7 @@ one text fall together wherever they come from, in whatever order, in whatever c
 import hashlib
 import unicodedata
 
+from lmmono.data.document import pieces
 from lmmono.recipe.sections import Splits
 from lmmono.types import Split
 
@@ -17,7 +18,8 @@ def normalised(text: str) -> str:
     >>> normalised("  The\tCAT\n sat ")
     'the cat sat'
     """
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    words = (unicodedata.normalize("NFKC", piece).casefold().split() for piece in pieces(text))
+    return " ".join(" ".join(part) for part in words)
 
 
 def split_of(text: str, splits: Splits) -> Split:

@@ -7,7 +7,7 @@ Those made here see training documents only, so no held-out text shapes the voca
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from lmmono.data.corpora import document_count, documents
+from lmmono.data.document import pieces
 from lmmono.data.splits import split_of
 from lmmono.errors import DataError
 from lmmono.recipe import sections
@@ -35,8 +36,8 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Return the tokenizer of the settings; equal settings and text give an equal tokenizer.
 
-    `words` and `bpe` are trained here on the training documents of the corpus; `folder` is read
-    as it is.
+    `words` and `bpe` are trained here on every training document of the corpus; `folder` is
+    read as it is.
 
     Args:
         section: Which tokenizer.
@@ -89,28 +90,13 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return end
 
 
-def plain_encoder(
-    tokenizer: PreTrainedTokenizerFast,
-) -> Callable[[list[str]], list[list[int]]]:
-    """Return a batch encoder that adds no token and reads special tokens as ordinary text."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    return encode
-
-
 def _training_texts(
     corpus: sections.Corpus, splits: sections.Splits, progress: Progress
 ) -> Iterator[str]:
     total = document_count(corpus)
     for done, document in enumerate(documents(corpus), start=1):
         if split_of(document.text, splits) == "train":
-            yield document.text
+            yield from pieces(document.text)
         if done % 1000 == 0:
             progress("tokenizer", done, total or done)
 
