@@ -50,9 +50,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as train.steps=500."),
 ]
-Replace = Annotated[
-    bool, typer.Option("--replace", help="Delete what other settings made in the run folder.")
-]
 
 
 @app.command()
@@ -98,28 +95,28 @@ def list_(
 
 
 @app.command("run")
-def run_(recipe: RecipeFile, overrides: Overrides = None, replace: Replace = False) -> None:
+def run_(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Do every stage of every run that is not done yet, then compare the runs."""
     from lmmono.recipe import Recipe
     from lmmono.reporting.tables import comparison
     from lmmono.terminal import show_table
 
-    for table in comparison(_finish(Recipe.load(recipe, *overrides or ()), replace)):
+    for table in comparison(_finish(Recipe.load(recipe, *overrides or ()))):
         show_table(table.columns, table.rows, title=table.title, note=table.note)
 
 
 @app.command()
-def train(target: RecipeOrRun, overrides: Overrides = None, replace: Replace = False) -> None:
+def train(target: RecipeOrRun, overrides: Overrides = None) -> None:
     """Train the models of a recipe; go on where an interrupted training stopped."""
     for recipe in _runs_of(target, overrides):
-        _say(_trained(recipe, replace))
+        _say(_trained(recipe))
 
 
 @app.command()
-def capture(target: RecipeOrRun, overrides: Overrides = None, replace: Replace = False) -> None:
+def capture(target: RecipeOrRun, overrides: Overrides = None) -> None:
     """Stream activations of trained models into their stores."""
     for recipe in _runs_of(target, overrides):
-        _say(_captured(_created(recipe, replace)))
+        _say(_captured(_created(recipe)))
 
 
 @app.command()
@@ -147,7 +144,7 @@ def sql(
 def generate(
     target: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:
@@ -156,7 +153,7 @@ def generate(
     from lmmono.run import open_run
 
     run = open_run(target)
-    print(generate(run, prompt, n_tokens=tokens, temperature=temperature, seed=seed))
+    print(generate(run, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed))
 
 
 @import_app.command("crate-lm")
@@ -230,18 +227,24 @@ def _runs_of(target: Path, overrides: Sequence[str] | None) -> "tuple[Recipe, ..
     return Recipe.load(path, *overrides or ()).runs()
 
 
-def _created(recipe: "Recipe", replace: bool) -> "Run":
-    from lmmono.run import Run
+def _created(recipe: "Recipe") -> "Run":
+    """Open the run folder; say what other settings had made there."""
+    from lmmono.run import Run, changes, open_run
 
-    return Run.create(recipe, replace=replace)
+    run = Run.create(recipe)
+    if run.set_aside:
+        before = changes(open_run(run.set_aside).recipe, recipe)
+        _tell(f"{run.dir}: other settings' results set aside in {run.set_aside}")
+        _tell("\n".join(f"  {line}" for line in before))
+    return run
 
 
-def _trained(recipe: "Recipe", replace: bool) -> "Run":
+def _trained(recipe: "Recipe") -> "Run":
     from lmmono.terminal import shown_progress
     from lmmono.training import train
 
-    if replace:
-        _created(recipe, replace)
+    if _speaks():
+        _created(recipe)
     with shown_progress() as progress:
         return train(recipe, progress=progress)
 
@@ -254,13 +257,18 @@ def _captured(run: "Run") -> "Run":
         return capture_run(run, progress=progress)
 
 
-def _finish(recipe: "Recipe", replace: bool) -> "list[Run]":
-    return [_captured(_trained(single, replace)) for single in recipe.runs()]
+def _finish(recipe: "Recipe") -> "list[Run]":
+    return [_captured(_trained(single)) for single in recipe.runs()]
 
 
 def _say(run: "Run") -> None:
-    if os.environ.get("RANK", "0") == "0":  # one voice where several processes work
+    if _speaks():
         print(run)
+
+
+def _speaks() -> bool:
+    """Say whether this process speaks for all that `accelerate launch` has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ What the disk refuses is told as a `RunError`, since space and permissions are t
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,12 +72,3 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a whole folder, if it is there."""
-    with disk_faults(path):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

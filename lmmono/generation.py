@@ -7,14 +7,14 @@ from lmmono.run import Run
 
 
 def generate(
-    run: Run, prompt: str, *, n_tokens: int = 64, temperature: float = 1.0, seed: int = 0
+    run: Run, prompt: str, *, max_tokens: int = 64, temperature: float = 1.0, seed: int = 0
 ) -> str:
     """Return the prompt with the model's continuation.
 
     Args:
         run: A trained run.
         prompt: Text to go on from; empty starts a document.
-        n_tokens: Most tokens to add; an end of text ends it earlier.
+        max_tokens: Most tokens to add; an end of text ends it earlier.
         temperature: Above 0 samples at this temperature; 0 takes the likeliest token.
         seed: Seed of the sampling.
 
@@ -27,9 +27,9 @@ def generate(
     model: Any = run.model  # transformers types `generate` as a tensor
     tokenizer, n_ctx = run.tokenizer, run.recipe.data.n_ctx
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
-    if len(ids) + n_tokens > n_ctx:
+    if len(ids) + max_tokens > n_ctx:
         raise ModelError(
-            f"want prompt and continuation within {n_ctx} tokens, got {len(ids)} + {n_tokens}; "
+            f"want prompt and continuation within {n_ctx} tokens, got {len(ids)} + {max_tokens}; "
             "shorten the prompt or ask for fewer tokens"
         )
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
@@ -39,7 +39,7 @@ def generate(
         output = model.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
-            max_new_tokens=n_tokens,
+            max_new_tokens=max_tokens,
             pad_token_id=tokenizer.eos_token_id,
             **sampling,
         )

@@ -148,12 +148,12 @@ class Manifest(BaseModel):
         write_whole(folder / "manifest.json", self.model_dump_json(indent=2) + "\n")
 
     def stale_stages(self, recipe: Recipe) -> list[str]:
-        """Return the begun stages that a recipe would make otherwise, and all after them."""
+        """Return the stages begun with other settings than a recipe's, and those after them."""
         names = list(STAGES)
         for i, name in enumerate(names):
             record = self.stages.get(name)
             if record and record.digest != recipe.digest(*STAGES[name].sections):
-                return names[i:]
+                return [name for name in names[i:] if name in self.stages]
         return []
 
 

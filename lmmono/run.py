@@ -5,9 +5,10 @@
            metrics.parquet   numbers of training
            model/            weights and tokenizer
            store.duckdb      the activation store, with its shards in store/
+           replaced/         what other settings made, each a run folder of its own
 
-The folder refuses to hold two things: a stage that other settings made is never reused and never
-overwritten unasked, and only one process at a time works in it.
+What a stage made with other settings is never reused and never deleted: it moves to `replaced/`.
+Only one process at a time works in a folder.
 """
 
 import shutil
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmmono import provenance
-from lmmono.durable import disk_faults, flush, locked, remove, write_whole
+from lmmono.durable import disk_faults, flush, locked, write_whole
 from lmmono.errors import RecipeError, RunError, nearest
 from lmmono.manifest import STAGES, Manifest, StageRecord
 from lmmono.recipe import SECTIONS, Recipe
@@ -51,23 +52,21 @@ class Run:
         self.dir = folder
         self.recipe = recipe
         self.manifest = manifest
+        self.set_aside: Path | None = None
+        """Where `create` put what other settings had made here; None if there was nothing."""
 
     @classmethod
-    def create(cls, recipe: Recipe, *, replace: bool = False) -> "Run":
+    def create(cls, recipe: Recipe) -> "Run":
         """Open the run folder of a recipe, made now if there is none.
 
-        Settings of stages not begun yet may change between calls. Where a stage was begun with
-        other settings the folder is refused, or with `replace` that stage and all after it are
-        deleted. Nothing is deleted without it.
-
-        Args:
-            recipe: The recipe of one run.
-            replace: Delete what other settings made.
+        A stage that was begun here with other settings is not reused, nor are those that build on
+        it, and none is deleted: they move to `replaced/`, with the recipe and the manifest that
+        made them, where they can be opened as a run. Stages whose settings are the same stay.
 
         Raises:
             RecipeError: The recipe stands for several runs.
-            RunError: The folder holds other settings' results, something else than a run, or
-                cannot be written.
+            RunError: The folder holds something else than a run, another process works in it, or
+                it cannot be written.
         """
         recipe = recipe.only()
         folder = recipe.dir
@@ -77,7 +76,8 @@ class Run:
             return run
         run = open_run(folder)
         if run.recipe != recipe:
-            run._adopt(recipe, replace)
+            with locked(folder):
+                run._adopt(recipe)
         return run
 
     def __repr__(self) -> str:
@@ -217,22 +217,25 @@ class Run:
         self.manifest = self.manifest.model_copy(update={"stages": stages})
         self.manifest.write(self.dir)
 
-    def _adopt(self, recipe: Recipe, replace: bool) -> None:
-        """Take the settings of `recipe`, if no stage begun here was made by others."""
+    def _adopt(self, recipe: Recipe) -> None:
+        """Take other settings; what they would make otherwise is set aside."""
         stale = self.manifest.stale_stages(recipe)
-        if stale and not replace:
-            raise RunError(_other_settings(self, recipe, stale))
-        with locked(self.dir):
-            kept = {k: v for k, v in self.manifest.stages.items() if k not in stale}
-            digest = recipe.digest(*SECTIONS)
-            update = {"recipe_digest": digest, "seed": recipe.seed, "stages": kept}
-            self.recipe, self.manifest = recipe, self.manifest.model_copy(update=update)
-            self._write()
-            # after the manifest, so that a crash here leaves files nobody counts on, not a record
-            # of files that are gone
-            for name in stale:
-                for product in STAGES[name].products:
-                    remove(self.dir / product)
+        aside = _free_name(self.dir / "replaced", self.manifest.recipe_digest[:8])
+        if stale:
+            Run(aside, self.recipe, self.manifest)._write()
+            self.set_aside = aside
+        kept = {name: record for name, record in self.manifest.stages.items() if name not in stale}
+        self.recipe, self.manifest = (
+            recipe,
+            Manifest.new(recipe).model_copy(update={"stages": kept}),
+        )
+        self._write()
+        # after the manifest: a crash here leaves files that nobody counts on, not a record of
+        # files that are gone
+        with disk_faults(aside):
+            for product in (product for name in stale for product in STAGES[name].products):
+                if (self.dir / product).exists():
+                    (self.dir / product).replace(aside / product)
 
     def _write(self) -> None:
         with disk_faults(self.dir):
@@ -268,7 +271,8 @@ def find_runs(folder: str | Path) -> list[Path]:
     """Return the run folders at or under a folder, at most two levels down, sorted."""
     root = Path(folder)
     patterns = ("manifest.json", "*/manifest.json", "*/*/manifest.json")
-    return sorted({path.parent for pattern in patterns for path in root.glob(pattern)})
+    found = {path.parent for pattern in patterns for path in root.glob(pattern)}
+    return sorted(path for path in found if path.parent.name != "replaced")
 
 
 def _nearby(folder: Path) -> str:
@@ -287,22 +291,21 @@ def _holds_something(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
-def _other_settings(run: Run, recipe: Recipe, stale: list[str]) -> str:
-    there, asked = (dict(_leaves(r.model_dump(mode="json"))) for r in (run.recipe, recipe))
-    inert = ("about", "out", "name", "arm", "folder")
-    lines = [
-        f"  {key}: {there.get(key, 'absent')} there, {asked.get(key, 'absent')} asked"
-        for key in sorted(there.keys() | asked.keys())
-        if there.get(key) != asked.get(key) and key not in inert
-    ]
-    return "\n".join(
-        [
-            f"{run.dir}: holds results of other settings:",
-            *lines,
-            "choose another folder (name=... or out=...), or pass --replace to delete "
-            f"{' and '.join(stale)} (in Python: Run.create(recipe, replace=True))",
-        ]
+def _free_name(folder: Path, name: str) -> Path:
+    taken = len(list(folder.glob(f"{name}*")))
+    return folder / (f"{name}-{taken + 1}" if taken else name)
+
+
+def changes(before: Recipe, now: Recipe) -> list[str]:
+    """Return what differs between two recipes' results, as `train.lr: 0.002 before, 0.001 now`."""
+    old, new = (
+        dict(_leaves(r.model_dump(mode="json", include={"seed", *SECTIONS}))) for r in (before, now)
     )
+    return [
+        f"{key}: {old.get(key, 'absent')} before, {new.get(key, 'absent')} now"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _leaves(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from lmmono.errors import RunError
 from lmmono.manifest import STAGES
 from lmmono.recipe import SECTIONS, Recipe
 from lmmono.recipe.sections import Capture, CrateModel, Train
-from lmmono.run import Run, find_runs, open_run
+from lmmono.run import Run, changes, find_runs, open_run
 
 
 @pytest.fixture
@@ -99,34 +99,41 @@ def test_peak_memory_is_that_of_the_stage_not_of_the_process():
     assert provenance.peak_memory_bytes() > high - 50_000_000
 
 
-def test_results_of_other_settings_are_refused_with_the_keys_that_differ(recipe):
-    finish(Run.create(recipe), "train", val_loss=1.0)
-    other = changed(recipe, train=Train(lr=1e-4))
-    with pytest.raises(RunError) as caught:
-        Run.create(other)
-    message = str(caught.value)
-    assert "train.lr: 0.002 there, 0.0001 asked" in message
-    assert "name=..." in message and "--replace" in message
-    assert open_run(recipe.dir).recipe == recipe, "nothing was changed"
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {".lock", "recipe.yaml", "manifest.json"}
 
 
-def test_replace_deletes_the_stale_stage_and_all_after_it(recipe):
+def test_what_other_settings_made_is_set_aside_as_a_run_of_its_own(recipe):
     run = Run.create(recipe)
-    finish(run, "train")
+    finish(run, "train", val_loss=1.5)
     finish(run, "capture")
     for name in ("model", "store"):
         (run.dir / name).mkdir()
     for name in ("metrics.parquet", "store.duckdb", "notes.txt"):
         (run.dir / name).touch()
-    captured = Run.create(changed(recipe, capture=Capture(top_k=5)), replace=True)
-    assert list(captured.manifest.stages) == ["train"]
-    left = {path.name for path in run.dir.iterdir()} - {".lock"}
-    assert left == {"model", "metrics.parquet", "notes.txt", "recipe.yaml", "manifest.json"}
-    trained = Run.create(changed(recipe, train=Train(lr=1.0)), replace=True)
-    assert trained.manifest.stages == {}
-    assert {path.name for path in run.dir.iterdir()} - {".lock"} == {
-        "notes.txt", "recipe.yaml", "manifest.json"
-    }  # fmt: skip
+
+    fewer = Run.create(changed(recipe, capture=Capture(top_k=5)))
+    assert list(fewer.manifest.stages) == ["train"], "training had the same settings"
+    assert files(run.dir) == {"model", "metrics.parquet", "notes.txt", "replaced"}
+    assert fewer.set_aside is not None and files(fewer.set_aside) == {"store", "store.duckdb"}
+    old = open_run(fewer.set_aside)
+    assert (old.recipe, list(old.manifest.stages)) == (recipe, ["train", "capture"])
+    assert changes(old.recipe, fewer.recipe) == ["capture.top_k: 32 before, 5 now"]
+
+    faster = Run.create(changed(recipe, train=Train(lr=1.0)))
+    assert faster.manifest.stages == {}
+    assert files(run.dir) == {"notes.txt", "replaced"}
+    assert faster.set_aside is not None and open_run(faster.set_aside).val_loss == 1.5
+    assert faster.set_aside != fewer.set_aside
+    assert find_runs(run.dir.parent) == [run.dir]
+
+
+def test_the_same_settings_set_aside_twice_are_both_kept(recipe):
+    other = changed(recipe, train=Train(lr=1.0))
+    for settings in (recipe, other, recipe, other):
+        run = Run.create(settings)
+        finish(run, "train", val_loss=1.0)
+    assert len(list((run.dir / "replaced").iterdir())) == 3
 
 
 def test_settings_of_stages_not_begun_may_change(recipe):
@@ -135,6 +142,7 @@ def test_settings_of_stages_not_begun_may_change(recipe):
     run = Run.create(other)
     assert run.is_finished("train", digest(other, "train"))
     assert open_run(run.dir).recipe == other
+    assert run.set_aside is None
     assert run.manifest.recipe_digest == other.digest(*SECTIONS)
 
 
