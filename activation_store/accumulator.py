@@ -1,4 +1,4 @@
-"""One hook while it is captured as rows: what its tokens added up to, and entries not yet written."""
+"""One hook while it is captured as rows: what its tokens added up to, and entries to be written."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
@@ -67,9 +67,7 @@ class Accumulator:
         largest = np.float32(LARGEST[rows.dtype])
         sets = self._entries(len(x))
         jobs = [
-            self._pool.submit(
-                scan, x, tiles, first, last, rows.cutoff, largest, self.seen, entries
-            )
+            self._pool.submit(scan, x, tiles, first, last, rows.cutoff, largest, self.seen, entries)
             for (first, last), entries in zip(self._bounds, sets, strict=True)
         ]
         wait(jobs)
@@ -82,9 +80,7 @@ class Accumulator:
         """Return the buffers being filled, with room for `n_tokens` tokens whatever fires."""
         if len(self._sets) <= self._filling:
             group = max(n_tokens, GROUP_TOKENS)
-            self._sets.append(
-                [_new_entries(last - first, group) for first, last in self._bounds]
-            )
+            self._sets.append([_new_entries(last - first, group) for first, last in self._bounds])
         return self._sets[self._filling]
 
     @property
@@ -143,7 +139,6 @@ class Accumulator:
                 "threshold, keep a share of each token's sum with top_p, raise max_density to "
                 "store it anyway, or capture it as vectors."
             )
-
 
     def dump(self) -> dict[str, np.ndarray]:
         """Return what must be remembered after a commit, when no entries are left."""

@@ -13,7 +13,7 @@ Tensor: TypeAlias = Any
 
 
 def as_block(hook: str, tensor: Tensor, shape: tuple[int, int, int]) -> Float32[np.ndarray, "..."]:
-    """Return activations [batch, n_ctx, d] as C-contiguous float32 in memory, copied only if needed.
+    """Return activations [batch, n_ctx, d] as C-contiguous float32 in memory; copies if it must.
 
     Raises:
         ContentError: another shape, or not floating point.

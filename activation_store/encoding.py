@@ -1,9 +1,9 @@
-"""Parquet shards as they are written: columns, encodings, checksum, and how a file reaches the disk.
+"""Parquet shards as they are written: columns, encodings, checksum, and the way to the disk.
 
 A shard is hashed while it is written beside its final name, then synced and renamed: a file under
-a shard's name is whole. The encodings were chosen by measurement (see `benchmarks/capture.py`): sorted
-columns shrink by delta and dictionary encoding for free, and activations hold too little redundancy
-for general compression to be worth its time.
+a shard's name is whole. The encodings were chosen by measurement (see `benchmarks/capture.py`):
+sorted columns shrink by delta and dictionary encoding for free, and activations hold too little
+redundancy for general compression to be worth its time.
 """
 
 import hashlib
@@ -128,7 +128,9 @@ class ShardFile:
             self._file.sync()
             self._file.close()
             os.replace(self._part, self._path)
-        bounds = [(min(held), max(held)) if held else (None, None) for held in (self._units, self._seqs)]
+        bounds = [
+            (min(held), max(held)) if held else (None, None) for held in (self._units, self._seqs)
+        ]
         return Shard(
             self.target.file,
             self.target.kind,
@@ -187,7 +189,7 @@ def _row_groups(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray
     """
     entries = part.entries
     n_tiles = int(entries.used[1])
-    per_unit = entries.count[:n_tiles].sum(axis=0, dtype=np.int64)
+    per_unit = entries.per_unit[:n_tiles].sum(axis=0, dtype=np.int64)
     cursor = entries.start[:n_tiles].copy()
     order = np.lexsort((entries.start[:n_tiles], entries.seq[:n_tiles]))
     first = 0

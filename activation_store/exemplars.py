@@ -2,7 +2,7 @@
 
 Three choices, all the same for any grouping of the tokens into batches, commits and ranks:
 
-- top: the largest activations above the threshold, one per document; the earlier position wins a tie.
+- top: the largest activations above the threshold, one per document; the earlier of equals wins.
 - random: a uniform draw without replacement over all tokens with a finite activation.
 - firing: the same over the tokens above the threshold. Ranked by activation and cut into
   `QUANTILE_BINS` parts of equal count, it gives the quantile exemplars: bin b stands for the b-th
@@ -57,17 +57,17 @@ class Draw(NamedTuple):
     """Hash of seed, purpose and unit."""
 
 
-def _places(n_units: int, k: int) -> list[np.ndarray]:
-    kinds = (np.float32, np.int32, np.uint16, np.int32)
-    return [np.zeros((n_units, k), kind) for kind in kinds] + [
-        np.zeros(n_units, np.int64) for _ in range(2)
-    ]
-
-
 def new_top(n_units: int, k: int) -> Top:
     """Return lists that hold nothing yet and at most k documents per unit; k = 0 keeps none."""
-    gate = np.full(n_units, -np.inf if k else np.inf, np.float32)
-    return Top(*_places(n_units, k), gate)
+    return Top(
+        act=np.zeros((n_units, k), np.float32),
+        seq=np.zeros((n_units, k), np.int32),
+        pos=np.zeros((n_units, k), np.uint16),
+        doc=np.zeros((n_units, k), np.int32),
+        size=np.zeros(n_units, np.int64),
+        worst=np.zeros(n_units, np.int64),
+        gate=np.full(n_units, -np.inf if k else np.inf, np.float32),
+    )
 
 
 def new_draw(units: Int64[np.ndarray, " units"], k: int, seed: int, purpose: int) -> Draw:
@@ -77,14 +77,23 @@ def new_draw(units: Int64[np.ndarray, " units"], k: int, seed: int, purpose: int
     """
     start = np.uint64((seed * 0x9E3779B1 + purpose) & 0xFFFFFFFFFFFFFFFF)
     salt = _mixed(_mixed(np.full(len(units), start)) + units.astype(np.uint64))
-    gate = np.full(len(units), _NEVER if k else 0, np.uint64)
-    key = np.zeros((len(units), k), np.uint64)
-    return Draw(key, *_places(len(units), k), gate, salt)
+    n = len(units)
+    return Draw(
+        key=np.zeros((n, k), np.uint64),
+        act=np.zeros((n, k), np.float32),
+        seq=np.zeros((n, k), np.int32),
+        pos=np.zeros((n, k), np.uint16),
+        doc=np.zeros((n, k), np.int32),
+        size=np.zeros(n, np.int64),
+        worst=np.zeros(n, np.int64),
+        gate=np.full(n, _NEVER if k else 0, np.uint64),
+        salt=salt,
+    )
 
 
 @compiled
 @no_type_check
-def mix(z):
+def mix(z: np.uint64) -> np.uint64:
     """Return a 64-bit hash: the finalizer of splitmix64 (Steele, Lea, Flood 2014)."""
     z = z + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -94,7 +103,7 @@ def mix(z):
 
 @compiled
 @no_type_check
-def _mixed(values):
+def _mixed(values: np.ndarray) -> np.ndarray:
     """Return `mix` of every value."""
     out = np.empty_like(values)
     for i in range(values.shape[0]):
@@ -104,14 +113,14 @@ def _mixed(values):
 
 @compiled
 @no_type_check
-def position_key(seq, pos):
+def position_key(seq: int, pos: int) -> np.uint64:
     """Return the number of a position, the same in any batch."""
     return (np.uint64(seq) << np.uint64(16)) | np.uint64(pos)
 
 
 @compiled
 @no_type_check
-def offer_top(top, u, act, seq, pos, doc):
+def offer_top(top: Top, u: int, act: float, seq: int, pos: int, doc: int) -> None:
     """Let one token into the list of unit u if it belongs there; exact for tokens in any order."""
     k = top.act.shape[1]
     n = top.size[u]
@@ -142,7 +151,7 @@ def offer_top(top, u, act, seq, pos, doc):
 
 @compiled
 @no_type_check
-def _ahead(act, seq, pos, top, u, i):
+def _ahead(act: float, seq: int, pos: int, top: Top, u: int, i: int) -> bool:
     """Tell whether a token ranks before entry i: larger, or as large and earlier."""
     if act != top.act[u, i]:
         return act > top.act[u, i]
@@ -151,7 +160,9 @@ def _ahead(act, seq, pos, top, u, i):
 
 @compiled
 @no_type_check
-def offer_draw(draw, u, key, act, seq, pos, doc):
+def offer_draw(
+    draw: Draw, u: int, key: np.uint64, act: float, seq: int, pos: int, doc: int
+) -> None:
     """Let one token into the sample of unit u if its priority is small enough."""
     k = draw.act.shape[1]
     n = draw.size[u]
@@ -175,14 +186,14 @@ def offer_draw(draw, u, key, act, seq, pos, doc):
 
 @compiled
 @no_type_check
-def fraction(h):
+def fraction(h: np.uint64) -> float:
     """Return the hash as a number in [0, 1)."""
     return np.float64(h >> np.uint64(11)) * 2.0**-53
 
 
 @compiled
 @no_type_check
-def is_drawn(draw, u, tile_key, n):
+def is_drawn(draw: Draw, u: int, tile_key: np.uint64, n: int) -> bool:
     """Tell whether the smallest of n priorities may enter; false means that none does.
 
     The smallest of n uniforms is 1 - (1 - h)^(1/n) for a uniform h, which is at least h / n.
@@ -193,7 +204,16 @@ def is_drawn(draw, u, tile_key, n):
 
 @compiled
 @no_type_check
-def draw_tile(draw, u, tile_key, values, used, seq, pos, docs):
+def draw_tile(
+    draw: Draw,
+    u: int,
+    tile_key: np.uint64,
+    values: Float32[np.ndarray, " tokens"],
+    used: np.ndarray,
+    seq: int,
+    pos: int,
+    docs: Int32[np.ndarray, " tokens"],
+) -> None:
     """Offer the tokens of one tile to the sample of unit u, in the order of their priorities.
 
     `values` holds the unit's activations; `used` is scratch of the same length.
@@ -222,18 +242,16 @@ def draw_tile(draw, u, tile_key, values, used, seq, pos, docs):
 
 @compiled
 @no_type_check
-def merge_top(into, other):
+def merge_top(into: Top, other: Top) -> None:
     """Take the lists of other tokens of the same units into `into`."""
     for u in range(other.size.shape[0]):
         for i in range(other.size[u]):
-            offer_top(
-                into, u, other.act[u, i], other.seq[u, i], other.pos[u, i], other.doc[u, i]
-            )
+            offer_top(into, u, other.act[u, i], other.seq[u, i], other.pos[u, i], other.doc[u, i])
 
 
 @compiled
 @no_type_check
-def merge_draw(into, other):
+def merge_draw(into: Draw, other: Draw) -> None:
     """Take the samples of other tokens of the same units into `into`."""
     for u in range(other.size.shape[0]):
         for i in range(other.size[u]):

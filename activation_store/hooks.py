@@ -50,18 +50,14 @@ class Rows:
         sizes = min(self.top_k, self.random_k, self.quantile_k)
         _check(self.hook, "d", self.d, 1 <= self.d <= 2**31 - 1, "an integer >= 1")
         _check(self.hook, "top_k, random_k, quantile_k", sizes, sizes >= 0, "integers >= 0")
-        _check(
-            self.hook, "max_density", self.max_density, 0 < self.max_density <= 1, "in (0, 1]"
-        )
+        _check(self.hook, "max_density", self.max_density, 0 < self.max_density <= 1, "in (0, 1]")
         _check(
             self.hook, "threshold", self.threshold, np.isfinite(self.threshold), "a finite number"
         )
         _check(self.hook, "dtype", self.dtype, self.dtype in LARGEST, "float32 or float16")
         if self.top_p is not None:
             _check(self.hook, "top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
-            _check(
-                self.hook, "threshold", self.threshold, self.threshold >= 0, ">= 0 with top_p"
-            )
+            _check(self.hook, "threshold", self.threshold, self.threshold >= 0, ">= 0 with top_p")
         if self.units is not None:
             known = len(self.units) > 0 and 0 <= min(self.units) <= max(self.units) < self.d
             ascends = list(self.units) == sorted(set(self.units))

@@ -1,8 +1,8 @@
 """One pass over a block of activations: moments, sketch, exemplars and the sparse entries.
 
-A block is cut into tiles, runs of at most `TILE` tokens of one sequence, and each tile into strips of
-`STRIP` units. A strip of a tile is copied to a buffer that stays in the fastest cache; everything is
-computed from there, so a block is read from memory once. Tiles lie on a fixed grid within their
+A block is cut into tiles, runs of at most `TILE` tokens of one sequence, and each tile into strips
+of `STRIP` units. A strip of a tile is copied to a buffer that stays in the fastest cache; everything
+is computed from there, so a block is read from memory once. Tiles lie on a fixed grid within their
 sequence: the result does not depend on how sequences are grouped into blocks, to the bit.
 
 Entries come out tile by tile, within a tile by unit, within a unit by position, with a count per
@@ -67,7 +67,7 @@ class Entries(NamedTuple):
 
     pos: UInt16[np.ndarray, " entries"]
     act: Float32[np.ndarray, " entries"]
-    count: UInt8[np.ndarray, "tiles units"]
+    per_unit: UInt8[np.ndarray, "tiles units"]
     seq: Int32[np.ndarray, " tiles"]
     start: Int64[np.ndarray, " tiles"]
     """First entry of the tile."""
@@ -91,7 +91,7 @@ class Strip(NamedTuple):
 
 @compiled
 @no_type_check
-def new_strip():
+def new_strip() -> Strip:
     """Return fresh buffers."""
     real = np.zeros((3, STRIP), np.float32)
     return Strip(
@@ -110,7 +110,16 @@ def new_strip():
 
 @compiled
 @no_type_check
-def scan(x, tiles, first, last, threshold, largest, seen, entries):
+def scan(
+    x: Float32[np.ndarray, "rows d"],
+    tiles: Tiles,
+    first: int,
+    last: int,
+    threshold: np.float32,
+    largest: np.float32,
+    seen: Seen,
+    entries: Entries,
+) -> None:
     """Take units first..last-1 of a block x [rows, d] into `seen` and, unless empty, `entries`.
 
     `entries` covers just these units. Activations above `largest` are counted, not kept.
@@ -133,12 +142,12 @@ def scan(x, tiles, first, last, threshold, largest, seen, entries):
                 _take_unit(tiles, tile, c, u, threshold, seen, strip)
                 if keep:
                     kept = _append(tiles, tile, c, u, largest, seen, strip, entries)
-                    entries.count[at_tile, c - first + u] = kept
+                    entries.per_unit[at_tile, c - first + u] = kept
 
 
 @compiled
 @no_type_check
-def _load(x, row, n, c, width, strip):
+def _load(x: np.ndarray, row: int, n: int, c: int, width: int, strip: Strip) -> None:
     """Copy one strip of one tile; a strip at the edge is as wide as any, its rest is stale."""
     if width == STRIP:
         for t in range(n):
@@ -153,13 +162,13 @@ def _load(x, row, n, c, width, strip):
 
 @compiled
 @no_type_check
-def _sum(n, moments, c, width, strip):
+def _sum(n: int, moments: Moments, c: int, width: int, strip: Strip) -> None:
     """Sum powers of the deviation from the mean so far, with extremes and a mark for non-finite."""
     s1, s2 = np.zeros(STRIP), np.zeros(STRIP)
     s3, s4 = np.zeros(STRIP), np.zeros(STRIP)
     shift, low, high, bad = strip.shift, strip.low, strip.high, strip.bad
     for u in range(width):
-        known = moments.count[c + u] > 0
+        known = moments.n[c + u] > 0
         shift[u] = moments.mean[c + u] if known else strip.act[0, u]
         if not np.isfinite(shift[u]):
             shift[u] = 0.0
@@ -187,7 +196,7 @@ def _sum(n, moments, c, width, strip):
 
 @compiled
 @no_type_check
-def _collect(n, threshold, lane, strip):
+def _collect(n: int, threshold: np.float32, lane: int, strip: Strip) -> None:
     """List the rows of `_LANE` units that are above the threshold, without a branch per value."""
     count = np.zeros(_LANE, np.uint32)
     at = strip.at[lane : lane + _LANE]
@@ -203,7 +212,9 @@ def _collect(n, threshold, lane, strip):
 
 @compiled
 @no_type_check
-def _take_unit(tiles, tile, c, u, threshold, seen, strip):
+def _take_unit(
+    tiles: Tiles, tile: int, c: int, u: int, threshold: np.float32, seen: Seen, strip: Strip
+) -> None:
     """Take one unit of one tile into moments, sketch and exemplars."""
     n = tiles.length[tile]
     finite = n
@@ -234,7 +245,7 @@ def _take_unit(tiles, tile, c, u, threshold, seen, strip):
 
 @compiled
 @no_type_check
-def _drop_odd(n, unit, u, seen, strip):
+def _drop_odd(n: int, unit: int, u: int, seen: Seen, strip: Strip) -> int:
     """Count NaN and infinities, and redo sums and list over what is finite; return how many are."""
     finite, active = 0, 0
     strip.sums[:, u] = 0.0
@@ -263,7 +274,7 @@ def _drop_odd(n, unit, u, seen, strip):
 
 @compiled
 @no_type_check
-def _count_active(unit, u, n, sketch, strip):
+def _count_active(unit: int, u: int, n: int, sketch: Counts, strip: Strip) -> None:
     """Count a unit whose other values are all zero: the usual case of a ReLU."""
     bits = strip.column.view(np.uint32)
     counts = sketch[unit]
@@ -276,7 +287,7 @@ def _count_active(unit, u, n, sketch, strip):
 
 @compiled
 @no_type_check
-def _count_all(unit, u, n, sketch, strip):
+def _count_all(unit: int, u: int, n: int, sketch: Counts, strip: Strip) -> None:
     """Count every finite value of a unit."""
     bits = strip.column.view(np.uint32)
     counts = sketch[unit]
@@ -288,7 +299,7 @@ def _count_all(unit, u, n, sketch, strip):
 
 @compiled
 @no_type_check
-def _choose(tiles, tile, unit, u, seen, strip):
+def _choose(tiles: Tiles, tile: int, unit: int, u: int, seen: Seen, strip: Strip) -> None:
     """Offer the tokens of one unit of one tile to its exemplars."""
     n, seq, pos = tiles.length[tile], tiles.seq[tile], tiles.pos[tile]
     docs = tiles.doc[tiles.row[tile] : tiles.row[tile] + n]
@@ -310,7 +321,9 @@ def _choose(tiles, tile, unit, u, seen, strip):
 
 @compiled
 @no_type_check
-def _offer_best(unit, u, seq, pos, docs, top, strip):
+def _offer_best(
+    unit: int, u: int, seq: int, pos: int, docs: np.ndarray, top: Top, strip: Strip
+) -> None:
     """Offer the best token of each run of one document: at most one of them can stay."""
     best = strip.at[u, 0]
     for k in range(1, strip.n[u]):
@@ -325,7 +338,16 @@ def _offer_best(unit, u, seq, pos, docs, top, strip):
 
 @compiled
 @no_type_check
-def _append(tiles, tile, c, u, largest, seen, strip, entries):
+def _append(
+    tiles: Tiles,
+    tile: int,
+    c: int,
+    u: int,
+    largest: np.float32,
+    seen: Seen,
+    strip: Strip,
+    entries: Entries,
+) -> int:
     """Append the entries of one unit of one tile and return how many."""
     end = entries.used[0]
     row, pos = tiles.row[tile], tiles.pos[tile]
@@ -345,7 +367,18 @@ def _append(tiles, tile, c, u, largest, seen, strip, entries):
 
 @compiled
 @no_type_check
-def gather(entries, order, cursor, first, last, unit_ids, unit, seq, pos, act):
+def gather(
+    entries: Entries,
+    order: np.ndarray,
+    cursor: np.ndarray,
+    first: int,
+    last: int,
+    unit_ids: np.ndarray,
+    unit: np.ndarray,
+    seq: np.ndarray,
+    pos: np.ndarray,
+    act: np.ndarray,
+) -> None:
     """Write units first..last-1 of `entries` as columns by (unit, seq_id, pos).
 
     `order` lists the tiles by sequence and position. `cursor` holds, per tile, the first entry not
@@ -355,7 +388,7 @@ def gather(entries, order, cursor, first, last, unit_ids, unit, seq, pos, act):
     for u in range(first, last):
         for i in range(order.shape[0]):
             tile = order[i]
-            n = np.int64(entries.count[tile, u])
+            n = np.int64(entries.per_unit[tile, u])
             start = cursor[tile]
             for k in range(n):
                 unit[end + k] = unit_ids[u]
@@ -368,7 +401,9 @@ def gather(entries, order, cursor, first, last, unit_ids, unit, seq, pos, act):
 
 @compiled
 @no_type_check
-def top_p_cuts(x, threshold, share):
+def top_p_cuts(
+    x: Float32[np.ndarray, "rows d"], threshold: np.float32, share: float
+) -> Float32[np.ndarray, " rows"]:
     """Return per row the smallest activation of the smallest set that holds `share` of the sum.
 
     The sum is over the finite activations above the threshold; ties with the smallest stay too.
@@ -387,4 +422,3 @@ def top_p_cuts(x, threshold, share):
             part += kept[i]
         cuts[t] = kept[i] if kept.shape[0] else np.inf
     return cuts
-

@@ -4,8 +4,8 @@ A bucket is the leading bits of a float32: its sign, its exponent and `MANTISSA_
 mantissa, as in DDSketch (Masson, Rim, Lee 2019) and HdrHistogram, without a logarithm. Counting is
 exact, so merging is addition and the order of the tokens does not matter. The quantile at q is the
 value of rank ceil(q n) (numpy's `inverted_cdf`); the estimate differs from it by at most
-`RELATIVE_ERROR` of its size, or by `SMALLEST` where it is smaller than that. Values beyond `LARGEST`
-share the last bucket, so for them the bound does not hold; the smallest and largest are exact anyway.
+`RELATIVE_ERROR` of its size, or by `SMALLEST` where it is smaller than that. Values beyond
+`LARGEST` share the last bucket, so for them the bound does not hold; extremes are exact anyway.
 """
 
 from typing import no_type_check
@@ -31,14 +31,14 @@ Counts = UInt32[np.ndarray, "units buckets"]
 
 
 def new_sketch(n_units: int) -> Counts:
-    """Return the sketch of nothing; the system gives the memory page by page when it is counted in."""
+    """Return the sketch of nothing; the system gives memory to the pages that are counted in."""
     return np.zeros((n_units, 2 * SIDE + 1), np.uint32)
 
 
 @compiled
 @no_type_check
-def bucket(bits):
-    """Return the bucket of a finite float32 given its bits: 0 is the most negative, SIDE is zero."""
+def bucket(bits: np.uint32) -> int:
+    """Return the bucket of a float32 given its bits: 0 is the most negative, SIDE is zero."""
     at = np.int64((bits & np.uint32(0x7FFFFFFF)) >> np.uint32(_SHIFT)) - _FIRST
     if at < 0:
         return SIDE
@@ -75,7 +75,7 @@ def quantiles(
 
 @compiled
 @no_type_check
-def _fill_quantiles(counts, value, at, out):
+def _fill_quantiles(counts: Counts, value: np.ndarray, at: np.ndarray, out: np.ndarray) -> None:
     """Walk each unit's buckets once; `at` ascends."""
     for unit in range(counts.shape[0]):
         row = counts[unit]

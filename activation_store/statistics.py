@@ -1,9 +1,9 @@
 """Moments of every unit over all tokens, in float64, merged exactly.
 
 State per unit: count, mean and the sums M2, M3, M4 of powers of the deviation from the mean, with
-the smallest and largest value. Merging two states gives the state of their union (P. Pebay, "Formulas
-for robust, one-pass parallel computation of covariances and arbitrary-order statistical moments",
-SAND2008-6212, eq. 3.1 with p = 2, 3, 4), so batches and ranks can be taken in any grouping.
+the smallest and largest value. Merging two states gives the state of their union (P. Pebay,
+"Formulas for robust, one-pass parallel computation of covariances and arbitrary-order statistical
+moments", SAND2008-6212), so batches and ranks can be taken in any grouping.
 """
 
 from typing import NamedTuple, no_type_check
@@ -19,7 +19,7 @@ Floats = Float64[np.ndarray, " units"]
 class Moments(NamedTuple):
     """Accumulated moments, one entry per unit; the arrays are changed in place."""
 
-    count: Int64[np.ndarray, " units"]
+    n: Int64[np.ndarray, " units"]
     """Finite values seen."""
     active: Int64[np.ndarray, " units"]
     """Values above the hook's threshold."""
@@ -36,15 +36,31 @@ class Moments(NamedTuple):
 
 def new_moments(n_units: int) -> Moments:
     """Return the moments of nothing."""
-    whole = [np.zeros(n_units, np.int64) for _ in range(2)]
-    sums = [np.zeros(n_units) for _ in range(4)]
     low = np.full(n_units, np.inf, np.float32)
-    return Moments(*whole, *sums, low, -low)
+    return Moments(
+        n=np.zeros(n_units, np.int64),
+        active=np.zeros(n_units, np.int64),
+        mean=np.zeros(n_units),
+        m2=np.zeros(n_units),
+        m3=np.zeros(n_units),
+        m4=np.zeros(n_units),
+        low=low,
+        high=-low,
+    )
 
 
 @compiled
 @no_type_check
-def add_sums(moments, unit, n, shift, s1, s2, s3, s4):
+def add_sums(
+    moments: Moments,
+    unit: int,
+    n: float,
+    shift: float,
+    s1: float,
+    s2: float,
+    s3: float,
+    s4: float,
+) -> None:
     """Merge n values into one unit, given the sums of powers of (value - shift)."""
     a = s1 / n
     b2 = s2 - n * a * a
@@ -55,9 +71,11 @@ def add_sums(moments, unit, n, shift, s1, s2, s3, s4):
 
 @compiled
 @no_type_check
-def merge_unit(moments, u, nb, mean_b, b2, b3, b4):
+def merge_unit(
+    moments: Moments, u: int, nb: float, mean_b: float, b2: float, b3: float, b4: float
+) -> None:
     """Merge the central moments of nb values into unit u: Pebay's pairwise update."""
-    na = np.float64(moments.count[u])
+    na = np.float64(moments.n[u])
     nb = np.float64(nb)
     n = na + nb
     d = mean_b - moments.mean[u]
@@ -70,32 +88,31 @@ def merge_unit(moments, u, nb, mean_b, b2, b3, b4):
         + 6 * q * q * (na * na * b2 + nb * nb * a2)
         + 4 * q * (na * b3 - nb * a3)
     )
-    moments.m3[u] = (
-        a3 + b3 + d * q * q * na * nb * (na - nb) + 3 * q * (na * b2 - nb * a2)
-    )
+    moments.m3[u] = a3 + b3 + d * q * q * na * nb * (na - nb) + 3 * q * (na * b2 - nb * a2)
     moments.m2[u] = a2 + b2 + d * q * na * nb
     moments.mean[u] += q * nb
-    moments.count[u] += np.int64(nb)
+    moments.n[u] += np.int64(nb)
 
 
 @compiled
 @no_type_check
-def merge_moments(into, other):
+def merge_moments(into: Moments, other: Moments) -> None:
     """Merge the moments of other tokens of the same units into `into`."""
-    for u in range(into.count.shape[0]):
+    for u in range(into.n.shape[0]):
         into.active[u] += other.active[u]
         into.low[u] = min(into.low[u], other.low[u])
         into.high[u] = max(into.high[u], other.high[u])
-        if other.count[u] > 0:
-            merge_unit(
-                into, u, other.count[u], other.mean[u], other.m2[u], other.m3[u], other.m4[u]
-            )
+        if other.n[u] > 0:
+            merge_unit(into, u, other.n[u], other.mean[u], other.m2[u], other.m3[u], other.m4[u])
 
 
 def shape_of(moments: Moments) -> tuple[Floats, Floats, Floats]:
-    """Return variance m2, skewness m3 / m2^1.5 and kurtosis m4 / m2^2 (3 for a normal), NaN where not defined."""
+    """Return variance, skewness m3 / m2^1.5 and kurtosis m4 / m2^2, which is 3 for a normal.
+
+    NaN where a number is not defined: without tokens, or for a unit that never varies.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
-        n = moments.count.astype(np.float64)
+        n = moments.n.astype(np.float64)
         variance = moments.m2 / n
         skewness = (moments.m3 / n) / variance**1.5
         kurtosis = (moments.m4 / n) / variance**2

@@ -1,7 +1,7 @@
 """The tables that a capture keeps up to date: `hooks`, `unit_stats` and `exemplars`.
 
-Each commit replaces the rows of the capture's hooks, so the tables always speak of exactly the tokens
-that are committed.
+Each commit replaces the rows of the capture's hooks, so the tables always speak of exactly the
+tokens that are committed.
 """
 
 from collections.abc import Sequence
@@ -99,9 +99,9 @@ def unit_stats(hook: Accumulator) -> pa.Table:
     """Return the rows of table `unit_stats` for one hook; NULL where a number is not defined."""
     moments = hook.seen.moments
     variance, skewness, kurtosis = shape_of(moments)
-    seen = moments.count > 0
+    seen = moments.n > 0
     with np.errstate(invalid="ignore"):
-        density = moments.active / moments.count
+        density = moments.active / moments.n
     numbers = {
         "density": density,
         "mean": np.where(seen, moments.mean, np.nan),
@@ -117,7 +117,7 @@ def unit_stats(hook: Accumulator) -> pa.Table:
         {
             "hook": pa.array([hook.rows.hook]).take(pa.array(np.zeros(len(seen), np.int32))),
             "unit": hook.rows.kept.astype(np.int32),
-            "n_tokens": moments.count,
+            "n_tokens": moments.n,
             "n_active": moments.active,
             **{name: pa.array(values, from_pandas=True) for name, values in numbers.items()},
         }

@@ -67,7 +67,7 @@ class VectorLog:
         values = x[real]
         too_large = np.isfinite(values) & (np.abs(values) > LARGEST[self.hooks[i].dtype])
         self.odd[i] += [np.isnan(values).sum(), np.isinf(values).sum(), too_large.sum()]
-        return (np.abs(x) <= LARGEST[self.hooks[i].dtype]).all(axis=-1)
+        return np.asarray((np.abs(x) <= LARGEST[self.hooks[i].dtype]).all(axis=-1))
 
     @property
     def is_full(self) -> bool:

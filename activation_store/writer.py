@@ -1,10 +1,11 @@
 """Writing a store: activations in, shards and tables out, a commit at a time.
 
-A capture is a set of hooks taken over one stream of sequences. Everything it writes depends only on
-the stream and the settings, not on how the sequences come in batches: it looks at fixed places of the
-stream whether a block of entries is due to be written and a commit to be made. A commit lists the
-shards and stores, in the same step, the tables and what the writer must remember. A capture that is
-stopped in any way goes on after its last commit, and its store equals that of one never stopped.
+A capture is a set of hooks taken over one stream of sequences. Everything it writes depends only
+on the stream and the settings, not on how the sequences come in batches: it looks at fixed places
+of the stream whether a block of entries is due to be written and a commit to be made. A commit lists
+the shards and stores, in the same step, the tables and what the writer must remember. A capture
+that is stopped in any way goes on after its last commit, and its store equals that of one never
+stopped.
 """
 
 import json
@@ -108,7 +109,7 @@ class Writer:
 
         Raises:
             LockedError: another process writes this store.
-            ContentError: the capture was begun with other settings, or the store holds another model.
+            ContentError: the capture was begun with other settings, or is of another model.
         """
         with ExitStack() as opening:
             opening.enter_context(catalogue.locked(self._where.writer_lock))
