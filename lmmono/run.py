@@ -37,6 +37,9 @@ else:  # for annotations only: importing these takes seconds, and listing runs n
     PreTrainedModel = PreTrainedTokenizerFast = Table = TokenCorpus = TokenRows = object
 
 
+_RECIPE_HEAD = "# The recipe of this run, with every default written out."
+
+
 @dataclass(slots=True)
 class StageInProgress:
     """A stage that is being worked on; fill `facts` before the end."""
@@ -288,7 +291,14 @@ def _no_run(folder: Path) -> str:
 
 
 def _holds_something(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    """Say whether anything but a run whose making was cut short is there."""
+    if not folder.is_dir():
+        return folder.exists()
+    recipe = folder / "recipe.yaml"
+    ours = recipe.is_file() and recipe.read_bytes().startswith(_RECIPE_HEAD.encode())
+    started = {"recipe.yaml"} if ours else set[str]()
+    started |= {"recipe.yaml.tmp", "manifest.json.tmp"}
+    return any(path.name not in started for path in folder.iterdir())
 
 
 def _free_name(folder: Path, name: str) -> Path:
@@ -325,4 +335,4 @@ def _resolved_yaml(recipe: Recipe) -> str:
     text = StringIO()
     unset = {"seeds", "arms"} | ({"arm", "folder"} if recipe.folder is None else set())
     yaml.dump(recipe.model_dump(mode="json", exclude=unset), text)
-    return f"# The recipe of this run, with every default written out.\n{text.getvalue()}"
+    return f"{_RECIPE_HEAD}\n{text.getvalue()}"

@@ -174,6 +174,16 @@ def test_a_killed_process_leaves_no_lock_and_no_finished_stage(recipe):
     assert again.is_finished("train", "d")
 
 
+def test_a_run_whose_making_was_cut_short_is_made_again(recipe):
+    run = Run.create(recipe)
+    (run.dir / "manifest.json").rename(run.dir / "manifest.json.tmp")
+    assert Run.create(recipe).manifest == run.manifest
+    (run.dir / "manifest.json").unlink()
+    (run.dir / "recipe.yaml").write_text("# somebody's own\n")
+    with pytest.raises(RunError, match="no run folder"):
+        Run.create(recipe)
+
+
 def test_folders_that_are_no_run_are_refused_with_the_way_out(recipe, tmp_path):
     run = Run.create(recipe)
     with pytest.raises(RunError, match="no such run folder; did you mean .*/one?"):

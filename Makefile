@@ -1,0 +1,44 @@
+# Every target sets up what it needs in .venv: `make demo` on a fresh machine is one command.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check bench lint types imports recipes
+
+demo: $(VENV)/.installed
+	$(BIN)/lmmono run recipes/quickstart.yaml
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types imports recipes test
+
+bench: $(VENV)/.installed-dev
+	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright
+
+imports: $(VENV)/.installed-dev
+	$(BIN)/lint-imports
+
+recipes: $(VENV)/.installed-dev
+	$(BIN)/lmmono check recipes/*.yaml
+	$(BIN)/lmmono schema | diff recipes/recipe.schema.json -
+
+# torch first and alone: pip then takes the build that the machine offers, and nothing replaces it
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("want Python >= 3.11, got %d.%d; set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev,lake,track]'
+	touch $@
