@@ -2,16 +2,49 @@
 
 from typing import TYPE_CHECKING, Any
 
-from activation_store.errors import StoreError
-from activation_store.store import Store, open
+from activation_store.errors import (
+    ContentError,
+    LockedError,
+    NotAStoreError,
+    QueryError,
+    SchemaError,
+    ShardError,
+    StoreError,
+    WriteError,
+)
+from activation_store.hooks import Rows, Vectors
+from activation_store.store import Info, Store, open
+from activation_store.unit import Exemplar, Unit
+from activation_store.verification import Report, verify
 
 if TYPE_CHECKING:
-    from activation_store.capture import capture
-    from activation_store.writer import Rows, Vectors, Writer
+    from activation_store.capturing import Batch, capture
+    from activation_store.writer import Writer
 
-__all__ = ["Rows", "Store", "StoreError", "Vectors", "Writer", "capture", "open"]
+__all__ = [
+    "Batch",
+    "ContentError",
+    "Exemplar",
+    "Info",
+    "LockedError",
+    "NotAStoreError",
+    "QueryError",
+    "Report",
+    "Rows",
+    "SchemaError",
+    "ShardError",
+    "Store",
+    "StoreError",
+    "Unit",
+    "Vectors",
+    "WriteError",
+    "Writer",
+    "capture",
+    "open",
+    "verify",
+]
 
-_LAZY = {"Rows": "writer", "Vectors": "writer", "Writer": "writer", "capture": "capture"}
+_LAZY = {"Writer": "writer", "Batch": "capturing", "capture": "capturing"}
 
 
 def __getattr__(name: str) -> Any:

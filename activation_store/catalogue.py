@@ -9,17 +9,17 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import duckdb
 
 from activation_store.errors import LockedError, NotAStoreError, StoreError, writing
-from activation_store.views import create_views
+from activation_store.views import create_views, quoted
 
 SCHEMA_VERSION = 1
 """Version of `schema.sql`; a change of it needs a step in `migrations.py`."""
@@ -67,7 +67,7 @@ def schema_sql() -> str:
 
 
 @contextmanager
-def locked(file: Path, wait_seconds: float = 0.0) -> Iterator[None]:
+def locked(file: Path, wait_seconds: float = 0.0) -> Generator[None]:
     """Hold an exclusive lock on `file`; the system frees it when the process ends in any way.
 
     Raises:
@@ -133,7 +133,7 @@ def create(where: Place, overwrite: bool = False) -> str:
 
 
 @contextmanager
-def commit(where: Place) -> Iterator[duckdb.DuckDBPyConnection]:
+def commit(where: Place) -> Generator[duckdb.DuckDBPyConnection]:
     """Give a connection to a private copy of the catalogue; put the copy in place at the end.
 
     Nothing changes for anyone before the block ends without an error; then everything does at once.
@@ -153,7 +153,7 @@ def commit(where: Place) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 @contextmanager
-def _replacing(where: Place) -> Iterator[Path]:
+def _replacing(where: Place) -> Generator[Path]:
     """Give the path of a draft that replaces the catalogue file when the block succeeds."""
     with locked(where.commit_lock, COMMIT_WAIT_SECONDS), writing(where.file):
         for left_over in where.file.parent.glob(f"{where.file.name}.draft*"):
@@ -175,14 +175,14 @@ def _replacing(where: Place) -> Iterator[Path]:
 
 
 @contextmanager
-def _connected(draft: Path, where: Place) -> Iterator[duckdb.DuckDBPyConnection]:
+def _connected(draft: Path, where: Place) -> Generator[duckdb.DuckDBPyConnection]:
     """Open the draft in one transaction that ends with new views and a checkpoint."""
     con = duckdb.connect(draft)
     try:
         con.execute("SET file_search_path = $1", [str(where.file.parent)])
         con.execute("BEGIN")
         yield con
-        create_views(con, where.folder.name)
+        create_views(con, PurePath(where.folder.name))
         con.execute("COMMIT")
         con.execute("CHECKPOINT")
     finally:
@@ -226,12 +226,3 @@ def read_meta(where: Place) -> dict[str, str]:
         raise NotAStoreError(
             f"{where.file}: not a DuckDB file, or a damaged one: {str(fault).splitlines()[0]}"
         ) from fault
-
-
-def quoted(text: str) -> str:
-    """Return `text` as an SQL string literal, for the few statements that take no parameters.
-
-    >>> quoted("it's")
-    "'it''s'"
-    """
-    return "'" + text.replace("'", "''") + "'"

@@ -5,7 +5,7 @@ the way out. Our own mistakes are asserts.
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def _reason(fault: BaseException) -> str:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Generator[None]:
     """Turn the machine's refusals while writing `path` into a `WriteError`.
 
     Raises:

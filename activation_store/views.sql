@@ -1,4 +1,118 @@
--- placeholder views, replaced when the access paths are measured
-CREATE OR REPLACE VIEW acts AS SELECT * FROM acts_shards;
-CREATE OR REPLACE VIEW token_ids AS SELECT * FROM tokens_shards;
-CREATE OR REPLACE VIEW vectors AS SELECT * FROM vectors_shards;
+-- Views and macros over `acts`, `token_ids` and `vectors`, which `views.py` makes from the shards.
+-- {at} is the name of the catalogue with a dot: a macro looks names up where it is called, not where
+-- it was made, so an attached store would otherwise answer with the rows of another one. Parameters
+-- have names of their own (of_hook) because DuckDB refuses one that is also a column.
+
+CREATE OR REPLACE VIEW {at}tokens AS
+SELECT t.seq_id, t.pos, t.doc_id, t.split, t.token_id, v.token
+FROM {at}token_ids t
+LEFT JOIN {at}vocabulary v ON v.token_id = t.token_id;
+COMMENT ON VIEW {at}tokens IS 'Tokens in order, with their document, split and string';
+
+CREATE OR REPLACE VIEW {at}activations AS
+SELECT a.hook, a.unit, a.seq_id, a.pos, t.doc_id, t.split, t.token_id, v.token, a.act
+FROM {at}acts a
+LEFT JOIN {at}token_ids t ON t.seq_id = a.seq_id AND t.pos = a.pos
+LEFT JOIN {at}vocabulary v ON v.token_id = t.token_id;
+COMMENT ON VIEW {at}activations IS 'Stored acts with their tokens; act > hooks.threshold';
+
+CREATE OR REPLACE VIEW {at}vector_shards AS
+SELECT s.file, s.hook, s.n_rows, s.n_bytes, s.checksum, s.seq_min, s.seq_max
+FROM {at}shards s
+WHERE s.kind = 'vectors';
+COMMENT ON VIEW {at}vector_shards IS 'Parquet files of the dense vectors';
+
+-- the token within its marks; spaces before it stay before them
+CREATE OR REPLACE MACRO {at}marked(token) AS
+    CASE WHEN trim(token) = '' THEN '«' || token || '»'
+    ELSE repeat(' ', length(token) - length(ltrim(token))) || '«' || ltrim(token) || '»' END;
+
+-- one row: the tokens around a position, within its document
+CREATE OR REPLACE MACRO {at}excerpt(at_seq, at_pos, before := 16, after := 8) AS TABLE
+WITH peak AS MATERIALIZED (
+    SELECT p.seq_id, p.pos, p.doc_id FROM {at}token_ids p WHERE p.seq_id = at_seq AND p.pos = at_pos
+)
+SELECT
+    p.seq_id, p.pos, p.doc_id, min(t.pos) AS first_pos,
+    string_agg(CASE WHEN t.pos = p.pos THEN {at}marked(t.token) ELSE t.token END, '' ORDER BY t.pos)
+        AS text,
+    list(t.token ORDER BY t.pos) AS tokens
+FROM {at}tokens t, peak p
+WHERE t.seq_id = at_seq AND t.pos BETWEEN at_pos - before AND at_pos + after AND t.doc_id = p.doc_id
+GROUP BY ALL;
+
+-- the exemplars of a unit with their text, best first
+CREATE OR REPLACE MACRO {at}exemplars(of_hook, of_unit, k := 8, of_kind := 'top', before := 16, after := 8)
+AS TABLE
+WITH chosen AS MATERIALIZED (
+    SELECT e.rank, e.bin, e.act, e.seq_id, e.pos, e.doc_id
+    FROM {at}exemplars e
+    WHERE e.hook = of_hook AND e.unit = of_unit AND e.kind = of_kind AND e.rank <= k
+)
+SELECT
+    c.rank, c.act, c.bin, c.doc_id, c.seq_id, c.pos,
+    any_value(t.token) FILTER (t.pos = c.pos) AS token,
+    string_agg(CASE WHEN t.pos = c.pos THEN {at}marked(t.token) ELSE t.token END, '' ORDER BY t.pos)
+        AS excerpt
+FROM chosen c
+LEFT JOIN {at}tokens t
+    ON t.seq_id = c.seq_id AND t.doc_id = c.doc_id AND t.pos BETWEEN c.pos - before AND c.pos + after
+GROUP BY ALL
+ORDER BY c.rank;
+
+-- one row: the statistics of a unit and the settings they depend on
+CREATE OR REPLACE MACRO {at}unit(of_hook, of_unit) AS TABLE
+SELECT s.*, h.threshold, h.dtype, h.quantile_error
+FROM {at}unit_stats s
+LEFT JOIN {at}hooks h ON h.hook = s.hook AND h.kind = 'rows'
+WHERE s.hook = of_hook AND s.unit = of_unit;
+
+-- one row: how often two units of a hook are stored at the same token, against chance
+CREATE OR REPLACE MACRO {at}coactivation(of_hook, a, b) AS TABLE
+WITH stored AS (
+    -- a reader per unit: of `unit IN (a, b)` only the smallest and largest reach the row groups
+    SELECT x.seq_id, x.pos, x.act AS act_a, NULL::FLOAT AS act_b
+    FROM {at}acts x
+    WHERE x.hook = of_hook AND x.unit = a
+    UNION ALL
+    SELECT y.seq_id, y.pos, NULL::FLOAT AS act_a, y.act AS act_b
+    FROM {at}acts y
+    WHERE y.hook = of_hook AND y.unit = b
+),
+pairs AS (SELECT max(act_a) AS act_a, max(act_b) AS act_b FROM stored GROUP BY seq_id, pos),
+sums AS (
+    SELECT
+        count(act_a) AS n_a, count(act_b) AS n_b,
+        count(*) FILTER (act_a IS NOT NULL AND act_b IS NOT NULL) AS n_both,
+        sum(act_a::DOUBLE * act_b) AS dot,
+        sqrt(sum(act_a::DOUBLE ^ 2)) * sqrt(sum(act_b::DOUBLE ^ 2)) AS norms
+    FROM pairs
+)
+SELECT
+    h.n_tokens, s.n_a, s.n_b, s.n_both,
+    s.n_a::DOUBLE * s.n_b / h.n_tokens AS expected_both,
+    s.n_both * h.n_tokens / (s.n_a::DOUBLE * s.n_b) AS lift,
+    s.n_both / (s.n_a + s.n_b - s.n_both) AS jaccard,
+    coalesce(s.dot, 0) / s.norms AS cosine
+FROM sums s, {at}hooks h
+WHERE h.hook = of_hook AND h.kind = 'rows';
+
+-- a row per token that the unit is stored at: how often, of how many, and how strongly
+CREATE OR REPLACE MACRO {at}token_profile(of_hook, of_unit) AS TABLE
+WITH counts AS (
+    SELECT t.token_id, count(*) AS n_tokens FROM {at}token_ids t GROUP BY t.token_id
+),
+found AS (
+    SELECT t.token_id, count(*) AS n_acts, avg(x.act) AS mean_act, max(x.act) AS max_act
+    FROM {at}acts x
+    JOIN {at}token_ids t ON t.seq_id = x.seq_id AND t.pos = x.pos
+    WHERE x.hook = of_hook AND x.unit = of_unit
+    GROUP BY t.token_id
+)
+SELECT
+    f.token_id, v.token, f.n_acts, c.n_tokens, f.n_acts / c.n_tokens AS density,
+    f.mean_act, f.max_act
+FROM found f
+JOIN counts c ON c.token_id = f.token_id
+LEFT JOIN {at}vocabulary v ON v.token_id = f.token_id
+ORDER BY f.mean_act DESC, f.token_id;

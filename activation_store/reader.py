@@ -1,0 +1,129 @@
+"""The connection that answers queries: in memory, over one store or several, locked by default.
+
+Each store is attached read-only and stands behind a catalogue in memory with the same tables, views
+and macros; the views name the shards by absolute paths, so queries work from any folder, from any
+thread and after another store is attached.
+"""
+
+import re
+import secrets
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import duckdb
+
+from activation_store import migrations
+from activation_store.catalogue import Place
+from activation_store.errors import NotAStoreError, ShardError
+from activation_store.views import create_views, quoted
+
+_FILE = re.compile(r"[\w.-]+\.parquet")
+
+
+def connect(places: Mapping[str, Place], trusted: bool) -> duckdb.DuckDBPyConnection:
+    """Return a connection over the stores at `places`.
+
+    Args:
+        places: name to store; the store named "" is found without a name.
+        trusted: leave DuckDB's access to files, settings and extensions as it is.
+
+    Raises:
+        NotAStoreError: a catalogue cannot be read.
+        ShardError: a shard is missing or has another size than the catalogue says.
+        SchemaError: a store was written under a newer schema.
+    """
+    con = duckdb.connect(":memory:", config=_settings(trusted))
+    try:
+        con.execute("SET parquet_metadata_cache = true")
+        shards = [path for name, place in places.items() for path in _attach(con, name, place)]
+        if not trusted:
+            _lock(con, shards)
+    except BaseException:
+        con.close()
+        raise
+    return con
+
+
+def _settings(trusted: bool) -> dict[str, str | bool | int | float | list[str]]:
+    if trusted:
+        return {}
+    return {
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+        "allow_community_extensions": False,
+        "python_enable_replacements": False,
+    }
+
+
+def _attach(con: duckdb.DuckDBPyConnection, name: str, place: Place) -> list[Path]:
+    """Attach one store under `name` and return the paths of its shards."""
+    hidden = f'"{name}_catalogue"'
+    at = ""
+    if name:
+        con.execute(f"ATTACH ':memory:' AS {identifier(name)}")
+        at = f"{identifier(name)}."
+    file = migrations.readable(place)
+    con.execute(f"ATTACH {quoted(str(file))} AS {hidden} (READ_ONLY)")
+    for table in migrations.expected_tables():
+        con.execute(f"CREATE VIEW {at}{table} AS SELECT * FROM {hidden}.{table}")
+    paths = checked_shards(con, place, f"{hidden}.")
+    create_views(con, place.folder, at, f"{hidden}.")
+    return paths
+
+
+def checked_shards(con: duckdb.DuckDBPyConnection, place: Place, source: str = "") -> list[Path]:
+    """Return the paths of the listed shards after a look at their sizes.
+
+    Raises:
+        ShardError: one is missing, shorter or longer than listed; names up to three.
+        NotAStoreError: the catalogue lists something that cannot be a shard's name.
+    """
+    rows = con.execute(f"SELECT file, n_bytes FROM {source}shards ORDER BY file").fetchall()
+    faults: list[str] = []
+    for file, n_bytes in rows:
+        if not _FILE.fullmatch(file):
+            raise NotAStoreError(f"{place.file}: lists {file!r}, which is no name of a shard.")
+        if (fault := size_fault(place.folder / file, n_bytes)) is not None:
+            faults.append(fault)
+    if faults:
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ShardError(
+            f"{place.folder}: {'; '.join(faults[:3])}{more}. Bring the files back, or run "
+            f"`lmmono store verify --repair {place.file}`, which drops only what is lost and says "
+            "what."
+        )
+    return [place.folder / file for file, _ in rows]
+
+
+def size_fault(path: Path, n_bytes: int) -> str | None:
+    """Return what a look at the size of a shard finds wrong, or None."""
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    return None if found == n_bytes else f"{path.name} has {found} bytes, want {n_bytes}"
+
+
+def identifier(name: str) -> str:
+    """Return `name` as an SQL identifier.
+
+    >>> identifier('gpt"2')
+    '"gpt""2"'
+    """
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _lock(con: duckdb.DuckDBPyConnection, shards: list[Path]) -> None:
+    """Leave the connection able to read the shards, and to do nothing else to the machine."""
+    listing = ", ".join(quoted(str(path)) for path in shards)
+    # DuckDB makes this folder when a query outgrows the memory, and removes it at the end
+    spill = Path(tempfile.gettempdir()) / f"activation_store-{secrets.token_hex(8)}"
+    for statement in (
+        f"SET temp_directory = {quoted(str(spill))}",
+        "SET allow_persistent_secrets = false",
+        f"SET allowed_paths = [{listing}]",
+        "SET enable_external_access = false",
+        "SET lock_configuration = true",
+    ):
+        con.execute(statement)

@@ -1,0 +1,185 @@
+"""One unit as people look at it: its statistics, and its exemplars with the tokens highlighted."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal
+
+from activation_store.errors import ContentError
+
+if TYPE_CHECKING:
+    from activation_store.store import Store
+
+ExemplarKind = Literal["top", "random", "quantile"]
+
+
+@dataclass(frozen=True, slots=True)
+class Exemplar:
+    """A token chosen for a unit, with the tokens around it and the unit's activation on each."""
+
+    rank: int
+    """Place within its kind, 1 is first."""
+    act: float
+    """Activation at the chosen token, in units of the hook."""
+    bin: int | None
+    """Quantile bin, 0 is lowest; None unless drawn by quantile."""
+    doc_id: int
+    seq_id: int
+    pos: int
+    first_pos: int
+    """Position of the first of `tokens`."""
+    tokens: tuple[str, ...]
+    """The tokens around the chosen one, of the same document."""
+    acts: tuple[float, ...]
+    """Stored activation on each of `tokens`; 0 where none is stored."""
+
+    @property
+    def text(self) -> str:
+        """The excerpt with the chosen token within « »."""
+        peak = self.pos - self.first_pos
+        return "".join(marked(t) if i == peak else t for i, t in enumerate(self.tokens))
+
+    def __repr__(self) -> str:
+        return f"{self.act:10.4g}  {self.text!r}"
+
+    def html(self, scale: float) -> str:
+        """Return the excerpt as HTML: the darker a token, the closer its act is to `scale`."""
+        peak = self.pos - self.first_pos
+        spans = [
+            _span(token, act / scale if scale > 0 else 0.0, i == peak)
+            for i, (token, act) in enumerate(zip(self.tokens, self.acts, strict=True))
+        ]
+        return f"<td>{self.act:.4g}</td><td style='text-align:left'>{''.join(spans)}</td>"
+
+
+def marked(token: str) -> str:
+    """Return the token within « »; spaces before it stay before them.
+
+    >>> marked(" cat")
+    ' «cat»'
+    """
+    bare = token.lstrip(" ")
+    if not bare.strip():
+        return f"«{token}»"
+    return " " * (len(token) - len(bare)) + f"«{bare}»"
+
+
+def _span(token: str, share: float, peak: bool) -> str:
+    shade = min(max(share, 0.0), 1.0)
+    style = f"background:rgba(255,140,0,{shade:.2f});white-space:pre-wrap"
+    if peak:
+        style += ";outline:1px solid"
+    shown = escape(token.replace("\n", "↵"))
+    return f"<span style='{style}' title='{share:.2f}'>{shown}</span>"
+
+
+class Unit:
+    """A unit of a store, with the statistics of `unit_stats` as attributes.
+
+    Exemplars are read when they are asked for.
+    """
+
+    def __init__(self, store: "Store", stats: Mapping[str, Any]) -> None:
+        self._store = store
+        self.stats = dict(stats)
+        self.hook: str = stats["hook"]
+        """Hook of the unit."""
+        self.unit: int = stats["unit"]
+        """Index of the unit, 0 to d - 1."""
+        self.density: float | None = stats["density"]
+        """Share of tokens with act > threshold; None where no token was seen."""
+        self.max_act: float | None = stats["max_act"]
+        """Largest activation seen."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a column of `unit_stats`, such as `mean` or `q99`."""
+        stats: Mapping[str, Any] = self.__dict__.get("stats", {})
+        if name in stats:
+            return stats[name]
+        raise AttributeError(f"a unit has no {name!r}; it has {', '.join(stats)}")
+
+    def exemplars(
+        self, k: int = 8, kind: ExemplarKind = "top", *, before: int = 16, after: int = 8
+    ) -> list[Exemplar]:
+        """Return up to k exemplars of a kind with `before` and `after` tokens of context."""
+        return read_exemplars(self._store, self.hook, self.unit, k, kind, before, after)
+
+    def __repr__(self) -> str:
+        density = "unknown" if self.density is None else f"{self.density:.4%}"
+        head = f"{self.hook} unit {self.unit}: density {density}, max {self.max_act}"
+        return "\n".join([head, *(repr(e) for e in self.exemplars())])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr>{e.html(self.max_act or 0.0)}</tr>" for e in self.exemplars())
+        density = "unknown" if self.density is None else f"{self.density:.4%}"
+        return (
+            f"<b>{escape(self.hook)}</b> unit {self.unit}: density {density}, max {self.max_act}"
+            f"<table>{rows}</table>"
+        )
+
+
+_WINDOWS = """
+WITH chosen AS MATERIALIZED (
+    SELECT e.rank, e.act, e.bin, e.doc_id, e.seq_id, e.pos
+    FROM exemplars e
+    WHERE e.hook = $hook AND e.unit = $unit AND e.kind = $kind AND e.rank <= $k
+)
+SELECT c.*, min(t.pos) AS first_pos, list(t.token ORDER BY t.pos) AS tokens
+FROM chosen c
+LEFT JOIN tokens t
+    ON t.seq_id = c.seq_id AND t.doc_id = c.doc_id
+    AND t.pos BETWEEN c.pos - $before AND c.pos + $after
+GROUP BY ALL
+ORDER BY c.rank
+"""
+
+_ACTS = """
+SELECT seq_id, pos, act FROM acts
+WHERE hook = $hook AND unit = $unit AND seq_id IN (SELECT unnest($seqs::INTEGER[]))
+"""
+
+
+def read_unit(store: "Store", hook: str, unit: int) -> Unit:
+    """Return one unit of the store.
+
+    Raises:
+        ContentError: the store has no statistics of that unit; names the hooks it has.
+    """
+    found = store.sql("FROM unit($hook, $unit)", hook=hook, unit=unit)
+    row = found.fetchone()
+    if row is None:
+        known = store.sql(
+            "SELECT hook, d FROM hooks WHERE kind = 'rows' ORDER BY hook LIMIT 20"
+        ).fetchall()
+        listing = ", ".join(f"{name} (units 0 to {d - 1})" for name, d in known) or "none"
+        raise ContentError(
+            f"{store.path}: no unit {unit} of hook {hook!r}; hooks captured as rows: {listing}."
+        )
+    return Unit(store, dict(zip(found.columns, row, strict=True)))
+
+
+def read_exemplars(
+    store: "Store", hook: str, unit: int, k: int, kind: ExemplarKind, before: int, after: int
+) -> list[Exemplar]:
+    """Return up to k exemplars of a unit with their tokens and activations, by rank."""
+    rows = store.sql(
+        _WINDOWS,
+        hook=hook,
+        unit=unit,
+        kind=kind,
+        k=k,
+        before=before,
+        after=after,
+    ).fetchall()
+    seqs = sorted({row[4] for row in rows})
+    found = store.sql(_ACTS, hook=hook, unit=unit, seqs=seqs).fetchall()
+    acts = {(seq_id, pos): act for seq_id, pos, act in found}
+    return [_exemplar(row, acts) for row in rows]
+
+
+def _exemplar(row: Sequence[Any], acts: Mapping[tuple[int, int], float]) -> Exemplar:
+    rank, act, kind_bin, doc_id, seq_id, pos, first_pos, tokens = row
+    shown = tuple(token or "" for token in tokens) if first_pos is not None else ()
+    start = pos if first_pos is None else first_pos
+    on_tokens = tuple(acts.get((seq_id, start + i), 0.0) for i in range(len(shown)))
+    return Exemplar(rank, act, kind_bin, doc_id, seq_id, pos, start, shown, on_tokens)
