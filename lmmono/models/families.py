@@ -19,6 +19,7 @@ from lmmono.models.points import (
     OutputPoint,
     Point,
     PositionPoint,
+    ScalePoint,
 )
 
 
@@ -141,7 +142,7 @@ def points(model: nn.Module) -> dict[str, Point]:
     for i in range(config.num_hidden_layers):
         block = f"{root}{family.blocks}.{i}"
         found |= {f"blocks.{i}.{name}": point for name, point in _block(family, block, config)}
-    found["ln_final.hook_normalized"] = NormPoint(root + family.ln_final, family.gain_offset)
+    found |= dict(_norm("ln_final", root + family.ln_final, family))
     return found
 
 
@@ -150,16 +151,21 @@ def _block(family: Family, block: str, config: Any) -> Iterator[tuple[str, Point
     attn_out = f"{block}.{family.attn_norm}" if family.attn_norm else attn
     mlp_out = f"{block}.{family.mlp_norm}" if family.mlp_norm else f"{block}.mlp"
     yield "hook_resid_pre", InputPoint(block)
-    yield "ln1.hook_normalized", NormPoint(f"{block}.{family.ln1}", family.gain_offset)
+    yield from _norm("ln1", f"{block}.{family.ln1}", family)
     yield from _attention(family, attn, config)
     yield "hook_attn_out", OutputPoint(attn_out)
     # GPT-NeoX may add attention and MLP to the stream at once: then there is no middle
     if not getattr(config, "use_parallel_residual", False):
         yield "hook_resid_mid", MidPoint(f"{block}.{family.ln1}", attn_out)
-    yield "ln2.hook_normalized", NormPoint(f"{block}.{family.ln2}", family.gain_offset)
+    yield from _norm("ln2", f"{block}.{family.ln2}", family)
     yield from _mlp(family, f"{block}.mlp", config)
     yield "hook_mlp_out", OutputPoint(mlp_out)
     yield "hook_resid_post", OutputPoint(block)
+
+
+def _norm(name: str, path: str, family: Family) -> Iterator[tuple[str, Point]]:
+    yield f"{name}.hook_scale", ScalePoint(path, family.gain_offset)
+    yield f"{name}.hook_normalized", NormPoint(path, family.gain_offset)
 
 
 def _attention(family: Family, attn: str, config: Any) -> Iterator[tuple[str, Point]]:

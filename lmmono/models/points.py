@@ -111,10 +111,26 @@ class NormPoint(Point):
 
         def hook(module: Any, args: tuple[Any, ...], _output: Any) -> Any:
             new = watch(_normalized(module, args[0]))
-            if new is None:
-                return None
-            scaled = new * (module.weight + self.gain_offset)
-            return scaled if getattr(module, "bias", None) is None else scaled + module.bias
+            return None if new is None else _affine(module, new, self.gain_offset)
+
+        return model.get_submodule(self.path).register_forward_hook(hook).remove
+
+
+@dataclass(frozen=True, slots=True)
+class ScalePoint(Point):
+    """What a norm divides by, [batch, pos, 1], as TransformerLens' `hook_scale`."""
+
+    path: str
+    gain_offset: float = 0.0
+
+    def attach(self, model: nn.Module, watch: Watch) -> Callable[[], None]:
+        """Attach `watch` to the norm."""
+
+        def hook(module: Any, args: tuple[Any, ...], _output: Any) -> Any:
+            x: Tensor = args[0]
+            centred = x - x.mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else x
+            new = watch((centred.pow(2).mean(-1, keepdim=True) + _eps(module)).sqrt())
+            return None if new is None else _affine(module, centred / new, self.gain_offset)
 
         return model.get_submodule(self.path).register_forward_hook(hook).remove
 
@@ -212,8 +228,16 @@ def _through(watch: Watch, whole: Tensor, heads: Heads | None) -> Tensor | None:
 def _normalized(module: Any, x: Tensor) -> Tensor:
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
-    eps = getattr(module, "variance_epsilon", None) or module.eps
-    return F.rms_norm(x, x.shape[-1:], None, eps)
+    return F.rms_norm(x, x.shape[-1:], None, _eps(module))
+
+
+def _eps(module: Any) -> float:
+    return getattr(module, "variance_epsilon", None) or module.eps
+
+
+def _affine(module: Any, normalized: Tensor, gain_offset: float) -> Tensor:
+    scaled = normalized * (module.weight + gain_offset)
+    return scaled if getattr(module, "bias", None) is None else scaled + module.bias
 
 
 _WATCHED = "lmmono_watched"
