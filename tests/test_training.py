@@ -37,8 +37,15 @@ train: {{steps: 24, batch_tokens: 256, warmup_steps: 4, eval_every_steps: 10, ev
 """
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prepared")
+
+
 @pytest.fixture
-def recipe_file(tmp_path: Path) -> Path:
+def recipe_file(tmp_path: Path, prepared: Path) -> Path:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / ".cache").symlink_to(prepared)
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE.format(out=tmp_path / "runs"))
     return path
@@ -156,7 +163,7 @@ def test_nan_names_the_first_broken_parameter() -> None:
     model = torch.nn.Linear(2, 2)
     model.weight.data[0, 0] = float("nan")
     with pytest.raises(TrainError, match="nan at step 5; first broken parameter: weight"):
-        LossWatch(10, None).check([2.0, float("nan")], 4, model, Train())
+        LossWatch(10, None).require_finite([2.0, float("nan")], 4, model, Train())
 
 
 def test_a_study_is_refused_with_its_runs_named(recipe_file: Path) -> None:

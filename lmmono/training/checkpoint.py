@@ -30,6 +30,8 @@ class Position:
     """Digest of the recipe sections that made it."""
     smooth_loss: float | None
     """Smoothed training loss, nats per token; None before the first reading."""
+    unread_losses: list[float]
+    """Losses of the last steps, not logged yet."""
 
 
 def save_checkpoint(

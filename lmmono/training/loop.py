@@ -23,6 +23,7 @@ from lmmono.data.tokens import TokenRows
 from lmmono.errors import RecipeError, TrainingStopped
 from lmmono.models.build import build_model
 from lmmono.recipe import Recipe
+from lmmono.recipe.sections import Train
 from lmmono.run import Run
 from lmmono.training.checkpoint import (
     Position,
@@ -157,11 +158,19 @@ class _Loop:
             request=request,
             progress=progress,
             step=position.step if position else 0,
+            unread=[
+                torch.tensor(loss, device=accelerator.device)
+                for loss in (position.unread_losses if position else ())
+            ],
         )
+
+    @property
+    def _settings(self) -> Train:
+        return self.run.recipe.train
 
     def optimize(self) -> None:
         """Take every step that is left, evaluating, saving and stopping where due."""
-        settings = self.run.recipe.train
+        settings = self._settings
         batch_rows = settings.batch_tokens // self.run.recipe.data.n_ctx
         batches = train_batches(self.rows, batch_rows, self.run.recipe.seed, self.step)
         while self.step < settings.steps:
@@ -169,8 +178,8 @@ class _Loop:
             self.step += 1
             stop = self.request.agreed(self.accelerator)
             last = self.step == settings.steps
-            if stop or last or self.step % CHECK_EVERY_STEPS == 0:
-                self._read_losses()
+            if last or self.step % CHECK_EVERY_STEPS == 0:
+                self._log_losses()
             if not last and self.step % settings.eval_every_steps == 0:
                 self._evaluate()
             every = settings.checkpoint_every_steps
@@ -181,7 +190,7 @@ class _Loop:
 
     def _take_step(self, batch: np.ndarray) -> Float[Tensor, ""]:
         """Step on a global batch [batch_rows, n_ctx]; return the loss of this process' share."""
-        accelerator, settings = self.accelerator, self.run.recipe.train
+        accelerator, settings = self.accelerator, self._settings
         set_lr(self.optimizer, lr_at(self.step, settings))
         share = len(batch) // accelerator.num_processes
         first = accelerator.process_index * share
@@ -201,30 +210,37 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
-    def _read_losses(self) -> None:
-        """Read the losses of the last steps, check them, log and report them."""
-        losses = self.accelerator.reduce(torch.stack(self.unread), reduction="mean").tolist()
-        first = self.step - len(losses)
+    def _read_losses(self) -> list[float]:
+        """Return the mean loss over processes of each step not logged yet; all must be finite."""
+        if not self.unread:
+            return []
+        reduced = self.accelerator.reduce(torch.stack(self.unread), reduction="mean")
+        assert isinstance(reduced, Tensor)
+        losses: list[float] = reduced.tolist()
+        self.watch.require_finite(losses, self.step - len(losses), self.bare, self._settings)
+        return losses
+
+    def _log_losses(self) -> None:
+        """Read the losses of the last steps; check, log and report them."""
+        losses, settings = self._read_losses(), self._settings
         self.unread.clear()
-        self.watch.check(losses, first, self.bare, self.run.recipe.train)
-        tokens = self.run.recipe.train.batch_tokens
-        mean, seconds = sum(losses) / len(losses), time.perf_counter() - self.started
-        lr = lr_at(self.step - 1, self.run.recipe.train)
-        values = {"loss": mean, "lr": lr}
+        self.watch.follow(losses, self.step - len(losses), self.bare, settings)
+        n_tokens, seconds = settings.batch_tokens * len(losses), time.perf_counter() - self.started
+        values = {"loss": sum(losses) / len(losses), "lr": lr_at(self.step - 1, settings)}
         self.log.add(
-            LogRow(self.step, "train", name, value, tokens * len(losses), seconds)
+            LogRow(self.step, "train", name, value, n_tokens, seconds)
             for name, value in values.items()
         )
         self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.step)
         if self.accelerator.is_main_process:
-            total = self.run.recipe.train.steps
-            self.progress(f"train {self.run.name}", self.step, total, loss=mean)
+            what = f"train {self.run.name}"
+            self.progress(what, self.step, settings.steps, loss=values["loss"])
 
     def _evaluate(self) -> Evaluation | None:
         """Evaluate on held-out documents in the main process, and log the result."""
         result = None
         if self.accelerator.is_main_process:
-            settings = self.run.recipe.train
+            settings = self._settings
             rows = self.run.tokens("val").limit(settings.eval_tokens)
             batch_tokens = min(settings.batch_tokens, settings.eval_tokens)
             result = evaluate(self.bare, rows.ids, max(1, batch_tokens // rows.n_ctx))
@@ -237,11 +253,13 @@ class _Loop:
 
     def _save(self) -> None:
         """Save a checkpoint and the log so far."""
+        losses = self._read_losses()
         if self.accelerator.is_main_process:
             position = Position(
                 step=self.step,
                 digest=self.run.recipe.digest(*SECTIONS),
                 smooth_loss=self.watch.smooth_loss,
+                unread_losses=losses,
             )
             save_checkpoint(self.run.dir / "checkpoint", self.bare, self.optimizer, position)
             self.log.save()
@@ -252,7 +270,7 @@ class _Loop:
         result = self._evaluate()
         if result is None:
             return {}
-        settings = self.run.recipe.train
+        settings = self._settings
         facts: dict[str, float | int | str] = {
             "val_loss": result.loss,
             "val_loss_se": result.loss_se,
@@ -274,6 +292,7 @@ class _Loop:
 def _new_model(run: Run) -> PreTrainedModel:
     """Return the freshly initialised model of a run, ready to train."""
     recipe, tokenizer = run.recipe, run.corpus.tokenizer
+    assert isinstance(tokenizer.eos_token_id, int), "build_tokenizer always sets it"
     model = build_model(
         recipe.model,
         d_vocab=len(tokenizer),

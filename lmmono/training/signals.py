@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -26,13 +26,13 @@ class StopRequest:
         """Return the signal if any process received one: all processes get the same answer."""
         if accelerator.num_processes == 1:
             return self.signal
-        flag = torch.tensor([self.signal or 0], device=accelerator.device)
-        highest = int(torch.max(accelerator.gather(flag)).item())
-        return highest or None
+        flags = accelerator.gather(torch.tensor([self.signal or 0], device=accelerator.device))
+        assert isinstance(flags, torch.Tensor)
+        return int(flags.max()) or None
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests() -> Generator[StopRequest]:
     """Catch SIGINT and SIGTERM inside the block; outside the main thread nothing is caught."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

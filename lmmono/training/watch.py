@@ -23,15 +23,25 @@ class LossWatch:
         self.limit = math.log(d_vocab) + WORSE_THAN_GUESSING_NATS
         self.smooth_loss = smooth_loss
 
-    def check(self, losses: list[float], first_step: int, model: nn.Module, train: Train) -> None:
-        """Take in the losses of steps `first_step`, `first_step + 1`, ... in nats per token.
+    def require_finite(
+        self, losses: list[float], first_step: int, model: nn.Module, train: Train
+    ) -> None:
+        """Check the losses in nats per token of steps `first_step`, `first_step + 1`, ...
 
         Raises:
-            TrainError: one is not finite, or they diverge; says at which step and what to change.
+            TrainError: one is NaN or infinite; says at which step and what to change.
         """
         for step, loss in enumerate(losses, start=first_step):
             if not math.isfinite(loss):
                 raise TrainError(_message(f"loss became {loss}", step, model, train))
+
+    def follow(self, losses: list[float], first_step: int, model: nn.Module, train: Train) -> None:
+        """Take finite losses into the smoothed one.
+
+        Raises:
+            TrainError: they diverge; says at which step and what to change.
+        """
+        for step, loss in enumerate(losses, start=first_step):
             before = loss if self.smooth_loss is None else self.smooth_loss
             self.smooth_loss = SMOOTHING * before + (1 - SMOOTHING) * loss
             if self.smooth_loss > self.limit:
