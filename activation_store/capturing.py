@@ -179,5 +179,5 @@ def digest(module: "nn.Module") -> str:
         if isinstance(value, torch.Tensor):
             found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
             plain = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            found.update(memoryview(plain.numpy()))
+            found.update(plain.numpy().tobytes())
     return found.hexdigest()

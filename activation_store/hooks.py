@@ -78,7 +78,7 @@ class Rows:
     def cutoff(self) -> np.float32:
         """Largest float32 not above the threshold: a float32 is above the one iff the other."""
         near = np.float32(self.threshold)
-        return near if near <= self.threshold else np.nextafter(near, np.float32(-np.inf))
+        return near if float(near) <= self.threshold else np.nextafter(near, np.float32(-np.inf))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """One pass over a block of activations: moments, sketch, exemplars and the sparse entries.
 
 A block is cut into tiles, runs of at most `TILE` tokens of one sequence, and each tile into strips
-of `STRIP` units. A strip of a tile is copied to a buffer that stays in the fastest cache; everything
-is computed from there, so a block is read from memory once. Tiles lie on a fixed grid within their
+of `STRIP` units. A strip of a tile is copied to a buffer that stays in the fastest cache, and
+everything is computed from there, so a block is read from memory once. Tiles lie on a fixed grid within their
 sequence: the result does not depend on how sequences are grouped into blocks, to the bit.
 
 Entries come out tile by tile, within a tile by unit, within a unit by position, with a count per

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 import numpy as np
 
@@ -67,7 +66,7 @@ class Spool:
         self._closing: list[Future[Shard]] = []
         self._waiting_vectors: list[Future[Shard]] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Spool":
         return self
 
     def __exit__(

@@ -2,10 +2,10 @@
 
 A capture is a set of hooks taken over one stream of sequences. Everything it writes depends only
 on the stream and the settings, not on how the sequences come in batches: it looks at fixed places
-of the stream whether a block of entries is due to be written and a commit to be made. A commit lists
-the shards and stores, in the same step, the tables and what the writer must remember. A capture
-that is stopped in any way goes on after its last commit, and its store equals that of one never
-stopped.
+of the stream whether a block of entries is due to be written and a commit to be made. A commit
+lists the shards and stores, in the same step, the tables and what the writer must remember. A
+capture that is stopped in any way goes on after its last commit, and its store equals that of one
+never stopped.
 """
 
 import json
@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from types import TracebackType
-from typing import Self
 
 import duckdb
 import numpy as np
@@ -104,7 +103,7 @@ class Writer:
         names = [f"rows {hook.hook}" for hook in self._rows]
         return "capture " + json.dumps(names + [f"vectors {hook.hook}" for hook in self._vectors])
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Writer":
         """Take the store's writer lock and go on where the capture was committed last.
 
         Raises:
