@@ -20,12 +20,18 @@ BLOCK_CHARACTERS = 2_000_000
 Encoder = Callable[[list[str]], list[UInt32[np.ndarray, "n_tokens"]]]
 
 
-def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
-    """Return a batch encoder that adds no token and reads special tokens as ordinary text."""
+def exact_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return a copy that reads special tokens as ordinary text and neither cuts nor pads."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
+    return backend
+
+
+def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
+    """Return a batch encoder that adds no token and reads special tokens as ordinary text."""
+    backend = exact_backend(tokenizer)
     cut = pieces if _breaks_at_blanks(backend) else _whole
 
     def encode(texts: list[str]) -> list[UInt32[np.ndarray, "n_tokens"]]:

@@ -105,7 +105,7 @@ def _words(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     counts = Counter[str]()
     for text in texts:
         counts.update(text.split())
-    del counts[UNKNOWN]
+    del counts[UNKNOWN], counts[END_OF_TEXT]  # as words of a text they are unknown
     order = sorted(counts, key=lambda word: (-counts[word], word))
     vocabulary = {word: i for i, word in enumerate([UNKNOWN, *order])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))

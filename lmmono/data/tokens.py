@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class TokenRows:
     """`seq_id` of the first row; row r has `first_seq_id + r`, unique over a corpus' splits."""
     split: Split
     """The split all rows come from."""
+    corpus: "TokenCorpus | None" = field(default=None, repr=False, compare=False)
+    """The corpus they belong to: its documents and vocabulary go where the rows go."""
 
     @property
     def n_ctx(self) -> int:
@@ -105,6 +107,11 @@ class TokenCorpus:
         return self._facts["splits"]
 
     @cached_property
+    def section(self) -> Data:
+        """The settings that made the folder."""
+        return Data.model_validate_json(json.dumps(self._facts["settings"]))
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that made the rows."""
         return PreTrainedTokenizerFast.from_pretrained(self.dir / "tokenizer")
@@ -129,6 +136,7 @@ class TokenCorpus:
             doc_ids=np.load(self.dir / f"{split}.doc_ids.npy", mmap_mode="r"),
             first_seq_id=sum(self.facts[other]["n_rows"] for other in earlier),
             split=split,
+            corpus=self,
         )
 
     def vocabulary(self) -> list[str]:
@@ -237,12 +245,14 @@ def _digest(section: Data) -> str:
 def _read_facts(folder: Path) -> dict[str, Any]:
     path = folder / "corpus.json"
     if not path.is_file():
-        raise DataError(f"{folder} is no prepared corpus: it has no corpus.json; run prepare again")
-    facts = json.loads(path.read_text())
-    if facts["format"] != FORMAT:
-        raise DataError(
-            f"{path}: want a corpus of format {FORMAT}, got {facts['format']}; run prepare again"
-        )
+        raise DataError(f"{folder} is no prepared corpus: it has no corpus.json; prepare it again")
+    try:
+        facts = json.loads(path.read_text())
+        found = facts["format"]
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{path}: broken ({error}); delete {folder} and prepare again") from error
+    if found != FORMAT:
+        raise DataError(f"{path}: want a corpus of format {FORMAT}, got {found}; prepare it again")
     return facts
 
 

@@ -20,7 +20,8 @@ def shown_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
         shown = {i: _shown_bytes(bytes(BYTES[character] for character in tokens[i])) for i in plain}
     else:
         shown = _shown_after_a_word(backend, plain)
-    return [(added | shown)[i] for i in range(len(tokens))]
+    shown |= added
+    return [shown[i] for i in range(len(tokens))]
 
 
 def _shown_bytes(raw: bytes) -> str:

@@ -1,0 +1,94 @@
+"""The planted features of tokens, whatever tokenizer cut the words."""
+
+from functools import cache
+
+import numpy as np
+from jaxtyping import Bool, Int
+from tokenizers import Tokenizer
+
+from lmmono.data.encoding import exact_backend
+from lmmono.data.planted import Language, PlantedDocument
+from lmmono.data.tokens import TokenCorpus, TokenRows
+from lmmono.errors import DataError
+from lmmono.recipe.sections import PlantedCorpus
+
+
+def token_truth(
+    document: PlantedDocument, offsets: Int[np.ndarray, "n_tokens 2"]
+) -> Bool[np.ndarray, "n_tokens n_features"]:
+    """Return which features each token has: those of every word it shares a character with.
+
+    Args:
+        document: The document that was tokenized.
+        offsets: First character of each token and the one after its last.
+    """
+    lengths = np.array([len(word) for word in document.words])
+    ends = np.cumsum(lengths + 1) - 1  # words are joined by single blanks
+    starts = ends - lengths
+    first = np.searchsorted(ends, offsets[:, 0], side="right")
+    after_last = np.searchsorted(starts, offsets[:, 1], side="left")
+    seen = np.concatenate([np.zeros_like(document.truth[:1], int), document.truth.cumsum(axis=0)])
+    return seen[np.maximum(first, after_last)] > seen[first]
+
+
+def row_truth(corpus: TokenCorpus, rows: TokenRows) -> Bool[np.ndarray, "n_rows n_ctx n_features"]:
+    """Return the features of every token of some rows of a planted corpus.
+
+    An end-of-text token has none. The features are those of `planted_language(corpus)`, in order.
+
+    Raises:
+        DataError: If the corpus is not a planted one.
+    """
+    language = planted_language(corpus)
+    backend = exact_backend(corpus.tokenizer)
+    truth = np.zeros((rows.ids.size, len(language.features)), bool)
+    start = (rows.first_seq_id - corpus.tokens(rows.split).first_seq_id) * rows.n_ctx
+    first_tokens = _first_tokens(corpus, rows)
+    for doc_id in np.unique(rows.doc_ids).tolist():
+        of_document = _document_truth(language, backend, doc_id)
+        at = first_tokens[doc_id] - start
+        head, tail = max(at, 0), min(at + len(of_document), len(truth))
+        truth[head:tail] = of_document[head - at : tail - at]
+    return truth.reshape(*rows.ids.shape, -1)
+
+
+def planted_language(corpus: TokenCorpus) -> Language:
+    """Return the language of a planted corpus.
+
+    Raises:
+        DataError: If the corpus is not a planted one.
+    """
+    source = corpus.section.corpus
+    if not isinstance(source, PlantedCorpus):
+        raise DataError(
+            f"{corpus.dir}: only a planted corpus has known features, this one is of kind "
+            f"{source.kind!r}"
+        )
+    return _language(source.language_seed)
+
+
+@cache
+def _language(seed: int) -> Language:
+    return Language(seed)
+
+
+def _document_truth(
+    language: Language, backend: Tokenizer, doc_id: int
+) -> Bool[np.ndarray, "n_tokens n_features"]:
+    # no planted document is empty, so document i of the corpus is document i of the language
+    document = language.document(doc_id)
+    encoding = backend.encode(document.text, add_special_tokens=False)
+    truth = token_truth(document, np.array(encoding.offsets, np.int64))
+    return np.pad(truth, ((0, 1), (0, 0)))  # the end-of-text token
+
+
+def _first_tokens(corpus: TokenCorpus, rows: TokenRows) -> dict[int, int]:
+    """Return for each document of the rows' split the place of its first token in the split."""
+    table = corpus.documents.select(["doc_id", "split", "n_tokens"]).to_pydict()
+    places: dict[int, int] = {}
+    place = 0
+    for doc_id, split, n_tokens in zip(*table.values(), strict=True):
+        if split == rows.split:
+            places[doc_id] = place
+            place += n_tokens
+    return places
