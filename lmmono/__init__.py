@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lmmono.data.tokens import TokenCorpus, TokenRows
     from lmmono.errors import LmmonoError
     from lmmono.generation import generate
-    from lmmono.models.build import build_model, load_model
+    from lmmono.models.build import build_model
     from lmmono.models.crate import CrateConfig, CrateForCausalLM
     from lmmono.models.hooks import (
         Edit,
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         run_with_cache,
         run_with_edit,
     )
+    from lmmono.models.presets import preset
+    from lmmono.models.storage import load_model
     from lmmono.recipe import Recipe
     from lmmono.reporting.tables import comparison
     from lmmono.run import Run, open_run
@@ -44,6 +46,7 @@ __all__ = [
     "load_model",
     "match_hooks",
     "open_run",
+    "preset",
     "recording",
     "run_with_cache",
     "run_with_edit",
@@ -55,7 +58,7 @@ _HOMES = {
     "data.tokens": ("TokenCorpus", "TokenRows"),
     "errors": ("LmmonoError",),
     "generation": ("generate",),
-    "models.build": ("build_model", "load_model"),
+    "models.build": ("build_model",),
     "models.crate": ("CrateConfig", "CrateForCausalLM"),
     "models.hooks": (
         "Edit",
@@ -65,6 +68,8 @@ _HOMES = {
         "run_with_cache",
         "run_with_edit",
     ),
+    "models.presets": ("preset",),
+    "models.storage": ("load_model",),
     "recipe": ("Recipe",),
     "reporting.tables": ("comparison",),
     "run": ("Run", "open_run"),

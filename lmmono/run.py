@@ -131,7 +131,7 @@ class Run:
             RunError: There is none yet.
             ModelError: It cannot be read.
         """
-        from lmmono.models.build import load_model
+        from lmmono.models.storage import load_model
 
         if not (self.dir / "model").is_dir():
             raise RunError(f"{self.dir}: holds no model yet; {self._train_first()}")
@@ -174,10 +174,12 @@ class Run:
         """
         from safetensors import SafetensorError
 
+        from lmmono.models.storage import save_model
+
         fresh, final = self.dir / "model.tmp", self.dir / "model"
         with disk_faults(fresh, SafetensorError):
             shutil.rmtree(fresh, ignore_errors=True)
-            model.save_pretrained(fresh)
+            save_model(model, fresh)
             tokenizer.save_pretrained(fresh)
             for path in fresh.iterdir():
                 flush(path)
