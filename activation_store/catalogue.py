@@ -18,7 +18,13 @@ from pathlib import Path, PurePath
 
 import duckdb
 
-from activation_store.errors import LockedError, NotAStoreError, StoreError, writing
+from activation_store.errors import (
+    LockedError,
+    NotAStoreError,
+    StoreError,
+    damaged_shard,
+    writing,
+)
 from activation_store.views import create_views, quoted
 
 SCHEMA_VERSION = 1
@@ -142,6 +148,7 @@ def commit(where: Place) -> Generator[duckdb.DuckDBPyConnection]:
     Raises:
         NotAStoreError: there is no store at this place.
         LockedError: another process has been committing for `COMMIT_WAIT_SECONDS`.
+        ShardError: a shard that is listed at the end cannot be read.
         WriteError: the machine refused a write.
     """
     if not where.file.is_file():
@@ -182,7 +189,10 @@ def _connected(draft: Path, where: Place) -> Generator[duckdb.DuckDBPyConnection
         con.execute("SET file_search_path = $1", [str(where.file.parent)])
         con.execute("BEGIN")
         yield con
-        create_views(con, PurePath(where.folder.name))
+        try:
+            create_views(con, PurePath(where.folder.name))
+        except duckdb.Error as fault:
+            raise damaged_shard(fault, where.file) from fault
         con.execute("COMMIT")
         con.execute("CHECKPOINT")
     finally:
@@ -199,7 +209,13 @@ def sync(path: Path) -> None:
 
 
 def read_meta(where: Place) -> dict[str, str]:
-    """Return table `meta` of the store.
+    """Return table `meta` of the store; raises as `attach` does."""
+    with duckdb.connect(":memory:") as con:
+        return attach(con, where, "opened")
+
+
+def attach(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> dict[str, str]:
+    """Attach the catalogue as `name`, an SQL identifier, and return its table `meta`.
 
     Raises:
         NotAStoreError: there is no file, it is not a DuckDB file, or not one of ours.
@@ -210,9 +226,8 @@ def read_meta(where: Place) -> dict[str, str]:
             f"{where.file}: no store there; a capture makes one, or open(..., mode='w')."
         )
     try:
-        with duckdb.connect(":memory:") as con:
-            con.execute(f"ATTACH {quoted(str(where.file))} AS opened (READ_ONLY)")
-            return dict(con.execute("SELECT key, value FROM opened.meta").fetchall())
+        con.execute(f"ATTACH {quoted(str(where.file))} AS {name} (READ_ONLY)")
+        return dict(con.execute(f"SELECT key, value FROM {name}.meta").fetchall())
     except duckdb.CatalogException as fault:
         raise NotAStoreError(
             f"{where.file}: a DuckDB file without the table `meta`, so not an activation store; "

@@ -45,6 +45,14 @@ class QueryError(StoreError):
     """SQL that the store refuses to run, or that DuckDB could not run."""
 
 
+def damaged_shard(fault: duckdb.Error, file: Path) -> ShardError:
+    """Return the error to tell when DuckDB could not read a shard of the store at `file`."""
+    return ShardError(
+        f"{file.with_suffix('')}: {str(fault).splitlines()[0]} Bring the file back, or run "
+        f"`lmmono store verify --repair {file}`, which drops only what is lost and says what."
+    )
+
+
 def _reason(fault: BaseException) -> str:
     number = getattr(fault, "errno", None)
     text = str(fault)
@@ -64,7 +72,7 @@ def writing(path: Path) -> Generator[None]:
     """
     try:
         yield
-    except (OSError, pa.ArrowIOError, duckdb.IOException) as fault:
+    except (OSError, pa.ArrowIOError, duckdb.IOException, duckdb.FatalException) as fault:
         raise WriteError(
             f"{path}: cannot write: {_reason(fault)}. What was committed before is intact."
         ) from fault

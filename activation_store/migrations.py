@@ -7,6 +7,7 @@ such as a changed meaning, is a step in `STEPS`.
 import atexit
 import shutil
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import duckdb
 from activation_store import catalogue
 from activation_store.catalogue import SCHEMA_VERSION, Place
 from activation_store.errors import NotAStoreError, SchemaError
+from activation_store.views import quoted
 
 STEPS: dict[int, str] = {}
 """SQL that brings the rows of version n to version n + 1, run after new columns are there."""
@@ -48,14 +50,13 @@ def _tables(con: duckdb.DuckDBPyConnection) -> dict[str, dict[str, Column]]:
     return tables
 
 
-def version(place: Place) -> int:
-    """Return the schema version of a store.
+def version(place: Place, meta: Mapping[str, str]) -> int:
+    """Return the schema version that the table `meta` of a store names.
 
     Raises:
         NotAStoreError: there is no store, or it names no version.
         SchemaError: it was written under a newer schema than this package knows.
     """
-    meta = catalogue.read_meta(place)
     written = meta.get("schema_version", "")
     if not written.isdigit() or "store_id" not in meta:
         raise NotAStoreError(f"{place.file}: table meta names no schema_version and store_id.")
@@ -69,7 +70,7 @@ def version(place: Place) -> int:
 
 def migrate(place: Place) -> int:
     """Bring the store to today's schema in one commit, and return the version it had."""
-    had = version(place)
+    had = version(place, catalogue.read_meta(place))
     if had < SCHEMA_VERSION:
         with catalogue.commit(place) as con:
             upgrade(con, had)
@@ -95,11 +96,19 @@ def upgrade(con: duckdb.DuckDBPyConnection, had: int) -> None:
     con.execute("UPDATE meta SET value = $1 WHERE key = 'schema_version'", [str(SCHEMA_VERSION)])
 
 
-def readable(place: Place) -> Path:
-    """Return a catalogue file in today's schema: the store's own, or an upgraded private copy."""
-    had = version(place)
-    if had == SCHEMA_VERSION:
-        return place.file
+def attach(con: duckdb.DuckDBPyConnection, place: Place, name: str) -> None:
+    """Attach a store's catalogue as `name`: its file, or an upgraded private copy of an older one.
+
+    Raises:
+        StoreError: as `catalogue.attach` and `version` do.
+    """
+    had = version(place, catalogue.attach(con, place, name))
+    if had < SCHEMA_VERSION:
+        con.execute(f"DETACH {name}")
+        con.execute(f"ATTACH {quoted(str(_upgraded(place, had)))} AS {name} (READ_ONLY)")
+
+
+def _upgraded(place: Place, had: int) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="activation_store-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = Path(shutil.copy(place.file, folder))

@@ -15,7 +15,7 @@ import duckdb
 
 from activation_store import migrations
 from activation_store.catalogue import Place
-from activation_store.errors import NotAStoreError, ShardError
+from activation_store.errors import NotAStoreError, ShardError, damaged_shard
 from activation_store.views import create_views, quoted
 
 _FILE = re.compile(r"[\w.-]+\.parquet")
@@ -63,12 +63,17 @@ def _attach(con: duckdb.DuckDBPyConnection, name: str, place: Place) -> list[Pat
     if name:
         con.execute(f"ATTACH ':memory:' AS {identifier(name)}")
         at = f"{identifier(name)}."
-    file = migrations.readable(place)
-    con.execute(f"ATTACH {quoted(str(file))} AS {hidden} (READ_ONLY)")
-    for table in migrations.expected_tables():
-        con.execute(f"CREATE VIEW {at}{table} AS SELECT * FROM {hidden}.{table}")
-    paths = checked_shards(con, place, f"{hidden}.")
-    create_views(con, place.folder, at, f"{hidden}.")
+    migrations.attach(con, place, hidden)
+    try:
+        for table in migrations.expected_tables():
+            con.execute(f"CREATE VIEW {at}{table} AS SELECT * FROM {hidden}.{table}")
+        paths = checked_shards(con, place, f"{hidden}.")
+    except duckdb.Error as fault:
+        raise NotAStoreError(f"{place.file}: damaged: {str(fault).splitlines()[0]}") from fault
+    try:
+        create_views(con, place.folder, at, f"{hidden}.")
+    except duckdb.Error as fault:
+        raise damaged_shard(fault, place.file) from fault
     return paths
 
 

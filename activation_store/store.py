@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import duckdb
 
@@ -123,7 +123,7 @@ class Store:
         """The catalogue file."""
         return self.where.file
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Store":
         return self
 
     def __exit__(
@@ -188,9 +188,11 @@ class Store:
         cursor = self._cursor()
         try:
             statement = query if self._trusted else guard.read_only(cursor, query)
-            return cursor.sql(statement, params=params or None)
+            found = cursor.sql(statement, params=params or None)
         except duckdb.Error as fault:
             raise QueryError(_told(fault, query, params)) from fault
+        # trusted SQL may be a statement that gives no rows
+        return cursor.sql("SELECT 1 AS done WHERE false") if found is None else found
 
     def attach(self, path: str | os.PathLike[str], name: str) -> None:
         """Make another store readable in SQL as `name.activations`, `name.unit_stats`, ...

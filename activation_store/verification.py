@@ -81,8 +81,7 @@ def verify(path: str | os.PathLike[str], *, repair: bool = False) -> Report:
 
 def _check(where: Place) -> tuple[Report, dict[Shard, str]]:
     with duckdb.connect(":memory:") as con:
-        file = str(migrations.readable(where))
-        con.execute(f"ATTACH {catalogue.quoted(file)} AS checked (READ_ONLY)")
+        migrations.attach(con, where, "checked")
         con.execute("USE checked")
         shards = listed(con)
         faults = list(_catalogue_faults(con))
