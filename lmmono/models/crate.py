@@ -1,9 +1,7 @@
 """The CRATE language model (arXiv 2410.16443) as a Hugging Face model, in one file.
 
 Holds the configuration, the network and the mapping from released weights. Block l is
-
-    Z' = Z + MSSA(LN1(Z));  Z = ISTA(LN2(Z'))
-
+`Z' = Z + MSSA(LN1(Z)); Z = ISTA(LN2(Z'))`
 with no skip around ISTA, so the stream after a block is what its code decodes to and nothing else:
 `hook_resid_post` equals `hook_mlp_out`. A dictionary is stored as rows, W_D [d_mlp, d_model], the
 transpose of the paper's D. Refuses flash-attention, which has not been tested here.
@@ -76,6 +74,7 @@ class CrateConfig(PreTrainedConfig):
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
+    __no_type_check__ = True  # transformers wraps __init__ to take more than the fields
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -91,6 +90,10 @@ class CrateConfig(PreTrainedConfig):
     def d_mlp(self) -> int:
         """Number of neurons per layer, the size of its dictionary."""
         return self.overcompleteness * self.hidden_size
+
+
+class StreamLinear(nn.Linear):
+    """A linear layer that adds to the stream, so it starts smaller the more layers there are."""
 
 
 class CrateMssa(nn.Module):
@@ -110,7 +113,7 @@ class CrateMssa(nn.Module):
         self.d_head = d_model // config.num_attention_heads
         self.u_proj = nn.Linear(d_model, d_model, bias=False)
         self.q_proj = nn.Linear(d_model, d_model, bias=False) if config.separate_query else None
-        self.o_proj = nn.Linear(d_model, d_model)
+        self.o_proj = StreamLinear(d_model, d_model)
 
     def forward(
         self,
@@ -149,8 +152,8 @@ class CrateIsta(nn.Module):
         self.decoder = nn.Parameter(torch.empty(shape)) if config.untied_decoder else None
         self.threshold = nn.Parameter(torch.empty(shape[0])) if config.learned_threshold else None
         # W_D^T W_D v of a power iteration; its length is sigma_max^2, and it is saved
-        follows = config.step_size == "lipschitz"
-        self.register_buffer("power", torch.empty(config.hidden_size) if follows else None)
+        power = torch.empty(config.hidden_size) if config.step_size == "lipschitz" else None
+        self.register_buffer("power", power)
         for step in range(config.n_ista_steps - 1):
             self.add_module(f"hook_code_{step}", nn.Identity())
         self.hook_pre = nn.Identity()
@@ -230,7 +233,6 @@ class CratePreTrainedModel(PreTrainedModel):
     """What every CRATE head shares: the configuration class, the initialisation, the abilities."""
 
     config: CrateConfig
-    config_class = CrateConfig
     base_model_prefix = "model"
     _input_embed_layer = "embed"
     supports_gradient_checkpointing = True
@@ -248,9 +250,9 @@ class CratePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as released: N(0, 0.02^2), MSSA's output smaller, W_D Kaiming-uniform."""
         super()._init_weights(module)
-        if isinstance(module, CrateMssa):
+        if isinstance(module, StreamLinear):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(module.o_proj.weight, std=std)
+            init.normal_(module.weight, std=std)
         elif isinstance(module, CrateIsta):
             self._init_ista(module)
 
@@ -310,8 +312,7 @@ class CrateModel(CratePreTrainedModel):
                 block.mlp.follow_dictionary()
         for block in self.blocks:
             x = block(x, mask, past_key_values=past_key_values)
-        cache = past_key_values if use_cache else None
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_final(x), past_key_values=cache)
+        return BaseModelOutputWithPast(self.ln_final(x), past_key_values if use_cache else None)
 
     def _positions(
         self, x: Tensor, attention_mask: Tensor | None, past: Cache | None
@@ -353,8 +354,7 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return logits [batch, pos, d_vocab], and the mean next-token loss in nats with `labels`.
 
-        `labels` are shifted here (pass `input_ids`), -100 is ignored; `shift_labels` takes targets
-        that are shifted already.
+        `labels` are shifted here, -100 is ignored; `shift_labels` are targets shifted already.
         """
         rest = (attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         out = self.model(input_ids, *rest, **kwargs)
