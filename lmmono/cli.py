@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 import_app = typer.Typer(help="Bring in models that were trained elsewhere.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
+store_app = typer.Typer(help="Look after activation stores.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
 
 
 class Listed(StrEnum):
@@ -42,6 +44,7 @@ class Listed(StrEnum):
     hooks = "hooks"
 
 
+RunOrStore = Annotated[Path, typer.Argument(metavar="RUN|STORE", help="A run folder, or a store.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
 RecipeOrRun = Annotated[
     Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or a run folder.")
@@ -168,6 +171,29 @@ def import_crate_lm(
     print(import_released(checkpoint, out, n_heads=n_heads))
 
 
+@store_app.command()
+def info(place: RunOrStore) -> None:
+    """Say what a store holds, in numbers."""
+    from lmmono.querying import open_stores
+
+    with open_stores([place]) as store:
+        print(store.info())
+
+
+@store_app.command()
+def verify(
+    place: RunOrStore,
+    repair: Annotated[bool, typer.Option("--repair", help="Drop what is lost.")] = False,
+) -> None:
+    """Check every byte of a store; exit code 2 if it is not whole."""
+    import activation_store as astore
+    from lmmono.querying import store_file
+
+    report = astore.verify(store_file(place), repair=repair)
+    print(report)
+    raise typer.Exit(0 if report.ok else 2)
+
+
 def main() -> None:
     """Run the command line and leave with its exit code."""
     try:
@@ -240,16 +266,22 @@ def _created(recipe: "Recipe") -> "Run":
 
 
 def _trained(recipe: "Recipe") -> "Run":
+    """Train, unless that is done: then nothing heavy is imported."""
+    if _speaks():
+        run = _created(recipe)
+        if run.is_done("train") and "RANK" not in os.environ:
+            return run
     from lmmono.terminal import shown_progress
     from lmmono.training import train
 
-    if _speaks():
-        _created(recipe)
     with shown_progress() as progress:
         return train(recipe, progress=progress)
 
 
 def _captured(run: "Run") -> "Run":
+    """Capture, unless that is done: then nothing heavy is imported."""
+    if run.is_done("capture"):
+        return run
     from lmmono.capturing import capture_run
     from lmmono.terminal import shown_progress
 

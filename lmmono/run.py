@@ -192,6 +192,10 @@ class Run:
         record = self.manifest.stages.get(stage)
         return record is not None and record.state == "finished" and record.digest == digest
 
+    def is_done(self, stage: str) -> bool:
+        """Say whether a stage of `STAGES` has succeeded with this run's settings."""
+        return self.is_finished(stage, self.recipe.digest(*STAGES[stage].sections))
+
     @contextmanager
     def stage(self, name: str, digest: str) -> Generator[StageInProgress, None, None]:
         """Work on a stage: it counts as finished when the block ends without an exception.

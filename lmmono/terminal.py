@@ -35,6 +35,8 @@ else:  # for annotations only: `lmmono check` needs no arrow
 Format = Literal["table", "csv", "json", "arrow"]
 PLAIN_WIDTH = 1000
 """Columns of a table that goes to a file or a pipe: wide enough that nothing is cut."""
+FOLD_WIDTH = 32
+"""A column is folded to fit a terminal only when it holds longer cells than this."""
 LINE_EVERY_SECONDS = 5.0
 
 
@@ -114,15 +116,19 @@ def show_table(
 ) -> None:
     """Show a table on stdout; in a pipe no cell is cut and no line wrapped."""
     console = console or Console()
-    width = None if console.is_terminal else PLAIN_WIDTH
+    if not console.is_terminal:
+        console = Console(file=console.file, width=PLAIN_WIDTH)
     table = Table(title=title or None, title_justify="left", caption=note or None, box=box.SIMPLE)
     table.caption_justify = "left"
     for i, name in enumerate(columns):
-        numbers = all(isinstance(row[i], int | float) for row in rows) and bool(rows)
-        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+        cells = [row[i] for row in rows]
+        numbers = bool(cells) and all(isinstance(cell, int | float) for cell in cells)
+        narrow = all(len(_cell(cell)) <= FOLD_WIDTH for cell in cells)
+        justify = "right" if numbers else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=narrow)
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row))
-    console.print(table, width=width, crop=False)
+    console.print(table, crop=False)
 
 
 def write_result(table: ArrowTable, format: Format) -> None:
