@@ -5,7 +5,6 @@ from transformers import AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from lmmono.errors import ModelError
 from lmmono.models.crate import CrateConfig
 from lmmono.models.gpt2 import build_gpt2, gpt2_config
 from lmmono.models.storage import load_model, save_model
@@ -17,16 +16,7 @@ __all__ = ["build_model", "load_model", "model_config", "save_model"]
 def model_config(
     section: CrateModel | Gpt2Model, *, d_vocab: int, n_ctx: int, eos_token_id: int | None = None
 ) -> PreTrainedConfig:
-    """Return the Hugging Face configuration that a recipe's model section describes.
-
-    Raises:
-        ModelError: The sizes do not fit each other.
-    """
-    if section.d_model % section.n_heads:
-        raise ModelError(
-            f"model.d_model {section.d_model} cannot be split over {section.n_heads} heads;"
-            " choose model.n_heads that divides it"
-        )
+    """Return the Hugging Face configuration that a recipe's model section describes."""
     if isinstance(section, Gpt2Model):
         return gpt2_config(
             d_vocab=d_vocab,
@@ -57,11 +47,7 @@ def build_model(
     seed: int,
     eos_token_id: int | None = None,
 ) -> PreTrainedModel:
-    """Return a new model; its weights depend on `seed` alone, and no other random state is touched.
-
-    Raises:
-        ModelError: The sizes do not fit each other.
-    """
+    """Return a new model whose weights depend on `seed` alone; other random states stay put."""
     config = model_config(section, d_vocab=d_vocab, n_ctx=n_ctx, eos_token_id=eos_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

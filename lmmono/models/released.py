@@ -26,6 +26,10 @@ END_OF_TEXT = 50256
 """GPT-2's end-of-text token."""
 
 
+STARTS = (b"PK\x03\x04", b"\x80")
+"""First bytes of the two formats that PyTorch has: a zip archive, a pickle."""
+
+
 def import_released(ckpt: Path | str, out: Path | str, *, n_heads: int | None = None) -> Path:
     """Convert a released checkpoint to a folder that `load_model` reads, whole or not at all.
 
@@ -63,6 +67,9 @@ def import_released(ckpt: Path | str, out: Path | str, *, n_heads: int | None = 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{path}: no such checkpoint file")
+    with path.open("rb") as file:
+        if not file.read(4).startswith(STARTS):
+            raise ModelError(f"{path}: no PyTorch checkpoint, by its first bytes")
     is_zip = zipfile.is_zipfile(path)  # only these can be mapped instead of read whole
     try:
         saved: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -71,14 +78,18 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: holds more than tensors and numbers, and lmmono runs no code from a file;"
             " where you trust it, save only its weights: torch.save(ckpt['model'], 'weights.pt')"
         ) from fault
-    except (RuntimeError, EOFError, OSError, ValueError) as fault:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as fault:
         raise ModelError(
             f"{path}: {path.stat().st_size:,} bytes that are no whole PyTorch checkpoint"
-            f" ({str(fault).splitlines()[0]}); copy it again"
+            f" ({_first_line(fault)}); copy it again"
         ) from fault
     if not isinstance(saved, Mapping):
         raise ModelError(f"{path}: holds a {type(saved).__name__}, want a dict of weights")
     return dict(cast(Mapping[str, Any], saved))
+
+
+def _first_line(fault: BaseException) -> str:
+    return (str(fault) or type(fault).__name__).splitlines()[0]
 
 
 def _weights(path: Path, saved: Mapping[str, Any]) -> dict[str, Tensor]:
