@@ -234,10 +234,10 @@ def attach(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> dict[str,
             "give the path of a store.duckdb, or choose another name to create one."
         ) from fault
     except duckdb.IOException as fault:
-        if "lock" in str(fault):
+        if "set lock on file" in str(fault):
             raise LockedError(
                 f"{where.file}: another program has it open for writing: {fault}"
             ) from fault
         raise NotAStoreError(
-            f"{where.file}: not a DuckDB file, or a damaged one: {str(fault).splitlines()[0]}"
+            f"{where.file}: not a DuckDB file, or damaged: {str(fault).splitlines()[0]}"
         ) from fault

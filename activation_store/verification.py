@@ -12,14 +12,20 @@ import pyarrow.parquet as pq
 
 from activation_store import catalogue, migrations
 from activation_store.catalogue import Place
+from activation_store.errors import NotAStoreError
 from activation_store.reader import size_fault
-from activation_store.shards import Shard, checksum, listed, unlisted
+from activation_store.shards import ACTS, TOKENS, Kind, Shard, checksum, listed, unlisted
 from activation_store.tables import KEYS
 
 _ORDER = {
     "acts": ("unit", "seq_id", "pos"),
     "tokens": ("seq_id", "pos"),
     "vectors": ("seq_id", "pos"),
+}
+_COLUMNS = {
+    "acts": ACTS.names,
+    "tokens": TOKENS.names,
+    "vectors": ["hook", "seq_id", "pos", "vector"],
 }
 
 
@@ -82,9 +88,12 @@ def verify(path: str | os.PathLike[str], *, repair: bool = False) -> Report:
 def _check(where: Place) -> tuple[Report, dict[Shard, str]]:
     with duckdb.connect(":memory:") as con:
         migrations.attach(con, where, "checked")
-        con.execute("USE checked")
-        shards = listed(con)
-        faults = list(_catalogue_faults(con))
+        try:
+            con.execute("USE checked")
+            shards = listed(con)
+            faults = list(_catalogue_faults(con))
+        except duckdb.Error as fault:
+            raise NotAStoreError(f"{where.file}: damaged: {str(fault).splitlines()[0]}") from fault
     broken = {shard: fault for shard in shards if (fault := _shard_fault(where, shard)) is not None}
     left_over = tuple(path.name for path in unlisted(where, {shard.file for shard in shards}))
     n_bytes = sum(shard.n_bytes for shard in shards if shard not in broken)
@@ -94,6 +103,8 @@ def _check(where: Place) -> tuple[Report, dict[Shard, str]]:
 
 def _catalogue_faults(con: duckdb.DuckDBPyConnection) -> Iterator[str]:
     for table, key in KEYS.items():
+        # DuckDB checks the sums of the blocks that it reads, so read all
+        con.execute(f"SELECT bit_xor(hash(t)) FROM {table} t").fetchall()
         columns = ", ".join(key)
         twin = con.execute(
             f"SELECT {columns} FROM {table} GROUP BY {columns} HAVING count(*) > 1 LIMIT 1"
@@ -128,6 +139,8 @@ def _content_fault(path: Path, shard: Shard) -> str | None:
     with pq.ParquetFile(path) as file:
         if file.metadata.num_rows != shard.n_rows:
             return f"has {file.metadata.num_rows} rows, want {shard.n_rows}"
+        if (fault := _column_fault(file.schema_arrow, shard.kind)) is not None:
+            return fault
         order = _ORDER[shard.kind]
         for number in range(file.num_row_groups):
             group = file.read_row_group(number, columns=list(order))
@@ -138,6 +151,15 @@ def _content_fault(path: Path, shard: Shard) -> str | None:
                 seqs = keys[order.index("seq_id")]
                 if seqs.min() < shard.seq_min or seqs.max() > shard.seq_max:
                     return f"row group {number} has sequences beyond those listed"
+    return None
+
+
+def _column_fault(schema: pa.Schema, kind: Kind) -> str | None:
+    if schema.names != _COLUMNS[kind]:
+        return f"has columns {', '.join(schema.names)}, want {', '.join(_COLUMNS[kind])}"
+    for name in _ORDER[kind]:
+        if schema.field(name).type != pa.int32():
+            return f"column {name} is {schema.field(name).type}, want int32"
     return None
 
 

@@ -1,0 +1,219 @@
+"""The schema as a contract: comments, keys, versions, and rows checked before they go in."""
+
+import re
+from datetime import datetime
+
+import duckdb
+import polars as pl
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_store import small_store
+
+import activation_store as astore
+from activation_store import catalogue, migrations, tables
+from activation_store.catalogue import SCHEMA_VERSION
+
+PROMISED = {
+    *("runs", "documents", "tokens", "vocabulary", "hooks", "acts", "unit_stats", "exemplars"),
+    *("vector_shards", "dictionaries", "explanations", "scores", "robustness"),
+    *("activations", "vectors", "shards", "meta", "writer_state", "token_ids"),
+}
+MACROS = {"exemplars", "excerpt", "unit", "coactivation", "token_profile"}
+
+
+@pytest.fixture
+def small(tmp_path):
+    return small_store(tmp_path / "run")
+
+
+def test_every_table_and_view_that_is_promised_is_there(small):
+    with astore.open(small.path) as store:
+        shown = {name for (name,) in store.sql("SHOW TABLES").fetchall()}
+        macros = store.sql(
+            "SELECT function_name FROM duckdb_functions() WHERE function_type = 'table_macro'"
+        ).fetchall()
+    assert shown == PROMISED
+    assert {name for (name,) in macros} >= MACROS
+
+
+def test_every_table_and_column_says_what_it_holds(small):
+    with duckdb.connect(small.path / "store.duckdb", read_only=True) as con:
+        bare = con.execute(
+            "SELECT table_name, NULL FROM duckdb_tables() WHERE comment IS NULL"
+            " UNION ALL SELECT c.table_name, c.column_name FROM duckdb_columns() c"
+            " JOIN duckdb_tables() t USING (table_name) WHERE c.comment IS NULL"
+        ).fetchall()
+        counts = con.execute(
+            "SELECT column_name, comment FROM duckdb_columns() WHERE data_type IN"
+            " ('INTEGER', 'BIGINT', 'DOUBLE') AND comment IS NOT NULL"
+        ).fetchall()
+    assert bare == []
+    assert len(counts) > 80
+    # names that are counts or shares state their range
+    for name, comment in counts:
+        if re.match(r"n_|d_|d$|density|.*_fraction$", name):
+            assert re.search(r">= [01]|0 to|\(0, 1\]", comment), (name, comment)
+
+
+def test_every_table_has_a_key_made_of_its_columns():
+    expected = migrations.expected_tables()
+    assert set(tables.KEYS) == set(expected)
+    for table, key in tables.KEYS.items():
+        assert set(key) <= set(expected[table])
+
+
+def columns_of(path) -> list[tuple]:
+    with duckdb.connect(path, read_only=True) as con:
+        return con.execute(
+            "SELECT c.table_name, c.column_name, c.data_type, c.comment FROM duckdb_columns() c"
+            " JOIN duckdb_tables() t USING (table_name) ORDER BY ALL"
+        ).fetchall()
+
+
+def made_older(small) -> None:
+    """Turn a store into one of version 0: without a table, two columns and their comments."""
+    with duckdb.connect(small.path / "store.duckdb") as con:
+        con.execute("DROP TABLE robustness")
+        con.execute("ALTER TABLE scores DROP COLUMN control")
+        con.execute("ALTER TABLE unit_stats DROP COLUMN q999")
+        con.execute("COMMENT ON COLUMN meta.key IS NULL")
+        con.execute("UPDATE meta SET value = '0' WHERE key = 'schema_version'")
+
+
+def test_a_store_of_an_older_schema_is_read_as_if_it_were_new_and_left_as_it_is(small):
+    made_older(small)
+    before = (small.path / "store.duckdb").read_bytes()
+    with astore.open(small.path) as store:
+        assert store.sql("SELECT count(*), count(q999) FROM unit_stats").fetchone() == (12, 0)
+        assert store.sql("SELECT count(control) FROM scores").fetchone() == (0,)
+        assert store.sql("FROM robustness").fetchall() == []
+    assert astore.verify(small.path).ok
+    assert (small.path / "store.duckdb").read_bytes() == before
+
+
+def test_a_store_of_an_older_schema_is_migrated_when_it_is_added_to(small, tmp_path):
+    made_older(small)
+    with astore.open(small.path, "a") as store:
+        store.append("scores", [{"metric": "m", "metric_version": 1, "control": "c"}])
+    astore.open(tmp_path / "new", "w").close()
+    migrated = columns_of(small.path / "store.duckdb")
+    assert migrated == columns_of(tmp_path / "new" / "store.duckdb")
+    with astore.open(small.path) as store:
+        assert store.info().schema_version == SCHEMA_VERSION
+        assert store.sql("SELECT count(*) FROM activations").fetchone()[0] > 0
+        assert store.sql("SELECT control FROM scores").fetchall() == [("c",)]
+
+
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_a_store_of_a_newer_schema_is_refused_with_a_way_out(small, mode):
+    with duckdb.connect(small.path / "store.duckdb") as con:
+        con.execute("UPDATE meta SET value = '999' WHERE key = 'schema_version'")
+    before = (small.path / "store.duckdb").read_bytes()
+    with pytest.raises(astore.SchemaError, match="999.*upgrade"):
+        astore.open(small.path, mode)
+    with pytest.raises(astore.SchemaError):
+        astore.verify(small.path, repair=True)
+    assert (small.path / "store.duckdb").read_bytes() == before
+
+
+SCORE = {"metric": "m", "metric_version": 1, "hook": "h", "unit": 3, "value": 0.5}
+
+
+def test_rows_come_as_dicts_arrow_polars_and_duckdb_relations(small):
+    with astore.open(small.path, "a") as store:
+        store.append("scores", [SCORE])
+        store.append("scores", pa.Table.from_pylist([SCORE | {"unit": 4}]))
+        store.append("scores", pl.DataFrame([SCORE | {"unit": 5}]))
+        relation = duckdb.sql("SELECT 'm' AS metric, 1 AS metric_version, 'h' AS hook, 6 AS unit")
+        store.append("scores", relation)
+        found = store.sql("SELECT unit, value FROM scores ORDER BY unit").fetchall()
+    assert found == [(3, 0.5), (4, 0.5), (5, 0.5), (6, None)]
+
+
+def test_the_same_key_replaces_and_nulls_are_equal_in_keys(small):
+    with astore.open(small.path, "a") as store:
+        for value in (0.1, 0.2):
+            row = SCORE | {"value": value}
+            without = {"metric": "model", "metric_version": 1, "value": value}
+            store.append("scores", [row, without])
+        found = store.sql("SELECT metric, value FROM scores ORDER BY metric").fetchall()
+        store.append("scores", [SCORE | {"seed": 1, "value": 0.3}])
+        assert store.sql("SELECT count(*) FROM scores").fetchone() == (3,)
+    assert found == [("m", 0.2), ("model", 0.2)]
+    assert astore.verify(small.path).ok
+
+
+@pytest.mark.parametrize(
+    ("table", "rows", "told"),
+    [
+        ("scores", [SCORE | {"valeu": 1}], "no column 'valeu'; did you mean value?"),
+        ("scores", [SCORE | {"unit": "three"}], "scores.unit: want INTEGER"),
+        ("scores", [SCORE | {"unit": 2**40}], "scores.unit: want INTEGER"),
+        ("scores", [SCORE | {"metric": None}], "scores.metric: 1 rows have no value"),
+        ("scores", [{"value": 1.0}], "scores.metric: 1 rows have no value"),
+        ("scores", [SCORE, SCORE], "2 of the rows have the same key: metric='m'"),
+        ("runs", [{"run": "a", "recipe": "{not json"}], "Malformed JSON"),
+        ("shards", [], "takes no rows from here; these do: dictionaries, documents"),
+        ("unit_stats", [], "takes no rows from here"),
+        ("nothing", [], "takes no rows from here"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_and_nothing_is_changed(small, table, rows, told):
+    before = (small.path / "store.duckdb").read_bytes()
+    with (
+        astore.open(small.path, "a") as store,
+        pytest.raises(astore.ContentError, match=re.escape(told)),
+    ):
+        store.append(table, rows)
+    assert (small.path / "store.duckdb").read_bytes() == before
+
+
+def test_json_and_the_time_of_writing_are_filled_in(small):
+    with astore.open(small.path, "a") as store:
+        store.add_run({"run": "twin", "seed": 1, "recipe": {"a": [1, 2]}, "versions": None})
+        run = store.sql("SELECT recipe->'a'->>0, versions, created_at FROM runs").fetchone()
+    assert run[:2] == ("1", None)
+    assert isinstance(run[2], datetime)
+
+
+def test_explanations_and_scores_join_activations(small):
+    with astore.open(small.path, "a") as store:
+        hook = store.sql("SELECT min(hook) FROM acts").fetchone()[0]
+        store.append(
+            "explanations", [{"hook": hook, "unit": 1, "explainer": "token_lookup", "text": "t"}]
+        )
+        store.append("scores", [SCORE | {"hook": hook, "unit": 1, "explainer": "token_lookup"}])
+        found = store.sql(
+            "SELECT e.text, s.value, count(*) FROM activations a"
+            " JOIN explanations e USING (hook, unit) JOIN scores s USING (hook, unit, explainer)"
+            " GROUP BY ALL"
+        ).fetchall()
+    assert found == [("t", 0.5, int((small.acts[hook][..., 1] > 0).sum()))]
+
+
+texts = st.text(max_size=20)
+maybe = st.one_of(st.none(), st.floats(allow_nan=False))
+
+
+@settings(max_examples=25, suppress_health_check=list(HealthCheck), deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(texts, st.one_of(st.none(), st.integers(-(2**31), 2**31 - 1)), maybe),
+        max_size=8,
+        unique_by=lambda row: row[:2],
+    ),
+    again=st.integers(1, 2),
+)
+def test_any_rows_come_back_as_they_went_in_however_often(rows, again):
+    with duckdb.connect(":memory:") as con:
+        con.execute(catalogue.schema_sql())
+        given_rows = [
+            {"metric": metric, "metric_version": 1, "unit": unit, "value": value}
+            for metric, unit, value in rows
+        ]
+        for _ in range(again):
+            assert tables.replace(con, "scores", given_rows) == len(rows)
+        found = con.execute("SELECT metric, unit, value FROM scores").fetchall()
+    assert sorted(found, key=repr) == sorted(rows, key=repr)

@@ -1,0 +1,187 @@
+"""Every byte of a store is checked; a repair drops what is lost, and only that."""
+
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from small_store import HOOK, N_CTX, N_SEQ, small_store
+
+import activation_store as astore
+from activation_store import catalogue, shards
+
+
+@pytest.fixture
+def small(tmp_path):
+    return small_store(tmp_path / "run")
+
+
+def shard_of(small, kind: str, number: int = 0):
+    return sorted((small.path / "store").glob(f"{kind}-*"))[number]
+
+
+def flip(path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_whole_store_is_found_whole(small):
+    report = astore.verify(small.path)
+    assert report.ok
+    assert report.faults == report.dropped == report.left_over == ()
+    assert report.n_shards == 7
+    assert report.n_bytes == sum(p.stat().st_size for p in (small.path / "store").glob("*.parquet"))
+    assert str(report).endswith("ok")
+    with astore.open(small.path) as store:
+        assert store.verify() == report
+
+
+@pytest.mark.parametrize("kind", ["acts", "tokens", "vectors"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.999])
+def test_one_flipped_bit_anywhere_in_a_shard_is_found(small, kind, share):
+    shard = shard_of(small, kind)
+    flip(shard, int(share * shard.stat().st_size))
+    report = astore.verify(small.path)
+    assert not report.ok
+    assert len(report.faults) == 1
+    assert report.faults[0].startswith(f"{shard.name}: its sha256 is")
+
+
+def test_a_flipped_bit_in_the_catalogue_is_never_read_as_data(small):
+    file = small.path / "store.duckdb"
+    with duckdb.connect(file) as con:  # many rows, so that most of the file holds some of them
+        con.execute(
+            "INSERT INTO documents (doc_id, split, name)"
+            " SELECT i, 's', md5(i::VARCHAR) FROM range(99, 50000) t(i)"
+        )
+    total = "SELECT sum(hash(d)) FROM documents d"
+    with astore.open(small.path) as store:
+        right = store.sql(total).fetchone()
+    whole, found = file.read_bytes(), 0
+    for at in np.linspace(12_288, len(whole) - 1, 8).astype(int):
+        flip(file, int(at))
+        try:
+            with astore.open(small.path) as store:
+                assert store.sql(total).fetchone() == right
+        except (astore.NotAStoreError, duckdb.IOException) as fault:
+            found += 1
+            assert "checksum" in str(fault)
+            with pytest.raises(astore.NotAStoreError, match=r"store.duckdb: .*damaged.*checksum"):
+                astore.verify(small.path)
+        file.write_bytes(whole)
+    assert found > 3
+
+
+def test_missing_and_shortened_shards_are_all_named(small):
+    shard_of(small, "vectors").unlink()
+    short = shard_of(small, "tokens", 1)
+    short.write_bytes(short.read_bytes()[:100])
+    report = astore.verify(small.path)
+    assert sorted(report.faults) == [
+        f"{short.name}: has 100 bytes, want {listed_bytes(small, short.name)}",
+        f"{shard_of_kind(small, 'vectors')}: is missing",
+    ]
+
+
+def listed(small) -> list[shards.Shard]:
+    with duckdb.connect(small.path / "store.duckdb", read_only=True) as con:
+        return shards.listed(con)
+
+
+def listed_bytes(small, name: str) -> int:
+    return next(shard.n_bytes for shard in listed(small) if shard.file == name)
+
+
+def shard_of_kind(small, kind: str) -> str:
+    return next(shard.file for shard in listed(small) if shard.kind == kind)
+
+
+def test_a_repair_drops_only_what_is_lost_and_says_what(small):
+    lost = shard_of(small, "acts", 0)
+    flip(lost, 200)
+    row = next(shard for shard in listed(small) if shard.file == lost.name)
+    with astore.open(small.path, "a") as store:
+        report = store.verify(repair=True)
+        assert report.ok
+        (said,) = report.dropped
+        assert said.startswith(
+            f"{row.n_rows} rows of acts of {row.hook}, sequences {row.seq_min} to {row.seq_max}"
+        )
+        assert lost.name in said
+        for hook, acts in small.acts.items():
+            stored = acts > 0
+            if hook == row.hook:
+                stored[row.seq_min : row.seq_max + 1] = False
+            n = store.sql("SELECT count(*) FROM acts WHERE hook = $h", h=hook).fetchone()
+            assert n == (stored.sum(),)
+        assert store.sql("SELECT count(*) FROM tokens").fetchone() == (N_SEQ * N_CTX,)
+        assert store.sql("SELECT count(*) FROM vectors").fetchone() == (N_SEQ * N_CTX,)
+        assert store.unit(HOOK, 1).max_act == small.acts[HOOK][..., 1].max()
+    assert lost.exists()
+    again = astore.verify(small.path)
+    assert again.ok
+    assert again.left_over == (lost.name,)
+
+
+def test_a_repair_of_a_whole_store_changes_nothing(small):
+    before = (small.path / "store.duckdb").read_bytes()
+    assert astore.verify(small.path, repair=True).dropped == ()
+    assert (small.path / "store.duckdb").read_bytes() == before
+
+
+def test_a_store_with_every_shard_lost_still_opens_after_a_repair(small):
+    for path in (small.path / "store").glob("*.parquet"):
+        path.unlink()
+    report = astore.verify(small.path, repair=True)
+    assert report.ok
+    assert len(report.dropped) == 7
+    with astore.open(small.path) as store:
+        assert store.sql("SELECT count(*) FROM activations").fetchone() == (0,)
+        assert store.exemplars(HOOK, 1, 2)[0].tokens == ()
+
+
+def rewritten(small, kind: str, change) -> str:
+    """Replace a shard by a changed table under a right checksum, and return its name."""
+    path = shard_of(small, kind)
+    pq.write_table(change(pq.read_table(path)), path)
+    with catalogue.commit(catalogue.place(small.path)) as con:
+        con.execute(
+            "UPDATE shards SET n_bytes = $1, checksum = $2 WHERE file = $3",
+            [path.stat().st_size, shards.checksum(path), path.name],
+        )
+    return path.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "told"),
+    [
+        ("acts", lambda t: t.take(np.arange(t.num_rows)[::-1]), "not sorted by unit, seq_id, pos"),
+        ("tokens", lambda t: t.take([0, 0, *range(2, t.num_rows)]), "not sorted by seq_id, pos"),
+        ("tokens", lambda t: t.slice(0, 5), "has 5 rows, want 96"),
+        ("acts", lambda t: t.drop_columns("hook"), "has columns unit, seq_id, pos, act, want"),
+        ("acts", lambda t: t.set_column(3, "pos", t["pos"].cast("uint16")), "pos is uint16"),
+    ],
+)
+def test_a_shard_with_other_content_than_listed_is_found(small, kind, change, told):
+    name = rewritten(small, kind, change)
+    (fault,) = astore.verify(small.path).faults
+    assert fault.startswith(f"{name}: ")
+    assert told in fault
+
+
+def test_rows_listed_twice_and_wrong_counts_are_found(small):
+    with duckdb.connect(small.path / "store.duckdb") as con:
+        con.execute("INSERT INTO vocabulary SELECT * FROM vocabulary LIMIT 1")
+        con.execute("UPDATE hooks SET n_acts = n_acts + 1 WHERE kind = 'vectors'")
+    faults = astore.verify(small.path).faults
+    assert len(faults) == 2
+    assert faults[0].startswith("table vocabulary: more than one row with the key token_id")
+    assert faults[1] == "table hooks: resid (vectors) has 193 rows, its shards list 192"
+
+
+def test_a_shard_that_breaks_behind_the_catalogue_is_named_by_the_query(small):
+    shard = shard_of(small, "vectors")
+    size = shard.stat().st_size
+    shard.write_bytes(bytes(size))
+    with pytest.raises(astore.ShardError, match=rf"{shard.name}.*repair"):
+        astore.open(small.path)
