@@ -1,0 +1,506 @@
+"""Hook points of every family: complete, exact, replaceable, and without a trace when detached."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    PreTrainedModel,
+)
+
+import lmmono.models  # noqa: F401  # registers CRATE
+from lmmono.errors import ModelError
+from lmmono.models.hooks import (
+    Edit,
+    bare,
+    editing,
+    hook_names,
+    hook_width,
+    match_hooks,
+    recording,
+    run_with_cache,
+    run_with_edit,
+)
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.3,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 4}
+FAMILIES = {
+    "crate": {},
+    "crate separate query": {"separate_query": True, "ista_skip": True, "n_ista_steps": 3},
+    "gpt2": {"activation_function": "relu"},
+    "gpt_neox": {},
+    "gpt_neox sequential": {"use_parallel_residual": False},
+    "llama": GROUPED,
+    "mistral": {**GROUPED, "sliding_window": 3},
+    "qwen2": GROUPED,
+    "qwen3": GROUPED,
+    "gemma": GROUPED,
+    "gemma2": {**GROUPED, "sliding_window": 3},
+    "gemma3_text": {**GROUPED, "sliding_window": 3},
+}
+GATED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"]
+
+
+def tiny(family: str) -> PreTrainedModel:
+    """Return a random two-layer model of a family, norms and biases random too."""
+    config = AutoConfig.for_model(family.split()[0], **SIZES, **FAMILIES[family])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:
+                weight.add_(0.2 * torch.randn_like(weight))
+    return model
+
+
+def some_tokens(*shape: int) -> Tensor:
+    return torch.randint(40, shape, generator=torch.Generator().manual_seed(1))
+
+
+def flat(acts: Tensor, name: str) -> Tensor:
+    """Return activations as [batch, pos, width], the way edits count units."""
+    return (acts.transpose(1, 2) if name.endswith(("scores", "pattern")) else acts).flatten(2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_hook_is_recorded_in_transformer_lens_shape_and_changes_nothing(family):
+    model, tokens = tiny(family), some_tokens(2, 6)
+    logits, acts = run_with_cache(model, tokens)
+    torch.testing.assert_close(logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
+    assert list(acts) == hook_names(model)
+    d_mlp = {"crate": 64, "gpt2": 64}.get(family.split()[0], 24)
+    n_kv = 2 if family in GATED else 4
+    shapes = {
+        "hook_embed": (2, 6, 16),
+        "hook_resid_pre": (2, 6, 16),
+        "ln1.hook_scale": (2, 6, 1),
+        "ln1.hook_normalized": (2, 6, 16),
+        "attn.hook_q": (2, 6, 4, 4),
+        "attn.hook_k": (2, 6, n_kv, 4),
+        "attn.hook_v": (2, 6, n_kv, 4),
+        "attn.hook_z": (2, 6, 4, 4),
+        "attn.hook_attn_scores": (2, 4, 6, 6),
+        "attn.hook_pattern": (2, 4, 6, 6),
+        "hook_attn_out": (2, 6, 16),
+        "ln2.hook_normalized": (2, 6, 16),
+        "mlp.hook_pre": (2, 6, d_mlp),
+        "mlp.hook_post": (2, 6, d_mlp),
+        "hook_mlp_out": (2, 6, 16),
+        "hook_resid_post": (2, 6, 16),
+        "ln_final.hook_normalized": (2, 6, 16),
+    }
+    if family in ("crate", "gpt2"):
+        shapes["hook_pos_embed"] = (2, 6, 16)
+    if family != "gpt_neox":
+        shapes["hook_resid_mid"] = (2, 6, 16)
+    for suffix, shape in shapes.items():
+        found = [name for name in acts if name.endswith(suffix)]
+        assert found, suffix
+        assert {tuple(acts[name].shape) for name in found} == {shape}, suffix
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_activation_replaced_by_itself_leaves_the_logits(family):
+    model, tokens = tiny(family), some_tokens(2, 6)
+    logits, acts = run_with_cache(model, tokens)
+    for name, value in acts.items():
+        again = run_with_edit(model, tokens, Edit(name, "set", flat(value, name)))
+        torch.testing.assert_close(again, logits, atol=2e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_edit_at_a_position_acts_there_and_never_before(family):
+    model, tokens = tiny(family), some_tokens(2, 6)
+    logits, acts = run_with_cache(model, tokens)
+    for name, value in acts.items():
+        # turned round, since norms undo a mere shift or scale
+        other = flat(value, name).nan_to_num(neginf=0.0).flip(-1) * 0.5 + 0.1
+        edited = run_with_edit(model, tokens, Edit(name, "set", other, positions=[3]))
+        change = (edited - logits).abs().amax((0, 2))
+        assert change[:3].max() < 1e-4, name
+        assert change[3:].max() > 1e-4, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_parts_of_the_stream_add_up(family):
+    _, acts = run_with_cache(tiny(family), some_tokens(2, 6))
+    for i in range(2):
+        pre, post, attn, mlp = (
+            acts[f"blocks.{i}.hook_{part}"]
+            for part in ("resid_pre", "resid_post", "attn_out", "mlp_out")
+        )
+        if family == "crate":
+            torch.testing.assert_close(post, mlp)
+        else:
+            torch.testing.assert_close(post, pre + attn + mlp, atol=1e-4, rtol=1e-4)
+        if f"blocks.{i}.hook_resid_mid" in acts:
+            torch.testing.assert_close(acts[f"blocks.{i}.hook_resid_mid"], pre + attn)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_are_the_pattern_times_the_values_and_a_pattern_is_causal(family):
+    _, acts = run_with_cache(tiny(family), some_tokens(2, 6))
+    for i in range(2):
+        values, pattern, z, scores = (
+            acts[f"blocks.{i}.attn.hook_{part}"] for part in ("v", "pattern", "z", "attn_scores")
+        )
+        values = values.repeat_interleave(4 // values.shape[2], dim=2)
+        torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", pattern, values), z)
+        torch.testing.assert_close(pattern.sum(-1), torch.ones(2, 4, 6))
+        assert not pattern.triu(1).any()
+        torch.testing.assert_close(scores.softmax(-1), pattern)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_normalized_is_the_stream_over_its_scale(family):
+    _, acts = run_with_cache(tiny(family), some_tokens(2, 6), ["*resid_pre", "*ln1*"])
+    stream = acts["blocks.1.hook_resid_pre"]
+    if family not in GATED:
+        stream = stream - stream.mean(-1, keepdim=True)
+    expected = stream / acts["blocks.1.ln1.hook_scale"]
+    torch.testing.assert_close(expected, acts["blocks.1.ln1.hook_normalized"])
+
+
+@pytest.mark.parametrize("family", GATED)
+def test_gated_neurons_are_the_activated_gate_times_the_linear_half(family):
+    model = tiny(family)
+    _, acts = run_with_cache(model, some_tokens(1, 5), "blocks.0.mlp.*")
+    act = F.silu if family in ("llama", "mistral", "qwen2", "qwen3") else tanh_gelu
+    gate, linear = acts["blocks.0.mlp.hook_pre"], acts["blocks.0.mlp.hook_pre_linear"]
+    torch.testing.assert_close(acts["blocks.0.mlp.hook_post"], act(gate) * linear)
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [
+        ("gpt2", "transformer.h.1.mlp.c_proj"),
+        ("gpt_neox", "gpt_neox.layers.1.mlp.dense_4h_to_h"),
+        *((family, "model.layers.1.mlp.down_proj") for family in GATED),
+    ],
+)
+def test_neurons_are_what_the_last_projection_reads(family, module):
+    model, tokens, seen = tiny(family), some_tokens(1, 5), []
+    model.get_submodule(module).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    _, acts = run_with_cache(model, tokens, "blocks.1.mlp.hook_post")
+    assert acts["blocks.1.mlp.hook_post"] is seen[0]
+
+
+def test_queries_and_keys_of_gpt2_make_its_scores():
+    _, acts = run_with_cache(tiny("gpt2"), some_tokens(1, 5), "blocks.0.attn.*")
+    q, k = acts["blocks.0.attn.hook_q"], acts["blocks.0.attn.hook_k"]
+    scores = acts["blocks.0.attn.hook_attn_scores"]
+    seen = ~scores.isneginf()
+    torch.testing.assert_close(torch.einsum("bqhd,bkhd->bhqk", q, k)[seen] / 2, scores[seen])
+
+
+def test_open_attention_respects_padding_and_a_cache():
+    model, tokens = tiny("crate"), some_tokens(2, 6)
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    expected = model(tokens, attention_mask=mask).logits
+    with recording(model, "*hook_pattern") as record:
+        logits = model(tokens, attention_mask=mask).logits
+        assert not record["blocks.0.attn.hook_pattern"][0, :, :, :3].any()
+        cache = DynamicCache(config=model.config)
+        model(tokens[:, :4], past_key_values=cache)
+        rest = model(tokens[:, 4:], past_key_values=cache).logits
+        assert record["blocks.0.attn.hook_pattern"].shape == (2, 4, 2, 6)
+    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()])
+    assert logits.isfinite().all()
+    torch.testing.assert_close(rest, model(tokens).logits[:, 4:])
+
+
+def test_the_mid_stream_holds_together_when_the_block_input_is_edited_too():
+    model, tokens = tiny("gpt2"), some_tokens(1, 5)
+    noise = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    value = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    both = [Edit("blocks.0.hook_resid_pre", "add", direction=noise)]
+    both += [Edit("blocks.0.hook_resid_mid", "set", value)]
+    for edits in (both, both[::-1]):
+        with editing(model, edits), recording(model, "blocks.0.*") as record:
+            model(tokens)
+        expected = value.expand(1, 5, 16)
+        torch.testing.assert_close(record["blocks.0.hook_resid_mid"], expected)
+        after = expected + record["blocks.0.hook_mlp_out"]
+        torch.testing.assert_close(record["blocks.0.hook_resid_post"], after)
+
+
+def test_each_kind_of_edit_does_what_its_name_says():
+    model, tokens = tiny("gpt2"), some_tokens(2, 5)
+    hook = "blocks.0.mlp.hook_post"
+    _, acts = run_with_cache(model, tokens, hook)
+    before = acts[hook]
+    units, positions = [3, 60], [1, -1]
+    direction = torch.arange(64.0)
+    mean = before.mean((0, 1))
+
+    def after(edit: Edit) -> Tensor:
+        with editing(model, edit), recording(model, hook) as record:
+            model(tokens)
+        return record[hook].detach()
+
+    def expect(edit: Edit, change, units=slice(None), positions=slice(None)) -> None:
+        expected = before.clone()
+        rows = torch.arange(5)[positions]
+        columns = torch.arange(64)[units]
+        place = (slice(None), rows[:, None], columns)
+        expected[place] = change(expected[place])
+        torch.testing.assert_close(after(edit), expected)
+
+    expect(Edit(hook, "set", 2.5), lambda a: torch.full_like(a, 2.5))
+    expect(Edit(hook, "scale", -3.0, units=units), lambda a: -3 * a, units)
+    expect(Edit(hook, "ablate", positions=positions), torch.zeros_like, positions=positions)
+    expect(
+        Edit(hook, "ablate", mean, units, positions),
+        lambda a: a * 0 + mean[units],
+        units,
+        positions,
+    )
+    expect(Edit(hook, "add", direction=direction), lambda a: a + direction)
+    expect(Edit(hook, "add", 0.5, direction=direction), lambda a: a + 0.5 * direction)
+    two = torch.tensor([7.0, 8.0])
+    expect(Edit(hook, "set", two, units=units), lambda a: a * 0 + two, units)
+    expect(Edit(hook, "add", units=units, direction=two), lambda a: a + two, units)
+    expect(Edit(hook, "set", before * 2), lambda a: a * 2)
+
+
+def test_edits_of_one_hook_follow_each_other_in_order():
+    model, tokens, hook = tiny("crate"), some_tokens(1, 4), "blocks.1.mlp.hook_post"
+    with editing(model, [Edit(hook, "set", 1.0), Edit(hook, "scale", 3.0)]):  # noqa: SIM117
+        with recording(model, hook) as record:
+            model(tokens)
+    assert (record[hook] == 3.0).all()
+
+
+def test_an_edited_head_is_a_slice_of_the_flattened_heads():
+    model, tokens = tiny("gpt2"), some_tokens(1, 4)
+    head = Edit("blocks.0.attn.hook_z", "ablate", units=range(4, 8))
+    with editing(model, head), recording(model, "blocks.0.attn.hook_z") as record:
+        model(tokens)
+    z = record["blocks.0.attn.hook_z"]
+    assert not z[:, :, 1].any()
+    assert z[:, :, [0, 2, 3]].abs().min() > 0
+
+
+def test_an_edit_that_makes_no_sense_is_refused_with_its_name():
+    model, tokens = tiny("crate"), some_tokens(1, 4)
+    hook = "blocks.0.mlp.hook_post"
+    with pytest.raises(ModelError, match="want a value, got none"):
+        Edit(hook, "scale")
+    with pytest.raises(ModelError, match="want a direction with 'add'"):
+        Edit(hook, "add", 1.0)
+    with pytest.raises(ModelError, match="want a direction with 'add', and only there"):
+        Edit(hook, "set", 1.0, direction=torch.zeros(64))
+    for edit, match in [
+        (Edit(hook, "ablate", units=[64]), r"units \[64\] outside 0\.\.63"),
+        (Edit(hook, "ablate", positions=[-5]), r"positions \[-5\] outside 0\.\.3"),
+        (Edit(hook, "set", torch.zeros(5)), r"shape \[5\], want a number or 64 of them"),
+        (Edit("blocks.0.mlp.hook_pots", "ablate"), "did you mean blocks.0.mlp.hook_post"),
+    ]:
+        with pytest.raises(ModelError, match=match):
+            run_with_edit(model, tokens, edit)
+    torch.testing.assert_close(model(tokens).logits, tiny("crate")(tokens).logits)
+
+
+def test_generation_runs_through_edits():
+    model, tokens = tiny("crate"), some_tokens(1, 4)
+    plain = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    before = model.generate(tokens, **plain)
+    with editing(model, Edit("blocks.1.mlp.hook_post", "ablate")):
+        silenced = model.generate(tokens, **plain)
+    # nothing but the final bias is left to say, so one token over and over
+    assert len(set(silenced[0, 4:].tolist())) == 1
+    assert model.generate(tokens, **plain).equal(before)
+
+
+def test_names_match_by_glob_in_the_order_they_run():
+    model = tiny("crate")
+    assert match_hooks(model, "blocks.*.mlp.hook_post") == [
+        "blocks.0.mlp.hook_post",
+        "blocks.1.mlp.hook_post",
+    ]
+    both = match_hooks(model, ["blocks.1.hook_resid_post", "*hook_embed", "hook_embed"])
+    assert both == ["hook_embed", "blocks.1.hook_resid_post"]
+    assert match_hooks(model, "model.blocks.*.ln2") == ["model.blocks.0.ln2", "model.blocks.1.ln2"]
+    assert "blocks.0.mlp.hook_code_0" in hook_names(model)
+
+
+def test_a_wrong_name_lists_the_nearest():
+    with pytest.raises(
+        ModelError, match="in CrateForCausalLM: did you mean blocks.1.mlp.hook_post"
+    ):
+        match_hooks(tiny("crate"), ["hook_embed", "blocks.1.mlp.hook_pots"])
+    with pytest.raises(ModelError, match="no hook 'blocks.7.hook_resid_post'"):
+        run_with_cache(tiny("gpt2"), some_tokens(1, 3), "blocks.7.hook_resid_post")
+
+
+def test_widths_are_numbers_per_token():
+    model = tiny("llama")
+    widths = {"blocks.0.mlp.hook_post": 24, "hook_embed": 16, "blocks.1.attn.hook_k": 8}
+    widths |= {"blocks.0.attn.hook_z": 16, "model.layers.0.mlp.act_fn": 24, "lm_head": 40}
+    assert {name: hook_width(model, name) for name in widths} == widths
+    with pytest.raises(ModelError, match="no width per token"):
+        hook_width(model, "blocks.0.attn.hook_pattern")
+
+
+class Recurrent(nn.Module):
+    """A network of no family, with a module that returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm = nn.Embedding(10, 4), nn.LSTM(4, 4, batch_first=True)
+        self.head = nn.Linear(4, 10)
+        self.unused = nn.Linear(1, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embed(tokens))[0])
+
+
+def test_any_module_is_a_hook_by_its_path():
+    model, tokens = Recurrent(), torch.arange(6)[None]
+    assert hook_names(model) == ["embed", "lstm", "head", "unused"]
+    with recording(model, ["embed", "lst*"]) as record:
+        before = model(tokens)
+    torch.testing.assert_close(record["lstm"], model.lstm(model.embed(tokens))[0])
+    with editing(model, Edit("lstm", "ablate")):
+        torch.testing.assert_close(model(tokens), model.head.bias.expand(1, 6, 10))
+    torch.testing.assert_close(model(tokens), before)
+
+
+def test_a_module_path_of_a_known_family_is_a_hook_too():
+    model, tokens = tiny("gpt2"), some_tokens(1, 5)
+    _, acts = run_with_cache(model, tokens, ["transformer.h.0.mlp.act", "blocks.0.mlp.hook_post"])
+    assert acts["transformer.h.0.mlp.act"] is acts["blocks.0.mlp.hook_post"]
+
+
+def test_a_hook_that_never_ran_is_an_error_not_a_missing_key():
+    model = tiny("gpt2")
+    model.spare = nn.Linear(2, 2)
+    with pytest.raises(ModelError, match="spare took no part"):
+        run_with_cache(model, some_tokens(1, 3), "spare")
+
+
+def test_a_record_is_filled_anew_by_every_pass_and_holds_no_copies():
+    model = tiny("crate")
+    with recording(model, ["model.blocks.0.mlp.hook_post", "blocks.0.mlp.hook_post"]) as record:
+        with torch.no_grad():
+            model(some_tokens(1, 4))
+            first = weakref.ref(record["blocks.0.mlp.hook_post"])
+            tensors = list(record.values())
+            assert tensors[0] is tensors[1]
+            assert tensors[0].grad_fn is None
+            del tensors
+            model(some_tokens(2, 7))
+        gc.collect()
+        assert first() is None
+        assert record["blocks.0.mlp.hook_post"].shape == (2, 7, 64)
+
+
+def test_recorded_tensors_carry_gradients_where_gradients_are_on():
+    model, tokens, hook = tiny("crate"), some_tokens(1, 5), "blocks.0.mlp.hook_post"
+    with recording(model, hook) as record:
+        loss = model(tokens, labels=tokens).loss
+    (gradient,) = torch.autograd.grad(loss, record[hook])
+    assert gradient.abs().max() > 0
+    direction = torch.zeros(64, requires_grad=True)
+    with editing(model, Edit(hook, "add", direction=direction)):
+        model(tokens, labels=tokens).loss.backward()
+    torch.testing.assert_close(direction.grad, gradient.sum((0, 1)))
+
+
+def attachments(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("family", ["crate", "gpt2", "gemma2"])
+def test_nothing_stays_attached_after_the_block_or_after_a_fault(family):
+    model = tiny(family)
+    state, modules = list(model.state_dict()), len(list(model.modules()))
+    attention = model.config._attn_implementation
+    with pytest.raises(ZeroDivisionError), recording(model, "*"):
+        assert attachments(model) > 0
+        assert list(model.state_dict()) == state
+        raise ZeroDivisionError
+    assert attachments(model) == 0
+    assert len(list(model.modules())) == modules
+    assert model.config._attn_implementation == attention
+
+
+def test_two_recordings_of_one_pattern_nest():
+    model, tokens = tiny("crate"), some_tokens(1, 4)
+    name = "blocks.0.attn.hook_pattern"
+    with recording(model, name) as outer:
+        with recording(model, name) as inner:
+            model(tokens)
+        assert outer[name] is inner[name]
+        model(tokens)
+        assert outer[name] is not inner[name]
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_wrapped_models_are_seen_through():
+    model, tokens = tiny("gpt2"), some_tokens(1, 4)
+    compiled = torch.compile(model, backend="eager")
+    assert bare(nn.DataParallel(compiled)) is model
+    expected = compiled(tokens).logits
+    with recording(compiled, "blocks.0.mlp.hook_post") as record:
+        torch.testing.assert_close(compiled(tokens).logits, expected)
+    assert record["blocks.0.mlp.hook_post"].shape == (1, 4, 64)
+    silent = run_with_edit(compiled, tokens, Edit("blocks.*.mlp.hook_post", "ablate"))
+    assert (silent - expected).abs().max() > 1e-3
+    torch.testing.assert_close(compiled(tokens).logits, expected)
+
+
+def test_the_mode_of_the_model_is_put_back():
+    model = tiny("crate").train()
+    run_with_cache(model, some_tokens(1, 3), "hook_embed")
+    assert model.training
+
+
+class Letters:
+    """A tokenizer of single letters."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - ord("a") for letter in text]
+
+
+def test_text_needs_a_tokenizer_and_ids_may_be_one_row():
+    model = tiny("crate")
+    with pytest.raises(ModelError, match="text needs a tokenizer"):
+        run_with_cache(model, "abc", "hook_embed")
+    expected, _ = run_with_cache(model, torch.tensor([0, 1, 2]), "hook_embed")
+    given, _ = run_with_cache(model, "abc", "hook_embed", tokenizer=Letters())
+    assert torch.equal(given, expected)
+    model.tokenizer = Letters()
+    own, _ = run_with_cache(model, "abc", "hook_embed")
+    assert torch.equal(own, expected)
+
+
+def test_parallel_blocks_have_no_middle_and_say_so():
+    assert isinstance(tiny("gpt_neox").config, GPTNeoXConfig)
+    with pytest.raises(ModelError, match="no hook 'blocks.0.hook_resid_mid'"):
+        match_hooks(tiny("gpt_neox"), "blocks.0.hook_resid_mid")
+    assert isinstance(tiny("gemma3_text").config, Gemma3TextConfig)
