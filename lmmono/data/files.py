@@ -42,9 +42,16 @@ class SourceFile:
     """`gzip`, `zstd`, or None."""
 
     def sha256(self) -> str:
-        """Return the digest of the file's bytes as they lie."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Return the digest of the file's bytes as they lie.
+
+        Raises:
+            DataError: If it cannot be read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
 
 
 def source_files(paths: Iterable[str]) -> list[SourceFile]:

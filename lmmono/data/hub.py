@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmmono.data.document import Document
-from lmmono.data.files import missing_column
+from lmmono.data.files import SourceFile, missing_column
 from lmmono.errors import DataError
 from lmmono.recipe.sections import HubCorpus
 
@@ -33,8 +33,6 @@ def hub_documents(corpus: HubCorpus) -> Iterator[Document]:
 def hub_fingerprint(corpus: HubCorpus) -> dict[str, Any]:
     """Return what identifies the dataset's content: digests of local files, or the revision."""
     import datasets
-
-    from lmmono.data.files import SourceFile
 
     with _told_as_data_errors(corpus), _without_progress_bars():
         builder = datasets.load_dataset_builder(corpus.name, corpus.config)
