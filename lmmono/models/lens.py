@@ -184,9 +184,11 @@ class _Hooked(nn.Module):
             raise ModelError(f"{text!r} is {len(ids)} tokens, want one")
         return ids[0]
 
-    def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*pos d_model"]:
-        """Return the unembedding direction of each token."""
-        ids = tokens if isinstance(tokens, int) else self.to_tokens(tokens).squeeze(0)
+    def tokens_to_residual_directions(
+        self, tokens: int | str | Int[Tensor, "*pos"]
+    ) -> Float[Tensor, "*pos d_model"]:
+        """Return the unembedding direction of each token; a string must be one token."""
+        ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
         return self.W_U.T[ids]
 
     @property

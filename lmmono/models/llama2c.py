@@ -94,7 +94,8 @@ def _bytes(path: Path) -> bytes:
 
 def _config(path: Path, header: tuple[int, ...]) -> tuple[LlamaConfig, bool]:
     dim, hidden, n_layers, n_heads, n_kv_heads, d_vocab, n_ctx = header
-    if min(dim, hidden, n_layers, n_heads, n_kv_heads, abs(d_vocab), n_ctx) < 1:
+    sizes = (dim, hidden, n_layers, n_heads, n_kv_heads, abs(d_vocab), n_ctx)
+    if min(sizes) < 1 or dim % (2 * n_heads) or n_heads % n_kv_heads:
         raise ModelError(f"{path}: its header {header} is no llama2.c header of version 0")
     config = LlamaConfig(
         vocab_size=abs(d_vocab),
