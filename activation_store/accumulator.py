@@ -173,7 +173,7 @@ def _new_entries(n_units: int, group: int) -> Entries:
         np.empty(room, np.float32),
         np.empty((tiles, n_units), np.uint8),
         np.empty(tiles, np.int32),
-        np.empty(tiles, np.int64),
+        np.empty((tiles, -(-n_units // STRIP)), np.int64),
         np.zeros(2, np.int64),
     )
 

@@ -190,8 +190,8 @@ def _row_groups(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray
     entries = part.entries
     n_tiles = int(entries.used[1])
     per_unit = entries.per_unit[:n_tiles].sum(axis=0, dtype=np.int64)
-    cursor = entries.start[:n_tiles].copy()
-    order = np.lexsort((entries.start[:n_tiles], entries.seq[:n_tiles]))
+    cursor = np.zeros(n_tiles, np.int64)
+    order = np.argsort(entries.seq[:n_tiles], kind="stable")
     first = 0
     while first < len(per_unit):
         reached = np.cumsum(per_unit[first:])

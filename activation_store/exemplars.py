@@ -193,13 +193,13 @@ def fraction(h: np.uint64) -> float:
 
 @compiled
 @no_type_check
-def is_drawn(draw: Draw, u: int, tile_key: np.uint64, n: int) -> bool:
+def is_drawn(salt: np.uint64, gate: np.uint64, tile_key: np.uint64, n: int) -> bool:
     """Tell whether the smallest of n priorities may enter; false means that none does.
 
     The smallest of n uniforms is 1 - (1 - h)^(1/n) for a uniform h, which is at least h / n.
     """
-    h = fraction(mix(draw.salt[u] ^ tile_key))
-    return h * 2.0**64 < np.float64(n) * np.float64(draw.gate[u])
+    h = fraction(mix(salt ^ tile_key))
+    return h * 2.0**64 < np.float64(n) * np.float64(gate)
 
 
 @compiled

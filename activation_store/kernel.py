@@ -2,11 +2,12 @@
 
 A block is cut into tiles, runs of at most `TILE` tokens of one sequence, and each tile into strips
 of `STRIP` units. A strip of a tile is copied to a buffer that stays in the fastest cache, and
-everything is computed from there, so a block is read from memory once. Tiles lie on a fixed grid within their
-sequence: the result does not depend on how sequences are grouped into blocks, to the bit.
+everything is computed from there, so a block is read from memory once. Tiles lie on a fixed grid
+within their sequence: the result does not depend on how sequences are grouped into blocks, to the
+bit.
 
-Entries come out tile by tile, within a tile by unit, within a unit by position, with a count per
-(tile, unit). `gather` merges the tiles of many blocks into columns sorted by (unit, seq_id, pos).
+Entries come out strip by strip, within a strip by tile, unit and position, with a count per (tile,
+unit). `gather` merges the tiles of many blocks into columns sorted by (unit, seq_id, pos).
 """
 
 from typing import NamedTuple, no_type_check
@@ -69,8 +70,8 @@ class Entries(NamedTuple):
     act: Float32[np.ndarray, " entries"]
     per_unit: UInt8[np.ndarray, "tiles units"]
     seq: Int32[np.ndarray, " tiles"]
-    start: Int64[np.ndarray, " tiles"]
-    """First entry of the tile."""
+    start: Int64[np.ndarray, "tiles strips"]
+    """First entry of the strip of the tile."""
     used: Int64[np.ndarray, "2"]
 
 
@@ -80,6 +81,8 @@ class Strip(NamedTuple):
     act: Float32[np.ndarray, "tokens units"]
     at: UInt16[np.ndarray, "units tokens"]
     n: Int64[np.ndarray, " units"]
+    """Values above the threshold; `at` holds their rows."""
+    finite: Int64[np.ndarray, " units"]
     shift: np.ndarray
     sums: np.ndarray
     low: Float32[np.ndarray, " units"]
@@ -97,6 +100,7 @@ def new_strip() -> Strip:
     return Strip(
         np.zeros((TILE, STRIP), np.float32),
         np.zeros((STRIP, TILE + 1), np.uint16),
+        np.zeros(STRIP, np.int64),
         np.zeros(STRIP, np.int64),
         np.zeros(STRIP),
         np.zeros((4, STRIP)),
@@ -124,25 +128,29 @@ def scan(
 
     `entries` covers just these units. Activations above `largest` are counted, not kept.
     """
+    # strips outside, tiles inside: what is known of a strip's units stays in the cache
     strip = new_strip()
-    keep = entries.pos.shape[0] > 0
-    for tile in range(tiles.row.shape[0]):
-        if keep:
-            at_tile = entries.used[1]
-            entries.used[1] = at_tile + 1
-            entries.seq[at_tile] = tiles.seq[tile]
-            entries.start[at_tile] = entries.used[0]
-        for c in range(first, last, STRIP):
-            width = min(STRIP, last - c)
-            _load(x, tiles.row[tile], tiles.length[tile], c, width, strip)
-            _sum(tiles.length[tile], seen.moments, c, width, strip)
+    n_tiles = tiles.row.shape[0]
+    before = entries.used[1]
+    for c in range(first, last, STRIP):
+        width = min(STRIP, last - c)
+        for tile in range(n_tiles):
+            n = tiles.length[tile]
+            _load(x, tiles.row[tile], n, c, width, strip)
+            _sum(n, seen.moments, c, width, strip)
             for lane in range(0, STRIP, _LANE):
-                _collect(tiles.length[tile], threshold, lane, strip)
-            for u in range(width):
-                _take_unit(tiles, tile, c, u, threshold, seen, strip)
-                if keep:
-                    kept = _append(tiles, tile, c, u, largest, seen, strip, entries)
-                    entries.per_unit[at_tile, c - first + u] = kept
+                _collect(n, threshold, lane, strip)
+            _drop_odd(n, c, width, seen.odd, strip)
+            add_sums(seen.moments, c, width, strip.finite, strip.shift, strip.sums)
+            _widen(c, width, seen.moments, strip)
+            _count(n, threshold, c, width, seen.sketch, strip)
+            _choose(tiles, tile, c, width, seen.top, seen.random, seen.firing, strip)
+            if entries.pos.shape[0] > 0:
+                entries.seq[before + tile] = tiles.seq[tile]
+                entries.start[before + tile, (c - first) // STRIP] = entries.used[0]
+                _append(tiles, tile, c, c - first, width, largest, seen.odd, strip, entries)
+    if entries.pos.shape[0] > 0:
+        entries.used[1] = before + n_tiles
 
 
 @compiled
@@ -212,111 +220,100 @@ def _collect(n: int, threshold: np.float32, lane: int, strip: Strip) -> None:
 
 @compiled
 @no_type_check
-def _take_unit(
-    tiles: Tiles, tile: int, c: int, u: int, threshold: np.float32, seen: Seen, strip: Strip
-) -> None:
-    """Take one unit of one tile into moments, sketch and exemplars."""
-    n = tiles.length[tile]
-    finite = n
-    if strip.bad[u] != 0.0:
-        finite = _drop_odd(n, c + u, u, seen, strip)
-    if finite == 0:
-        return
-    moments = seen.moments
-    add_sums(
-        moments,
-        c + u,
-        np.float64(finite),
-        strip.shift[u],
-        strip.sums[0, u],
-        strip.sums[1, u],
-        strip.sums[2, u],
-        strip.sums[3, u],
-    )
-    moments.active[c + u] += strip.n[u]
-    moments.low[c + u] = min(moments.low[c + u], strip.low[u])
-    moments.high[c + u] = max(moments.high[c + u], strip.high[u])
-    if threshold == 0.0 and strip.low[u] >= 0.0:
-        _count_active(c + u, u, finite, seen.sketch, strip)
-    else:
-        _count_all(c + u, u, n, seen.sketch, strip)
-    _choose(tiles, tile, c + u, u, seen, strip)
-
-
-@compiled
-@no_type_check
-def _drop_odd(n: int, unit: int, u: int, seen: Seen, strip: Strip) -> int:
-    """Count NaN and infinities, and redo sums and list over what is finite; return how many are."""
-    finite, active = 0, 0
-    strip.sums[:, u] = 0.0
-    strip.low[u], strip.high[u] = np.inf, -np.inf
-    for t in range(n):
-        v = strip.act[t, u]
-        if np.isfinite(v):
-            finite += 1
-            d = np.float64(v) - strip.shift[u]
-            strip.sums[0, u] += d
-            strip.sums[1, u] += d * d
-            strip.sums[2, u] += d * d * d
-            strip.sums[3, u] += d * d * d * d
-            strip.low[u] = min(strip.low[u], v)
-            strip.high[u] = max(strip.high[u], v)
-        else:
-            seen.odd[unit, 0 if np.isnan(v) else 1] += 1
-    for k in range(strip.n[u]):
-        t = strip.at[u, k]
-        if np.isfinite(strip.act[t, u]):
-            strip.at[u, active] = t
-            active += 1
-    strip.n[u] = active
-    return finite
-
-
-@compiled
-@no_type_check
-def _count_active(unit: int, u: int, n: int, sketch: Counts, strip: Strip) -> None:
-    """Count a unit whose other values are all zero: the usual case of a ReLU."""
-    bits = strip.column.view(np.uint32)
-    counts = sketch[unit]
-    for k in range(strip.n[u]):
-        strip.column[k] = strip.act[strip.at[u, k], u]
-    for k in range(strip.n[u]):
-        counts[bucket(bits[k])] += np.uint32(1)
-    counts[SIDE] += np.uint32(n - strip.n[u])
-
-
-@compiled
-@no_type_check
-def _count_all(unit: int, u: int, n: int, sketch: Counts, strip: Strip) -> None:
-    """Count every finite value of a unit."""
-    bits = strip.column.view(np.uint32)
-    counts = sketch[unit]
-    for t in range(n):
-        strip.column[t] = strip.act[t, u]
-        if np.isfinite(strip.column[t]):
-            counts[bucket(bits[t])] += np.uint32(1)
-
-
-@compiled
-@no_type_check
-def _choose(tiles: Tiles, tile: int, unit: int, u: int, seen: Seen, strip: Strip) -> None:
-    """Offer the tokens of one unit of one tile to its exemplars."""
-    n, seq, pos = tiles.length[tile], tiles.seq[tile], tiles.pos[tile]
-    docs = tiles.doc[tiles.row[tile] : tiles.row[tile] + n]
-    if strip.n[u] > 0 and strip.high[u] >= seen.top.gate[unit]:
-        _offer_best(unit, u, seq, pos, docs, seen.top, strip)
-    firing = seen.firing
-    if firing.act.shape[1] > 0:
+def _drop_odd(n: int, c: int, width: int, odd: np.ndarray, strip: Strip) -> None:
+    """Count NaN and infinities, and redo sums and lists of their units over what is finite."""
+    for u in range(width):
+        strip.finite[u] = n
+        if strip.bad[u] == 0.0:
+            continue
+        strip.sums[:, u] = 0.0
+        strip.low[u], strip.high[u] = np.inf, -np.inf
+        for t in range(n):
+            v = strip.act[t, u]
+            if np.isfinite(v):
+                d = np.float64(v) - strip.shift[u]
+                strip.sums[0, u] += d
+                strip.sums[1, u] += d * d
+                strip.sums[2, u] += d * d * d
+                strip.sums[3, u] += d * d * d * d
+                strip.low[u] = min(strip.low[u], v)
+                strip.high[u] = max(strip.high[u], v)
+            else:
+                strip.finite[u] -= 1
+                odd[c + u, 0 if np.isnan(v) else 1] += 1
+        active = 0
         for k in range(strip.n[u]):
             t = strip.at[u, k]
-            key = mix(firing.salt[unit] ^ position_key(seq, pos + t))
-            if key < firing.gate[unit]:
-                offer_draw(firing, unit, key, strip.act[t, u], seq, pos + t, docs[t])
+            if np.isfinite(strip.act[t, u]):
+                strip.at[u, active] = t
+                active += 1
+        strip.n[u] = active
+
+
+@compiled
+@no_type_check
+def _widen(c: int, width: int, moments: Moments, strip: Strip) -> None:
+    """Take the counts and extremes of a strip."""
+    for u in range(width):
+        moments.active[c + u] += strip.n[u]
+        moments.low[c + u] = min(moments.low[c + u], strip.low[u])
+        moments.high[c + u] = max(moments.high[c + u], strip.high[u])
+
+
+@compiled
+@no_type_check
+def _count(n: int, threshold: np.float32, c: int, width: int, sketch: Counts, strip: Strip) -> None:
+    """Count every finite value of a strip; what is not active in a ReLU is all zero."""
+    bits = strip.column.view(np.uint32)
+    for u in range(width):
+        counts = sketch[c + u]
+        rectified = threshold == 0.0 and strip.low[u] >= 0.0
+        m = strip.n[u] if rectified else n
+        for k in range(m):
+            strip.column[k] = strip.act[strip.at[u, k] if rectified else k, u]
+        if strip.bad[u] == 0.0 or rectified:
+            for k in range(m):
+                counts[bucket(bits[k])] += np.uint32(1)
+        else:
+            for k in range(m):
+                if np.isfinite(strip.column[k]):
+                    counts[bucket(bits[k])] += np.uint32(1)
+        if rectified:
+            counts[SIDE] += np.uint32(strip.finite[u] - m)
+
+
+@compiled
+@no_type_check
+def _choose(
+    tiles: Tiles,
+    tile: int,
+    c: int,
+    width: int,
+    top: Top,
+    random: Draw,
+    firing: Draw,
+    strip: Strip,
+) -> None:
+    """Offer the tokens of a strip of a tile to the exemplars."""
+    n, seq, pos = tiles.length[tile], tiles.seq[tile], tiles.pos[tile]
+    docs = tiles.doc[tiles.row[tile] : tiles.row[tile] + n]
     tile_key = mix(position_key(seq, pos))
-    if seen.random.act.shape[1] > 0 and is_drawn(seen.random, unit, tile_key, n):
-        for t in range(n):
-            strip.column[t] = strip.act[t, u]
-        draw_tile(seen.random, unit, tile_key, strip.column[:n], strip.used, seq, pos, docs)
+    for u in range(width):
+        unit = c + u
+        if strip.n[u] > 0 and strip.high[u] >= top.gate[unit]:
+            _offer_best(unit, u, seq, pos, docs, top, strip)
+        salt, gate = firing.salt[unit], firing.gate[unit]
+        if gate > 0:
+            for k in range(strip.n[u]):
+                t = strip.at[u, k]
+                key = mix(salt ^ position_key(seq, pos + t))
+                if key < gate:
+                    offer_draw(firing, unit, key, strip.act[t, u], seq, pos + t, docs[t])
+                    gate = firing.gate[unit]
+        if is_drawn(random.salt[unit], random.gate[unit], tile_key, n):
+            for t in range(n):
+                strip.column[t] = strip.act[t, u]
+            draw_tile(random, unit, tile_key, strip.column[:n], strip.used, seq, pos, docs)
 
 
 @compiled
@@ -342,27 +339,30 @@ def _append(
     tiles: Tiles,
     tile: int,
     c: int,
-    u: int,
+    place: int,
+    width: int,
     largest: np.float32,
-    seen: Seen,
+    odd: np.ndarray,
     strip: Strip,
     entries: Entries,
-) -> int:
-    """Append the entries of one unit of one tile and return how many."""
+) -> None:
+    """Append the entries of a strip of a tile; `place` is its first unit among the entries'."""
     end = entries.used[0]
     row, pos = tiles.row[tile], tiles.pos[tile]
-    for k in range(strip.n[u]):
-        t = strip.at[u, k]
-        v = strip.act[t, u]
-        if v > largest:
-            seen.odd[c + u, 2] += 1
-        elif v >= tiles.cut[row + t]:
-            entries.pos[end] = pos + t
-            entries.act[end] = v
-            end += 1
-    kept = end - entries.used[0]
+    counts = entries.per_unit[entries.used[1] + tile]
+    for u in range(width):
+        begin = end
+        for k in range(strip.n[u]):
+            t = strip.at[u, k]
+            v = strip.act[t, u]
+            if v > largest:
+                odd[c + u, 2] += 1
+            elif v >= tiles.cut[row + t]:
+                entries.pos[end] = pos + t
+                entries.act[end] = v
+                end += 1
+        counts[place + u] = end - begin
     entries.used[0] = end
-    return kept
 
 
 @compiled
@@ -382,10 +382,13 @@ def gather(
     """Write units first..last-1 of `entries` as columns by (unit, seq_id, pos).
 
     `order` lists the tiles by sequence and position. `cursor` holds, per tile, the first entry not
-    yet written: units are asked for in order.
+    yet written of the current strip: units are asked for in order.
     """
     end = 0
     for u in range(first, last):
+        if u % STRIP == 0:
+            for tile in range(cursor.shape[0]):
+                cursor[tile] = entries.start[tile, u // STRIP]
         for i in range(order.shape[0]):
             tile = order[i]
             n = np.int64(entries.per_unit[tile, u])

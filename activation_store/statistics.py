@@ -53,20 +53,25 @@ def new_moments(n_units: int) -> Moments:
 @no_type_check
 def add_sums(
     moments: Moments,
-    unit: int,
-    n: float,
-    shift: float,
-    s1: float,
-    s2: float,
-    s3: float,
-    s4: float,
+    first: int,
+    width: int,
+    count: np.ndarray,
+    shift: np.ndarray,
+    sums: np.ndarray,
 ) -> None:
-    """Merge n values into one unit, given the sums of powers of (value - shift)."""
-    a = s1 / n
-    b2 = s2 - n * a * a
-    b3 = s3 - 3 * a * s2 + 2 * n * a * a * a
-    b4 = s4 - 4 * a * s3 + 6 * a * a * s2 - 3 * n * a * a * a * a
-    merge_unit(moments, unit, n, shift + a, max(b2, 0.0), b3, max(b4, 0.0))
+    """Merge values of units first.. into the moments.
+
+    Given are, per unit, their count and the sums of the powers 1 to 4 of (value - shift).
+    """
+    for u in range(width):
+        n = np.float64(count[u])
+        if n > 0:
+            s2, s3, s4 = sums[1, u], sums[2, u], sums[3, u]
+            a = sums[0, u] / n
+            b2 = s2 - n * a * a
+            b3 = s3 - 3 * a * s2 + 2 * n * a * a * a
+            b4 = s4 - 4 * a * s3 + 6 * a * a * s2 - 3 * n * a * a * a * a
+            merge_unit(moments, first + u, n, shift[u] + a, max(b2, 0.0), b3, max(b4, 0.0))
 
 
 @compiled

@@ -32,7 +32,7 @@ def see(x: np.ndarray, docs: np.ndarray, rows: Rows, seed: int = 0, first_seq: i
         np.empty(0, np.float32),
         np.empty((0, d), np.uint8),
         np.empty(0, np.int32),
-        np.empty(0, np.int64),
+        np.empty((0, 0), np.int64),
         np.zeros(2, np.int64),
     )
     tiles = tiles_of(np.arange(first_seq, first_seq + n, dtype=np.int32), docs.astype(np.int32))

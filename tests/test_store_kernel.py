@@ -9,7 +9,7 @@ from activation_store import StoreError
 from activation_store.accumulator import new_seen
 from activation_store.blocks import tiles_of
 from activation_store.hooks import Rows
-from activation_store.kernel import Entries, Seen, gather, scan, top_p_cuts
+from activation_store.kernel import STRIP, Entries, Seen, gather, scan, top_p_cuts
 
 FLOAT32_MAX = np.float32(np.finfo(np.float32).max)
 
@@ -20,7 +20,7 @@ def new_entries(n_rows: int, n_units: int) -> Entries:
         np.empty(n_rows * n_units, np.float32),
         np.empty((n_rows, n_units), np.uint8),
         np.empty(n_rows, np.int32),
-        np.empty(n_rows, np.int64),
+        np.empty((n_rows, -(-n_units // STRIP)), np.int64),
         np.zeros(2, np.int64),
     )
 
@@ -50,10 +50,10 @@ def take(
 def rows_of(entries: Entries, n_units: int) -> tuple[np.ndarray, ...]:
     n = int(entries.used[0])
     tiles = int(entries.used[1])
-    order = np.lexsort((entries.start[:tiles], entries.seq[:tiles]))
+    order = np.argsort(entries.seq[:tiles], kind="stable")
     unit, seq, pos = (np.empty(n, np.int32) for _ in range(3))
     act = np.empty(n, np.float32)
-    cursor = entries.start[:tiles].copy()
+    cursor = np.zeros(tiles, np.int64)
     gather(entries, order, cursor, 0, n_units, np.arange(n_units), unit, seq, pos, act)
     return unit, seq, pos, act
 

@@ -33,7 +33,7 @@ def add(seen: Seen, x: np.ndarray, first_seq: int, threshold: float = 0.0) -> No
         np.empty(0, np.float32),
         np.empty((0, d), np.uint8),
         np.empty(0, np.int32),
-        np.empty(0, np.int64),
+        np.empty((0, 0), np.int64),
         np.zeros(2, np.int64),
     )
     flat = np.ascontiguousarray(x.reshape(-1, d), np.float32)
