@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 import activation_store as astore
+from activation_store.capturing import digest as weights_digest
 from lmmono.data.tokens import TokenRows
+from lmmono.errors import RunError
 from lmmono.models.hooks import hook_width, match_hooks, recording
+from lmmono.recipe import SECTIONS
 from lmmono.recipe.sections import Capture
 from lmmono.run import Run
 from lmmono.types import Progress, silent
-
-SECTIONS = ("data", "model", "train", "capture")
 
 
 def capture(
@@ -48,47 +50,63 @@ def capture(
         into: A store opened with mode "w" or "a".
         seed: Seed of the random exemplars.
         progress: Called with tokens done.
-        **settings: Further fields of the recipe section `capture` (threshold, max_density, top_k,
-            random_k, quantile_k, batch_tokens).
+        **settings: Further fields of the recipe's section `capture`, such as threshold or top_k.
 
     Raises:
         ModelError: a hook name matches nothing.
+        RunError: a setting is unknown or out of range.
         StoreError: the store is read-only, full, of another model, or refuses a dense hook.
     """
-    chosen = Capture.model_validate(
-        {"hooks": _names(hooks), "vectors": _names(vectors), "max_tokens": max_tokens, **settings}
-    )
-    several = [tokens] if isinstance(tokens, TokenRows) else list(tokens)
-    parts = [rows.limit(max_tokens) for rows in several]
-    _stream(model, parts, chosen, into, seed, progress)
+    given = {"hooks": _names(hooks), "vectors": _names(vectors), "max_tokens": max_tokens}
+    try:
+        chosen = Capture.model_validate({**given, **settings})
+    except ValidationError as error:
+        raise RunError(f"capture: {error}") from None
+    parts = [tokens] if isinstance(tokens, TokenRows) else list(tokens)
+    _stream(model, [part.limit(max_tokens) for part in parts], chosen, into, seed, progress)
     return into
 
 
 def capture_run(run: Run, *, progress: Progress = silent) -> Run:
-    """Capture what a run's recipe asks for into its store, unless that is done already."""
-    recipe = run.recipe
+    """Capture what a run's recipe asks for into its store, unless that is done already.
+
+    Raises:
+        RunError: the run is not trained yet, or another process works on it.
+        StoreError: as `capture` does.
+    """
+    recipe, settings = run.recipe, run.recipe.capture
     digest = recipe.digest(*SECTIONS)
     if run.is_finished("capture", digest):
         return run
-    with run.stage("capture", digest) as stage, _open_store(run, digest) as store:
-        parts = [
-            run.tokens(split).limit(recipe.capture.max_tokens) for split in recipe.capture.splits
-        ]
-        run.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        _stream(run.model, parts, recipe.capture, store, recipe.seed, progress)
-        stage.facts.update(n_tokens=sum(rows.ids.size for rows in parts), store=str(store.path))
+    mode = "a" if run.store_path.exists() else "w"
+    with run.stage("capture", digest) as stage, astore.open(run.store_path, mode) as store:
+        parts = [run.tokens(split).limit(settings.max_tokens) for split in settings.splits]
+        model = run.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        store.add_run(_run_row(run))
+        _stream(model, parts, settings, store, recipe.seed, progress)
+        info = store.info()
+        stage.facts.update(n_tokens=info.n_tokens, n_acts=info.n_acts, n_bytes=info.n_bytes)
     return run
 
 
-def _open_store(run: Run, digest: str) -> astore.Store:
-    """Open the run's store to go on with the same capture, or to start over with another."""
-    path = run.store_path
-    if path.exists():
-        store = astore.open(path, mode="a")
-        if store.capture_digest == digest:
-            return store
-        store.close()
-    return astore.open(path, mode="w", overwrite=True)
+def _run_row(run: Run) -> dict[str, Any]:
+    """Return what table `runs` says of a run."""
+    config, recipe = run.model.config, run.recipe
+    return {
+        "run": run.name,
+        "arch": recipe.model.arch,
+        "model_digest": weights_digest(run.model),
+        "corpus_digest": run.corpus.digest,
+        "n_parameters": sum(p.numel() for p in run.model.parameters()),
+        "n_layers": recipe.model.n_layers,
+        "d_model": recipe.model.d_model,
+        "d_vocab": config.vocab_size,
+        "n_ctx": recipe.data.n_ctx,
+        "seed": recipe.seed,
+        "recipe": recipe.model_dump(mode="json"),
+        "git_commit": run.manifest.stages["train"].commit,
+        "versions": run.manifest.versions,
+    }
 
 
 def _stream(
@@ -100,42 +118,54 @@ def _stream(
     progress: Progress,
 ) -> None:
     """Run the model over all parts and hand every batch to the store's writer."""
-    names = match_hooks(model, settings.hooks)
+    names = match_hooks(model, settings.hooks) if settings.hooks else []
     dense = match_hooks(model, settings.vectors) if settings.vectors else []
-    rows = [
-        astore.Rows(
-            hook=name,
-            d=hook_width(model, name),
-            threshold=settings.threshold,
-            max_density=settings.max_density,
-            top_k=settings.top_k,
-            random_k=settings.random_k,
-            quantile_k=settings.quantile_k,
-        )
-        for name in names
-    ]
-    kept = [astore.Vectors(hook=name, d=hook_width(model, name)) for name in dense]
-    total = sum(part.ids.size for part in parts)
-    n_ctx = parts[0].n_ctx
+    _add_words(store, parts)
+    n_ctx, total = parts[0].n_ctx, sum(part.ids.size for part in parts)
+    batch_rows = max(1, settings.batch_tokens // n_ctx)
+    was_training = model.training
     model.eval()
     with (
-        store.writer(rows=rows, vectors=kept, n_ctx=n_ctx, seed=seed) as writer,
+        store.writer(
+            rows=[_rows(model, name, settings) for name in names],
+            vectors=[astore.Vectors(hook=name, d=hook_width(model, name)) for name in dense],
+            n_ctx=n_ctx,
+            seed=seed,
+            model_digest=weights_digest(model),
+        ) as writer,
         recording(model, [*names, *dense]) as acts,
         torch.inference_mode(),
     ):
-        skip = writer.next_seq
-        batch_rows = max(1, settings.batch_tokens // n_ctx)
-        for part, first, last in _plan(parts, batch_rows, skip):
-            ids = _tensor(part.ids[first:last], model)
-            model(input_ids=ids, use_cache=False)
-            writer.add(
-                part.seq_ids[first:last],
-                part.ids[first:last],
-                part.doc_ids[first:last],
-                part.split,
-                dict(acts),
-            )
-            progress("capture", writer.n_tokens, total)
+        n_done = writer.next_seq
+        for part, first, last in _plan(parts, batch_rows, n_done):
+            ids = part.ids[first:last]
+            model(input_ids=_tensor(ids, model), use_cache=False)
+            docs = part.doc_ids[first:last]
+            writer.add(part.seq_ids[first:last], ids, docs, part.split, _flat(acts))
+            n_done += last - first
+            progress("capture", n_done * n_ctx, total)
+    model.train(was_training)
+
+
+def _add_words(store: astore.Store, parts: Sequence[TokenRows]) -> None:
+    """Add the documents and the vocabulary of the rows' corpus, where they come from one."""
+    corpus = parts[0].corpus
+    if corpus is not None:
+        store.add_documents(corpus.documents)
+        store.add_vocabulary(corpus.vocabulary())
+
+
+def _rows(model: nn.Module, name: str, settings: Capture) -> astore.Rows:
+    """Return the store's settings for one hook kept as sparse rows."""
+    return astore.Rows(
+        hook=name,
+        d=hook_width(model, name),
+        threshold=settings.threshold,
+        max_density=settings.max_density,
+        top_k=settings.top_k,
+        random_k=settings.random_k,
+        quantile_k=settings.quantile_k,
+    )
 
 
 def _plan(
@@ -152,6 +182,11 @@ def _tensor(ids: np.ndarray, model: nn.Module) -> Int[Tensor, "batch pos"]:
     """Return rows of token ids as a tensor where the model is."""
     device = next(model.parameters()).device
     return torch.from_numpy(ids.astype(np.int64)).to(device)
+
+
+def _flat(acts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return activations as [batch, pos, d]; heads are flattened."""
+    return {name: tensor.flatten(2) for name, tensor in acts.items()}
 
 
 def _names(patterns: str | Sequence[str]) -> tuple[str, ...]:

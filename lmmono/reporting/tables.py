@@ -128,7 +128,7 @@ def _neuron_table(run: Run) -> Table:
                 f"{shuffled:.3f}",
                 f"{n:,}",
                 f"{density:.4f}",
-                store.exemplars(hook, unit, 1).fetchone()[0],
+                store.exemplars(hook, unit, 1)[0].text,
             )
             for hook, unit, value, low, high, shuffled, n, density in found
         )

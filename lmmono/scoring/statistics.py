@@ -1,8 +1,11 @@
 """Scores that need no explanation: how much a unit's activation says about the token it is on."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.stats import t as student_t
 
@@ -12,22 +15,10 @@ from lmmono.metrics import METRICS, entropies
 N_GROUPS = 10
 """Groups of documents for the interval: a jackknife that leaves one group out at a time."""
 
-UNITS_AT_ONCE = 64
+ROWS_AT_ONCE = 8_000_000
+"""Activations held in memory together, about 0.3 GB with what is made of them."""
 
-_ROWS = """WITH rows AS (
-    SELECT seq_id, row_number() OVER (ORDER BY seq_id) - 1 AS i, count(*) OVER () AS n
-    FROM (SELECT DISTINCT seq_id FROM tokens))"""
-
-_MASS = f"""{_ROWS}
-SELECT a.unit, a.doc_id % $n_groups AS part, t.token_id, sum(a.act) AS mass
-FROM activations a
-JOIN rows here ON here.seq_id = a.seq_id
-JOIN rows there ON there.i = (here.i + $shift) % here.n
-JOIN tokens t ON t.seq_id = there.seq_id AND t.pos = a.pos
-WHERE a.hook = $hook AND a.act > 0
-GROUP BY ALL ORDER BY ALL"""
-
-_COUNTS = """SELECT doc_id % $n_groups AS part, token_id, count(*) AS n FROM tokens GROUP BY ALL"""
+MAX_UNITS_AT_ONCE = 64
 
 
 def score_token_selectivity(store: astore.Store, hook: str) -> None:
@@ -39,87 +30,99 @@ def score_token_selectivity(store: astore.Store, hook: str) -> None:
     control `shuffled`: its activations on the tokens of another row, at the same positions.
 
     Rows go to table `scores`: value, 95 % interval (jackknife over ten groups of documents), n the
-    number of activations, with and without the control. Silent units have a NaN value and a reason.
+    number of activations, with and without the control. A silent unit has no value and a reason.
 
     Raises:
         StoreError: the store is not open for writing.
     """
-    n_tokens = store.sql("SELECT count(*) FROM tokens").fetchone()[0]
-    half = store.sql("SELECT count(DISTINCT seq_id) // 2 FROM tokens").fetchone()[0]
-    baseline = _token_counts(store)
+    tokens = _Tokens.read(store)
+    known = store.sql(
+        "SELECT unit, n_active FROM unit_stats WHERE hook = $hook ORDER BY unit", hook=hook
+    ).fetchnumpy()
+    n_active = np.asarray(known["n_active"])
+    values = np.full((2, len(n_active), N_GROUPS + 1), np.nan)
+    for first, last in _chunks(n_active):
+        low, high = int(known["unit"][first]), int(known["unit"][last - 1])
+        mass = _mass(store, hook, low, high, tokens)
+        rows = np.asarray(known["unit"][first:last]) - low
+        values[:, first:last] = _selectivities(mass[:, rows], tokens.counts)
     tables = [
-        _score_rows(store, hook, baseline, shift, control, n_tokens)
-        for control, shift in ((None, 0), ("shuffled", int(half)))
+        _table(hook, known, of_control, control, tokens.ids.size)
+        for of_control, control in zip(values, (None, "shuffled"), strict=True)
     ]
     store.append("scores", pa.concat_tables(tables))
 
 
-def _token_counts(store: astore.Store) -> Float[ndarray, "parts d_vocab"]:
-    """Return how often each token occurs in each group of documents."""
-    columns = store.sql(_COUNTS, n_groups=N_GROUPS).fetchnumpy()
-    counts = np.zeros((N_GROUPS, int(columns["token_id"].max()) + 1))
-    counts[columns["part"], columns["token_id"]] = columns["n"]
-    return counts
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """The captured tokens as arrays, to look up what an activation was on."""
+
+    seq_ids: Int[ndarray, " rows"]
+    ids: Int[ndarray, "rows n_ctx"]
+    parts: Int[ndarray, "rows n_ctx"]
+    """Group of the token's document."""
+    counts: Float[ndarray, "parts d_vocab"]
+    """How often each token occurs in each group."""
+
+    @classmethod
+    def read(cls, store: astore.Store) -> "_Tokens":
+        """Read all tokens of a store."""
+        query = "SELECT seq_id, pos, doc_id, token_id FROM tokens ORDER BY seq_id, pos"
+        columns = store.sql(query).fetchnumpy()
+        seq_ids, rows = np.unique(columns["seq_id"], return_inverse=True)
+        shape = (len(seq_ids), int(columns["pos"].max()) + 1)
+        ids, parts = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        ids[rows, columns["pos"]] = columns["token_id"]
+        parts[rows, columns["pos"]] = columns["doc_id"] % N_GROUPS
+        counts = np.zeros((N_GROUPS, int(ids.max()) + 1))
+        np.add.at(counts, (columns["doc_id"] % N_GROUPS, columns["token_id"]), 1.0)
+        return cls(seq_ids, ids, parts, counts)
 
 
-def _score_rows(
-    store: astore.Store,
-    hook: str,
-    baseline: Float[ndarray, "parts d_vocab"],
-    shift: int,
-    control: str | None,
-    n_tokens: int,
-) -> pa.Table:
-    """Return one row of `scores` per unit."""
-    columns = store.sql(_MASS, hook=hook, shift=shift, n_groups=N_GROUPS).fetchnumpy()
-    known = store.sql(
-        "SELECT unit, n_active FROM unit_stats WHERE hook = $hook ORDER BY unit", hook=hook
-    ).fetchnumpy()
-    units = np.asarray(known["unit"])
-    values = np.full((len(units), N_GROUPS + 1), np.nan)
-    for first in range(0, len(units), UNITS_AT_ONCE):
-        some = units[first : first + UNITS_AT_ONCE]
-        low, high = np.searchsorted(columns["unit"], [some[0], some[-1] + 1])
-        mass = np.zeros((len(some), *baseline.shape))
-        place = np.searchsorted(some, columns["unit"][low:high])
-        mass[place, columns["part"][low:high], columns["token_id"][low:high]] = columns["mass"][
-            low:high
+def _chunks(n_active: Int[ndarray, " units"]) -> Iterator[tuple[int, int]]:
+    """Yield [first, last) ranges of units that together fit in memory; at least one unit each."""
+    first, held = 0, 0
+    for i, n in enumerate(n_active):
+        if i > first and (held + n > ROWS_AT_ONCE or i - first == MAX_UNITS_AT_ONCE):
+            yield first, i
+            first, held = i, 0
+        held += n
+    if first < len(n_active):
+        yield first, len(n_active)
+
+
+def _mass(
+    store: astore.Store, hook: str, low: int, high: int, tokens: _Tokens
+) -> Float[ndarray, "2 units parts d_vocab"]:
+    """Return the activation mass of units low..high per group and token, true and shuffled."""
+    query = """SELECT unit, seq_id, pos, act FROM acts
+        WHERE hook = $hook AND unit BETWEEN $low AND $high AND act > 0"""
+    columns = store.sql(query, hook=hook, low=low, high=high).fetchnumpy()
+    row = np.searchsorted(tokens.seq_ids, columns["seq_id"])
+    pos, n_parts, d_vocab = columns["pos"], *tokens.counts.shape
+    shape = (high - low + 1, n_parts, d_vocab)
+    start = (columns["unit"].astype(np.int64) - low) * n_parts + tokens.parts[row, pos]
+    other = (row + len(tokens.seq_ids) // 2) % len(tokens.seq_ids)
+    return np.stack(
+        [
+            np.bincount(
+                start * d_vocab + tokens.ids[there, pos], columns["act"], int(np.prod(shape))
+            ).reshape(shape)
+            for there in (row, other)
         ]
-        values[first : first + len(some)] = _selectivities(mass, baseline)
-    low_ends, high_ends = _jackknife_interval(values)
-    silent = np.isnan(values[:, 0])
-    metric = METRICS["token_selectivity"]
-    n = len(units)
-    return pa.table(
-        {
-            "metric": [metric.name] * n,
-            "metric_version": pa.array([metric.version] * n, pa.int32()),
-            "control": pa.array([control] * n, pa.string()),
-            "hook": [hook] * n,
-            "unit": pa.array(units, pa.int32()),
-            "value": values[:, 0],
-            "ci_low": low_ends,
-            "ci_high": high_ends,
-            "ci_level": [0.95] * n,
-            "ci_method": [f"jackknife over {N_GROUPS} groups of documents"] * n,
-            "n": pa.array(known["n_active"], pa.int64()),
-            "n_tokens": pa.array([n_tokens] * n, pa.int64()),
-            "n_failures": pa.array(silent.astype(np.int64)),
-            "failure": pa.array(["silent" if s else None for s in silent], pa.string()),
-        }
     )
 
 
 def _selectivities(
-    mass: Float[ndarray, "units parts d_vocab"], baseline: Float[ndarray, "parts d_vocab"]
-) -> Float[ndarray, "units parts_plus_one"]:
+    mass: Float[ndarray, "2 units parts d_vocab"], counts: Float[ndarray, "parts d_vocab"]
+) -> Float[ndarray, "2 units parts_plus_one"]:
     """Return the value over all documents, then without each group of them."""
-    total, all_tokens = mass.sum(axis=1), baseline.sum(axis=0)
+    total, all_tokens = mass.sum(axis=2), counts.sum(axis=0)
     columns = [1 - entropies(total) / entropies(all_tokens)]
-    for part in range(mass.shape[1]):
-        rest = np.maximum(total - mass[:, part], 0.0)
-        columns.append(1 - entropies(rest) / entropies(all_tokens - baseline[part]))
-    return np.stack(columns, axis=1)
+    for part in range(len(counts)):
+        rest = np.maximum(total - mass[:, :, part], 0.0)
+        columns.append(1 - entropies(rest) / entropies(all_tokens - counts[part]))
+    return np.stack(columns, axis=2)
 
 
 def _jackknife_interval(
@@ -129,6 +132,35 @@ def _jackknife_interval(
     left_out = values[:, 1:]
     n = left_out.shape[1]
     spread = left_out - left_out.mean(axis=1, keepdims=True)
-    error = np.sqrt((n - 1) / n * np.square(spread).sum(axis=1))
-    half = student_t.ppf(0.975, n - 1) * error
+    half = student_t.ppf(0.975, n - 1) * np.sqrt((n - 1) / n * np.square(spread).sum(axis=1))
     return values[:, 0] - half, values[:, 0] + half
+
+
+def _table(
+    hook: str,
+    known: dict[str, ndarray],
+    values: Float[ndarray, "units parts_plus_one"],
+    control: str | None,
+    n_tokens: int,
+) -> pa.Table:
+    """Return one row of `scores` per unit."""
+    metric, n = METRICS["token_selectivity"], len(values)
+    low, high = _jackknife_interval(values)
+    silent = np.isnan(values[:, 0])
+    fixed = {
+        "metric": metric.name,
+        "metric_version": metric.version,
+        "hook": hook,
+        "ci_level": 0.95,
+        "ci_method": f"jackknife over {N_GROUPS} groups of documents",
+        "n_tokens": n_tokens,
+    }
+    columns = {name: pa.repeat(value, n) for name, value in fixed.items()}
+    numbers = {"value": values[:, 0], "ci_low": low, "ci_high": high}
+    columns |= {name: pa.array(each, from_pandas=True) for name, each in numbers.items()}
+    columns["unit"] = pa.array(known["unit"], pa.int32())
+    columns["n"] = pa.array(known["n_active"], pa.int64())
+    columns["n_failures"] = pa.array(silent.astype(np.int64))
+    columns["failure"] = pa.array(["silent" if each else None for each in silent], pa.string())
+    columns["control"] = pa.array([control] * n, pa.string())
+    return pa.table(columns)
