@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import duckdb
 
@@ -173,7 +173,7 @@ class Store:
             self.refresh()
         return self._con.cursor()
 
-    def sql(self, query: str, **params: Any) -> duckdb.DuckDBPyRelation:
+    def sql(self, query: str, /, **params: Any) -> duckdb.DuckDBPyRelation:
         """Run one query; `$name` in it stands for the keyword argument of that name.
 
         Without parameters the query runs when the result is asked for; with them, at once.
@@ -188,11 +188,12 @@ class Store:
         cursor = self._cursor()
         try:
             statement = query if self._trusted else guard.read_only(cursor, query)
-            found = cursor.sql(statement, params=params or None)
+            answer = cursor.sql(statement, params=params or None)
         except duckdb.Error as fault:
             raise QueryError(_told(fault, query, params)) from fault
-        # trusted SQL may be a statement that gives no rows
-        return cursor.sql("SELECT 1 AS done WHERE false") if found is None else found
+        # DuckDB's own types do not say that a statement without rows gives None
+        rows = cast(duckdb.DuckDBPyRelation | None, answer)
+        return cursor.sql("SELECT 1 AS done WHERE false") if rows is None else rows
 
     def attach(self, path: str | os.PathLike[str], name: str) -> None:
         """Make another store readable in SQL as `name.activations`, `name.unit_stats`, ...

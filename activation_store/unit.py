@@ -123,14 +123,21 @@ WITH chosen AS MATERIALIZED (
     SELECT e.rank, e.act, e.bin, e.doc_id, e.seq_id, e.pos
     FROM exemplars e
     WHERE e.hook = $hook AND e.unit = $unit AND e.kind = $kind AND e.rank <= $k
+),
+near AS MATERIALIZED (
+    SELECT c.*, t.pos AS at_pos, t.token_id
+    FROM chosen c
+    LEFT JOIN token_ids t
+        ON t.seq_id = c.seq_id AND t.doc_id = c.doc_id
+        AND t.pos BETWEEN c.pos - $before AND c.pos + $after
 )
-SELECT c.*, min(t.pos) AS first_pos, list(t.token ORDER BY t.pos) AS tokens
-FROM chosen c
-LEFT JOIN tokens t
-    ON t.seq_id = c.seq_id AND t.doc_id = c.doc_id
-    AND t.pos BETWEEN c.pos - $before AND c.pos + $after
+SELECT
+    n.rank, n.act, n.bin, n.doc_id, n.seq_id, n.pos,
+    min(n.at_pos) AS first_pos, list(shown(v.token, n.token_id) ORDER BY n.at_pos) AS tokens
+FROM near n
+LEFT JOIN vocabulary v ON v.token_id = n.token_id
 GROUP BY ALL
-ORDER BY c.rank
+ORDER BY n.rank
 """
 
 _ACTS = """

@@ -27,38 +27,65 @@ CREATE OR REPLACE MACRO {at}marked(token) AS
     CASE WHEN trim(token) = '' THEN '«' || token || '»'
     ELSE repeat(' ', length(token) - length(ltrim(token))) || '«' || ltrim(token) || '»' END;
 
+-- the token to show: its string, or its id in brackets where the vocabulary is not known
+CREATE OR REPLACE MACRO {at}shown(token, token_id) AS coalesce(token, '[' || token_id || ']');
+
 -- one row: the tokens around a position, within its document
 CREATE OR REPLACE MACRO {at}excerpt(at_seq, at_pos, before := 16, after := 8) AS TABLE
 WITH peak AS MATERIALIZED (
     SELECT p.seq_id, p.pos, p.doc_id FROM {at}token_ids p WHERE p.seq_id = at_seq AND p.pos = at_pos
+),
+near AS MATERIALIZED (
+    SELECT p.seq_id, p.pos AS peak, p.doc_id, t.pos, t.token_id
+    FROM {at}token_ids t, peak p
+    WHERE t.seq_id = at_seq AND t.pos BETWEEN at_pos - before AND at_pos + after
+        AND t.doc_id = p.doc_id
+),
+named AS (
+    SELECT n.*, {at}shown(v.token, n.token_id) AS token
+    FROM near n
+    LEFT JOIN {at}vocabulary v ON v.token_id = n.token_id
 )
 SELECT
-    p.seq_id, p.pos, p.doc_id, min(t.pos) AS first_pos,
-    string_agg(CASE WHEN t.pos = p.pos THEN {at}marked(t.token) ELSE t.token END, '' ORDER BY t.pos)
-        AS text,
-    list(t.token ORDER BY t.pos) AS tokens
-FROM {at}tokens t, peak p
-WHERE t.seq_id = at_seq AND t.pos BETWEEN at_pos - before AND at_pos + after AND t.doc_id = p.doc_id
+    n.seq_id, n.peak AS pos, n.doc_id, min(n.pos) AS first_pos,
+    string_agg(
+        CASE WHEN n.pos = n.peak THEN {at}marked(n.token) ELSE n.token END, '' ORDER BY n.pos
+    ) AS text,
+    list(n.token ORDER BY n.pos) AS tokens
+FROM named n
 GROUP BY ALL;
 
--- the exemplars of a unit with their text, best first
-CREATE OR REPLACE MACRO {at}exemplars(of_hook, of_unit, k := 8, of_kind := 'top', before := 16, after := 8)
-AS TABLE
+-- the exemplars of a unit with their text, best first; strings are looked up last, for the few
+-- tokens that are shown: 5.9 ms instead of 7.8 ms of processor time for 20 exemplars of 100 M acts
+CREATE OR REPLACE MACRO {at}exemplars(
+    of_hook, of_unit, k := 8, of_kind := 'top', before := 16, after := 8
+) AS TABLE
 WITH chosen AS MATERIALIZED (
-    SELECT e.rank, e.bin, e.act, e.seq_id, e.pos, e.doc_id
+    SELECT e.rank, e.act, e.bin, e.doc_id, e.seq_id, e.pos
     FROM {at}exemplars e
     WHERE e.hook = of_hook AND e.unit = of_unit AND e.kind = of_kind AND e.rank <= k
+),
+near AS MATERIALIZED (
+    SELECT c.*, t.pos AS at_pos, t.token_id
+    FROM chosen c
+    LEFT JOIN {at}token_ids t
+        ON t.seq_id = c.seq_id AND t.doc_id = c.doc_id
+        AND t.pos BETWEEN c.pos - before AND c.pos + after
+),
+named AS (
+    SELECT n.*, {at}shown(v.token, n.token_id) AS token
+    FROM near n
+    LEFT JOIN {at}vocabulary v ON v.token_id = n.token_id
 )
 SELECT
-    c.rank, c.act, c.bin, c.doc_id, c.seq_id, c.pos,
-    any_value(t.token) FILTER (t.pos = c.pos) AS token,
-    string_agg(CASE WHEN t.pos = c.pos THEN {at}marked(t.token) ELSE t.token END, '' ORDER BY t.pos)
-        AS excerpt
-FROM chosen c
-LEFT JOIN {at}tokens t
-    ON t.seq_id = c.seq_id AND t.doc_id = c.doc_id AND t.pos BETWEEN c.pos - before AND c.pos + after
+    n.rank, n.act, n.bin, n.doc_id, n.seq_id, n.pos,
+    any_value(n.token) FILTER (n.at_pos = n.pos) AS token,
+    string_agg(
+        CASE WHEN n.at_pos = n.pos THEN {at}marked(n.token) ELSE n.token END, '' ORDER BY n.at_pos
+    ) AS excerpt
+FROM named n
 GROUP BY ALL
-ORDER BY c.rank;
+ORDER BY n.rank;
 
 -- one row: the statistics of a unit and the settings they depend on
 CREATE OR REPLACE MACRO {at}unit(of_hook, of_unit) AS TABLE

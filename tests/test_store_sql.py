@@ -10,6 +10,7 @@ import pytest
 from small_store import HOOK, HOSTILE, N_CTX, N_SEQ, WORDS, D, small_store, split
 
 import activation_store as astore
+from activation_store import catalogue
 from activation_store.unit import marked
 
 
@@ -123,6 +124,24 @@ def test_python_exemplars_equal_those_of_sql_and_carry_the_act_of_every_token(sm
         span = slice(e.first_pos, e.first_pos + len(e.tokens))
         assert e.acts == tuple(small.acts[HOOK][e.seq_id, span, 3].tolist())
     assert store.exemplars(HOOK, 3, 5, kind="random") == []
+
+
+def test_tokens_without_a_string_are_shown_by_their_ids(tmp_path):
+    small = small_store(tmp_path / "a")
+    with catalogue.commit(catalogue.place(small.path)) as con:
+        con.execute("DELETE FROM vocabulary WHERE token_id <> 1")
+    with astore.open(small.path) as store:
+        (first,) = store.exemplars(HOOK, 2, 1, before=2, after=2)
+        ids = small.token_ids[first.seq_id, first.first_pos : first.first_pos + len(first.tokens)]
+        assert first.tokens == tuple(" cat" if i == 1 else f"[{i}]" for i in ids)
+        rows = store.sql("FROM exemplars($h, 2, 1, before := 2, after := 2)", h=HOOK).fetchall()
+        assert rows[0][7] == first.text
+        near = store.sql("FROM excerpt($s, $p, 2, 2)", s=first.seq_id, p=first.pos).fetchall()
+        assert near[0][4:] == (first.text, list(first.tokens))
+
+
+def test_parameters_may_have_any_name(store):
+    assert store.sql("SELECT $query + $self", **{"query": 1, "self": 2}).fetchall() == [(3,)]
 
 
 def test_a_unit_has_its_statistics_and_shows_itself(small, store):
