@@ -7,7 +7,7 @@ from lmmono.run import Run
 
 
 def generate(
-    run: Run, prompt: str, *, max_tokens: int = 64, temperature: float = 1.0, seed: int = 0
+    run: Run, prompt: str, *, max_tokens: int = 64, temperature: float | int = 1.0, seed: int = 0
 ) -> str:
     """Return the prompt with the model's continuation.
 

@@ -135,7 +135,10 @@ class Run:
 
         if not (self.dir / "model").is_dir():
             raise RunError(f"{self.dir}: holds no model yet; {self._train_first()}")
-        return load_model(self.dir / "model")
+        model = load_model(self.dir / "model")
+        # so that hooks take text too; torch types attributes as tensors and modules only
+        model.tokenizer = self.tokenizer  # pyright: ignore[reportArgumentType]
+        return model
 
     @cached_property
     def corpus(self) -> TokenCorpus:
@@ -153,10 +156,14 @@ class Run:
         """Prepared corpora of all runs beside this one: `.cache` in the folder of the runs."""
         return (self.dir.parent.parent if self.recipe.folder else self.dir.parent) / ".cache"
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer of the corpus."""
-        return self.corpus.tokenizer
+        """The tokenizer: of the model, and before there is one, of the corpus."""
+        from transformers import PreTrainedTokenizerFast
+
+        if not (self.dir / "model" / "tokenizer.json").is_file():
+            return self.corpus.tokenizer
+        return PreTrainedTokenizerFast.from_pretrained(self.dir / "model")
 
     def tokens(self, split: Split) -> TokenRows:
         """Return the token rows of a split.
@@ -172,12 +179,10 @@ class Run:
         Raises:
             RunError: The folder cannot be written; an older model is still there.
         """
-        from safetensors import SafetensorError
-
         from lmmono.models.storage import save_model
 
         fresh, final = self.dir / "model.tmp", self.dir / "model"
-        with disk_faults(fresh, SafetensorError):
+        with disk_faults(fresh):
             shutil.rmtree(fresh, ignore_errors=True)
             save_model(model, fresh)
             tokenizer.save_pretrained(fresh)

@@ -7,7 +7,7 @@ time left; elsewhere it is plain lines, one every few seconds at most.
 import json
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,7 +42,7 @@ LINE_EVERY_SECONDS = 5.0
 
 @contextmanager
 def shown_progress(
-    console: Console | None = None, every_seconds: float = LINE_EVERY_SECONDS
+    console: Console | None = None, every_seconds: float | int = LINE_EVERY_SECONDS
 ) -> Generator[Progress]:
     """Yield a `Progress` that shows itself on stderr until the block ends.
 
@@ -61,13 +61,13 @@ def shown_progress(
 class LineProgress:
     """Progress as plain lines: `train: 200 of 1000 (20 %), 41/s, 20 s left, loss 3.21`."""
 
-    def __init__(self, console: Console, every_seconds: float) -> None:
+    def __init__(self, console: Console, every_seconds: float | int) -> None:
         self._console = console
         self._every = every_seconds
         self._last = time.monotonic()
         self._first: dict[str, tuple[float, int]] = {}
 
-    def __call__(self, what: str, done: int, total: int, **facts: float) -> None:
+    def __call__(self, what: str, done: int, total: int, **facts: float | int) -> None:
         """Write a line, if the last one is old enough or the work is done."""
         now = time.monotonic()
         began, before = self._first.setdefault(what, (now, done))
@@ -90,7 +90,7 @@ class _BarProgress:
         self._bars = bars
         self._tasks = {}
 
-    def __call__(self, what: str, done: int, total: int, **facts: float) -> None:
+    def __call__(self, what: str, done: int, total: int, **facts: float | int) -> None:
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total, completed=done, facts="")
         self._bars.update(
@@ -180,7 +180,7 @@ def _flat(table: ArrowTable) -> ArrowTable:
     return table
 
 
-def _facts(facts: dict[str, float]) -> list[str]:
+def _facts(facts: Mapping[str, float | int]) -> list[str]:
     return [f"{name.replace('_', ' ')} {_short(value)}" for name, value in facts.items()]
 
 
@@ -190,7 +190,7 @@ def _cell(value: object) -> str:
     return _short(value) if isinstance(value, float) else str(value)
 
 
-def _short(value: float) -> str:
+def _short(value: float | int) -> str:
     """Return a number in four digits, large ones whole.
 
     >>> _short(0.123456), _short(12345.6)

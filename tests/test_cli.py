@@ -1,0 +1,323 @@
+"""The command line: its verbs on a tiny study, its exit codes, and how fast it answers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from lmmono.cli import main
+from lmmono.run import open_run
+
+TINY = """\
+name: tiny
+seed: 0
+data: {corpus: {n_documents: 300}, n_ctx: 32}
+model: {arch: crate, n_layers: 1, d_model: 16, n_heads: 2}
+train: {steps: 12, batch_tokens: 256, warmup_steps: 2, eval_every_steps: 6, eval_tokens: 512}
+capture: {max_tokens: 1024, max_density: 1.0, top_k: 4, random_k: 2, quantile_k: 1}
+arms:
+  crate: {model.arch: crate}
+  gpt2: {model.arch: gpt2}
+"""
+HOOK = "blocks.0.mlp.hook_post"
+
+
+def call(*arguments: object) -> int:
+    """Run the command line in this process and return its exit code."""
+    before, sys.argv = sys.argv, ["lmmono", *map(str, arguments)]
+    try:
+        main()
+    except SystemExit as left:
+        return int(left.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def started(*arguments: object, **options) -> subprocess.Popen[str]:
+    """Start the command line as a process of its own."""
+    command = [sys.executable, "-m", "lmmono.cli", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, **options)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A working folder with the tiny recipe in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A folder with the tiny study, run to its end."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(TINY)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert call("run", "tiny.yaml") == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def study(finished, tmp_path, monkeypatch) -> Path:
+    """A copy of the finished study as the working folder."""
+    shutil.copytree(finished, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "tiny.yaml"]], ids=["help", "check"])
+def test_help_and_check_answer_in_under_a_second_without_torch(here, arguments):
+    script = (
+        "import sys, time; began = time.perf_counter()\n"
+        f"sys.argv = ['lmmono', *{arguments!r}]\n"
+        "from lmmono.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as left: assert not left.code, left.code\n"
+        "print(time.perf_counter() - began, 'torch' in sys.modules, file=sys.stderr)"
+    )
+    answers = [
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    seconds, torch = zip(*(done.stderr.split() for done in answers), strict=True)
+    assert set(torch) == {"False"}
+    assert min(map(float, seconds)) < 1.0
+
+
+def test_check_tells_all_faults_of_all_files_and_writes_nothing(here, capsys):
+    Path("a.yaml").write_text(TINY.replace("steps: 12", "steps: ten"))
+    Path("b.yaml").write_text(TINY.replace("n_heads: 2", "n_head: 2"))
+    before = sorted(here.rglob("*"))
+    assert call("check", "tiny.yaml", "a.yaml", "b.yaml", "capture.top_k=0") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "override capture.top_k=0: want an integer >= 1, got 0",
+        "a.yaml:5: train.steps: want an integer >= 1, got 'ten'",
+        "b.yaml:4: model.n_head: unknown key; did you mean n_heads?",
+    ]
+    assert call("check", "tiny.yaml") == 0
+    assert capsys.readouterr().out == "tiny.yaml: ok, 2 runs: runs/tiny/crate, runs/tiny/gpt2\n"
+    assert sorted(here.rglob("*")) == before
+
+
+def test_schema_prints_or_writes_the_same(here, capsys):
+    assert call("schema") == 0
+    assert call("schema", "--out", "s.json") == 0
+    assert Path("s.json").read_text() == capsys.readouterr().out
+    assert json.loads(Path("s.json").read_text())["title"] == "Recipe"
+
+
+def test_run_finishes_every_run_and_compares_them_and_a_second_run_skips(study, capsys):
+    manifests = sorted(study.rglob("manifest.json"))
+    assert len(manifests) == 2
+    for path in manifests:
+        stages = open_run(path.parent).manifest.stages
+        assert {name: record.state for name, record in stages.items()} == {
+            "train": "finished",
+            "capture": "finished",
+        }
+    times = [path.stat().st_mtime_ns for path in manifests]
+    assert call("run", "tiny.yaml") == 0
+    out, err = capsys.readouterr()
+    assert "tiny/crate" in out and "tiny/gpt2" in out and HOOK in out
+    assert err == "", "nothing was left to do"
+    assert [path.stat().st_mtime_ns for path in manifests] == times
+
+
+def test_changed_settings_redo_what_depends_on_them_and_say_so(study, capsys):
+    arguments = ("tiny.yaml", "arm=crate", "capture.top_k=2")
+    assert call("capture", *arguments) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("Run(runs/tiny/crate, ")
+    assert "other settings' results set aside in runs/tiny/crate/replaced/" in err
+    assert "  capture.top_k: 4 before, 2 now\n" in err
+    assert "train" not in err, "training had the same settings"
+    assert call("capture", *arguments) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "arrow"])
+def test_sql_gives_the_same_rows_in_every_form(study, capfdbinary, form):
+    query = "SELECT hook, unit FROM unit_stats WHERE hook = $hook AND unit < $n ORDER BY unit"
+    code = call(
+        "sql", "runs/tiny/crate", query, f"--{form}", "--param", f"hook={HOOK}", "--param", "n=3"
+    )
+    assert code == 0
+    out = capfdbinary.readouterr().out
+    read = {
+        "csv": lambda: [line.split(",") for line in out.decode().replace('"', "").split()[1:]],
+        "json": lambda: [row.values() for row in json.loads(out)],
+        "arrow": lambda: [row.values() for row in pa.ipc.open_stream(out).read_all().to_pylist()],
+    }
+    rows = [(hook, int(unit)) for hook, unit in read[form]()]
+    assert rows == [(HOOK, 0), (HOOK, 1), (HOOK, 2)]
+
+
+def test_sql_prints_a_table_and_joins_runs_by_their_folders(study, capsys):
+    query = (
+        "SELECT count(*) AS pairs FROM crate.unit_stats a JOIN gpt2.unit_stats b USING (hook, unit)"
+    )
+    assert call("sql", "runs/tiny/crate", "runs/tiny/gpt2", query) == 0
+    out = capsys.readouterr().out
+    assert "pairs" in out and "64" in out
+    assert call("sql", "runs/tiny/crate", f"FROM exemplars('{HOOK}', 3, 1)", "--csv") == 0
+    assert "«" in capsys.readouterr().out, "the excerpt marks the peak"
+
+
+@pytest.mark.parametrize("query", ["DROP TABLE scores", "COPY scores TO 'x.csv'", "SELECT nothing"])
+def test_sql_that_could_write_or_fails_is_refused(study, capsys, query):
+    assert call("sql", "runs/tiny/crate", query) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err != "" and "Traceback" not in err
+    assert not Path("x.csv").exists()
+
+
+def test_generate_goes_on_from_a_prompt_and_repeats_itself(study, capsys):
+    arguments = ("generate", "runs/tiny/gpt2", "the", "--max-tokens", 5, "--seed", 1)
+    assert [call(*arguments), call(*arguments)] == [0, 0]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first.startswith("the ")
+    assert call("generate", "runs/tiny/gpt2", "the", "--max-tokens", 500) == 2
+    assert "within 32 tokens, got 1 + 500" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("what", "where", "said"),
+    [
+        ("recipes", ".", "runs/tiny/gpt2"),
+        ("runs", "runs", "train finished, capture finished"),
+        ("stores", "runs", "runs/tiny/crate/store.duckdb"),
+        ("hooks", "runs/tiny/crate", HOOK),
+    ],
+)
+def test_ls_lists_what_is_there(study, capsys, what, where, said):
+    assert call("ls", what, where) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_store_info_and_verify_look_at_a_runs_store(study, capsys):
+    assert call("store", "info", "runs/tiny/crate") == 0
+    assert call("store", "verify", "runs/tiny/crate") == 0
+    assert HOOK in capsys.readouterr().out
+    shard = next(Path("runs/tiny/crate/store").glob("acts-*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-50])
+    assert call("store", "verify", "runs/tiny/crate") == 2
+    assert call("sql", "runs/tiny/crate", "SELECT 1") == 2
+    assert shard.name in capsys.readouterr().err
+
+
+def damage_model(study: Path) -> list[str]:
+    weights = study / "runs/tiny/crate/model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return ["generate", "runs/tiny/crate"]
+
+
+def damage_manifest(study: Path) -> list[str]:
+    manifest = study / "runs/tiny/crate/manifest.json"
+    manifest.write_text(manifest.read_text()[:100])
+    return ["run", "tiny.yaml"]
+
+
+def foreign_store(study: Path) -> list[str]:
+    (study / "runs/tiny/crate/store.duckdb").write_bytes(b"SQLite format 3\0" * 300)
+    return ["sql", "runs/tiny/crate", "SELECT 1"]
+
+
+def foreign_folder(study: Path) -> list[str]:
+    (study / "mine").mkdir()
+    (study / "mine/notes.txt").touch()
+    return ["sql", "mine", "SELECT 1"]
+
+
+DAMAGES = [damage_model, damage_manifest, foreign_store, foreign_folder]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damaged_and_foreign_files_are_told_in_one_message(study, capsys, damage):
+    assert call(*damage(study)) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err and len(err.strip().splitlines()) <= 3
+    assert any(word in err for word in ("tiny", "mine"))
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "said"),
+    [
+        ("", [], "the corpus is empty"),
+        ("Too short.", [], ""),
+        ("word " * 400 + "\n\nother " * 400, ["data.tokenizer={kind: bpe, d_vocab: 9000}"], "9000"),
+    ],
+    ids=["an empty corpus", "a corpus shorter than a row", "a vocabulary that is too large"],
+)
+def test_text_that_cannot_be_used_is_told_before_training(here, capsys, text, overrides, said):
+    Path("empty.txt").write_text(text)
+    corpus = "data.corpus={kind: files, paths: [empty.txt]}"
+    assert call("train", "tiny.yaml", "arm=crate", corpus, *overrides) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["frobnicate"], "No such command"),
+        (["check"], "Missing argument"),
+        (["sql", "nowhere", "SELECT 1"], "nowhere: no such run folder"),
+        (["sql", "nowhere", "SELECT 1", "--csv", "--json"], "at most one"),
+        (["run", "tinny.yaml"], "tinny.yaml: no such file; did you mean tiny.yaml?"),
+        (["train", "tiny.yaml", "train.lr=fast"], "override train.lr=fast: want a number"),
+        (["train", "tiny.yaml", "out=/dev/null/x"], "cannot be written: Not a directory"),
+        (["capture", "tiny.yaml", "arm=crate"], "holds no model yet"),
+        (["import", "crate-lm", "tiny.yaml", "--out", "x"], "tiny.yaml"),
+    ],
+)
+def test_mistakes_are_told_in_one_message_with_exit_code_2(here, capsys, arguments, said):
+    assert call(*arguments) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+
+
+def test_our_own_mistakes_keep_their_trace(here, monkeypatch):
+    monkeypatch.setattr("lmmono.recipe.Recipe.load", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call("check", "tiny.yaml")
+
+
+def test_a_reader_that_leaves_early_is_no_error(study):
+    process = started("sql", "runs/tiny/crate", "FROM activations", "--csv", cwd=study)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) in (0, 1)
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_training_is_kept_and_goes_on(here, number, code):
+    long = ("train", "tiny.yaml", "arm=crate", "train.steps=100000")
+    process = started(*long, cwd=here)
+    run = here / "runs/tiny/crate"
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.parquet").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err and "the same command goes on from" in err
+    assert (run / "checkpoint").is_dir()
+    assert open_run(run).manifest.stages["train"].state == "begun"

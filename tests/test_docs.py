@@ -1,0 +1,119 @@
+"""The README: every fenced block is run, or checked where running makes no sense, and counted.
+
+Blocks run in order in one folder, as a reader would run them, with the recipes made small.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCKS = BLOCK.findall((ROOT / "README.md").read_text())
+RUNS = "runs/quickstart/crate"
+SMALL = {
+    "data": {"corpus": {"kind": "planted", "n_documents": 600}, "n_ctx": 32},
+    "model": {"arch": "crate", "n_layers": 2, "d_model": 16, "n_heads": 2},
+    "train": {"steps": 20, "batch_tokens": 512, "warmup_steps": 5, "eval_tokens": 1024},
+    "capture": {"max_tokens": 4096, "max_density": 1.0},
+    # so small a CRATE stays dense at the default sparsity, and dense codes are refused as rows
+    "arms": {
+        "crate": {"model.arch": "crate", "model.sparsity": 1.0},
+        "gpt2": {"model.arch": "gpt2"},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A working folder like a checkout's, whose recipes take seconds."""
+    folder = tmp_path_factory.mktemp("reader")
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    yaml = YAML()
+    for path in (folder / "recipes").glob("*.yaml"):
+        recipe = yaml.load(path)
+        recipe.update(SMALL)
+        yaml.dump(recipe, path)
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def run_bash(block: str, folder: Path) -> Counter[str]:
+    """Run the `lmmono` lines of a block; see that what other lines name is there."""
+    counted: Counter[str] = Counter()
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        counted[words[0]] += 1
+        if words[0] == "lmmono":
+            run([sys.executable, "-m", "lmmono.cli", *words[1:]], folder)
+        elif words[0] == "make":
+            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            assert set(words[1:]) <= set(targets), line
+        elif words[0] == "accelerate":
+            assert words[1:5] == ["launch", "-m", "lmmono.cli", "train"], line
+            assert (ROOT / words[5]).is_file(), line
+        else:
+            raise AssertionError(f"no test runs this line of the README: {line}")
+    return counted
+
+
+def run_python(block: str, folder: Path) -> Counter[str]:
+    run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", block], folder)
+    return Counter({"python": 1})
+
+
+def run_sql(block: str, folder: Path) -> Counter[str]:
+    queries = [text for text in block.split(";") if text.strip()]
+    for query in queries:
+        run([sys.executable, "-m", "lmmono.cli", "sql", RUNS, query], folder)
+    return Counter({"sql": len(queries)})
+
+
+def test_every_block_of_the_readme_does_what_it_says(folder):
+    if not BLOCKS:
+        pytest.skip("the README has no blocks yet; ends when it is written")
+    runners = {"bash": run_bash, "python": run_python, "sql": run_sql}
+    counted: Counter[str] = Counter()
+    for language, block in BLOCKS:
+        counted += runners[language](block, folder)
+    languages = Counter(language for language, _ in BLOCKS)
+    assert set(languages) == set(runners), "the same tour on the command line, in Python, in SQL"
+    assert counted["python"] == languages["python"]
+    assert counted["sql"] >= languages["sql"]
+    assert counted["lmmono"] >= 5 and counted["make"] >= 2
+    names = [words.split()[0] for _, block in BLOCKS for words in block.splitlines() if words]
+    assert counted["lmmono"] == names.count("lmmono"), "a line was passed over"
+
+
+def test_the_readme_is_short_and_points_at_what_exists():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 150
+    assert text.count("```") % 2 == 0
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_commands_that_the_readme_names_in_passing_exist():
+    from lmmono.cli import app
+
+    text = (ROOT / "README.md").read_text()
+    known = {c.name or (c.callback.__name__ if c.callback else "") for c in app.registered_commands}
+    known |= {group.name for group in app.registered_groups}
+    named = set(re.findall(r"`lmmono ([a-z]+)", text))
+    assert named <= known, named - known
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
