@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ import duckdb
 import pyarrow as pa
 
 from activation_store.catalogue import Place
+from activation_store.tables import replace
 
 Kind = Literal["acts", "tokens", "vectors"]
 
@@ -91,9 +92,7 @@ def next_number(con: duckdb.DuckDBPyConnection) -> int:
 
 def register(con: duckdb.DuckDBPyConnection, shards: Iterable[Shard]) -> None:
     """List the shards in the catalogue that `con` has open for a commit."""
-    rows = [list(astuple(shard)) for shard in shards]
-    if rows:
-        con.executemany(f"INSERT INTO shards VALUES ({', '.join('?' * 10)})", rows)
+    replace(con, "shards", [asdict(shard) for shard in shards])
 
 
 def listed(con: duckdb.DuckDBPyConnection) -> list[Shard]:
