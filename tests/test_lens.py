@@ -260,7 +260,6 @@ class Batches:
         self.generator.manual_seed(0)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("build", [crate, gpt2])
 def test_sae_lens_evaluates_a_dictionary_on_the_hooked_model(build):
