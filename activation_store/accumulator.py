@@ -1,6 +1,6 @@
 """One hook while it is captured as rows: what its tokens added up to, and entries to be written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future, wait
 
 import numpy as np
@@ -12,9 +12,11 @@ from activation_store.errors import ContentError
 from activation_store.exemplars import QUANTILE_BINS, new_draw, new_top
 from activation_store.hooks import LARGEST, Rows
 from activation_store.kernel import STRIP, Entries, Seen, Tiles, scan, top_p_cuts
+from activation_store.ranks import Held
 from activation_store.shards import BLOCK_ACTS
 from activation_store.sketch import new_sketch
 from activation_store.statistics import new_moments
+from activation_store.summary import RowsTotal
 
 GROUP_TOKENS = 1024
 """Tokens after which a capture looks whether a block or a commit is due; whole sequences."""
@@ -51,6 +53,7 @@ class Accumulator:
         self.n_tokens = 0
         self.n_acts = 0
         self._pool = pool
+        self._seed = seed
         self._bounds = _split(len(rows.kept), parts)
         self._sets: list[list[Entries]] = []
         self._busy: list[Future[None] | None] = [None, None]
@@ -148,12 +151,31 @@ class Accumulator:
         held = state.seen_to_arrays(self.seen) | {"counts": counts}
         return {f"{name}:{part}": array for part, array in held.items()}
 
-    def restore(self, held: Mapping[str, np.ndarray]) -> None:
+    def restore(self, held: Held) -> None:
         """Take up what `dump` gave."""
+        self.n_tokens, self.n_acts = self._load(held, self.seen)
+
+    def _load(self, held: Held, into: Seen) -> tuple[int, int]:
         name = f"rows {self.rows.hook}:"
         ours = {key[len(name) :]: held[key] for key in held if key.startswith(name)}
-        state.arrays_to_seen(ours, self.seen)
-        self.n_tokens, self.n_acts = (int(n) for n in ours["counts"])
+        state.arrays_to_seen(ours, into)
+        n_tokens, n_acts = ours["counts"].tolist()
+        return n_tokens, n_acts
+
+    def total(self, others: Sequence[Held | None]) -> RowsTotal:
+        """Return what all ranks have seen together; `others` has None in this rank's place."""
+        if not any(others):
+            return RowsTotal(self.rows, self.seen, self.n_tokens, self.n_acts)
+        total = new_seen(self.rows, self._seed)
+        n_tokens, n_acts = self.n_tokens, self.n_acts
+        for held in others:
+            seen = self.seen
+            if held is not None:
+                seen = new_seen(self.rows, self._seed)
+                counts = self._load(held, seen)
+                n_tokens, n_acts = n_tokens + counts[0], n_acts + counts[1]
+            state.merge_seen(total, seen)
+        return RowsTotal(self.rows, total, n_tokens, n_acts)
 
 
 def _split(n_units: int, parts: int) -> list[tuple[int, int]]:

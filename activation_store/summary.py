@@ -5,21 +5,23 @@ tokens that are committed.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import duckdb
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Int64
 
-from activation_store.accumulator import Accumulator
 from activation_store.exemplars import (
     Chosen,
     quantile_exemplars,
     random_exemplars,
     top_exemplars,
 )
+from activation_store.hooks import Rows, Vectors
+from activation_store.kernel import Seen
 from activation_store.sketch import RELATIVE_ERROR, quantiles
 from activation_store.statistics import shape_of
-from activation_store.vectors import VectorLog
 
 QUANTILES = {
     "q01": 0.01,
@@ -34,10 +36,31 @@ QUANTILES = {
 """Columns of `unit_stats` and the quantiles they hold."""
 
 
+@dataclass(frozen=True, slots=True)
+class RowsTotal:
+    """What all ranks have seen of a hook that is kept as rows."""
+
+    rows: Rows
+    seen: Seen
+    n_tokens: int
+    n_acts: int
+
+
+@dataclass(frozen=True, slots=True)
+class VectorsTotal:
+    """What all ranks have seen of a hook that is kept whole."""
+
+    hook: Vectors
+    n_tokens: int
+    n_vectors: int
+    odd: Int64[np.ndarray, "3"]
+    """NaN, infinite and overflowing activations."""
+
+
 def write_tables(
     con: duckdb.DuckDBPyConnection,
-    hooks: Sequence[Accumulator],
-    vectors: VectorLog,
+    hooks: Sequence[RowsTotal],
+    vectors: Sequence[VectorsTotal],
     seed: int,
 ) -> None:
     """Replace the rows of these hooks in the three tables."""
@@ -49,11 +72,12 @@ def write_tables(
         _insert_row(con, "hooks", _rows_facts(hook, seed))
         _insert(con, "unit_stats", unit_stats(hook))
         _insert(con, "exemplars", exemplars(hook))
-    for i, hook in enumerate(vectors.hooks):
+    for whole in vectors:
+        hook = whole.hook
         con.execute("DELETE FROM hooks WHERE hook = $1 AND kind = 'vectors'", [hook.hook])
-        counts = dict(zip(("n_nan", "n_inf", "n_overflow"), vectors.odd[i].tolist(), strict=True))
+        counts = dict(zip(("n_nan", "n_inf", "n_overflow"), whole.odd.tolist(), strict=True))
         facts = {"hook": hook.hook, "kind": "vectors", "d": hook.d, "dtype": hook.dtype}
-        seen = {"n_tokens": vectors.n_tokens, "n_acts": vectors.n_vectors}
+        seen = {"n_tokens": whole.n_tokens, "n_acts": whole.n_vectors}
         _insert_row(con, "hooks", {**facts, **seen, **counts})
 
 
@@ -70,7 +94,7 @@ def _insert_row(con: duckdb.DuckDBPyConnection, table: str, row: dict[str, objec
     con.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", list(row.values()))
 
 
-def _rows_facts(hook: Accumulator, seed: int) -> dict[str, object]:
+def _rows_facts(hook: RowsTotal, seed: int) -> dict[str, object]:
     rows = hook.rows
     odd = hook.seen.odd.sum(axis=0).tolist()
     return {
@@ -95,7 +119,7 @@ def _rows_facts(hook: Accumulator, seed: int) -> dict[str, object]:
     }
 
 
-def unit_stats(hook: Accumulator) -> pa.Table:
+def unit_stats(hook: RowsTotal) -> pa.Table:
     """Return the rows of table `unit_stats` for one hook; NULL where a number is not defined."""
     moments = hook.seen.moments
     variance, skewness, kurtosis = shape_of(moments)
@@ -124,7 +148,7 @@ def unit_stats(hook: Accumulator) -> pa.Table:
     )
 
 
-def exemplars(hook: Accumulator) -> pa.Table:
+def exemplars(hook: RowsTotal) -> pa.Table:
     """Return the rows of table `exemplars` for one hook."""
     chosen = {
         "top": top_exemplars(hook.seen.top),
@@ -134,7 +158,7 @@ def exemplars(hook: Accumulator) -> pa.Table:
     return pa.concat_tables(_exemplar_rows(hook, kind, rows) for kind, rows in chosen.items())
 
 
-def _exemplar_rows(hook: Accumulator, kind: str, chosen: Chosen) -> pa.Table:
+def _exemplar_rows(hook: RowsTotal, kind: str, chosen: Chosen) -> pa.Table:
     n = len(chosen.rank)
     again = pa.array(np.zeros(n, np.int32))
     return pa.table(

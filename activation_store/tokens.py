@@ -11,6 +11,7 @@ from jaxtyping import Int32
 
 from activation_store import state
 from activation_store.errors import ContentError
+from activation_store.ranks import Held
 
 Ids = Int32[np.ndarray, "batch n_ctx"]
 
@@ -18,9 +19,9 @@ Ids = Int32[np.ndarray, "batch n_ctx"]
 class TokenLog:
     """The tokens of a store: a hash of every sequence it holds, and rows yet to be written."""
 
-    def __init__(self, n_ctx: int) -> None:
-        self._n_ctx = n_ctx
+    def __init__(self) -> None:
         self._known: dict[int, int] = {}
+        self._written: dict[int, int] = {}
         self._given: set[int] = set()
         self._splits: list[str] = []
         self._waiting: list[tuple[np.ndarray, ...]] = []
@@ -43,6 +44,8 @@ class TokenLog:
                 )
             self._given.add(name)
             fresh[i] = name not in self._known
+            if fresh[i]:
+                self._written[name] = digest
             if self._known.setdefault(name, digest) != digest:
                 raise ContentError(
                     f"sequence {name}: its tokens or documents differ from those in the store; a "
@@ -68,18 +71,33 @@ class TokenLog:
         names = ("seq_id", "pos", "doc_id", "split", "token_id")
         return dict(zip(names, (c[order] for c in columns), strict=True)), tuple(self._splits)
 
-    def dump(self) -> bytes:
-        """Return the sequences that the store holds after the next commit."""
-        seq = np.array(sorted(self._known), np.int32)
-        return state.to_bytes(
-            {"seq": seq, "digest": np.array([self._known[s] for s in seq.tolist()], np.uint64)}
-        )
+    @property
+    def given(self) -> Int32[np.ndarray, " n"]:
+        """Sequences that this rank was given in this capture, ascending."""
+        return np.array(sorted(self._given), np.int32)
 
-    def restore(self, stored: bytes | None) -> None:
-        """Take up the sequences that the store holds."""
-        if stored is not None:
-            held = state.from_bytes(stored)
-            self._known = dict(zip(held["seq"].tolist(), held["digest"].tolist(), strict=True))
+    def dump(self) -> bytes:
+        """Return the sequences whose tokens this rank has written, after the next commit."""
+        seq = np.array(sorted(self._written), np.int32)
+        digests = [self._written[name] for name in seq.tolist()]
+        return state.to_bytes({"given": seq, "digest": np.array(digests, np.uint64)})
+
+    def restore(self, written: bytes | None, others: Sequence[Held | None]) -> None:
+        """Take up what the store holds: tokens that this rank wrote, and those of the others."""
+        if written is not None:
+            self._written = _as_dict(state.from_bytes(written))
+        self._known = dict(self._written)
+        for held in others:
+            if held is not None:
+                self._known |= _as_dict(held)
+
+    def restore_given(self, given: Int32[np.ndarray, " n"]) -> None:
+        """Take up which sequences this capture was given."""
+        self._given = set(given.tolist())
+
+
+def _as_dict(held: Held) -> dict[int, int]:
+    return dict(zip(held["given"].tolist(), held["digest"].tolist(), strict=True))
 
 
 def _digests(tokens: Ids, docs: Ids) -> list[int]:

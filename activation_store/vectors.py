@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from activation_store.hooks import LARGEST, Vectors
+from activation_store.ranks import Held
+from activation_store.summary import VectorsTotal
 
 SHARD_BYTES = 2**26
 """Bytes of the widest hook's vectors after which a shard is written."""
@@ -96,7 +98,16 @@ class VectorLog:
             "vectors.counts": np.array([self.n_tokens, self.n_vectors]),
         }
 
-    def restore(self, held: Mapping[str, np.ndarray]) -> None:
+    def restore(self, held: Held) -> None:
         """Take up what `dump` gave."""
         self.odd[:] = held["vectors.odd"]
-        self.n_tokens, self.n_vectors = (int(n) for n in held["vectors.counts"])
+        self.n_tokens, self.n_vectors = held["vectors.counts"].tolist()
+
+    def totals(self, others: Sequence[Held | None]) -> list[VectorsTotal]:
+        """Return what all ranks have seen together, per hook."""
+        states = [self.dump(), *(held for held in others if held is not None)]
+        odd = np.sum([held["vectors.odd"] for held in states], axis=0)
+        n_tokens, n_vectors = np.sum([held["vectors.counts"] for held in states], axis=0).tolist()
+        return [
+            VectorsTotal(hook, n_tokens, n_vectors, odd[i]) for i, hook in enumerate(self.hooks)
+        ]

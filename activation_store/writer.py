@@ -24,7 +24,8 @@ from activation_store.accumulator import GROUP_TOKENS, Accumulator, is_block
 from activation_store.blocks import Tensor, as_block, as_tokens, tiles_of
 from activation_store.errors import ContentError, StoreError
 from activation_store.hooks import Rows, Vectors
-from activation_store.shards import listed, next_number, register, sweep
+from activation_store.ranks import Held, Rank, refuse_shared
+from activation_store.shards import register
 from activation_store.spool import Spool
 from activation_store.summary import write_tables
 from activation_store.tokens import TokenLog
@@ -50,6 +51,8 @@ class Writer:
         seed: int = 0,
         commit_tokens: int = COMMIT_TOKENS,
         model_digest: str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         """Check the settings; nothing is opened or written before the block is entered.
 
@@ -61,10 +64,13 @@ class Writer:
             seed: seed of the random and quantile exemplars.
             commit_tokens: tokens between commits, rounded up to a fixed grid of the stream.
             model_digest: of the model's weights; a store holds one model.
+            rank: which of several processes this is, each with sequences of its own.
+            world_size: how many processes capture together.
 
         Raises:
-            ContentError: no hook, or one named twice.
+            ContentError: no hook, or one named twice, or a rank that cannot be.
         """
+        self._rank = Rank(rank, world_size)
         if not 1 <= n_ctx <= 2**16:
             raise ContentError(f"n_ctx: want 1 to 65536 tokens per sequence, got {n_ctx}.")
         for kind, hooks in (("rows", rows), ("vectors", vectors)):
@@ -84,7 +90,7 @@ class Writer:
 
     @property
     def next_seq(self) -> int:
-        """Sequences of the stream that are committed: where a resumed capture goes on."""
+        """Sequences of this rank's stream that are committed: where a resumed capture goes on."""
         return self._committed
 
     @property
@@ -93,6 +99,7 @@ class Writer:
         return {
             "n_ctx": self._n_ctx,
             "seed": self._seed,
+            "world_size": self._rank.world_size,
             "commit_tokens": self._commit_seqs * self._n_ctx,
             **{f"rows {hook.hook}": asdict(hook) for hook in self._rows},
             **{f"vectors {hook.hook}": asdict(hook) for hook in self._vectors},
@@ -111,21 +118,21 @@ class Writer:
             ContentError: the capture was begun with other settings, or is of another model.
         """
         with ExitStack() as opening:
-            opening.enter_context(catalogue.locked(self._where.writer_lock))
+            opening.enter_context(catalogue.locked(self._rank.lock(self._where)))
             n_threads = min(4, os.cpu_count() or 1)
             pool = opening.enter_context(ThreadPoolExecutor(n_threads))
             self._accumulators = [
                 Accumulator(hook, self._seed, pool, n_threads) for hook in self._rows
             ]
             self._vector_log = VectorLog(self._vectors)
-            self._tokens = TokenLog(self._n_ctx)
+            self._tokens = TokenLog()
             with duckdb.connect(self._where.file, read_only=True) as con:
                 self._resume(con)
                 store_id = catalogue.read_meta(self._where)["store_id"]
                 self._spool = opening.enter_context(
-                    Spool(self._where.folder, store_id, next_number(con))
+                    Spool(self._where.folder, store_id, self._rank.next_number(con))
                 )
-                sweep(self._where, {shard.file for shard in listed(con)})
+                self._rank.sweep(self._where, con)
             self._open = opening.pop_all()
         return self
 
@@ -151,22 +158,34 @@ class Writer:
                     f"{self._where.file}: {name}: the store holds {meta[name]}, this capture has "
                     f"{now}; write it to a store of its own."
                 )
-        self._tokens.restore(state.read(con, "tokens"))
-        stored = state.read(con, self._key)
+        self._tokens.restore(
+            state.read(con, "tokens" + self._rank.suffix), self._rank.others(con, "tokens")
+        )
+        others = self._rank.others(con, self._key)
+        for held in others:
+            if held is not None:
+                self._refuse_other_settings(held)
+        stored = state.read(con, self._key + self._rank.suffix)
         if stored is None:
-            self._refuse_known_hooks(con)
+            if not any(others):
+                self._refuse_known_hooks(con)
             return
         held = state.from_bytes(stored)
+        self._refuse_other_settings(held)
+        self._n_seqs = self._committed = int(held["n_seqs"])
+        for hook in self._accumulators:
+            hook.restore(held)
+        self._vector_log.restore(held)
+        self._tokens.restore_given(held["given"])
+
+    def _refuse_other_settings(self, held: Held) -> None:
+        """Refuse to go on with a capture, or to join one, that was begun with other settings."""
         differences = state.settings_difference(str(held["settings"]), self.settings)
         if differences:
             raise ContentError(
                 f"{self._where.file}: this capture was begun with other settings: "
                 f"{'; '.join(differences)}. Use the same, or write to another store."
             )
-        self._n_seqs = self._committed = int(held["n_seqs"])
-        for hook in self._accumulators:
-            hook.restore(held)
-        self._vector_log.restore(held)
 
     def _refuse_known_hooks(self, con: duckdb.DuckDBPyConnection) -> None:
         """Refuse to begin a capture of hooks that belong to another one."""
@@ -266,11 +285,14 @@ class Writer:
         shards = self._spool.finish()
         catalogue.sync(self._where.folder)
         with catalogue.commit(self._where) as con:
+            others = self._rank.others(con, self._key)
+            refuse_shared(self._tokens.given, others)
             register(con, shards)
-            write_tables(con, self._accumulators, self._vector_log, self._seed)
+            totals = [hook.total(others) for hook in self._accumulators]
+            write_tables(con, totals, self._vector_log.totals(others), self._seed)
             self._pin(con)
-            state.write(con, "tokens", self._tokens.dump())
-            state.write(con, self._key, self._dump())
+            state.write(con, "tokens" + self._rank.suffix, self._tokens.dump())
+            state.write(con, self._key + self._rank.suffix, self._dump())
         self._committed = self._n_seqs
 
     def _pin(self, con: duckdb.DuckDBPyConnection) -> None:
@@ -281,7 +303,11 @@ class Writer:
                 con.execute("INSERT INTO meta VALUES ($1, $2)", [name, value])
 
     def _dump(self) -> bytes:
-        held = {"settings": np.array(json.dumps(self.settings)), "n_seqs": np.array(self._n_seqs)}
+        held = {
+            "settings": np.array(json.dumps(self.settings)),
+            "n_seqs": np.array(self._n_seqs),
+            "given": self._tokens.given,
+        }
         for hook in self._accumulators:
             held |= hook.dump()
         return state.to_bytes(held | self._vector_log.dump())

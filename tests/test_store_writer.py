@@ -377,3 +377,87 @@ def test_the_writer_never_uses_more_memory_for_more_tokens(tmp_path: Path) -> No
             )
         (hook,) = writer._accumulators
         assert len(hook._sets) == 2
+
+
+def feed(writer: Writer, stream: Stream, rank: int, start: int, stop: int) -> None:
+    """Give a rank some of its sequences: of every sixteen of the stream it has eight."""
+    mine = [i for i in range(stream.n) if i // 8 % 2 == rank]
+    for at in range(start, stop, 8):
+        part = mine[at : min(at + 8, stop)]
+        acts = {"mlp.hook_post": stream.acts[part], "hook_resid_post": stream.resid[part]}
+        writer.add(np.array(part), stream.tokens[part], stream.docs[part], "val", acts)
+
+
+def write_ranks(path: Path, stream: Stream) -> None:
+    """Two ranks at the same time, each committing in the middle and at the end."""
+    first = opened(path, stream, rank=0, world_size=2)
+    with first, opened(path, stream, rank=1, world_size=2) as second:
+        feed(second, stream, 1, 0, 40)
+        feed(first, stream, 0, 0, 48)
+        feed(second, stream, 1, 40, 48)
+
+
+def exact(path: Path) -> dict[str, Any]:
+    """What must not depend on how many ranks wrote a store."""
+    return {
+        "acts": acts_of(path).tolist(),
+        "tokens": query(path, f"FROM read_parquet({shards(path, 'tokens')}) ORDER BY ALL"),
+        "hooks": query(path, "FROM hooks ORDER BY ALL"),
+        "exemplars": query(path, "FROM exemplars ORDER BY ALL"),
+        "unit_stats": query(
+            path,
+            "SELECT * EXCLUDE (mean, variance, skewness, kurtosis) FROM unit_stats ORDER BY unit",
+        ),
+    }
+
+
+def test_two_ranks_make_the_store_that_one_makes(
+    whole: tuple[Stream, Path], tmp_path: Path
+) -> None:
+    stream, path = whole
+    both = tmp_path / "store.duckdb"
+    write_ranks(both, stream)
+    assert exact(both) == exact(path)
+    moments = "SELECT mean, variance, skewness, kurtosis FROM unit_stats ORDER BY unit"
+    np.testing.assert_allclose(query(both, moments), query(path, moments), rtol=1e-12)
+
+
+def test_a_rank_that_dies_costs_only_what_it_had_not_committed(
+    whole: tuple[Stream, Path], tmp_path: Path
+) -> None:
+    stream, _ = whole
+    steady, broken = tmp_path / "a" / "store.duckdb", tmp_path / "b" / "store.duckdb"
+    write_ranks(steady, stream)
+    with opened(broken, stream, rank=0, world_size=2) as first:
+        feed(first, stream, 0, 0, 24)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            opened(broken, stream, rank=1, world_size=2) as second,
+        ):
+            feed(second, stream, 1, 0, 40)
+            raise KeyboardInterrupt
+        feed(first, stream, 0, 24, 48)
+    # rank 0 has all 48 of its sequences, rank 1 its first commit of 32
+    assert query(broken, "SELECT n_tokens FROM hooks") == [((48 + 32) * N_CTX,)] * 2
+    assert len(acts_of(broken)) == query(broken, "SELECT max(n_acts) FROM hooks")[0][0]
+    with opened(broken, stream, rank=1, world_size=2) as second:
+        feed(second, stream, 1, second.next_seq, 48)
+    assert content(broken) == content(steady)
+
+
+def test_ranks_are_refused_what_another_rank_has_and_another_number_of_ranks(
+    tmp_path: Path,
+) -> None:
+    stream = Stream(n=8)
+    path = tmp_path / "store.duckdb"
+    with opened(path, stream, rank=0, world_size=2) as writer:
+        stream.write(writer, 8)
+    with (
+        pytest.raises(StoreError, match=r"sequence 0 was given to rank 0 too \(8 in all\)"),
+        opened(path, stream, rank=1, world_size=2) as writer,
+    ):
+        stream.write(writer, 8)
+    with pytest.raises(StoreError, match="world_size: stored 2, now 1"), opened(path, stream):
+        pass
+    with pytest.raises(StoreError, match="rank: want 0 to world_size - 1 = 1, got 2"):
+        opened(path, stream, rank=2, world_size=2)

@@ -1,0 +1,105 @@
+"""Several processes that capture into one store: who writes which files, and what they add up to.
+
+Every rank takes its share of the sequences, writes shards of its own and commits them by itself, in
+turn with the others. A commit stores the rank's state and rewrites the tables from the committed
+states of all ranks, merged in the order of the ranks. So at any moment the store holds exactly what
+is committed, and a rank that dies costs only what it had not committed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import numpy as np
+
+from activation_store import state
+from activation_store.catalogue import Place
+from activation_store.errors import ContentError
+from activation_store.shards import unlisted
+
+NUMBERS_PER_RANK = 10**7
+"""Shards that one rank may number: rank r has the numbers from r times this on."""
+
+Held = Mapping[str, np.ndarray]
+"""The state of one rank's capture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One of the processes of a capture."""
+
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        """Refuse a rank outside the world.
+
+        Raises:
+            ContentError: rank is not between 0 and world_size - 1.
+        """
+        if not 0 <= self.rank < self.world_size:
+            raise ContentError(
+                f"rank: want 0 to world_size - 1 = {self.world_size - 1}, got {self.rank}."
+            )
+
+    @property
+    def suffix(self) -> str:
+        """What sets this rank's names apart; nothing for the first."""
+        return f" rank {self.rank}" if self.rank else ""
+
+    def lock(self, where: Place) -> Path:
+        """Return the lock that keeps a second process from writing as this rank."""
+        lock = where.writer_lock
+        return lock.with_name(f"{lock.name}-{self.rank}") if self.rank else lock
+
+    def next_number(self, con: duckdb.DuckDBPyConnection) -> int:
+        """Return the number of this rank's next shard."""
+        first = self.rank * NUMBERS_PER_RANK
+        numbers = [number for number in _numbers(con) if self._owns(number)]
+        return max(numbers, default=first - 1) + 1
+
+    def _owns(self, number: int) -> bool:
+        first = self.rank * NUMBERS_PER_RANK
+        return first <= number < first + NUMBERS_PER_RANK
+
+    def sweep(self, where: Place, con: duckdb.DuckDBPyConnection) -> None:
+        """Remove the files that this rank wrote and never committed."""
+        names = {name for (name,) in con.execute("SELECT file FROM shards").fetchall()}
+        for path in list(unlisted(where, names)):
+            if self.world_size == 1 or self._owns(_number(path.name)):
+                path.unlink()
+
+    def others(self, con: duckdb.DuckDBPyConnection, key: str) -> list[Held | None]:
+        """Return the committed states under `key` by rank; None for this one and the unborn."""
+        held: list[Held | None] = []
+        for rank in range(self.world_size):
+            stored = None
+            if rank != self.rank:
+                stored = state.read(con, key + Rank(rank, self.world_size).suffix)
+            held.append(None if stored is None else state.from_bytes(stored))
+        return held
+
+
+def _number(name: str) -> int:
+    return int(name.split(".")[0].rsplit("-", 1)[1])
+
+
+def _numbers(con: duckdb.DuckDBPyConnection) -> list[int]:
+    return [_number(name) for (name,) in con.execute("SELECT file FROM shards").fetchall()]
+
+
+def refuse_shared(given: np.ndarray, others: Sequence[Held | None]) -> None:
+    """Refuse sequences that another rank has committed in the same capture.
+
+    Raises:
+        ContentError: a sequence was given to two ranks; names it.
+    """
+    for rank, held in enumerate(others):
+        if held is not None:
+            shared = np.intersect1d(given, held["given"])
+            if len(shared):
+                raise ContentError(
+                    f"sequence {shared[0]} was given to rank {rank} too ({len(shared)} in all); "
+                    "give each sequence to one rank."
+                )
