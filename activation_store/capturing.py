@@ -4,7 +4,7 @@ The file is not called `capture` because `activation_store.capture` is the funct
 """
 
 import hashlib
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -76,8 +76,8 @@ def capture(
     first = next(stream, None)
     if first is None:
         raise ContentError("no batch to capture.")
-    with _recording(module, dict.fromkeys([*rows, *whole])) as outputs:
-        _run(module, first, outputs)
+    with _recording(module, dict.fromkeys([*rows, *whole])) as recorder:
+        outputs = _run(module, first, recorder)
         width = {name: int(output.shape[-1]) for name, output in outputs.items()}
         writer = Writer(
             into.where,
@@ -89,11 +89,11 @@ def capture(
             model_digest=digest(module),
         )
         with writer:
-            return _write_all(module, chain([first], stream), outputs, writer)
+            return _write_all(module, chain([first], stream), recorder, writer)
 
 
 def _write_all(
-    module: "nn.Module", batches: Iterable[Batch], outputs: "dict[str, Tensor]", writer: Writer
+    module: "nn.Module", batches: Iterable[Batch], recorder: "_Recorder", writer: Writer
 ) -> int:
     """Write every sequence from `next_seq` on; return how many there are."""
     done = 0
@@ -102,7 +102,7 @@ def _write_all(
         skip = min(n, max(0, writer.next_seq - done)) if done < writer.next_seq else 0
         seq = np.arange(done + skip, done + n)
         if len(seq):
-            _run(module, batch, outputs)
+            outputs = _run(module, batch, recorder)
             docs = np.arange(done, done + n)[:, None] + np.zeros_like(np.asarray(batch.token_ids))
             writer.add(
                 seq,
@@ -134,26 +134,55 @@ def match_modules(module: "nn.Module", patterns: str | Sequence[str]) -> list[st
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in given)]
 
 
+class _Recorder:
+    """Keeps the outputs of some submodules at every forward pass."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+        self._copied: set[str] = set()
+
+    def hook(self, name: str) -> "Callable[[nn.Module, Any, Any], None]":
+        """Return the forward hook of one submodule."""
+
+        def record(part: "nn.Module", given: Any, output: Any) -> None:
+            del part, given
+            tensor = output[0] if isinstance(output, tuple) else output
+            self.outputs[name] = tensor.clone() if name in self._copied else tensor
+            self._versions[name] = tensor._version
+
+        return record
+
+    def changed(self) -> bool:
+        """Tell whether an output was changed in place after its module had returned it.
+
+        Such outputs are copied from the next forward pass on.
+        """
+        late = {
+            name
+            for name, output in self.outputs.items()
+            if name not in self._copied and output._version != self._versions[name]
+        }
+        self._copied |= late
+        return bool(late)
+
+
 @contextmanager
-def _recording(module: "nn.Module", names: Mapping[str, None]) -> "Generator[dict[str, Tensor]]":
-    """Fill a dictionary with the submodules' outputs at every forward pass; undo all after."""
-    outputs: dict[str, Tensor] = {}
+def _recording(module: "nn.Module", names: Iterable[str]) -> "Generator[_Recorder]":
+    """Record the submodules' outputs, the module in evaluation mode; undo all of it after."""
+    recorder = _Recorder()
     was_training = [part for part in module.modules() if part.training]
     module.eval()
     with ExitStack() as undo:
         undo.callback(lambda: [setattr(part, "training", True) for part in was_training])
         for name in names:
-
-            def record(part: "nn.Module", given: Any, output: Any, name: str = name) -> None:
-                del part, given
-                outputs[name] = output[0] if isinstance(output, tuple) else output
-
-            undo.callback(module.get_submodule(name).register_forward_hook(record).remove)
-        yield outputs
+            part = module.get_submodule(name)
+            undo.callback(part.register_forward_hook(recorder.hook(name)).remove)
+        yield recorder
 
 
-def _run(module: "nn.Module", batch: Batch, outputs: "dict[str, Tensor]") -> None:
-    """Run one batch; `outputs` then holds [batch, n_ctx, d] of every hook."""
+def _run(module: "nn.Module", batch: Batch, recorder: "_Recorder") -> "dict[str, Tensor]":
+    """Run one batch and return [batch, n_ctx, d] of every hook."""
     import torch
 
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -161,13 +190,15 @@ def _run(module: "nn.Module", batch: Batch, outputs: "dict[str, Tensor]") -> Non
     if given is None:
         given = (torch.as_tensor(batch.token_ids, dtype=torch.int64),)
     moved = [value.to(device) if isinstance(value, torch.Tensor) else value for value in given]
-    outputs.clear()
     with torch.no_grad():
         module(*moved)
+        if recorder.changed():
+            module(*moved)
     n, n_ctx = batch.token_ids.shape
-    for name, output in outputs.items():
-        if output.dim() == 2 and output.shape[0] == n * n_ctx:
-            outputs[name] = output.reshape(n, n_ctx, -1)
+    return {
+        name: output.reshape(n, n_ctx, -1) if output.shape[0] == n * n_ctx else output
+        for name, output in recorder.outputs.items()
+    }
 
 
 def digest(module: "nn.Module") -> str:
