@@ -24,7 +24,7 @@ else:  # for annotations only
 
 app = typer.Typer(
     name="lmmono",
-    help="Neuron analysis of language models: train, capture, ask in SQL.",
+    invoke_without_command=True,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -53,6 +53,18 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as train.steps=500."),
 ]
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Neuron analysis of language models: train, capture, ask in SQL."""
+    from importlib import metadata
+
+    if version:
+        print(metadata.version("lmmono"))
+        raise typer.Exit
 
 
 @app.command()

@@ -80,7 +80,8 @@ def run_python(block: str, folder: Path) -> Counter[str]:
 def run_sql(block: str, folder: Path) -> Counter[str]:
     queries = [text for text in block.split(";") if text.strip()]
     for query in queries:
-        run([sys.executable, "-m", "lmmono.cli", "sql", RUNS, query], folder)
+        # after a `--`, since a query that begins with a comment looks like an option
+        run([sys.executable, "-m", "lmmono.cli", "sql", RUNS, "--", query], folder)
     return Counter({"sql": len(queries)})
 
 
