@@ -40,7 +40,7 @@ TOKENS = pa.schema(
 )
 """Columns of a tokens shard, sorted by seq_id, pos."""
 
-BLOCK_ACTS = 3_000_000
+BLOCK_ACTS = 2_000_000
 """Acts of all hooks after which a block ends: what a query for one token's activations reads."""
 
 ACTS_ROW_GROUP = 131_072

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import duckdb
 
 from activation_store import catalogue, guard, migrations, reader, tables
-from activation_store.errors import ContentError, QueryError, StoreError
+from activation_store.errors import ContentError, QueryError, StoreError, damaged_shard
 from activation_store.unit import Exemplar, ExemplarKind, Unit, read_exemplars, read_unit
 from activation_store.verification import Report, verify
 
@@ -184,13 +184,14 @@ class Store:
         Raises:
             QueryError: the query does not parse, names something unknown, fails, or, unless the
                 store is trusted, could do more than read the store.
+            ShardError: a shard was damaged after the store was opened.
         """
         cursor = self._cursor()
         try:
             statement = query if self._trusted else guard.read_only(cursor, query)
             answer = cursor.sql(statement, params=params or None)
         except duckdb.Error as fault:
-            raise QueryError(_told(fault, query, params)) from fault
+            raise self._told(fault, query, params) from fault
         # DuckDB's own types do not say that a statement without rows gives None
         rows = cast(duckdb.DuckDBPyRelation | None, answer)
         return cursor.sql("SELECT 1 AS done WHERE false") if rows is None else rows
@@ -334,11 +335,13 @@ class Store:
         if self.mode == "r":
             raise StoreError(f"{self.path}: open for reading; open it with mode='a' to add to it.")
 
-
-def _told(fault: duckdb.Error, query: str, params: Mapping[str, Any]) -> str:
-    """Return what DuckDB says, with the way out where parameters are the likely reason."""
-    text = str(fault).strip()
-    if "parameter" in text.lower():
-        given = ", ".join(f"${name}" for name in params) or "none"
-        return f"{text}\nParameters given: {given}. Query: {query.strip()}"
-    return text
+    def _told(self, fault: duckdb.Error, query: str, params: Mapping[str, Any]) -> StoreError:
+        """Return what DuckDB says, with the way out that belongs to it."""
+        text = str(fault).strip()
+        unreadable = isinstance(fault, duckdb.IOException | duckdb.InvalidInputException)
+        if unreadable and str(self.where.folder) in text:
+            return damaged_shard(fault, self.path)
+        if "parameter" in text.lower():
+            given = ", ".join(f"${name}" for name in params) or "none"
+            return QueryError(f"{text}\nParameters given: {given}. Query: {query.strip()}")
+        return QueryError(text)

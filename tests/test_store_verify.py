@@ -179,7 +179,15 @@ def test_rows_listed_twice_and_wrong_counts_are_found(small):
     assert faults[1] == "table hooks: resid (vectors) has 193 rows, its shards list 192"
 
 
-def test_a_shard_that_breaks_behind_the_catalogue_is_named_by_the_query(small):
+def test_a_shard_that_breaks_after_the_store_was_opened_is_named_by_the_query(small):
+    with astore.open(small.path) as store:
+        shard = shard_of(small, "acts", -1)
+        shard.write_bytes(bytes(shard.stat().st_size))
+        with pytest.raises(astore.ShardError, match=rf"{shard.name}(?s:.*)repair"):
+            store.sql("SELECT sum(act) FROM acts WHERE unit > $u", u=-1)
+
+
+def test_a_shard_of_the_right_size_that_is_no_parquet_is_named_when_the_store_opens(small):
     shard = shard_of(small, "vectors")
     size = shard.stat().st_size
     shard.write_bytes(bytes(size))
