@@ -8,40 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from small_models import VARIANTS, small, some_tokens
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lmmono.errors import ModelError
-from lmmono.models.build import build_model, load_model, save_model
-from lmmono.models.crate import CrateConfig, CrateForCausalLM, CrateIsta, from_released
+from lmmono.models.build import build_model
+from lmmono.models.crate import CrateConfig, CrateIsta, from_released
 from lmmono.models.gpt2 import from_released as gpt2_from_released
 from lmmono.models.hooks import Edit, run_with_cache, run_with_edit
+from lmmono.models.storage import load_model, save_model
 from lmmono.recipe.sections import CrateModel, Gpt2Model
-
-EVERY_OPTION = {
-    "n_ista_steps": 3,
-    "step_size": "lipschitz",
-    "sparsity": 0.05,
-    "overcompleteness": 3,
-    "ista_skip": True,
-    "untied_decoder": True,
-    "separate_query": True,
-    "learned_threshold": True,
-}
-VARIANTS = [{}, *({name: value} for name, value in EVERY_OPTION.items()), EVERY_OPTION]
-
-
-def small(seed: int = 0, **options: object) -> CrateForCausalLM:
-    """Return a two-layer CRATE of 16 dimensions with weights far from zero."""
-    sizes = {"vocab_size": 50, "max_position_embeddings": 32, "hidden_size": 16}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(seed)
-    return CrateForCausalLM(CrateConfig(**sizes, **heads, **options, initializer_range=0.3)).eval()
-
-
-def some_tokens(*shape: int) -> Tensor:
-    return torch.randint(50, shape, generator=torch.Generator().manual_seed(1))
 
 
 def fixture(shared: Path, name: str) -> tuple[dict[str, Tensor], int]:
@@ -273,95 +251,6 @@ def test_a_saved_model_is_the_same_model_again(tmp_path, options):
         "generation_config.json",
         "model.safetensors",
     ]
-
-
-def greedy(model: CrateForCausalLM, tokens: Tensor, n_new: int) -> Tensor:
-    """Return greedy continuations by running the whole row again for every token."""
-    for _ in range(n_new):
-        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    return tokens
-
-
-@pytest.mark.parametrize("options", VARIANTS)
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generating_with_a_cache_equals_running_every_row_whole(options, cache):
-    model, tokens = small(**options), some_tokens(2, 5)
-    expected = greedy(model, tokens, 8)
-    new = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=8,
-        do_sample=False,
-        cache_implementation=cache,
-        disable_compile=True,
-    )
-    assert new.equal(expected)
-
-
-@pytest.mark.parametrize("options", [{}, {"separate_query": True}])
-def test_the_cache_holds_one_tensor_per_layer_half_of_gpt2s(options):
-    def cached(model, cache):
-        model(some_tokens(2, 7), past_key_values=cache, use_cache=True)
-        tensors = (t for layer in cache.layers for t in (layer.keys, layer.values))
-        return sum(t.untyped_storage().nbytes() for t in tensors)
-
-    crate = small(**options)
-    section = Gpt2Model(arch="gpt2", n_layers=2, d_model=16, n_heads=2)
-    gpt2 = build_model(section, d_vocab=50, n_ctx=32, seed=0)
-    assert cached(crate, DynamicCache(config=crate.config)) == 2 * (2 * 7 * 16 * 4)
-    assert cached(gpt2, DynamicCache(config=gpt2.config)) == 2 * cached(crate, DynamicCache())
-    static = StaticCache(config=crate.config, max_cache_len=10)
-    assert cached(crate, static) == 2 * (2 * 10 * 16 * 4)
-
-
-def test_beams_and_a_cut_cache_continue_as_if_nothing_was_cached():
-    model, tokens = small(), some_tokens(1, 6)
-    ones = torch.ones_like(tokens)
-    plain = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "attention_mask": ones}
-    with_cache = model.generate(tokens, use_cache=True, **plain)
-    assert with_cache.equal(model.generate(tokens, use_cache=False, **plain))
-    cache = DynamicCache(config=model.config)
-    model(tokens, past_key_values=cache, use_cache=True)
-    cache.crop(-2)
-    rest = model(tokens[:, 4:], past_key_values=cache, use_cache=True).logits
-    torch.testing.assert_close(rest, model(tokens).logits[:, 4:])
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padded_rows_give_the_logits_of_the_rows_alone(side, attention):
-    model = small(separate_query=True, attn_implementation=attention)
-    rows = [some_tokens(n)[:n] for n in (3, 7, 5)]
-    tokens, mask = padded(rows, side)
-    logits = model(tokens, attention_mask=mask).logits
-    for row, out, kept in zip(rows, logits, mask.bool(), strict=True):
-        torch.testing.assert_close(out[kept], model(row[None]).logits[0])
-    assert logits.isfinite().all()
-
-
-def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
-    length = max(len(row) for row in rows)
-    tokens, mask = torch.zeros(2, len(rows), length, dtype=torch.long)
-    for i, row in enumerate(rows):
-        place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        tokens[i, place], mask[i, place] = row, 1
-    return tokens, mask
-
-
-def test_generating_from_left_padded_rows_equals_generating_from_each():
-    model, rows = small(), [some_tokens(n) for n in (3, 6)]
-    tokens, mask = padded(rows, "left")
-    new = model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False)
-    for row, out in zip(rows, new, strict=True):
-        assert out[6:].equal(greedy(model, row[None], 6)[0, len(row) :])
-
-
-def test_packed_rows_with_their_own_positions_do_not_see_each_other():
-    model, first, second = small(), some_tokens(1, 4), some_tokens(1, 5)
-    positions = torch.cat([torch.arange(4), torch.arange(5)])[None]
-    both = model(torch.cat([first, second], dim=1), position_ids=positions).logits
-    alone = torch.cat([model(first).logits, model(second).logits], dim=1)
-    torch.testing.assert_close(both, alone)
 
 
 def test_embeddings_can_be_given_instead_of_tokens_but_not_beside_them():

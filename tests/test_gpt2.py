@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from lmmono.errors import ModelError
-from lmmono.models.build import build_model, load_model, model_config, save_model
+from lmmono.models.build import build_model, model_config
 from lmmono.models.gpt2 import from_released
 from lmmono.models.hooks import run_with_cache
+from lmmono.models.storage import load_model, save_model
 from lmmono.recipe.sections import CrateModel, Gpt2Model
 
 

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lmmono.errors import ModelError
-from lmmono.models.build import load_model
 from lmmono.models.released import import_released
+from lmmono.models.storage import load_model
 
 NAMES = ["crate_reference_2l", "gpt2_relu_reference_2l"]
 

@@ -1,4 +1,4 @@
-"""A recipe's model section made into a network; `load_model` and `save_model` keep it."""
+"""A recipe's model section made into a network."""
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -7,10 +7,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from lmmono.models.crate import CrateConfig
 from lmmono.models.gpt2 import build_gpt2, gpt2_config
-from lmmono.models.storage import load_model, save_model
 from lmmono.recipe.sections import CrateModel, Gpt2Model
-
-__all__ = ["build_model", "load_model", "model_config", "save_model"]
 
 
 def model_config(

@@ -22,7 +22,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -156,8 +156,7 @@ class CrateIsta(nn.Module):
         self.register_buffer("power", power)
         for step in range(config.n_ista_steps - 1):
             self.add_module(f"hook_code_{step}", nn.Identity())
-        self.hook_pre = nn.Identity()
-        self.hook_post = nn.Identity()
+        self.hook_pre, self.hook_post = nn.Identity(), nn.Identity()
 
     @property
     def step_size(self) -> float | Tensor:
@@ -358,7 +357,8 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
         """
         rest = (attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         out = self.model(input_ids, *rest, **kwargs)
-        logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
             compute: Any = self.loss_function
