@@ -267,7 +267,7 @@ class Capture(Section):
     """Tokens per split, whole rows; null captures all."""
     threshold: float = 0.0
     """An activation is stored, and counts for density, when it is above this."""
-    max_density: Fraction = 0.5
+    max_density: Fraction = 0.6
     """Refuse to store rows for a hook that fires more often than this."""
     top_k: Count = 32
     """Strongest exemplars per unit, one per document."""

@@ -1,0 +1,234 @@
+"""Capture: what the store holds is what the model computed, on documents kept for it."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import activation_store as astore
+from lmmono.capturing import capture, capture_run
+from lmmono.data.tokens import TokenCorpus, prepare
+from lmmono.errors import ModelError, RunError
+from lmmono.metrics import entropies
+from lmmono.models.build import build_model
+from lmmono.models.hooks import run_with_cache
+from lmmono.recipe import Recipe
+from lmmono.recipe.sections import CrateModel, Data, Gpt2Model, PlantedCorpus, Splits
+from lmmono.reporting.tables import comparison
+from lmmono.scoring.statistics import N_GROUPS, score_token_selectivity
+from lmmono.training import train
+
+HOOK = "blocks.1.mlp.hook_post"
+STREAM = "blocks.0.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> TokenCorpus:
+    splits = Splits(val_fraction=0.2, explain_fraction=0.2, score_fraction=0.2)
+    section = Data(corpus=PlantedCorpus(n_documents=150), splits=splits, n_ctx=32)
+    return prepare(section, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def model(corpus: TokenCorpus) -> torch.nn.Module:
+    section = CrateModel(arch="crate", n_layers=2, d_model=16, n_heads=2)
+    return build_model(section, d_vocab=len(corpus.tokenizer), n_ctx=32, seed=0)
+
+
+@pytest.fixture(scope="module")
+def store(corpus: TokenCorpus, model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory):
+    parts = [corpus.tokens("explain"), corpus.tokens("score")]
+    path = tmp_path_factory.mktemp("store") / "store.duckdb"
+    with astore.open(path, mode="w") as store:
+        yield capture(model, parts, vectors=STREAM, into=store, max_density=0.9)
+
+
+def all_activations(corpus: TokenCorpus, model: torch.nn.Module, hook: str) -> np.ndarray:
+    """Return [tokens, d] of both splits, computed at one go without the store."""
+    ids = np.concatenate([corpus.tokens("explain").ids, corpus.tokens("score").ids])
+    _, acts = run_with_cache(model, torch.from_numpy(ids.astype(np.int64)), hook)
+    return acts[hook].flatten(0, 1).numpy()
+
+
+def test_every_stored_activation_is_the_models_own(
+    store: astore.Store, corpus: TokenCorpus, model: torch.nn.Module
+) -> None:
+    wanted = all_activations(corpus, model, HOOK)
+    rows = store.sql("SELECT * FROM activations WHERE hook = $hook", hook=HOOK).fetchall()
+    assert len(rows) == int((wanted > 0).sum())
+    seq_ids = np.concatenate([corpus.tokens("explain").seq_ids, corpus.tokens("score").seq_ids])
+    place = {int(seq): i for i, seq in enumerate(seq_ids)}
+    ids = np.concatenate([corpus.tokens("explain").ids, corpus.tokens("score").ids])
+    docs = np.concatenate([corpus.tokens("explain").doc_ids, corpus.tokens("score").doc_ids])
+    words = corpus.vocabulary()
+    for _, unit, seq, pos, doc, _, token_id, token, act in rows[::97]:
+        i = place[seq]
+        assert act == pytest.approx(wanted[i * 32 + pos, unit], rel=1e-4)
+        assert (doc, token_id) == (docs[i, pos], ids[i, pos])
+        assert token == words[token_id]
+
+
+def test_only_documents_of_the_asked_splits_are_stored(
+    store: astore.Store, corpus: TokenCorpus
+) -> None:
+    kept = store.sql("SELECT DISTINCT split, doc_id FROM tokens").fetchall()
+    split_of = dict(
+        zip(*(corpus.documents[c].to_pylist() for c in ("doc_id", "split")), strict=True)
+    )
+    assert {split for split, _ in kept} == {"explain", "score"}
+    assert all(split_of[doc] == split for split, doc in kept)
+
+
+def test_statistics_cover_all_tokens_and_agree_with_scipy(
+    store: astore.Store, corpus: TokenCorpus, model: torch.nn.Module
+) -> None:
+    a = all_activations(corpus, model, HOOK).astype(np.float64)
+    query = """SELECT n_tokens, density, mean, kurtosis, max_act FROM unit_stats
+        WHERE hook = $hook ORDER BY unit"""
+    n, density, mean, kurtosis, top = np.array(store.sql(query, hook=HOOK).fetchall()).T
+    assert (n == len(a)).all()
+    np.testing.assert_allclose(density, (a > 0).mean(axis=0), atol=2 / len(a))
+    np.testing.assert_allclose(mean, a.mean(axis=0), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(top, a.max(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(kurtosis, stats.kurtosis(a, axis=0, fisher=False), rtol=1e-3)
+
+
+def test_vectors_are_whole_to_half_precision(
+    store: astore.Store, corpus: TokenCorpus, model: torch.nn.Module
+) -> None:
+    wanted = all_activations(corpus, model, STREAM)
+    query = "SELECT vector FROM vectors WHERE hook = $hook ORDER BY seq_id, pos"
+    got = np.array([row[0] for row in store.sql(query, hook=STREAM).fetchall()])
+    np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=1e-4)
+
+
+def test_an_interrupted_capture_ends_with_the_same_bytes(
+    corpus: TokenCorpus, model: torch.nn.Module, tmp_path: Path
+) -> None:
+    def interrupt(what: str, done: int, total: int, **facts: float) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    rows, small = corpus.tokens("explain"), {"batch_tokens": 128, "max_density": 0.9}
+    for name in ("whole", "stopped"):
+        with astore.open(tmp_path / name / "store.duckdb", mode="w") as store:
+            if name == "stopped":
+                with pytest.raises(KeyboardInterrupt):
+                    capture(model, rows, into=store, progress=interrupt, **small)
+            capture(model, rows, into=store, **small)
+    digests = []
+    for name in ("whole", "stopped"):
+        with astore.open(tmp_path / name / "store.duckdb") as store:
+            acts = store.sql("SELECT * FROM acts ORDER BY ALL").fetchall()
+            exemplars = store.sql("SELECT * FROM exemplars ORDER BY ALL").fetchall()
+            digests.append(hashlib.sha256(repr((acts, exemplars)).encode()).hexdigest())
+    assert digests[0] == digests[1]
+
+
+def test_a_dense_hook_is_refused_as_rows_with_its_size(corpus: TokenCorpus, tmp_path: Path) -> None:
+    section = Gpt2Model(arch="gpt2", n_layers=1, d_model=16, n_heads=2, activation="gelu_new")
+    gelu = build_model(section, d_vocab=len(corpus.tokenizer), n_ctx=32, seed=0)
+    with astore.open(tmp_path / "store.duckdb", mode="w") as store:
+        with pytest.raises(astore.StoreError, match=r"density|dense"):
+            capture(gelu, corpus.tokens("explain"), threshold=-1.0, into=store)
+        assert store.info().n_acts == 0
+
+
+def test_wrong_names_and_settings_say_what_exists(
+    corpus: TokenCorpus, model: torch.nn.Module, tmp_path: Path
+) -> None:
+    with astore.open(tmp_path / "store.duckdb", mode="w") as store:
+        with pytest.raises(ModelError, match=r"did you mean blocks.1.mlp.hook_post"):
+            capture(model, corpus.tokens("val"), hooks="blocks.1.mlp.hook_pots", into=store)
+        with pytest.raises(RunError, match="treshold"):
+            capture(model, corpus.tokens("val"), treshold=0.1, into=store)
+
+
+def test_selectivity_is_one_minus_the_entropy_ratio_by_hand(store: astore.Store) -> None:
+    score_token_selectivity(store, HOOK)
+    query = "SELECT unit, token_id, sum(act) FROM activations WHERE hook = $hook GROUP BY ALL"
+    mass: dict[int, list[float]] = {}
+    for unit, _, total in store.sql(query, hook=HOOK).fetchall():
+        mass.setdefault(unit, []).append(total)
+    counts = store.sql("SELECT count(*) FROM tokens GROUP BY token_id").fetchall()
+    base = stats.entropy([n for (n,) in counts])
+    query = (
+        "SELECT unit, value, ci_low, ci_high, n FROM scores WHERE hook = $hook AND control IS NULL"
+    )
+    rows = store.sql(query, hook=HOOK).fetchall()
+    assert len(rows) == 64
+    for unit, value, low, high, _ in rows:
+        if unit in mass:
+            assert value == pytest.approx(1 - stats.entropy(mass[unit]) / base, abs=1e-5)
+            assert low <= value <= high
+        else:
+            assert value is None
+
+
+def test_the_shuffled_control_knows_nothing_of_the_token(store: astore.Store) -> None:
+    score_token_selectivity(store, HOOK)
+    query = """SELECT control, median(value) FROM scores
+        WHERE hook = $hook AND n > 500 GROUP BY control"""
+    medians = dict(store.sql(query, hook=HOOK).fetchall())
+    assert medians["shuffled"] < 0.2 * medians[None]
+
+
+def test_the_jackknife_interval_matches_leaving_groups_out_by_hand(store: astore.Store) -> None:
+    score_token_selectivity(store, HOOK)
+    unit, low, high = store.sql(
+        "SELECT unit, ci_low, ci_high FROM scores WHERE hook = $hook AND control IS NULL "
+        "AND value IS NOT NULL ORDER BY unit LIMIT 1",
+        hook=HOOK,
+    ).fetchone()
+
+    def value(left_out: int | None) -> float:
+        masses, counts = (
+            np.array([n for (n,) in store.sql(query, **given).fetchall()], float)
+            for query, given in (
+                (
+                    "SELECT sum(act) FROM activations WHERE hook = $hook AND unit = $unit "
+                    "AND ($g IS NULL OR doc_id % $n != $g) GROUP BY token_id",
+                    {"hook": HOOK, "unit": unit, "g": left_out, "n": N_GROUPS},
+                ),
+                (
+                    "SELECT count(*) FROM tokens WHERE $g IS NULL OR doc_id % $n != $g "
+                    "GROUP BY token_id",
+                    {"g": left_out, "n": N_GROUPS},
+                ),
+            )
+        )
+        return 1 - float(entropies(masses)) / float(entropies(counts))
+
+    parts = np.array([value(g) for g in range(N_GROUPS)])
+    error = np.sqrt((N_GROUPS - 1) / N_GROUPS * np.square(parts - parts.mean()).sum())
+    half = stats.t.ppf(0.975, N_GROUPS - 1) * error
+    assert (low, high) == pytest.approx((value(None) - half, value(None) + half), abs=1e-5)
+
+
+def test_a_run_is_captured_once_and_compared(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"""
+name: tiny
+seed: 0
+out: {tmp_path / "runs"}
+data: {{corpus: {{kind: planted, n_documents: 400}}, n_ctx: 32}}
+model: {{arch: crate, n_layers: 1, d_model: 16, n_heads: 2}}
+train: {{steps: 5, batch_tokens: 256, warmup_steps: 1, eval_tokens: 512}}
+capture: {{max_tokens: 640, max_density: 0.9}}
+"""
+    )
+    run = capture_run(train(Recipe.load(path)))
+    before = run.store_path.stat().st_mtime_ns
+    assert capture_run(run).store_path.stat().st_mtime_ns == before
+    with astore.open(run.store_path, mode="a") as store:
+        score_token_selectivity(store, "blocks.0.mlp.hook_post")
+        (facts,) = store.sql("SELECT run, arch, n_ctx, n_layers FROM runs").fetchall()
+        assert facts == ("tiny", "crate", 32, 1)
+    layers, neurons = comparison([run])
+    assert layers.rows[0][:2] == ("tiny", "blocks.0.mlp.hook_post")
+    assert len(neurons.rows) == 6
+    assert all("«" in row[-1] for row in neurons.rows)
