@@ -301,8 +301,19 @@ def _captured(run: "Run") -> "Run":
         return capture_run(run, progress=progress)
 
 
+def _scored(run: "Run") -> "Run":
+    """Score, unless that is done: then nothing heavy is imported."""
+    if run.is_done("score"):
+        return run
+    from lmmono.scoring.runs import score_run
+    from lmmono.terminal import shown_progress
+
+    with shown_progress() as progress:
+        return score_run(run, progress=progress)
+
+
 def _finish(recipe: "Recipe") -> "list[Run]":
-    return [_captured(_trained(single)) for single in recipe.runs()]
+    return [_scored(_captured(_trained(single))) for single in recipe.runs()]
 
 
 def _say(run: "Run") -> None:

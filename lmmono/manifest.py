@@ -34,6 +34,7 @@ STAGES = {
         ("model", "metrics.parquet", "checkpoint", "checkpoint.old", "checkpoint.tmp"),
     ),
     "capture": Stage(SECTIONS, ("store.duckdb", "store.duckdb.wal", "store")),
+    "score": Stage(SECTIONS, ()),  # rows in the store that capture makes
 }
 """The stages in their order; each builds on those before it."""
 

@@ -129,6 +129,7 @@ def test_run_finishes_every_run_and_compares_them_and_a_second_run_skips(study, 
         assert {name: record.state for name, record in stages.items()} == {
             "train": "finished",
             "capture": "finished",
+            "score": "finished",
         }
     times = [path.stat().st_mtime_ns for path in manifests]
     assert call("run", "tiny.yaml") == 0
@@ -199,7 +200,7 @@ def test_generate_goes_on_from_a_prompt_and_repeats_itself(study, capsys):
     ("what", "where", "said"),
     [
         ("recipes", ".", "runs/tiny/gpt2"),
-        ("runs", "runs", "train finished, capture finished"),
+        ("runs", "runs", "train finished, capture finished, score finished"),
         ("stores", "runs", "runs/tiny/crate/store.duckdb"),
         ("hooks", "runs/tiny/crate", HOOK),
     ],
