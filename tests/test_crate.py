@@ -11,7 +11,7 @@ from safetensors import safe_open
 from small_models import VARIANTS, small, some_tokens
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from lmmono.errors import ModelError
 from lmmono.models.build import build_model
@@ -246,6 +246,8 @@ def test_a_saved_model_is_the_same_model_again(tmp_path, options):
     auto = AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(AutoConfig.from_pretrained(folder), CrateConfig)
     assert torch.equal(model(tokens).logits, auto(tokens).logits)
+    stream = AutoModel.from_pretrained(folder)(tokens).last_hidden_state
+    assert torch.equal(stream, model.model(tokens).last_hidden_state)
     assert sorted(p.name for p in folder.iterdir()) == [
         "config.json",
         "generation_config.json",

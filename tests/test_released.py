@@ -64,6 +64,14 @@ def test_a_padded_vocabulary_keeps_its_rows_and_records_the_true_one(shared, tmp
     assert model.config.n_tokens == 50257
     assert model.config.eos_token_id == model.generation_config.eos_token_id == 50256
     assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 50304)
+    with torch.no_grad():
+        model.model.embed.weight[:50257] = 0
+        model.model.ln_final.bias.fill_(1)
+        model.model.embed.weight[50300] = 1
+    assert model(torch.tensor([[1, 2]])).logits[0, -1].argmax() == 50300
+    start = {"inputs": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2)}
+    new = model.generate(**start, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert new.max() < 50257
 
 
 class Evil:

@@ -53,7 +53,8 @@ def match_hooks(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
         hits = [n for n in names if fnmatchcase(n, pattern)]
         hits = hits or [p for p in paths if fnmatchcase(p, pattern)]
         if not hits:
-            raise ModelError(f"no hook {pattern!r} in {_kind(model)}: {nearest(pattern, names)}")
+            way_out = nearest(pattern, dict.fromkeys([*names, *paths]))
+            raise ModelError(f"no hook {pattern!r} in {_kind(model)}: {way_out}")
         found += hits
     order = {name: i for i, name in enumerate((*names, *paths))}
     return sorted(set(found), key=order.__getitem__)

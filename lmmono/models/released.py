@@ -2,7 +2,8 @@
 
 A checkpoint is nanoGPT's dict (`model`, `model_args`, ...) or a plain state dict. Vocabularies
 padded for speed keep their rows, since the padded logits are part of the trained softmax; the
-number of tokens that a tokenizer really has is recorded as `n_tokens` in the configuration.
+number of tokens that a tokenizer really has is recorded as `n_tokens` in the configuration, and
+`generate` never picks a padded one.
 """
 
 import pickle
@@ -59,8 +60,10 @@ def import_released(ckpt: Path | str, out: Path | str, *, n_heads: int | None = 
     d_vocab = shape_of(weights, "transformer.wte.weight")[0]
     model.config.n_tokens = N_TOKENS.get(d_vocab, d_vocab)
     if model.config.n_tokens == END_OF_TEXT + 1:
-        model.config.bos_token_id = model.config.eos_token_id = END_OF_TEXT
-        model.generation_config = type(model.generation_config).from_model_config(model.config)
+        for settings in (model.config, model.generation_config):
+            settings.bos_token_id = settings.eos_token_id = END_OF_TEXT
+        # rows that no text has: never generated
+        model.generation_config.suppress_tokens = list(range(END_OF_TEXT + 1, d_vocab)) or None
     return save_model(model, out)
 
 
