@@ -8,7 +8,8 @@ redundancy for general compression to be worth its time.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,10 @@ class Part(NamedTuple):
 
 
 class _HashedFile:
-    """A file that is only written, front to back, and knows the sha256 of what went in."""
+    """A file that is written front to back and knows the sha256 of what went in.
+
+    Once closed it takes what comes and drops it: a Parquet writer that is let go writes its footer.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
@@ -53,10 +57,13 @@ class _HashedFile:
 
     @property
     def closed(self) -> bool:
-        return self._file.closed
+        """False for the Parquet writer, which asks before it writes."""
+        return False
 
     def write(self, data: bytes | memoryview | pa.Buffer) -> int:
         view = memoryview(data)
+        if self._file.closed:
+            return len(view)
         done = 0
         while done < len(view):
             done += self._file.write(view[done:]) or 0
@@ -88,9 +95,10 @@ class ShardFile:
         self._seqs: list[int] = []
         with writing(self._path):
             self._file = _HashedFile(self._part)
-        self._writer = pq.ParquetWriter(
-            self._file, schema, store_schema=False, version="2.6", **settings
-        )
+        with self._writing():
+            self._writer = pq.ParquetWriter(
+                self._file, schema, store_schema=False, version="2.6", **settings
+            )
 
     @property
     def _path(self) -> Path:
@@ -107,7 +115,7 @@ class ShardFile:
             WriteError: the disk is full or the folder cannot be written.
         """
         table = pa.Table.from_arrays(list(arrays), schema=self.schema)
-        with writing(self._path):
+        with self._writing():
             self._writer.write_table(table, row_group_size=row_group)
         self.n_rows += len(table)
 
@@ -123,7 +131,7 @@ class ShardFile:
         Raises:
             WriteError: the disk is full or the folder cannot be written.
         """
-        with writing(self._path):
+        with self._writing():
             self._writer.close()
             self._file.sync()
             self._file.close()
@@ -142,9 +150,23 @@ class ShardFile:
             *bounds[1],
         )
 
+    @contextmanager
+    def _writing(self) -> Generator[None]:
+        """Name what the machine refuses; after that nothing more is written."""
+        done = False
+        try:
+            with writing(self._path):
+                yield
+            done = True
+        finally:
+            if not done:
+                self.abandon()
+
     def abandon(self) -> None:
         """Let go of an unfinished file; what is left under `.part` does not count."""
         self._file.close()
+        if hasattr(self, "_writer"):
+            self._writer.close()
 
 
 def _required(schema: pa.Schema) -> pa.Schema:

@@ -119,7 +119,7 @@ class Writer:
         """
         with ExitStack() as opening:
             opening.enter_context(catalogue.locked(self._rank.lock(self._where)))
-            n_threads = min(4, os.cpu_count() or 1)
+            n_threads = min(8, os.cpu_count() or 1)
             pool = opening.enter_context(ThreadPoolExecutor(n_threads))
             self._accumulators = [
                 Accumulator(hook, self._seed, pool, n_threads) for hook in self._rows
@@ -285,6 +285,8 @@ class Writer:
         shards = self._spool.finish()
         catalogue.sync(self._where.folder)
         with catalogue.commit(self._where) as con:
+            # half a million rows are inserted in a third of the time by one thread as by two
+            con.execute("SET threads = 1")
             others = self._rank.others(con, self._key)
             refuse_shared(self._tokens.given, others)
             register(con, shards)
