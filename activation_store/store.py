@@ -348,7 +348,7 @@ class Store:
 
 
 def _bound(
-    cursor: duckdb.DuckDBPyConnection, statement: str, params: Mapping[str, Any]
+    cursor: duckdb.DuckDBPyConnection, statement: str | duckdb.Statement, params: Mapping[str, Any]
 ) -> duckdb.DuckDBPyRelation:
     """Return the relation of a query with parameters.
 
