@@ -1,12 +1,14 @@
 """The GPT-2 baseline: what is set apart from transformers' defaults, and released weights."""
 
+import errno
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from lmmono.errors import ModelError
+from lmmono.errors import ModelError, RunError
 from lmmono.models.build import build_model, model_config
 from lmmono.models.gpt2 import from_released
 from lmmono.models.hooks import run_with_cache
@@ -141,6 +143,18 @@ def test_a_config_that_asks_for_other_weights_is_refused(tmp_path):
     config.write_text(config.read_text().replace('"n_layer": 3', '"n_layer": 1'))
     with pytest.raises(ModelError, match=r"transformer\.h\.1\S+ is unknown"):
         load_model(folder)
+
+
+def test_a_full_disk_leaves_no_part_of_a_model(tmp_path, monkeypatch):
+    def fill_up(folder: Path, **_: object) -> None:
+        (folder / "config.json").write_text("{}")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = small()
+    monkeypatch.setattr(model, "save_pretrained", fill_up)
+    with pytest.raises(RunError, match="cannot be written: No space left on device; free some"):
+        save_model(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_is_never_saved_over_something(tmp_path):

@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 import lmmono.models.crate  # pyright: ignore[reportUnusedImport]  # noqa: F401  # Auto* classes
+from lmmono.durable import disk_faults
 from lmmono.errors import ModelError
 
 
@@ -22,19 +23,21 @@ def save_model(model: PreTrainedModel, path: Path | str) -> Path:
 
     Raises:
         ModelError: There is something at `path` already.
+        RunError: The disk refuses to write.
     """
     folder = Path(path)
     if folder.exists():
         raise ModelError(f"{folder}: something is there already; choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        with _no_progress_bars():
-            model.save_pretrained(partial)
-        partial.chmod(0o755)  # mkdtemp makes folders that only the owner can read
-        os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with disk_faults(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            with _no_progress_bars():
+                model.save_pretrained(partial)
+            partial.chmod(0o755)  # mkdtemp makes folders that only the owner can read
+            os.rename(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
