@@ -1,5 +1,6 @@
 """A small store whose every value is known: written with pyarrow, without the capture."""
 
+import atexit
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -33,7 +34,9 @@ class Small:
 @cache
 def template(seed: int) -> Small:
     """Make each store once; every test gets a copy of its own."""
-    return make(Path(tempfile.mkdtemp(prefix="small-store-")) / "run", seed)
+    folder = Path(tempfile.mkdtemp(prefix="small-store-"))
+    atexit.register(shutil.rmtree, folder)
+    return make(folder / "run", seed)
 
 
 def small_store(path: Path, seed: int = 0) -> Small:
