@@ -11,11 +11,12 @@ from activation_store.encoding import Part
 from activation_store.errors import ContentError
 from activation_store.exemplars import QUANTILE_BINS, new_draw, new_top
 from activation_store.hooks import LARGEST, Rows
-from activation_store.kernel import STRIP, Entries, Seen, Tiles, scan, top_p_cuts
+from activation_store.kernel import Entries, Seen, Tiles, scan, top_p_cuts
 from activation_store.ranks import Held
 from activation_store.shards import BLOCK_ACTS
 from activation_store.sketch import new_sketch
 from activation_store.statistics import new_moments
+from activation_store.strips import STRIP
 from activation_store.summary import RowsTotal
 
 GROUP_TOKENS = 1024

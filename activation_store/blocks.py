@@ -6,7 +6,8 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from activation_store.errors import ContentError
-from activation_store.kernel import TILE, Tiles
+from activation_store.kernel import Tiles
+from activation_store.strips import TILE
 
 Tensor: TypeAlias = Any
 """A numpy array or a torch tensor on any device; torch is never imported for its sake."""

@@ -1,6 +1,8 @@
 """The one way this package compiles a loop to machine code.
 
-A compiled function holds no Python object, so it releases the interpreter's lock while it runs.
+A compiled function holds no Python object, so it releases the interpreter's lock while it runs. The
+machine code is kept beside the source and renewed when that file changes. It includes the functions
+called from other files, so after a change to one of those remove `__pycache__`.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """Parquet shards as they are written: columns, encodings, checksum, and the way to the disk.
 
 A shard is hashed while it is written beside its final name, then synced and renamed: a file under
-a shard's name is whole. The encodings were chosen by measurement (see `benchmarks/capture.py`):
-sorted columns shrink by delta and dictionary encoding for free, and activations hold too little
-redundancy for general compression to be worth its time.
+a shard's name is whole. The encodings were chosen by measurement: sorted columns shrink by delta
+and dictionary encoding, and activations hold too little redundancy for general compression to be
+worth its time.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from activation_store.errors import writing
 from activation_store.hooks import Dtype
 from activation_store.kernel import Entries, gather
+from activation_store.parquet import ActsWriter, RowGroup
 from activation_store.shards import ACTS, ACTS_ROW_GROUP, TOKENS, TOKENS_ROW_GROUP, Kind, Shard
 
 _DELTA = "DELTA_BINARY_PACKED"
@@ -87,18 +88,13 @@ class _HashedFile:
 class ShardFile:
     """One shard while it is written; `close` puts it in place and returns its row."""
 
-    def __init__(self, target: Target, schema: pa.Schema, **settings: Any) -> None:
+    def __init__(self, target: Target) -> None:
         self.target = target
-        self.schema = schema
         self.n_rows = 0
         self._units: list[int] = []
         self._seqs: list[int] = []
         with writing(self._path):
-            self._file = _HashedFile(self._part)
-        with self._writing():
-            self._writer = pq.ParquetWriter(
-                self._file, schema, store_schema=False, version="2.6", **settings
-            )
+            self.file = _HashedFile(self._part)
 
     @property
     def _path(self) -> Path:
@@ -108,50 +104,8 @@ class ShardFile:
     def _part(self) -> Path:
         return self.target.folder / f"{self.target.file}.part"
 
-    def append(self, arrays: Sequence[pa.Array], row_group: int) -> None:
-        """Write rows, the columns in the order of the schema.
-
-        Raises:
-            WriteError: the disk is full or the folder cannot be written.
-        """
-        table = pa.Table.from_arrays(list(arrays), schema=self.schema)
-        with self._writing():
-            self._writer.write_table(table, row_group_size=row_group)
-        self.n_rows += len(table)
-
-    def cover(self, seqs: np.ndarray, units: np.ndarray | None = None) -> None:
-        """Note which sequences, and for acts which units, lie in the shard."""
-        self._seqs += [int(seqs.min()), int(seqs.max())] if len(seqs) else []
-        if units is not None and len(units):
-            self._units += [int(units[0]), int(units[-1])]
-
-    def close(self) -> Shard:
-        """Bring the shard to the disk under its final name.
-
-        Raises:
-            WriteError: the disk is full or the folder cannot be written.
-        """
-        with self._writing():
-            self._writer.close()
-            self._file.sync()
-            self._file.close()
-            os.replace(self._part, self._path)
-        bounds = [
-            (min(held), max(held)) if held else (None, None) for held in (self._units, self._seqs)
-        ]
-        return Shard(
-            self.target.file,
-            self.target.kind,
-            self.target.hook,
-            self.n_rows,
-            self._file.n_bytes,
-            self._file.hash.hexdigest(),
-            *bounds[0],
-            *bounds[1],
-        )
-
     @contextmanager
-    def _writing(self) -> Generator[None]:
+    def writing(self) -> Generator[None]:
         """Name what the machine refuses; after that nothing more is written."""
         done = False
         try:
@@ -162,50 +116,81 @@ class ShardFile:
             if not done:
                 self.abandon()
 
+    def cover(self, n_rows: int, seqs: np.ndarray, units: np.ndarray | None = None) -> None:
+        """Note rows, which sequences they are about, and for acts which units."""
+        self.n_rows += n_rows
+        self._seqs += [int(seqs.min()), int(seqs.max())] if len(seqs) else []
+        if units is not None and len(units):
+            self._units += [int(units[0]), int(units[-1])]
+
+    def close(self) -> Shard:
+        """Bring the shard to the disk under its final name.
+
+        Raises:
+            WriteError: the disk is full or the folder cannot be written.
+        """
+        with self.writing():
+            self.file.sync()
+            self.file.close()
+            os.replace(self._part, self._path)
+        units, seqs = (
+            (min(held), max(held)) if held else (None, None) for held in (self._units, self._seqs)
+        )
+        return Shard(
+            self.target.file,
+            self.target.kind,
+            self.target.hook,
+            self.n_rows,
+            self.file.n_bytes,
+            self.file.hash.hexdigest(),
+            *units,
+            *seqs,
+        )
+
     def abandon(self) -> None:
         """Let go of an unfinished file; what is left under `.part` does not count."""
-        self._file.close()
-        if hasattr(self, "_writer"):
-            self._writer.close()
+        self.file.close()
 
 
-def _required(schema: pa.Schema) -> pa.Schema:
-    # columns without nulls spare a level per value
-    return pa.schema([field.with_nullable(False) for field in schema])
+class ActsFile:
+    """A shard of one hook's activations while blocks are appended to it."""
+
+    def __init__(self, target: Target, dtype: Dtype) -> None:
+        assert target.hook is not None
+        self._shard = ShardFile(target)
+        with self._shard.writing():
+            self._parquet = ActsWriter(target.hook, dtype, self._shard.file.write)
+
+    def append(self, parts: Sequence[Part]) -> None:
+        """Write one block: the entries of all units, sorted by (unit, seq_id, pos).
+
+        Raises:
+            WriteError: the disk is full or the folder cannot be written.
+        """
+        for part in parts:
+            self._shard.cover(0, part.entries.seq[: part.entries.used[1]])
+            for rows in _row_groups(part):
+                with self._shard.writing():
+                    self._parquet.append(rows)
+                self._shard.cover(len(rows.act), rows.seq_id[:0], rows.units)
+
+    def close(self) -> Shard:
+        """End the file and bring it to the disk.
+
+        Raises:
+            WriteError: the disk is full or the folder cannot be written.
+        """
+        with self._shard.writing():
+            self._parquet.close()
+        return self._shard.close()
+
+    def abandon(self) -> None:
+        """Let go of an unfinished file."""
+        self._shard.abandon()
 
 
-def _constant(text: str, n: int) -> pa.DictionaryArray:
-    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array([text]))
-
-
-def acts_file(target: Target, dtype: Dtype) -> ShardFile:
-    """Start a shard of one hook's activations."""
-    kind = pa.float16() if dtype == "float16" else pa.float32()
-    schema = _required(ACTS.set(ACTS.get_field_index("act"), pa.field("act", kind)))
-    return ShardFile(
-        target,
-        schema,
-        compression="none",
-        use_dictionary=["hook", "unit"],
-        column_encoding={"seq_id": _DELTA, "pos": _DELTA, "act": "PLAIN"},
-    )
-
-
-def append_acts(shard: ShardFile, parts: Sequence[Part]) -> None:
-    """Write one block: the entries of all units, sorted by (unit, seq_id, pos)."""
-    hook, kind = shard.target.hook, shard.schema.field("act").type.to_pandas_dtype()
-    assert hook is not None
-    for part in parts:
-        shard.cover(part.entries.seq[: part.entries.used[1]])
-        for unit, seq, pos, act in _row_groups(part):
-            columns = [unit, seq, pos, act.astype(kind, copy=False)]
-            arrays = [_constant(hook, len(unit)), *(pa.array(column) for column in columns)]
-            shard.append(arrays, len(unit))
-            shard.cover(seq[:0], unit)
-
-
-def _row_groups(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield the columns unit, seq_id, pos, act of one row group after the other.
+def _row_groups(part: Part) -> Iterator[RowGroup]:
+    """Yield the entries as one row group after the other.
 
     A row group ends with a unit, so a block holds each unit in one row group.
     """
@@ -219,49 +204,61 @@ def _row_groups(part: Part) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray
         reached = np.cumsum(per_unit[first:])
         last = first + min(int(np.searchsorted(reached, ACTS_ROW_GROUP)) + 1, len(reached))
         n = int(reached[last - first - 1])
-        unit, seq, pos = (np.empty(n, np.int32) for _ in range(3))
+        seq, pos = np.empty(n, np.int32), np.empty(n, np.int32)
         act = np.empty(n, np.float32)
-        gather(entries, order, cursor, first, last, part.units, unit, seq, pos, act)
+        gather(entries, order, cursor, first, last, seq, pos, act)
+        fired = first + np.flatnonzero(per_unit[first:last])
         if n:
-            yield unit, seq, pos, act
+            yield RowGroup(part.units[fired].astype(np.int32), per_unit[fired], seq, pos, act)
         first = last
+
+
+def _required(schema: pa.Schema) -> pa.Schema:
+    # columns without nulls spare a level per value
+    return pa.schema([field.with_nullable(False) for field in schema])
+
+
+def _write_table(
+    target: Target, table: pa.Table, row_group: int, dictionary: Sequence[str], **encoding: str
+) -> Shard:
+    """Write a table as one shard; it has a column seq_id."""
+    shard = ShardFile(target)
+    settings: dict[str, Any] = {"use_dictionary": list(dictionary), "column_encoding": encoding}
+    with shard.writing():
+        pq.write_table(
+            table,
+            shard.file,
+            row_group_size=row_group,
+            compression="none",
+            store_schema=False,
+            version="2.6",
+            **settings,
+        )
+    shard.cover(len(table), table["seq_id"].to_numpy())
+    return shard.close()
 
 
 def encode_tokens(target: Target, columns: dict[str, np.ndarray], splits: Sequence[str]) -> Shard:
     """Write tokens as one shard; column `split` holds places in `splits`."""
-    shard = ShardFile(
-        target,
-        _required(TOKENS),
-        compression="none",
-        use_dictionary=["split", "token_id"],
-        column_encoding={"seq_id": _DELTA, "pos": _DELTA, "doc_id": _DELTA},
-    )
     split = pa.DictionaryArray.from_arrays(pa.array(columns["split"]), pa.array(list(splits)))
-    shard.append(
-        [split if name == "split" else pa.array(columns[name]) for name in TOKENS.names],
-        TOKENS_ROW_GROUP,
-    )
-    shard.cover(columns["seq_id"])
-    return shard.close()
+    arrays = [split if name == "split" else pa.array(columns[name]) for name in TOKENS.names]
+    table = pa.Table.from_arrays(arrays, schema=_required(TOKENS))
+    deltas = dict.fromkeys(("seq_id", "pos", "doc_id"), _DELTA)
+    return _write_table(target, table, TOKENS_ROW_GROUP, ["split", "token_id"], **deltas)
 
 
 def encode_vectors(target: Target, seq: np.ndarray, pos: np.ndarray, x: np.ndarray) -> Shard:
     """Write vectors x [n, d] of float16 or float32 as one shard, in the order given."""
-    hook, d = target.hook, x.shape[1]
-    assert hook is not None
+    n, d = x.shape
     kind = pa.list_(pa.field("element", pa.from_numpy_dtype(x.dtype), nullable=False), d)
     whole = {"hook": ACTS.field("hook").type, "seq_id": pa.int32(), "pos": pa.int32()}
-    shard = ShardFile(
-        target,
-        _required(pa.schema({**whole, "vector": kind})),
-        compression="none",
-        use_dictionary=["hook"],
-        column_encoding={"seq_id": _DELTA, "pos": _DELTA, "vector.list.element": "PLAIN"},
-    )
-    flat = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), type=kind)
-    shard.append(
-        [_constant(hook, len(seq)), pa.array(seq), pa.array(pos), flat],
-        max(1, _VECTORS_ROW_GROUP_BYTES // x[0].nbytes),
-    )
-    shard.cover(seq)
-    return shard.close()
+    arrays = [
+        pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array([target.hook])),
+        pa.array(seq),
+        pa.array(pos),
+        pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), type=kind),
+    ]
+    table = pa.Table.from_arrays(arrays, schema=_required(pa.schema({**whole, "vector": kind})))
+    row_group = max(1, _VECTORS_ROW_GROUP_BYTES // x[0].nbytes)
+    encodings = {"seq_id": _DELTA, "pos": _DELTA, "vector.list.element": "PLAIN"}
+    return _write_table(target, table, row_group, ["hook"], **encodings)

@@ -28,13 +28,16 @@ from activation_store.exemplars import (
 )
 from activation_store.sketch import SIDE, Counts, bucket
 from activation_store.statistics import Moments, add_sums
-
-TILE = 128
-"""Most tokens in a tile; a count per (tile, unit) must fit in a byte."""
-STRIP = 64
-"""Units handled together: four cache lines of a row."""
-_LANE = 16
-"""Units whose positions are collected together, so that their lists stay in the fastest cache."""
+from activation_store.strips import (
+    LANE,
+    STRIP,
+    Strip,
+    add_up,
+    collect,
+    drop_odd,
+    load,
+    new_strip,
+)
 
 
 class Tiles(NamedTuple):
@@ -75,43 +78,6 @@ class Entries(NamedTuple):
     used: Int64[np.ndarray, "2"]
 
 
-class Strip(NamedTuple):
-    """Buffers for one strip of one tile."""
-
-    act: Float32[np.ndarray, "tokens units"]
-    at: UInt16[np.ndarray, "units tokens"]
-    n: Int64[np.ndarray, " units"]
-    """Values above the threshold; `at` holds their rows."""
-    finite: Int64[np.ndarray, " units"]
-    shift: np.ndarray
-    sums: np.ndarray
-    low: Float32[np.ndarray, " units"]
-    high: Float32[np.ndarray, " units"]
-    bad: Float32[np.ndarray, " units"]
-    column: Float32[np.ndarray, " tokens"]
-    used: np.ndarray
-
-
-@compiled
-@no_type_check
-def new_strip() -> Strip:
-    """Return fresh buffers."""
-    real = np.zeros((3, STRIP), np.float32)
-    return Strip(
-        np.zeros((TILE, STRIP), np.float32),
-        np.zeros((STRIP, TILE + 1), np.uint16),
-        np.zeros(STRIP, np.int64),
-        np.zeros(STRIP, np.int64),
-        np.zeros(STRIP),
-        np.zeros((4, STRIP)),
-        real[0],
-        real[1],
-        real[2],
-        np.zeros(TILE, np.float32),
-        np.zeros(TILE, np.bool_),
-    )
-
-
 @compiled
 @no_type_check
 def scan(
@@ -136,11 +102,11 @@ def scan(
         width = min(STRIP, last - c)
         for tile in range(n_tiles):
             n = tiles.length[tile]
-            _load(x, tiles.row[tile], n, c, width, strip)
-            _sum(n, seen.moments, c, width, strip)
-            for lane in range(0, STRIP, _LANE):
-                _collect(n, threshold, lane, strip)
-            _drop_odd(n, c, width, seen.odd, strip)
+            load(x, tiles.row[tile], n, c, width, strip)
+            add_up(n, seen.moments, c, width, strip)
+            for lane in range(0, STRIP, LANE):
+                collect(n, threshold, lane, strip)
+            drop_odd(n, c, width, seen.odd, strip)
             add_sums(seen.moments, c, width, strip.finite, strip.shift, strip.sums)
             _widen(c, width, seen.moments, strip)
             _count(n, threshold, c, width, seen.sketch, strip)
@@ -151,103 +117,6 @@ def scan(
                 _append(tiles, tile, c, c - first, width, largest, seen.odd, strip, entries)
     if entries.pos.shape[0] > 0:
         entries.used[1] = before + n_tiles
-
-
-@compiled
-@no_type_check
-def _load(x: np.ndarray, row: int, n: int, c: int, width: int, strip: Strip) -> None:
-    """Copy one strip of one tile; a strip at the edge is as wide as any, its rest is stale."""
-    if width == STRIP:
-        for t in range(n):
-            source, target = x[row + t, c : c + STRIP], strip.act[t]
-            for u in range(STRIP):
-                target[u] = source[u]
-    else:
-        for t in range(n):
-            for u in range(width):
-                strip.act[t, u] = x[row + t, c + u]
-
-
-@compiled
-@no_type_check
-def _sum(n: int, moments: Moments, c: int, width: int, strip: Strip) -> None:
-    """Sum powers of the deviation from the mean so far, with extremes and a mark for non-finite."""
-    s1, s2 = np.zeros(STRIP), np.zeros(STRIP)
-    s3, s4 = np.zeros(STRIP), np.zeros(STRIP)
-    shift, low, high, bad = strip.shift, strip.low, strip.high, strip.bad
-    for u in range(width):
-        known = moments.n[c + u] > 0
-        shift[u] = moments.mean[c + u] if known else strip.act[0, u]
-        if not np.isfinite(shift[u]):
-            shift[u] = 0.0
-    for u in range(STRIP):
-        low[u], high[u], bad[u] = np.inf, -np.inf, 0.0
-    for t in range(n):
-        row = strip.act[t]
-        for u in range(STRIP):
-            v = row[u]
-            d = np.float64(v) - shift[u]
-            d2 = d * d
-            s1[u] += d
-            s2[u] += d2
-            s3[u] += d2 * d
-            s4[u] += d2 * d2
-            low[u] = min(low[u], v)
-            high[u] = max(high[u], v)
-            bad[u] += v * np.float32(0.0)
-    for u in range(STRIP):
-        strip.sums[0, u] = s1[u]
-        strip.sums[1, u] = s2[u]
-        strip.sums[2, u] = s3[u]
-        strip.sums[3, u] = s4[u]
-
-
-@compiled
-@no_type_check
-def _collect(n: int, threshold: np.float32, lane: int, strip: Strip) -> None:
-    """List the rows of `_LANE` units that are above the threshold, without a branch per value."""
-    count = np.zeros(_LANE, np.uint32)
-    at = strip.at[lane : lane + _LANE]
-    for t in range(n):
-        row = strip.act[t, lane : lane + _LANE]
-        for u in range(_LANE):
-            k = count[u]
-            at[u, k] = t
-            count[u] = k + np.uint32(row[u] > threshold)
-    for u in range(_LANE):
-        strip.n[lane + u] = count[u]
-
-
-@compiled
-@no_type_check
-def _drop_odd(n: int, c: int, width: int, odd: np.ndarray, strip: Strip) -> None:
-    """Count NaN and infinities, and redo sums and lists of their units over what is finite."""
-    for u in range(width):
-        strip.finite[u] = n
-        if strip.bad[u] == 0.0:
-            continue
-        strip.sums[:, u] = 0.0
-        strip.low[u], strip.high[u] = np.inf, -np.inf
-        for t in range(n):
-            v = strip.act[t, u]
-            if np.isfinite(v):
-                d = np.float64(v) - strip.shift[u]
-                strip.sums[0, u] += d
-                strip.sums[1, u] += d * d
-                strip.sums[2, u] += d * d * d
-                strip.sums[3, u] += d * d * d * d
-                strip.low[u] = min(strip.low[u], v)
-                strip.high[u] = max(strip.high[u], v)
-            else:
-                strip.finite[u] -= 1
-                odd[c + u, 0 if np.isnan(v) else 1] += 1
-        active = 0
-        for k in range(strip.n[u]):
-            t = strip.at[u, k]
-            if np.isfinite(strip.act[t, u]):
-                strip.at[u, active] = t
-                active += 1
-        strip.n[u] = active
 
 
 @compiled
@@ -373,8 +242,6 @@ def gather(
     cursor: np.ndarray,
     first: int,
     last: int,
-    unit_ids: np.ndarray,
-    unit: np.ndarray,
     seq: np.ndarray,
     pos: np.ndarray,
     act: np.ndarray,
@@ -393,9 +260,9 @@ def gather(
             tile = order[i]
             n = np.int64(entries.per_unit[tile, u])
             start = cursor[tile]
+            name = entries.seq[tile]
             for k in range(n):
-                unit[end + k] = unit_ids[u]
-                seq[end + k] = entries.seq[tile]
+                seq[end + k] = name
                 pos[end + k] = entries.pos[start + k]
                 act[end + k] = entries.act[start + k]
             cursor[tile] = start + n

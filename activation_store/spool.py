@@ -12,11 +12,9 @@ from types import TracebackType
 import numpy as np
 
 from activation_store.encoding import (
+    ActsFile,
     Part,
-    ShardFile,
     Target,
-    acts_file,
-    append_acts,
     encode_tokens,
     encode_vectors,
 )
@@ -37,15 +35,15 @@ class _Growing:
         self.rows = rows
         self.n_rows = 0
         self.last: Future[None] | None = None
-        self.file: ShardFile | None = None
+        self.file: ActsFile | None = None
 
     def append(self, parts: Sequence[Part], before: "Future[None] | None") -> None:
         """Write one block after the one before; runs in a thread."""
         if before is not None:
             before.result()
         if self.file is None:
-            self.file = acts_file(self.target, self.rows.dtype)
-        append_acts(self.file, parts)
+            self.file = ActsFile(self.target, self.rows.dtype)
+        self.file.append(parts)
 
     def close(self, before: "Future[None] | None") -> Shard:
         """Finish the shard after its last block; runs in a thread."""

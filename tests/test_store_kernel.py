@@ -9,7 +9,8 @@ from activation_store import StoreError
 from activation_store.accumulator import new_seen
 from activation_store.blocks import tiles_of
 from activation_store.hooks import Rows
-from activation_store.kernel import STRIP, Entries, Seen, gather, scan, top_p_cuts
+from activation_store.kernel import Entries, Seen, gather, scan, top_p_cuts
+from activation_store.strips import STRIP
 
 FLOAT32_MAX = np.float32(np.finfo(np.float32).max)
 
@@ -51,10 +52,11 @@ def rows_of(entries: Entries, n_units: int) -> tuple[np.ndarray, ...]:
     n = int(entries.used[0])
     tiles = int(entries.used[1])
     order = np.argsort(entries.seq[:tiles], kind="stable")
-    unit, seq, pos = (np.empty(n, np.int32) for _ in range(3))
+    seq, pos = np.empty(n, np.int32), np.empty(n, np.int32)
     act = np.empty(n, np.float32)
     cursor = np.zeros(tiles, np.int64)
-    gather(entries, order, cursor, 0, n_units, np.arange(n_units), unit, seq, pos, act)
+    gather(entries, order, cursor, 0, n_units, seq, pos, act)
+    unit = np.repeat(np.arange(n_units), entries.per_unit[:tiles].sum(axis=0, dtype=np.int64))
     return unit, seq, pos, act
 
 
