@@ -73,6 +73,14 @@ def writing(path: Path) -> Generator[None]:
     try:
         yield
     except (OSError, pa.ArrowIOError, duckdb.IOException, duckdb.FatalException) as fault:
-        raise WriteError(
-            f"{path}: cannot write: {_reason(fault)}. What was committed before is intact."
-        ) from fault
+        raise _refused(path, fault) from fault
+    except duckdb.TransactionException as fault:  # how DuckDB tells a disk full at COMMIT
+        if "No space left" not in str(fault):
+            raise
+        raise _refused(path, fault) from fault
+
+
+def _refused(path: Path, fault: BaseException) -> WriteError:
+    return WriteError(
+        f"{path}: cannot write: {_reason(fault)}. What was committed before is intact."
+    )

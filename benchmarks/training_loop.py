@@ -96,7 +96,7 @@ def main() -> None:
             pairs = zip(rates["bare"], rates["lmmono"], strict=True)
             overhead = statistics.median(bare / ours for bare, ours in pairs) - 1
             bare, ours = (statistics.median(rates[name]) for name in ("bare", "lmmono"))
-            print(f"{arch}: bare {bare:,.0f} tokens/s, lmmono {ours:,.0f}, overhead {overhead:+.1%}")
+            print(f"{arch}: bare {bare:,.0f} tokens/s, lmmono {ours:,.0f}, {overhead:+.1%} time")
 
 
 if __name__ == "__main__":

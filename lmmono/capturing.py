@@ -5,7 +5,7 @@ run folder as its recipe says, and takes up an interrupted capture where its las
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -78,12 +78,12 @@ def capture_run(run: Run, *, progress: Progress = silent) -> Run:
     digest = recipe.digest(*SECTIONS)
     if run.is_finished("capture", digest):
         return run
-    mode = "a" if run.store_path.exists() else "w"
+    mode: Literal["a", "w"] = "a" if run.store_path.exists() else "w"
     with run.stage("capture", digest) as stage, astore.open(run.store_path, mode) as store:
         parts = [run.tokens(split).limit(settings.max_tokens) for split in settings.splits]
-        model = run.model.to("cuda" if torch.cuda.is_available() else "cpu")
         store.add_run(_run_row(run))
-        _stream(model, parts, settings, store, recipe.seed, progress)
+        run.model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        _stream(run.model, parts, settings, store, recipe.seed, progress)
         info = store.info()
         stage.facts.update(n_tokens=info.n_tokens, n_acts=info.n_acts, n_bytes=info.n_bytes)
     return run

@@ -88,25 +88,24 @@ def _layer_table(runs: Sequence[Run]) -> Table:
 
 def _layer_row(run: Run, store: astore.Store, hook: str) -> tuple[str, ...]:
     """Return the cells of one hook of one run."""
-    units = store.sql(_UNITS, hook=hook).fetchnumpy()
+    units = store.sql(_UNITS, hook=hook).to_arrow_table()
     facts = run.manifest.stages["train"].facts
-    silent = np.asarray(units["n_active"]) == 0
+    silent = units["n_active"].to_numpy() == 0
     return (
         run.name,
         hook,
         f"{facts['val_loss']:.3f} ± {facts['val_loss_se']:.3f}",
-        f"{np.mean(units['density']):.3f}",
+        f"{np.mean(units['density'].to_numpy()):.3f}",
         f"{silent.mean():.1%}",
-        _median(units["kurtosis"]),
-        _median(units["selectivity"]),
-        _median(units["shuffled"]),
+        _median(units["kurtosis"].to_numpy()),
+        _median(units["selectivity"].to_numpy()),
+        _median(units["shuffled"].to_numpy()),
     )
 
 
 def _median(values: Float[ndarray, " units"]) -> str:
     """Return the median over units that have a value, with its bootstrap interval."""
-    data = np.ma.filled(np.ma.asarray(values, float), np.nan)
-    data = data[~np.isnan(data)]
+    data = values[~np.isnan(values)]
     if len(data) == 0:
         return "-"
     draws = np.random.default_rng(0).integers(len(data), size=(N_RESAMPLES, len(data)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,21 +37,25 @@ def score_token_selectivity(store: astore.Store, hook: str) -> None:
         StoreError: the store is not open for writing.
     """
     tokens = _Tokens.read(store)
-    known = store.sql(
-        "SELECT unit, n_active FROM unit_stats WHERE hook = $hook ORDER BY unit", hook=hook
-    ).fetchnumpy()
-    n_active = np.asarray(known["n_active"])
-    values = np.full((2, len(n_active), N_GROUPS + 1), np.nan)
-    for first, last in _chunks(n_active):
+    query = "SELECT unit, n_active FROM unit_stats WHERE hook = $hook ORDER BY unit"
+    known = _columns(store, query, hook=hook)
+    values = np.full((2, len(known["unit"]), N_GROUPS + 1), np.nan)
+    for first, last in _chunks(known["n_active"]):
         low, high = int(known["unit"][first]), int(known["unit"][last - 1])
         mass = _mass(store, hook, low, high, tokens)
-        rows = np.asarray(known["unit"][first:last]) - low
+        rows = known["unit"][first:last] - low
         values[:, first:last] = _selectivities(mass[:, rows], tokens.counts)
     tables = [
         _table(hook, known, of_control, control, tokens.ids.size)
         for of_control, control in zip(values, (None, "shuffled"), strict=True)
     ]
     store.append("scores", pa.concat_tables(tables))
+
+
+def _columns(store: astore.Store, query: str, **params: Any) -> dict[str, ndarray]:
+    """Return a query's columns as arrays; integer columns have no missing values here."""
+    table = store.sql(query, **params).to_arrow_table()
+    return {name: table[name].to_numpy() for name in table.column_names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,7 @@ class _Tokens:
     def read(cls, store: astore.Store) -> "_Tokens":
         """Read all tokens of a store."""
         query = "SELECT seq_id, pos, doc_id, token_id FROM tokens ORDER BY seq_id, pos"
-        columns = store.sql(query).fetchnumpy()
+        columns = _columns(store, query)
         seq_ids, rows = np.unique(columns["seq_id"], return_inverse=True)
         shape = (len(seq_ids), int(columns["pos"].max()) + 1)
         ids, parts = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -97,7 +102,7 @@ def _mass(
     """Return the activation mass of units low..high per group and token, true and shuffled."""
     query = """SELECT unit, seq_id, pos, act FROM acts
         WHERE hook = $hook AND unit BETWEEN $low AND $high AND act > 0"""
-    columns = store.sql(query, hook=hook, low=low, high=high).fetchnumpy()
+    columns = _columns(store, query, hook=hook, low=low, high=high)
     row = np.searchsorted(tokens.seq_ids, columns["seq_id"])
     pos, n_parts, d_vocab = columns["pos"], *tokens.counts.shape
     shape = (high - low + 1, n_parts, d_vocab)

@@ -70,6 +70,7 @@ def train(recipe: Recipe, *, progress: Progress = silent) -> Run:
     if run.is_finished("train", digest):
         return run
     with run.stage("train", digest) if main else nullcontext() as stage, stop_requests() as request:
+        _start_trackers(accelerator, recipe)
         loop = _Loop.start(accelerator, run, progress, request)
         loop.optimize()
         facts = loop.finish()
@@ -101,13 +102,17 @@ def _accelerator(recipe: Recipe) -> Accelerator:
                 f"{accelerator.num_processes} processes"
             ]
         )
-    if settings.trackers:
+    return accelerator
+
+
+def _start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Start the trackers that the recipe asks for; they write into the run folder."""
+    if recipe.train.trackers:
         accelerator.init_trackers(
             recipe.name,
             config={"seed": recipe.seed},
             init_kwargs={"wandb": {"mode": "offline", "dir": str(recipe.dir)}},
         )
-    return accelerator
 
 
 @dataclass(slots=True)
@@ -301,7 +306,7 @@ def _new_model(run: Run) -> PreTrainedModel:
         eos_token_id=tokenizer.eos_token_id,
     )
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model.train()
 
 
