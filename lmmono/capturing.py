@@ -82,7 +82,8 @@ def capture_run(run: Run, *, progress: Progress = silent) -> Run:
     with run.stage("capture", digest) as stage, astore.open(run.store_path, mode) as store:
         parts = [run.tokens(split).limit(settings.max_tokens) for split in settings.splits]
         store.add_run(_run_row(run))
-        run.model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if torch.cuda.is_available():
+            run.model.cuda()
         _stream(run.model, parts, settings, store, recipe.seed, progress)
         info = store.info()
         stage.facts.update(n_tokens=info.n_tokens, n_acts=info.n_acts, n_bytes=info.n_bytes)
