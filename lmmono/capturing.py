@@ -82,9 +82,7 @@ def capture_run(run: Run, *, progress: Progress = silent) -> Run:
     with run.stage("capture", digest) as stage, astore.open(run.store_path, mode) as store:
         parts = [run.tokens(split).limit(settings.max_tokens) for split in settings.splits]
         store.add_run(_run_row(run))
-        if torch.cuda.is_available():
-            run.model.cuda()
-        _stream(run.model, parts, settings, store, recipe.seed, progress)
+        _stream(_on_device(run.model), parts, settings, store, recipe.seed, progress)
         info = store.info()
         stage.facts.update(n_tokens=info.n_tokens, n_acts=info.n_acts, n_bytes=info.n_bytes)
     return run
@@ -146,6 +144,11 @@ def _stream(
             n_done += last - first
             progress("capture", n_done * n_ctx, total)
     model.train(was_training)
+
+
+def _on_device(model: nn.Module) -> nn.Module:
+    """Move a model to the GPU, where there is one."""
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _add_words(store: astore.Store, parts: Sequence[TokenRows]) -> None:
