@@ -17,6 +17,7 @@ from activation_store.verification import Report, verify
 
 if TYPE_CHECKING:
     from activation_store.hooks import Rows, Vectors
+    from activation_store.stream import VectorStream
     from activation_store.writer import Writer
 
 Mode = Literal["r", "w", "a"]
@@ -235,6 +236,21 @@ class Store:
     ) -> list[Exemplar]:
         """Return up to k exemplars of a unit, best first, with their tokens and activations."""
         return read_exemplars(self, hook, unit, k, kind, before, after)
+
+    def vectors(self, hook: str | Sequence[str], **settings: Any) -> "VectorStream":
+        """Return shuffled batches of a hook's vectors, or row-aligned ones of several hooks.
+
+        Args:
+            hook: one hook, or a list of hooks.
+            settings: of `stream.VectorStream`: batch_tokens, seed, cursor, split, where, epochs,
+                prefetch, dtype, framework, shuffle, buffer_tokens.
+
+        Raises:
+            ContentError: a hook without vectors, or a setting or cursor that does not fit.
+        """
+        from activation_store.stream import VectorStream
+
+        return VectorStream(self, hook, **settings)
 
     def hooks(self) -> duckdb.DuckDBPyRelation:
         """Return table `hooks`: what was captured, with which settings."""

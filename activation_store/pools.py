@@ -1,0 +1,111 @@
+"""The vectors that are mixed with each other, in memory: one pool, and the next as it is read."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from activation_store.mixing import Epoch
+from activation_store.selection import Selection
+
+_CHUNKS = 32
+"""Pieces that a pool is read in, each by one thread."""
+
+
+class Filled:
+    """The vectors of one pool, read in chunks."""
+
+    def __init__(
+        self, selection: Selection, epoch: Epoch, number: int, threads: ThreadPoolExecutor | None
+    ) -> None:
+        self._selection, self._threads = selection, threads
+        self._tokens, self._order = epoch.pool(number)
+        self.start = int(epoch.starts[number])
+        """Tokens of the epoch before this pool."""
+        self.stop = int(epoch.starts[number + 1])
+        """Tokens of the epoch up to the end of this pool."""
+        self._vectors = [np.empty((len(self._tokens), s.d), s.dtype) for s in selection.sources]
+        self._jobs: list[Future[None]] = []
+        self._n_begun = 0
+
+    def begin(self, share: float) -> None:
+        """Have at least this share of the pool read, or being read by a thread."""
+        while self._n_begun < min(1.0, share) * _CHUNKS:
+            n = len(self._tokens)
+            part = slice(n * self._n_begun // _CHUNKS, n * (self._n_begun + 1) // _CHUNKS)
+            self._n_begun += 1
+            if self._threads is None:
+                self._read(part)
+            else:
+                self._jobs.append(self._threads.submit(self._read, part))
+
+    def _read(self, part: slice) -> None:
+        for source, runs, into in zip(
+            self._selection.sources, self._selection.runs, self._vectors, strict=True
+        ):
+            source.read(runs.rows(self._tokens[part]), into[part])
+
+    def vectors(self, source: int) -> np.ndarray:
+        """Return what was read of one source, after waiting for it.
+
+        Jobs begin in the order they are given, so a job that waits here waits for none behind it.
+
+        Raises:
+            ShardError: a file of the store is gone or changed.
+        """
+        for job in self._jobs:
+            job.result()
+        return self._vectors[source]
+
+    def places(self, start: int, stop: int) -> Int64[np.ndarray, " n"]:
+        """Return which rows of the vectors are the pool's tokens start to stop, in their order."""
+        return np.arange(start, stop) if self._order is None else self._order[start:stop]
+
+
+class Part(NamedTuple):
+    """Tokens of a batch that come from one pool."""
+
+    pool: Filled
+    start: int
+    """The first of them, counted within the pool."""
+    stop: int
+
+    @property
+    def places(self) -> Int64[np.ndarray, " n"]:
+        """The rows of the pool's vectors that they are."""
+        return self.pool.places(self.start, self.stop)
+
+
+class Pools:
+    """The pools of one epoch: the present one and, with threads, the one that is read ahead."""
+
+    def __init__(
+        self, selection: Selection, epoch: Epoch, threads: ThreadPoolExecutor | None
+    ) -> None:
+        self._selection, self._epoch, self._threads = selection, epoch, threads
+        self._held: dict[int, Filled] = {}
+
+    def _pool(self, number: int) -> Filled:
+        if number not in self._held:
+            self._held[number] = Filled(self._selection, self._epoch, number, self._threads)
+        return self._held[number]
+
+    def parts(self, start: int, stop: int) -> list[Part]:
+        """Return where tokens start to stop of the epoch are, and have them read.
+
+        Reads as large a share of the next pool ahead as has been taken of the present one.
+        """
+        starts = self._epoch.starts
+        first = int(np.searchsorted(starts, start, "right")) - 1
+        end = int(np.searchsorted(starts, stop, "left"))
+        found: list[Part] = []
+        for number in range(first, end):
+            pool = self._pool(number)
+            pool.begin(1.0)
+            found.append(Part(pool, max(start - pool.start, 0), min(stop, pool.stop) - pool.start))
+        if self._threads is not None and end < self._epoch.n_pools:
+            share = found[-1].stop / (found[-1].pool.stop - found[-1].pool.start)
+            self._pool(end).begin(share)
+        self._held = {i: pool for i, pool in self._held.items() if pool.stop > stop}
+        return found
