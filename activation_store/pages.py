@@ -73,7 +73,7 @@ class VectorFile:
                 self._pages = self._find(handle)
                 self._is_plain = self._pages is not None
         at, row_bytes = 0, self.d * self.dtype.itemsize
-        view = memoryview(out).cast("B")
+        view = memoryview(out.view(np.uint8).reshape(-1).data)
         for start, stop in runs:
             if self._pages is None:
                 out[at : at + stop - start] = self._decoded(start, stop)

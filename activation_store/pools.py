@@ -10,7 +10,9 @@ from activation_store.mixing import Epoch
 from activation_store.selection import Selection
 
 _CHUNKS = 32
-"""Pieces that a pool is read in, each by one thread."""
+"""Pieces at most that a pool is read in, each by one thread."""
+_CHUNK_TOKENS = 256
+"""Tokens that a piece has at least, if there are as many."""
 
 
 class Filled:
@@ -27,13 +29,14 @@ class Filled:
         """Tokens of the epoch up to the end of this pool."""
         self._vectors = [np.empty((len(self._tokens), s.d), s.dtype) for s in selection.sources]
         self._jobs: list[Future[None]] = []
+        self._n_chunks = max(1, min(_CHUNKS, len(self._tokens) // _CHUNK_TOKENS))
         self._n_begun = 0
 
     def begin(self, share: float) -> None:
         """Have at least this share of the pool read, or being read by a thread."""
-        while self._n_begun < min(1.0, share) * _CHUNKS:
-            n = len(self._tokens)
-            part = slice(n * self._n_begun // _CHUNKS, n * (self._n_begun + 1) // _CHUNKS)
+        n, parts = len(self._tokens), self._n_chunks
+        while self._n_begun < min(1.0, share) * parts:
+            part = slice(n * self._n_begun // parts, n * (self._n_begun + 1) // parts)
             self._n_begun += 1
             if self._threads is None:
                 self._read(part)

@@ -159,8 +159,11 @@ class _Allowed(NamedTuple):
     last: Keys
 
     def holds(self, keys: Keys) -> Bool[np.ndarray, " n"]:
+        """Return which of the keys lie in a run."""
+        if not len(self.first):
+            return np.zeros(len(keys), bool)
         run = np.searchsorted(self.first, keys, "right") - 1
-        return (run >= 0) & (keys <= self.last[np.maximum(run, 0)]) & bool(len(self.first))
+        return (run >= 0) & (keys <= self.last[np.maximum(run, 0)])
 
 
 _SPANS = """
