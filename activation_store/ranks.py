@@ -16,6 +16,7 @@ import numpy as np
 from activation_store import state
 from activation_store.catalogue import Place
 from activation_store.errors import ContentError
+from activation_store.sequences import Ranges, shared
 from activation_store.shards import unlisted
 
 NUMBERS_PER_RANK = 10**7
@@ -89,17 +90,17 @@ def _numbers(con: duckdb.DuckDBPyConnection) -> list[int]:
     return [_number(name) for (name,) in con.execute("SELECT file FROM shards").fetchall()]
 
 
-def refuse_shared(given: np.ndarray, others: Sequence[Held | None]) -> None:
+def refuse_shared(given: Ranges, others: Sequence[Held | None]) -> None:
     """Refuse sequences that another rank has committed in the same capture.
 
     Raises:
         ContentError: a sequence was given to two ranks; names it.
     """
     for rank, held in enumerate(others):
-        if held is not None:
-            shared = np.intersect1d(given, held["given"])
-            if len(shared):
-                raise ContentError(
-                    f"sequence {shared[0]} was given to rank {rank} too ({len(shared)} in all); "
-                    "give each sequence to one rank."
-                )
+        both = shared(given, held["given"]) if held is not None else given[:0]
+        if len(both):
+            n = int((both[:, 1] - both[:, 0] + 1).sum())
+            raise ContentError(
+                f"sequence {both[0, 0]} was given to rank {rank} too ({n} in all); "
+                "give each sequence to one rank."
+            )

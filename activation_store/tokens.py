@@ -7,11 +7,12 @@ same sequences. Their tokens are written once; later captures are checked agains
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, UInt64
 
 from activation_store import state
 from activation_store.errors import ContentError
 from activation_store.ranks import Held
+from activation_store.sequences import Ranges, SequenceTable, from_ranges, to_ranges
 
 Ids = Int32[np.ndarray, "batch n_ctx"]
 
@@ -20,9 +21,9 @@ class TokenLog:
     """The tokens of a store: a hash of every sequence it holds, and rows yet to be written."""
 
     def __init__(self) -> None:
-        self._known: dict[int, int] = {}
-        self._written: dict[int, int] = {}
-        self._given: set[int] = set()
+        self._written = SequenceTable()
+        self._by_others = SequenceTable()
+        self._given = SequenceTable()
         self._splits: list[str] = []
         self._waiting: list[tuple[np.ndarray, ...]] = []
 
@@ -33,27 +34,32 @@ class TokenLog:
             ContentError: a sequence that this capture was given before, or whose tokens differ from
                 those that the store holds.
         """
-        if split not in self._splits:
-            self._splits.append(split)
-        fresh = np.ones(len(seq), bool)
-        for i, (name, digest) in enumerate(zip(seq.tolist(), _digests(tokens, docs), strict=True)):
-            if name < 0 or name in self._given:
-                raise ContentError(
-                    f"sequence {name} was given before; each sequence of a capture has a number "
-                    ">= 0 of its own. After a restart begin at the writer's next_seq."
-                )
-            self._given.add(name)
-            fresh[i] = name not in self._known
-            if fresh[i]:
-                self._written[name] = digest
-            if self._known.setdefault(name, digest) != digest:
-                raise ContentError(
-                    f"sequence {name}: its tokens or documents differ from those in the store; a "
-                    "store holds one corpus. Write this capture to another store."
-                )
+        names = seq.astype(np.int64)
+        again = (names < 0) | (self._given.get(names) > 0)
+        repeated = np.ones(len(names), bool)
+        repeated[np.unique(names, return_index=True)[1]] = False
+        if (again | repeated).any():
+            name = int(names[np.flatnonzero(again | repeated)[0]])
+            raise ContentError(
+                f"sequence {name} was given before; each sequence of a capture has a number "
+                ">= 0 of its own. After a restart begin at the writer's next_seq."
+            )
+        digests = _digests(tokens, docs)
+        known = np.maximum(self._written.get(names), self._by_others.get(names))
+        fresh = known == 0
+        if (~fresh & (known != digests)).any():
+            name = int(names[np.flatnonzero(~fresh & (known != digests))[0]])
+            raise ContentError(
+                f"sequence {name}: its tokens or documents differ from those in the store; a "
+                "store holds one corpus. Write this capture to another store."
+            )
+        self._given.put(names, np.ones(len(names), np.uint64))
+        self._written.put(names[fresh], digests[fresh])
         self._keep(seq, tokens, docs, split, fresh)
 
     def _keep(self, seq: np.ndarray, tokens: Ids, docs: Ids, split: str, fresh: np.ndarray) -> None:
+        if split not in self._splits:
+            self._splits.append(split)
         real = (docs >= 0) & fresh[:, None]
         row, pos = np.nonzero(real)
         code = np.full(len(row), self._splits.index(split), np.int32)
@@ -72,39 +78,35 @@ class TokenLog:
         return dict(zip(names, (c[order] for c in columns), strict=True)), tuple(self._splits)
 
     @property
-    def given(self) -> Int32[np.ndarray, " n"]:
-        """Sequences that this rank was given in this capture, ascending."""
-        return np.array(sorted(self._given), np.int32)
+    def given(self) -> Ranges:
+        """Sequences that this rank was given in this capture."""
+        return to_ranges(self._given.items()[0])
 
     def dump(self) -> bytes:
         """Return the sequences whose tokens this rank has written, after the next commit."""
-        seq = np.array(sorted(self._written), np.int32)
-        digests = [self._written[name] for name in seq.tolist()]
-        return state.to_bytes({"given": seq, "digest": np.array(digests, np.uint64)})
+        names, digests = self._written.items()
+        return state.to_bytes({"given": to_ranges(names), "digest": digests})
 
     def restore(self, written: bytes | None, others: Sequence[Held | None]) -> None:
         """Take up what the store holds: tokens that this rank wrote, and those of the others."""
         if written is not None:
-            self._written = _as_dict(state.from_bytes(written))
-        self._known = dict(self._written)
+            held = state.from_bytes(written)
+            self._written.put(from_ranges(held["given"]), held["digest"])
         for held in others:
             if held is not None:
-                self._known |= _as_dict(held)
+                self._by_others.put(from_ranges(held["given"]), held["digest"])
 
-    def restore_given(self, given: Int32[np.ndarray, " n"]) -> None:
+    def restore_given(self, given: Ranges) -> None:
         """Take up which sequences this capture was given."""
-        self._given = set(given.tolist())
+        names = from_ranges(given)
+        self._given.put(names, np.ones(len(names), np.uint64))
 
 
-def _as_dict(held: Held) -> dict[int, int]:
-    return dict(zip(held["given"].tolist(), held["digest"].tolist(), strict=True))
-
-
-def _digests(tokens: Ids, docs: Ids) -> list[int]:
-    """Return a 64-bit hash per sequence of its tokens and their documents."""
+def _digests(tokens: Ids, docs: Ids) -> UInt64[np.ndarray, " batch"]:
+    """Return a 64-bit hash per sequence of its tokens and their documents, never 0."""
     place = np.arange(tokens.shape[1], dtype=np.uint64)
     z = tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z ^= (docs.astype(np.uint64) + place * np.uint64(0xD1B54A32D192ED03)) << np.uint64(1)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))).sum(axis=1, dtype=np.uint64).tolist()
+    return (z ^ (z >> np.uint64(31))).sum(axis=1, dtype=np.uint64) | np.uint64(1)
