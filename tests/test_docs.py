@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = BLOCK.findall((ROOT / "README.md").read_text())
+STORE_BLOCKS = BLOCK.findall((ROOT / "activation_store" / "README.md").read_text())
 RUNS = "runs/quickstart/crate"
 SMALL = {
     "data": {"corpus": {"kind": "planted", "n_documents": 600}, "n_ctx": 32},
@@ -86,8 +87,6 @@ def run_sql(block: str, folder: Path) -> Counter[str]:
 
 
 def test_every_block_of_the_readme_does_what_it_says(folder):
-    if not BLOCKS:
-        pytest.skip("the README has no blocks yet; ends when it is written")
     runners = {"bash": run_bash, "python": run_python, "sql": run_sql}
     counted: Counter[str] = Counter()
     for language, block in BLOCKS:
@@ -99,6 +98,19 @@ def test_every_block_of_the_readme_does_what_it_says(folder):
     assert counted["lmmono"] >= 5 and counted["make"] >= 2
     names = [words.split()[0] for _, block in BLOCKS for words in block.splitlines() if words]
     assert counted["lmmono"] == names.count("lmmono"), "a line was passed over"
+
+
+def test_the_python_tour_finds_features_better_than_its_control(folder):
+    told = run([sys.executable, "recipes/tour.py"], folder)
+    found, control = (float(n) for n in re.findall(r"(?:features|row): (0\.\d+)", told))
+    assert abs(control - 0.5) < 0.1 and found > control + 0.05, told
+
+
+def test_the_stores_readme_works_without_lmmono(tmp_path):
+    assert [language for language, _ in STORE_BLOCKS] == ["python"]
+    guard = "import sys\nsys.modules['lmmono'] = None\n"
+    run_python(guard + STORE_BLOCKS[0][1], tmp_path)
+    assert (tmp_path / "mine" / "store.duckdb").is_file()
 
 
 def test_the_readme_is_short_and_points_at_what_exists():
