@@ -3,14 +3,27 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import duckdb
 
 from activation_store.errors import ContentError
 
-if TYPE_CHECKING:
-    from activation_store.store import Store
-
 ExemplarKind = Literal["top", "random", "quantile"]
+
+
+class Queried(Protocol):
+    """What answers SQL over the tables of a store: a store or a lake."""
+
+    @property
+    def path(self) -> Path:
+        """What to call it in a message."""
+        ...
+
+    def sql(self, query: str, /, **params: Any) -> duckdb.DuckDBPyRelation:
+        """Run one query."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +92,7 @@ class Unit:
     Exemplars are read when they are asked for.
     """
 
-    def __init__(self, store: "Store", stats: Mapping[str, Any]) -> None:
+    def __init__(self, store: Queried, stats: Mapping[str, Any]) -> None:
         self._store = store
         self.stats = dict(stats)
         self.hook: str = stats["hook"]
@@ -146,7 +159,7 @@ WHERE hook = $hook AND unit = $unit AND seq_id IN (SELECT unnest($seqs::INTEGER[
 """
 
 
-def read_unit(store: "Store", hook: str, unit: int) -> Unit:
+def read_unit(store: Queried, hook: str, unit: int) -> Unit:
     """Return one unit of the store.
 
     Raises:
@@ -166,7 +179,7 @@ def read_unit(store: "Store", hook: str, unit: int) -> Unit:
 
 
 def read_exemplars(
-    store: "Store", hook: str, unit: int, k: int, kind: ExemplarKind, before: int, after: int
+    store: Queried, hook: str, unit: int, k: int, kind: ExemplarKind, before: int, after: int
 ) -> list[Exemplar]:
     """Return up to k exemplars of a unit with their tokens and activations, by rank."""
     rows = store.sql(

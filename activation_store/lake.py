@@ -1,0 +1,436 @@
+"""A lake: one store that many processes and machines share, on DuckLake.
+
+Its catalogue is a SQLite file, a PostgreSQL database or a DuckDB file; its shards lie in a folder
+or a bucket. Whoever captures writes a store of its own, as always, and publishes it to the lake.
+Tables and SQL are those of a store.
+"""
+
+import os
+import random
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+import duckdb
+
+from activation_store import catalogue, guard, lake_schema, tables
+from activation_store.errors import (
+    ContentError,
+    LockedError,
+    NotAStoreError,
+    QueryError,
+    SchemaError,
+    ShardError,
+    StoreError,
+    WriteError,
+)
+from activation_store.lake_files import LakeFiles
+from activation_store.lake_place import LAKE, LakePlace, connect, lake_place, said, turn
+from activation_store.shards import listed
+from activation_store.store import Info
+from activation_store.unit import Exemplar, ExemplarKind, Unit, read_exemplars, read_unit
+from activation_store.views import quoted
+
+if TYPE_CHECKING:
+    from activation_store.lake_compaction import Compaction
+    from activation_store.publishing import Publication
+
+Mode = Literal["r", "w", "a"]
+Answer = TypeVar("Answer")
+
+ATTEMPTS = 8
+"""How often a commit is tried where another program wrote at the same moment."""
+KEEP_SECONDS = 3600.0
+"""How long a compaction leaves what it replaced to those who still read it."""
+
+_PASSING = ("database is locked", "conflict", "could not serialize", "deadlock detected")
+_METADATA = "__ducklake_metadata"
+_INFO = """
+SELECT
+    count(*), coalesce(sum(n_bytes), 0)::BIGINT,
+    coalesce(sum(n_rows) FILTER (kind = 'tokens'), 0)::BIGINT,
+    coalesce(sum(n_rows) FILTER (kind = 'acts'), 0)::BIGINT,
+    coalesce(sum(n_rows) FILTER (kind = 'vectors'), 0)::BIGINT,
+    (SELECT count(*) FROM documents),
+    (SELECT coalesce(list(DISTINCT hook ORDER BY hook), []) FROM hooks)
+FROM shards
+"""
+
+
+def open_lake(
+    address: str,
+    mode: Mode = "r",
+    *,
+    data_path: str | os.PathLike[str] | None,
+    trusted: bool = False,
+) -> "Lake":
+    """Open a lake; `activation_store.open` comes here with an address that begins with ducklake:.
+
+    Args:
+        address: ducklake:sqlite:FILE, ducklake:postgres:CONNECTION or ducklake:FILE.
+        mode: "r" reads; "a" also adds; "w" creates.
+        data_path: folder or s3://bucket/prefix of the data, the same for everyone.
+        trusted: let SQL do whatever DuckDB can.
+
+    Raises:
+        NotAStoreError: no lake there.
+        SchemaError: the lake was written by a newer version of this package.
+        StoreError: the catalogue or the data cannot be reached, the data path is not that of the
+            lake, there is a lake already ("w"), or extra `lake` is not installed.
+    """
+    if mode not in ("r", "w", "a"):
+        raise StoreError(f"mode: want 'r', 'w' or 'a', got {mode!r}.")
+    place = lake_place(address, data_path)
+    LakeFiles(place).check(create=mode == "w")
+    if mode == "w":
+        with turn(place), connect(place, read_only=False) as con:
+            _run(con, place, lambda inside: lake_schema.create(inside, place))
+    return Lake(place, mode, trusted)
+
+
+class Lake:
+    """One open lake; every query shows the last commit. Threads may share it."""
+
+    def __init__(self, place: LakePlace, mode: Mode, trusted: bool) -> None:
+        self.place = place
+        self.mode = mode
+        self.files = LakeFiles(place)
+        self._trusted = trusted
+        self._turn = threading.Lock()
+        self._con: duckdb.DuckDBPyConnection | None = None
+        self.refresh()
+
+    @property
+    def path(self) -> Path:
+        """The address of the catalogue, without a password."""
+        return Path(self.place.name)
+
+    def __enter__(self) -> "Lake":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._con is None:
+            return f"Lake({self.place.name}, closed)"
+        info = self.info()
+        return (
+            f"Lake({self.place.name}, data={self.place.data_path}, mode={self.mode!r}: "
+            f"{info.n_tokens:,} tokens, {info.n_acts:,} acts, {info.n_vectors:,} vectors, "
+            f"{len(info.hooks)} hooks, {info.n_bytes / 1e6:,.1f} MB)"
+        )
+
+    def close(self) -> None:
+        """Let go of the catalogue; results that were handed out stay usable."""
+        self._con = None
+
+    def refresh(self) -> None:
+        """Connect anew, such as after the server of the catalogue was restarted.
+
+        Raises:
+            StoreError: as `open_lake` does.
+        """
+        self._con = None
+        con = connect(self.place, read_only=self.mode == "r")
+        try:
+            self._check_schema(con)
+            lake_schema.mirror(con)
+            if not self._trusted:
+                _lock(con, self.place)
+        except BaseException:
+            con.close()
+            raise
+        self._con = con
+
+    def _check_schema(self, con: duckdb.DuckDBPyConnection) -> None:
+        meta = lake_schema.read_meta(con, self.place)
+        if meta is None:
+            raise NotAStoreError(f"{self.place.name}: an empty DuckLake; create it with mode='w'.")
+        had = lake_schema.check_version(self.place, meta)
+        if had == catalogue.SCHEMA_VERSION:
+            return
+        if self.mode == "r":
+            raise SchemaError(
+                f"{self.place.name}: written under the older schema version {had}; open it once "
+                "with mode='a', which brings it to today's."
+            )
+        with turn(self.place):
+            _run(con, self.place, lambda inside: lake_schema.upgrade(inside, had))
+
+    def _cursor(self) -> duckdb.DuckDBPyConnection:
+        if self._con is None:
+            raise StoreError(f"{self.place.name}: the lake is closed; open it again.")
+        return self._con.cursor()
+
+    def sql(self, query: str, /, **params: Any) -> duckdb.DuckDBPyRelation:
+        """Run one query; `$name` in it stands for the keyword argument of that name.
+
+        Returns:
+            A DuckDB relation: `.df()`, `.pl()`, `.arrow()`, `.fetchall()`.
+
+        Raises:
+            QueryError: the query does not parse, names something unknown, fails, or, unless the
+                lake is trusted, could do more than read the lake.
+            ShardError: a shard is missing or damaged.
+        """
+        cursor = self._cursor()
+        try:
+            statement = query if self._trusted else self._read_only(cursor, query)
+            # DuckDB's own types do not say that a statement without rows gives None
+            rows = cast(
+                duckdb.DuckDBPyRelation | None,
+                cursor.sql(statement, params=params) if params else cursor.sql(statement),
+            )
+        except duckdb.Error as fault:
+            raise self._told(fault) from fault
+        return cursor.sql("SELECT 1 AS done WHERE false") if rows is None else rows
+
+    def _read_only(self, cursor: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
+        if _METADATA in query.lower():
+            raise QueryError(
+                f"{_METADATA}... is the catalogue's own database, which may hold more than the "
+                "lake; open with trusted=True to read it."
+            )
+        return guard.read_only(cursor, query)
+
+    def _told(self, fault: duckdb.Error) -> StoreError:
+        text = said(self.place, fault)
+        if isinstance(fault, duckdb.IOException) and f"{self.place.data_path}/shards" in text:
+            return ShardError(
+                f"{text}. Bring the file back, or publish the store that it came from again."
+            )
+        return QueryError(text)
+
+    def unit(self, hook: str, unit: int) -> Unit:
+        """Return a unit with its statistics and exemplars.
+
+        Raises:
+            ContentError: the lake has no such unit.
+        """
+        return read_unit(self, hook, unit)
+
+    def exemplars(
+        self,
+        hook: str,
+        unit: int,
+        k: int = 8,
+        kind: ExemplarKind = "top",
+        *,
+        before: int = 16,
+        after: int = 8,
+    ) -> list[Exemplar]:
+        """Return up to k exemplars of a unit, best first, with their tokens and activations."""
+        return read_exemplars(self, hook, unit, k, kind, before, after)
+
+    def hooks(self) -> duckdb.DuckDBPyRelation:
+        """Return table `hooks`: what was captured, with which settings."""
+        return self.sql("FROM hooks ORDER BY hook, kind")
+
+    def info(self) -> Info:
+        """Return what the lake holds, in numbers; the bytes are those of its shards."""
+        row = self.sql(_INFO).fetchone()
+        meta = dict(self.sql("SELECT key, value FROM meta").fetchall())
+        assert row is not None
+        n_shards, n_bytes, n_tokens, n_acts, n_vectors, n_documents, hooks = row
+        return Info(
+            path=self.path,
+            store_id=meta["store_id"],
+            schema_version=int(meta["schema_version"]),
+            n_bytes=n_bytes,
+            n_shards=n_shards,
+            n_documents=n_documents,
+            n_tokens=n_tokens,
+            n_acts=n_acts,
+            n_vectors=n_vectors,
+            hooks=tuple(hooks),
+        )
+
+    def append(self, table: str, rows: Any) -> int:
+        """Add rows in one commit; a row whose key is there already is replaced.
+
+        Several processes may append at once: they take turns.
+
+        Args:
+            table: one of `tables.APPENDABLE`; `tables.KEYS` names the keys.
+            rows: Arrow data, whatever gives an Arrow stream (polars, DuckDB), or a list of dicts.
+
+        Returns:
+            The number of rows put in.
+
+        Raises:
+            ContentError: unknown table or column, wrong type, missing value, two rows of one key.
+            LockedError: others were writing all the time; nothing is changed.
+            StoreError: the lake is open for reading.
+            WriteError: the machine refused; nothing is changed.
+        """
+        self._check_writable()
+        if table not in tables.APPENDABLE:
+            raise ContentError(
+                f"table {table!r} takes no rows from here; these do: "
+                f"{', '.join(tables.APPENDABLE)}."
+            )
+        incoming = tables.arrow_rows(table, rows)
+        return self._commit(lambda con: tables.replace(con, table, incoming))
+
+    def add_documents(self, rows: Any) -> int:
+        """Add rows of table `documents`."""
+        return self.append("documents", rows)
+
+    def add_vocabulary(self, tokens: Sequence[str]) -> int:
+        """Add the string of every token id, in the order of the ids."""
+        rows = [{"token_id": i, "token": token} for i, token in enumerate(tokens)]
+        return self.append("vocabulary", rows)
+
+    def add_run(self, run: Mapping[str, Any]) -> int:
+        """Add a row of table `runs`; `recipe` and `versions` may be Python values."""
+        return self.append("runs", [run])
+
+    def publish(self, path: str | os.PathLike[str]) -> "Publication":
+        """Bring the lake to what the store at `path` has committed, in one commit.
+
+        What is copied before a process dies is found again by the next attempt, and no shard is
+        listed twice, so it is safe to repeat. A store that has grown is published again.
+
+        Raises:
+            ContentError: the store is of another model, corpus or settings, or holds sequences
+                that another store has published for the same hook.
+            ShardError: a shard of the store is missing or damaged.
+            StoreError: there is no store, the lake is open for reading, or as `append`.
+        """
+        from activation_store.publishing import read_source, take_in
+
+        self._check_writable()
+        source = read_source(catalogue.place(path))
+        known = {file for (file,) in self.sql("SELECT file FROM publications").fetchall()}
+        folder = source.where.folder
+        copied = sum(
+            self.files.upload(folder / shard.file, shard)
+            for shard in source.shards
+            if shard.file not in known
+        )
+
+        def work(con: duckdb.DuckDBPyConnection) -> "Publication":
+            done = take_in(con, source, self.files.upload)
+            lake_schema.write_views(con, self.files)
+            return done
+
+        return replace(self._commit(work), n_bytes=copied)
+
+    def compact(self, *, keep_seconds: float = KEEP_SECONDS) -> "Compaction":
+        """Merge small shards and small files of the tables; the rows stay the same.
+
+        Args:
+            keep_seconds: how long files that were replaced stay for queries that still read them.
+
+        Raises:
+            StoreError: the lake is open for reading, or as `append`.
+        """
+        from activation_store import lake_compaction
+        from activation_store.lake_compaction import Compaction
+
+        self._check_writable()
+
+        def work(con: duckdb.DuckDBPyConnection) -> tuple[int, int]:
+            counts = lake_compaction.compact(con, self.files)
+            lake_schema.write_views(con, self.files)
+            return counts
+
+        before, after = self._commit(work)
+        removed = self._commit(lambda con: lake_compaction.clean(con, self.files, keep_seconds))
+        with turn(self.place):
+            lake_compaction.merge_tables(self._cursor(), keep_seconds)
+        return Compaction(before, after, removed)
+
+    def verify(self) -> list[str]:
+        """Read every shard whole and return what is wrong, one line each; nothing if all is well.
+
+        Raises:
+            StoreError: the catalogue cannot be read.
+        """
+        cursor = self._cursor()
+        cursor.execute(f"USE {LAKE}")
+        faults = (self.files.fault(shard) for shard in listed(cursor))
+        return [fault for fault in faults if fault is not None]
+
+    def _check_writable(self) -> None:
+        if self.mode == "r":
+            raise StoreError(
+                f"{self.place.name}: open for reading; open it with mode='a' to add to it."
+            )
+
+    def _commit(self, work: Callable[[duckdb.DuckDBPyConnection], Answer]) -> Answer:
+        """Run `work` in one transaction that comes about whole or not at all, in its turn."""
+        with self._turn, turn(self.place):
+            return _run(self._cursor(), self.place, work)
+
+
+def _run(
+    con: duckdb.DuckDBPyConnection,
+    place: LakePlace,
+    work: Callable[[duckdb.DuckDBPyConnection], Answer],
+) -> Answer:
+    """Run `work` in a transaction of the lake, again where another program came between.
+
+    Ours take turns, so only programs that write to the DuckLake without us can.
+
+    Raises:
+        LockedError: they came between `ATTEMPTS` times.
+        WriteError: the machine or the server refused.
+        StoreError: what `work` raises; nothing is changed.
+    """
+    con.execute(f"USE {LAKE}")
+    for attempt in range(ATTEMPTS):
+        con.execute("BEGIN")
+        try:
+            answer = work(con)
+            con.execute("COMMIT")
+        except duckdb.Error as fault:
+            _roll_back(con)
+            text = said(place, fault)
+            if not any(sign in text.lower() for sign in _PASSING):
+                raise WriteError(
+                    f"{place.name}: cannot write: {text}. What was committed before is intact."
+                ) from fault
+            if attempt == ATTEMPTS - 1:
+                raise LockedError(
+                    f"{place.name}: other programs changed the lake in each of {ATTEMPTS} "
+                    f"attempts: {text}. Nothing was written; run again later."
+                ) from fault
+            time.sleep(min(5.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0))
+        except BaseException:
+            _roll_back(con)
+            raise
+        else:
+            return answer
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _roll_back(con: duckdb.DuckDBPyConnection) -> None:
+    # a commit that failed has ended its transaction already
+    with suppress(duckdb.TransactionException):
+        con.execute("ROLLBACK")
+
+
+def _lock(con: duckdb.DuckDBPyConnection, place: LakePlace) -> None:
+    """Leave the connection able to use the lake's data, and no other file of the machine."""
+    spill = Path(tempfile.gettempdir()) / f"activation_store-{secrets.token_hex(8)}"
+    for statement in (
+        f"SET temp_directory = {quoted(str(spill))}",
+        f"SET allowed_directories = [{quoted(place.data_path + '/')}]",
+        "SET enable_external_access = false",
+        "SET lock_configuration = true",
+    ):
+        con.execute(statement)

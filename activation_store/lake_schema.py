@@ -1,0 +1,116 @@
+"""The tables and views in the catalogue of a lake: made, checked, brought to today's version."""
+
+import re
+import secrets
+from datetime import UTC, datetime
+from importlib.resources import files
+
+import duckdb
+
+from activation_store import catalogue, migrations
+from activation_store.catalogue import SCHEMA_VERSION
+from activation_store.errors import NotAStoreError, SchemaError, StoreError
+from activation_store.lake_files import LakeFiles
+from activation_store.lake_place import LAKE, LakePlace
+from activation_store.views import Listing, bulk_query
+
+_BULK = {"acts": "acts", "token_ids": "tokens", "vectors": "vectors"}
+_CHECK = re.compile(r" CHECK \([^\n]*\)(?=,?\n)")
+
+
+def lake_sql() -> str:
+    """Return the statements that make the tables of a lake."""
+    own = files("activation_store").joinpath("lake.sql").read_text()
+    return _CHECK.sub("", catalogue.schema_sql()) + own
+
+
+def read_meta(con: duckdb.DuckDBPyConnection, place: LakePlace) -> dict[str, str] | None:
+    """Return table `meta` of the lake; None for an empty DuckLake.
+
+    Raises:
+        NotAStoreError: a DuckLake with tables of others.
+    """
+    query = "SELECT table_name FROM duckdb_tables() WHERE database_name = $1"
+    found = {name for (name,) in con.execute(query, [LAKE]).fetchall()}
+    if not found:
+        return None
+    if not {"meta", "shards", "publications"} <= found:
+        raise NotAStoreError(
+            f"{place.name}: a DuckLake with other tables ({', '.join(sorted(found)[:5])}), not "
+            "one of activations; give the lake a catalogue of its own."
+        )
+    return dict(con.execute(f"SELECT key, value FROM {LAKE}.meta").fetchall())
+
+
+def check_version(place: LakePlace, meta: dict[str, str]) -> int:
+    """Return the schema version of a lake.
+
+    Raises:
+        SchemaError: the lake was written by a newer version of this package.
+    """
+    written = int(meta["schema_version"])
+    if written > SCHEMA_VERSION:
+        raise SchemaError(
+            f"{place.name}: written under schema version {written}, this package reads up to "
+            f"{SCHEMA_VERSION}; upgrade it: pip install -U lmmono."
+        )
+    return written
+
+
+def create(con: duckdb.DuckDBPyConnection, place: LakePlace) -> None:
+    """Make the tables and views of an empty lake in the transaction of `con`.
+
+    Raises:
+        StoreError: there is a lake already.
+    """
+    if read_meta(con, place) is not None:
+        raise StoreError(f"{place.name}: there is a lake already; open it with mode='a'.")
+    con.execute(lake_sql())
+    facts = {
+        "schema_version": str(SCHEMA_VERSION),
+        "store_id": secrets.token_hex(6),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created_by": f"duckdb {duckdb.__version__}",
+    }
+    con.executemany("INSERT INTO meta VALUES ($1, $2)", [list(fact) for fact in facts.items()])
+    write_views(con, LakeFiles(place))
+
+
+def upgrade(con: duckdb.DuckDBPyConnection, had: int) -> None:
+    """Bring the lake that `con` is in from version `had` to today's."""
+    statements = con.extract_statements(lake_sql())
+    for statement in statements:
+        if statement.type == duckdb.StatementType.CREATE:
+            con.execute(statement)
+    rows = con.execute(
+        "SELECT table_name, column_name FROM duckdb_columns() WHERE database_name = $1", [LAKE]
+    ).fetchall()
+    for table, columns in migrations.expected_tables().items():
+        for name, column in columns.items():
+            if (table, name) not in rows:
+                con.execute(f"ALTER TABLE {table} ADD COLUMN {name} {column.kind}")
+    for statement in statements:
+        if statement.type != duckdb.StatementType.CREATE:
+            con.execute(statement)
+    for number in range(had, SCHEMA_VERSION):
+        con.execute(migrations.STEPS.get(number, "SELECT 1"))
+    con.execute("UPDATE meta SET value = $1 WHERE key = 'schema_version'", [str(SCHEMA_VERSION)])
+
+
+def write_views(con: duckdb.DuckDBPyConnection, shards: LakeFiles) -> None:
+    """Replace the views over the shards that the lake lists."""
+    for view, kind in _BULK.items():
+        rows = con.execute(
+            "SELECT hook, file FROM shards WHERE kind = $1 AND n_rows > 0 ORDER BY hook, file",
+            [kind],
+        ).fetchall()
+        listings = [Listing(hook, shards.url(file)) for hook, file in rows]
+        con.execute(f"CREATE OR REPLACE VIEW {view} AS {bulk_query(view, listings)}")
+
+
+def mirror(con: duckdb.DuckDBPyConnection) -> None:
+    """Make every table, view and macro of the lake known without the name of its catalogue."""
+    for name in (*migrations.expected_tables(), "publications", *_BULK):
+        con.execute(f"CREATE VIEW {name} AS SELECT * FROM {LAKE}.{name}")
+    text = files("activation_store").joinpath("views.sql").read_text()
+    con.execute(text.replace("{at}", ""))
