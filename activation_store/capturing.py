@@ -148,8 +148,11 @@ class _Recorder:
         def record(part: "nn.Module", given: Any, output: Any) -> None:
             del part, given
             tensor = output[0] if isinstance(output, tuple) else output
-            self.outputs[name] = tensor.clone() if name in self._copied else tensor
-            self._versions[name] = tensor._version
+            if tensor.is_inference():
+                self._copied.add(name)  # such a tensor does not tell when it is changed
+            copied = name in self._copied
+            self.outputs[name] = tensor.clone() if copied else tensor
+            self._versions[name] = 0 if copied else tensor._version
 
         return record
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,11 +119,12 @@ def _until(batches: list[torch.Tensor], n: int) -> Iterator[torch.Tensor]:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_an_output_that_the_next_module_changes_in_place_is_stored_as_it_was(
-    model: Tiny, batches: list[torch.Tensor], tmp_path: Path
+    model: Tiny, batches: list[torch.Tensor], tmp_path: Path, mode: Any
 ) -> None:
     """The ReLU of a block works in place on the output of its linear layer."""
-    with astore.open(tmp_path, mode="w") as store:
+    with astore.open(tmp_path, mode="w") as store, mode():
         astore.capture(model, batches, vectors="blocks.0.up", into=store)
         got = store.sql("SELECT vector FROM vectors ORDER BY seq_id, pos").fetchall()
     block = model.blocks[0]

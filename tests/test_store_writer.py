@@ -192,7 +192,7 @@ def test_the_size_of_the_batches_changes_nothing(
 
 
 @given(stops=st.lists(st.integers(1, 95), min_size=1, max_size=3, unique=True))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_an_interrupted_capture_ends_as_one_never_interrupted(
     whole: tuple[Stream, Path], tmp_path_factory: pytest.TempPathFactory, stops: list[int]
 ) -> None:
