@@ -16,6 +16,7 @@ import numpy as np
 from activation_store import state
 from activation_store.catalogue import Place
 from activation_store.errors import ContentError
+from activation_store.presence import unread
 from activation_store.sequences import Ranges, shared
 from activation_store.shards import unlisted
 
@@ -65,11 +66,15 @@ class Rank:
         return first <= number < first + NUMBERS_PER_RANK
 
     def sweep(self, where: Place, con: duckdb.DuckDBPyConnection) -> None:
-        """Remove the files that this rank wrote and never committed."""
+        """Remove the files that this rank wrote and never committed, unless the store is read.
+
+        A reader may still know of shards that a compaction has replaced.
+        """
         names = {name for (name,) in con.execute("SELECT file FROM shards").fetchall()}
-        for path in list(unlisted(where, names)):
-            if self.world_size == 1 or self._owns(_number(path.name)):
-                path.unlink()
+        with unread(where.folder) as alone:
+            for path in list(unlisted(where, names)) if alone else ():
+                if self.world_size == 1 or self._owns(_number(path.name)):
+                    path.unlink()
 
     def others(self, con: duckdb.DuckDBPyConnection, key: str) -> list[Held | None]:
         """Return the committed states under `key` by rank; None for this one and the unborn."""

@@ -12,6 +12,7 @@ import duckdb
 
 from activation_store import catalogue, guard, migrations, reader, tables
 from activation_store.errors import ContentError, QueryError, StoreError, damaged_shard
+from activation_store.presence import Presence
 from activation_store.unit import Exemplar, ExemplarKind, Unit, read_exemplars, read_unit
 from activation_store.verification import Report, verify
 
@@ -116,6 +117,7 @@ class Store:
         self._attached: dict[str, catalogue.Place] = {}
         self._turn = threading.Lock()
         self._con: duckdb.DuckDBPyConnection | None = None
+        self._presence: Presence | None = None
         self._seen = (0, 0)
         self.refresh()
 
@@ -147,7 +149,7 @@ class Store:
 
     def close(self) -> None:
         """Let go of the files; results that were handed out stay usable."""
-        self._con = None
+        self._con = self._presence = None
 
     def refresh(self) -> None:
         """Show the last commit from now on.
@@ -158,6 +160,8 @@ class Store:
         with self._turn:
             seen = self._signature()
             places = {"": self.where, **self._attached}
+            if self.mode == "r":  # the other modes look at the last commit before every query
+                self._presence = Presence(place.folder for place in places.values())
             self._con, self._seen = reader.connect(places, self._trusted), seen
 
     def _signature(self) -> tuple[int, int]:
