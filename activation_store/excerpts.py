@@ -1,0 +1,69 @@
+"""The exemplars of all units of a hook with tokens and acts, some units at a time."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from activation_store.store import Store
+else:  # for annotations only
+    Store = object
+
+_UNITS = 256
+"""Units whose exemplars are looked up together."""
+
+_WINDOWS = """
+WITH chosen AS MATERIALIZED (
+    SELECT e.unit, e.kind, e.rank, e.bin, e.act, e.seq_id, e.pos, e.doc_id
+    FROM exemplars e
+    WHERE e.hook = $hook AND e.unit >= $first AND e.unit < $stop
+),
+near AS MATERIALIZED (
+    SELECT c.*, t.pos AS at_pos, t.token_id
+    FROM chosen c
+    JOIN token_ids t ON t.seq_id = c.seq_id AND t.doc_id = c.doc_id
+        AND t.pos BETWEEN c.pos - $before AND c.pos + $after
+),
+fired AS (
+    SELECT a.unit, a.seq_id, a.pos, a.act
+    FROM acts a
+    WHERE a.hook = $hook AND a.unit >= $first AND a.unit < $stop
+)
+SELECT
+    n.unit, n.kind, n.rank, n.bin, n.act,
+    list(shown(v.token, n.token_id) ORDER BY n.at_pos) AS tokens,
+    list(coalesce(f.act, 0)::DOUBLE ORDER BY n.at_pos) AS acts
+FROM near n
+LEFT JOIN fired f ON f.unit = n.unit AND f.seq_id = n.seq_id AND f.pos = n.at_pos
+LEFT JOIN vocabulary v ON v.token_id = n.token_id
+GROUP BY n.unit, n.kind, n.rank, n.bin, n.act
+ORDER BY n.unit, n.kind, n.rank
+"""
+
+
+def records(
+    store: "Store", hook: str, before: int, after: int
+) -> Iterator[tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]]:
+    """Yield, unit by unit, its row of `unit_stats` and its exemplars by kind, best first.
+
+    An exemplar is a dict of bin, act, tokens and acts: the tokens of its document around it, and
+    the unit's act on each, 0 where none is stored.
+    """
+    query = "FROM unit_stats WHERE hook = $hook ORDER BY unit"
+    stats = store.sql(query, hook=hook).to_arrow_table().to_pylist()
+    for begin in range(0, len(stats), _UNITS):
+        some = stats[begin : begin + _UNITS]
+        found = store.sql(
+            _WINDOWS,
+            hook=hook,
+            first=some[0]["unit"],
+            stop=some[-1]["unit"] + 1,
+            before=before,
+            after=after,
+        )
+        of_unit: dict[int, dict[str, list[dict[str, Any]]]] = {
+            row["unit"]: {"top": [], "random": [], "quantile": []} for row in some
+        }
+        for row in found.to_arrow_table().to_pylist():
+            of_unit[row["unit"]][row["kind"]].append(row)
+        for row in some:
+            yield row, of_unit[row["unit"]]
