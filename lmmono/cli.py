@@ -206,6 +206,30 @@ def verify(
     raise typer.Exit(0 if report.ok else 2)
 
 
+@store_app.command("compact")
+def store_compact(place: RunOrStore) -> None:
+    """Merge the small shards that many commits leave behind; the rows stay the same."""
+    from activation_store.compaction import compact
+    from lmmono.querying import store_file
+
+    print(compact(store_file(place)))
+
+
+@store_app.command("export")
+def store_export(
+    place: RunOrStore,
+    to: Annotated[str, typer.Option(help="parquet, delphi or openai.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
+    hook: Annotated[list[str] | None, typer.Option(help="Hooks; openai takes one.")] = None,
+) -> None:
+    """Write a store in the layout of another tool."""
+    from activation_store.export import export
+    from lmmono.querying import open_stores
+
+    with open_stores([place]) as store:
+        print(export(store, to, out, tuple(hook or ())))
+
+
 def main() -> None:
     """Run the command line and leave with its exit code."""
     try:

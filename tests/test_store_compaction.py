@@ -193,3 +193,16 @@ def test_duckdb_alone_sees_the_new_shards(run, monkeypatch):
     monkeypatch.chdir(run)
     with duckdb.connect("store.duckdb", read_only=True) as con:
         assert con.execute(EVERY).fetchall() == want
+
+
+def test_the_command_line_compacts_and_exports(run, tmp_path, capsys, monkeypatch):
+    from lmmono.cli import main
+
+    for words in (["compact", str(run)], ["export", str(run), "--to", "parquet", "--out", "out"]):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["lmmono", "store", *words])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert not left.value.code
+    assert "16 shards became 2" in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "acts").iterdir())) == 2
