@@ -51,7 +51,6 @@ KEEP_SECONDS = 3600.0
 """How long a compaction leaves what it replaced to those who still read it."""
 
 _PASSING = ("database is locked", "conflict", "could not serialize", "deadlock detected")
-_METADATA = "__ducklake_metadata"
 _INFO = """
 SELECT
     count(*), coalesce(sum(n_bytes), 0)::BIGINT,
@@ -105,6 +104,7 @@ class Lake:
         self._trusted = trusted
         self._turn = threading.Lock()
         self._con: duckdb.DuckDBPyConnection | None = None
+        self._version = -1
         self.refresh()
 
     @property
@@ -147,7 +147,7 @@ class Lake:
         con = connect(self.place, read_only=self.mode == "r")
         try:
             self._check_schema(con)
-            lake_schema.mirror(con)
+            self._version = lake_schema.mirror(con, self.files)
             if not self._trusted:
                 _lock(con, self.place)
         except BaseException:
@@ -175,6 +175,14 @@ class Lake:
             raise StoreError(f"{self.place.name}: the lake is closed; open it again.")
         return self._con.cursor()
 
+    def _current(self) -> duckdb.DuckDBPyConnection:
+        """Return a cursor that knows of every shard that is listed now."""
+        cursor = self._cursor()
+        with self._turn:
+            if lake_schema.version_of_shards(cursor) != self._version:
+                self._version = lake_schema.copy(cursor, self.files)
+        return cursor
+
     def sql(self, query: str, /, **params: Any) -> duckdb.DuckDBPyRelation:
         """Run one query; `$name` in it stands for the keyword argument of that name.
 
@@ -186,8 +194,8 @@ class Lake:
                 lake is trusted, could do more than read the lake.
             ShardError: a shard is missing or damaged.
         """
-        cursor = self._cursor()
         try:
+            cursor = self._current()
             statement = query if self._trusted else self._read_only(cursor, query)
             # DuckDB's own types do not say that a statement without rows gives None
             rows = cast(
@@ -199,10 +207,10 @@ class Lake:
         return cursor.sql("SELECT 1 AS done WHERE false") if rows is None else rows
 
     def _read_only(self, cursor: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
-        if _METADATA in query.lower():
+        if lake_schema.METADATA in query.lower():
             raise QueryError(
-                f"{_METADATA}... is the catalogue's own database, which may hold more than the "
-                "lake; open with trusted=True to read it."
+                f"{lake_schema.METADATA}... is the catalogue's own database, which may hold more "
+                "than the lake; open with trusted=True to read it."
             )
         return guard.read_only(cursor, query)
 
@@ -283,7 +291,14 @@ class Lake:
                 f"{', '.join(tables.APPENDABLE)}."
             )
         incoming = tables.arrow_rows(table, rows)
-        return self._commit(lambda con: tables.replace(con, table, incoming))
+
+        def work(con: duckdb.DuckDBPyConnection) -> int:
+            n = tables.replace(con, table, incoming)
+            if table == "vocabulary":
+                lake_schema.write_views(con, self.files)  # readers hold a copy of it
+            return n
+
+        return self._commit(work)
 
     def add_documents(self, rows: Any) -> int:
         """Add rows of table `documents`."""
@@ -373,7 +388,7 @@ class Lake:
 
     def _commit(self, work: Callable[[duckdb.DuckDBPyConnection], Answer]) -> Answer:
         """Run `work` in one transaction that comes about whole or not at all, in its turn."""
-        with self._turn, turn(self.place):
+        with turn(self.place):
             return _run(self._cursor(), self.place, work)
 
 

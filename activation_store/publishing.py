@@ -92,14 +92,16 @@ def take_in(con: duckdb.DuckDBPyConnection, source: Source, upload: Upload) -> P
     """
     _check_pins(con, source)
     fresh = _fresh(con, source)
-    captures = _captures(con, source)
+    held = dict(con.execute("SELECT key, value FROM writer_state").fetchall())
+    ours = {f"{source.store_id} {key}": value for key, value in source.states.items()}
     shards = [shard for shard in fresh if shard.kind != "tokens"]
     shards += _tokens_once(con, source, fresh, upload)
     register(con, shards)
     _insert(con, "publications", _publication_rows(source, fresh))
-    for key, value in source.states.items():
-        state.write(con, f"{source.store_id} {key}", value)
-    _write_totals(con, source, captures)
+    if any(held.get(key) != value for key, value in ours.items()):
+        _write_totals(con, source, _captures(held | ours))
+    for key, value in ours.items():
+        state.write(con, key, value)
     _add_corpus(con, source)
     for name in _COPIED:
         tables.replace(con, name, _different(con, name, source.tables[name]))
@@ -161,12 +163,8 @@ def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
         con.unregister("rows_to_insert")
 
 
-def _captures(con: duckdb.DuckDBPyConnection, source: Source) -> list[Capture]:
-    """Return the captures of all stores, this one's as it is now, by store and rank."""
-    held = {f"{source.store_id} {key}": value for key, value in source.states.items()}
-    stored = con.execute("SELECT key, value FROM writer_state").fetchall()
-    ours = f"{source.store_id} "
-    held |= {key: value for key, value in stored if not key.startswith(ours)}
+def _captures(held: Mapping[str, bytes]) -> list[Capture]:
+    """Return the captures of all stores, by store and rank."""
     found: list[Capture] = []
     for key in sorted(held):
         if key.partition(" ")[2].startswith(_CAPTURE):
