@@ -127,7 +127,7 @@ def _neuron_table(run: Run) -> Table:
                 f"{shuffled:.3f}",
                 f"{n:,}",
                 f"{density:.4f}",
-                store.exemplars(hook, unit, 1)[0].text,
+                store.exemplars(hook, unit, 1)[0].text.replace("\n", "⏎"),
             )
             for hook, unit, value, low, high, shuffled, n, density in found
         )
