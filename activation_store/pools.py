@@ -4,9 +4,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
 
+from activation_store.hooks import Dtype
 from activation_store.mixing import Epoch
+from activation_store.scattering import scatter
 from activation_store.selection import Selection
 
 _CHUNKS = 32
@@ -16,18 +17,29 @@ _CHUNK_TOKENS = 256
 
 
 class Filled:
-    """The vectors of one pool, read in chunks."""
+    """The vectors of one pool in the order they are given, read in chunks.
+
+    A chunk is put in order as soon as it is read, while it is still in the processor's cache.
+    """
 
     def __init__(
-        self, selection: Selection, epoch: Epoch, number: int, threads: ThreadPoolExecutor | None
+        self,
+        selection: Selection,
+        epoch: Epoch,
+        number: int,
+        dtype: Dtype,
+        threads: ThreadPoolExecutor | None,
     ) -> None:
         self._selection, self._threads = selection, threads
-        self._tokens, self._order = epoch.pool(number)
+        self._tokens, order = epoch.pool(number)
+        self._places = np.arange(len(self._tokens))
+        if order is not None:
+            self._places[order] = np.arange(len(order))
         self.start = int(epoch.starts[number])
         """Tokens of the epoch before this pool."""
         self.stop = int(epoch.starts[number + 1])
         """Tokens of the epoch up to the end of this pool."""
-        self._vectors = [np.empty((len(self._tokens), s.d), s.dtype) for s in selection.sources]
+        self._vectors = [np.empty((len(self._tokens), s.d), dtype) for s in selection.sources]
         self._jobs: list[Future[None]] = []
         self._n_chunks = max(1, min(_CHUNKS, len(self._tokens) // _CHUNK_TOKENS))
         self._n_begun = 0
@@ -44,10 +56,13 @@ class Filled:
                 self._jobs.append(self._threads.submit(self._read, part))
 
     def _read(self, part: slice) -> None:
+        tokens, places = self._tokens[part], self._places[part]
         for source, runs, into in zip(
             self._selection.sources, self._selection.runs, self._vectors, strict=True
         ):
-            source.read(runs.rows(self._tokens[part]), into[part])
+            found = np.empty((len(tokens), source.d), source.dtype)
+            source.read(runs.rows(tokens), found)
+            scatter(found, places, into)
 
     def vectors(self, source: int) -> np.ndarray:
         """Return what was read of one source, after waiting for it.
@@ -61,10 +76,6 @@ class Filled:
             job.result()
         return self._vectors[source]
 
-    def places(self, start: int, stop: int) -> Int64[np.ndarray, " n"]:
-        """Return which rows of the vectors are the pool's tokens start to stop, in their order."""
-        return np.arange(start, stop) if self._order is None else self._order[start:stop]
-
 
 class Part(NamedTuple):
     """Tokens of a batch that come from one pool."""
@@ -74,24 +85,31 @@ class Part(NamedTuple):
     """The first of them, counted within the pool."""
     stop: int
 
-    @property
-    def places(self) -> Int64[np.ndarray, " n"]:
-        """The rows of the pool's vectors that they are."""
-        return self.pool.places(self.start, self.stop)
+    def vectors(self, source: int) -> np.ndarray:
+        """Return their vectors of one source, as a view."""
+        return self.pool.vectors(source)[self.start : self.stop]
 
 
 class Pools:
     """The pools of one epoch: the present one and, with threads, the one that is read ahead."""
 
     def __init__(
-        self, selection: Selection, epoch: Epoch, threads: ThreadPoolExecutor | None
+        self,
+        selection: Selection,
+        epoch: Epoch,
+        dtype: Dtype,
+        threads: ThreadPoolExecutor | None,
     ) -> None:
-        self._selection, self._epoch, self._threads = selection, epoch, threads
+        self._selection, self._epoch = selection, epoch
+        self._dtype: Dtype = dtype
+        self._threads = threads
         self._held: dict[int, Filled] = {}
 
     def _pool(self, number: int) -> Filled:
         if number not in self._held:
-            self._held[number] = Filled(self._selection, self._epoch, number, self._threads)
+            self._held[number] = Filled(
+                self._selection, self._epoch, number, self._dtype, self._threads
+            )
         return self._held[number]
 
     def parts(self, start: int, stop: int) -> list[Part]:

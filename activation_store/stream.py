@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from activation_store.errors import ContentError
-from activation_store.gathering import gather
 from activation_store.hooks import LARGEST, Dtype
 from activation_store.mixing import Mixing
 from activation_store.pools import Part, Pools
@@ -33,11 +32,11 @@ Array: TypeAlias = Any
 Cursor: TypeAlias = dict[str, Any]
 """A place in a stream, as JSON values: the settings that decide the order, epoch and token."""
 
-BLOCK_BYTES = 2**17
+BLOCK_BYTES = 2**18
 """Bytes of the widest hook's vectors that are read together unless asked otherwise."""
 
-BUFFER_BYTES = 2**26
-"""Bytes of all hooks' vectors that are mixed together unless asked otherwise."""
+BUFFER_BYTES = 2**27
+"""Bytes of all hooks' vectors, as given, that are mixed together unless asked otherwise."""
 
 Planned: TypeAlias = "tuple[tuple[int, int], partial[Array | dict[str, Array]]]"
 """The place after a batch, epoch and token, and the job that makes the batch."""
@@ -49,7 +48,9 @@ class VectorStream:
     Every `for` loop begins at the cursor that the stream was made with. `cursor` is the place after
     the batch that was given last.
 
-    Memory: the buffer once, or twice with `prefetch`, and `prefetch + 2` batches.
+    Memory: the buffer once, or up to three times with `prefetch`, and one batch. A batch is a part
+    of the buffer that nothing else uses: change it as you like, and copy what you keep, because it
+    keeps its buffer.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class VectorStream:
             dtype: type of the batches.
             framework: numpy arrays or torch tensors.
             shuffle: False gives the tokens in the order they were captured.
-            buffer_tokens: tokens that are mixed together; by default 64 MiB of vectors.
+            buffer_tokens: tokens that are mixed together; by default 128 MiB of vectors.
 
         Raises:
             ContentError: a hook without vectors, a setting out of its range, nothing to read, or a
@@ -97,7 +98,8 @@ class VectorStream:
         if not self.hooks or len(set(self.hooks)) < len(self.hooks):
             raise ContentError(f"hooks: want one or several different hooks, got {hooks!r}.")
         self.batch_tokens, self.seed, self.epochs = batch_tokens, seed, epochs
-        self.prefetch, self.dtype, self.framework = prefetch, dtype, framework
+        self.prefetch, self.framework = prefetch, framework
+        self.dtype: Dtype = dtype
         self._selection = select(store, self.hooks, split, where)
         self._check_settings()
         self._mixing = self._mixed(shuffle, buffer_tokens)
@@ -181,7 +183,8 @@ class VectorStream:
         number, begin = self._begin
         while self.epochs is None or number < self.epochs:
             epoch = self._mixing.epoch(number)
-            pools = Pools(self._selection, epoch, threads if self.prefetch else None)
+            ahead = threads if self.prefetch else None
+            pools = Pools(self._selection, epoch, self.dtype, ahead)
             for start in range(begin, self.n_tokens, self.batch_tokens):
                 stop = min(start + self.batch_tokens, self.n_tokens)
                 is_last = stop == self.n_tokens
@@ -191,16 +194,11 @@ class VectorStream:
 
     def _batch(self, parts: Sequence[Part]) -> Array | dict[str, Array]:
         """Return the rows of the parts one after the other, in the type asked for."""
-        n = sum(part.stop - part.start for part in parts)
         found: dict[str, Array] = {}
         for i, source in enumerate(self._selection.sources):
-            out = np.empty((n, source.d), self.dtype)
-            at = 0
-            for part in parts:
-                into = out[at : at + part.stop - part.start]
-                gather(part.pool.vectors(i), part.places, into)
-                at += len(into)
-            found[source.hook] = out if self.framework == "numpy" else _as_torch(out)
+            pieces = [part.vectors(i) for part in parts]
+            batch = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            found[source.hook] = batch if self.framework == "numpy" else _as_torch(batch)
         return found[self.hooks[0]] if self._single else found
 
     def _check_settings(self) -> None:
@@ -229,7 +227,8 @@ class VectorStream:
 
     def _mixed(self, shuffle: bool, buffer_tokens: int | None) -> Mixing:
         widths = [source.d * source.dtype.itemsize for source in self._selection.sources]
-        pool = max(1, BUFFER_BYTES // sum(widths)) if buffer_tokens is None else buffer_tokens
+        given = sum(source.d for source in self._selection.sources) * np.dtype(self.dtype).itemsize
+        pool = max(1, BUFFER_BYTES // given) if buffer_tokens is None else buffer_tokens
         if pool < 1:
             raise ContentError(f"buffer_tokens: want an integer >= 1, got {pool}.")
         # small buffers still hold some blocks from different places

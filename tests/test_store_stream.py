@@ -11,8 +11,8 @@ from small_store import HOOK, small_store
 
 import activation_store as astore
 from activation_store import Rows, Vectors
-from activation_store.gathering import gather
 from activation_store.mixing import Mixing
+from activation_store.scattering import scatter
 
 A, B = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 N, CTX, D = 48, 32, 8
@@ -227,7 +227,7 @@ def test_any_settings_give_every_token_once_and_resume(store, data):
 def test_float16_widens_exactly():
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(1, -1)
     out = np.empty(halves.shape, np.float32)
-    gather(halves, np.zeros(1, np.int64), out)
+    scatter(halves, np.zeros(1, np.int64), out)
     np.testing.assert_array_equal(out, halves.astype(np.float32))
 
 

@@ -1,4 +1,4 @@
-"""Rows picked out of an array in any order and widened on the way, in one pass."""
+"""Rows put to any places of an array and widened on the way, in one pass."""
 
 from typing import no_type_check
 
@@ -10,16 +10,16 @@ from activation_store.compiled import compiled
 _SCALE = np.float32(2.0**112)
 
 
-def gather(x: np.ndarray, rows: Int64[np.ndarray, " n"], out: np.ndarray) -> None:
-    """Put x[rows] into `out` [n, d]; float16 may become float32, exactly.
+def scatter(x: np.ndarray, places: Int64[np.ndarray, " n"], out: np.ndarray) -> None:
+    """Put row i of x [n, d] to out[places[i]]; float16 may become float32, exactly.
 
-    numpy widens at 0.5 GB/s of float16; this picks and widens at three times that.
+    numpy widens float16 at a fifth of the speed.
     """
     if x.dtype == np.float16 and out.dtype == np.float32:
-        _widen(x.view(np.uint16), rows, out.view(np.uint32), out)
+        _widen(x.view(np.uint16), places, out.view(np.uint32), out)
     else:
         assert x.dtype == out.dtype
-        np.take(x, rows, axis=0, out=out, mode="clip")
+        out[places] = x
 
 
 # unsigned 32-bit throughout, so that eight numbers are worked on at a time: 64-bit ones halve it
@@ -30,9 +30,9 @@ _TO_MANTISSA, _TO_SIGN = np.uint32(13), np.uint32(16)
 
 @no_type_check
 @compiled
-def _widen(x, rows, bits, out):
-    for i in range(len(rows)):
-        row, wide, values = x[rows[i]], bits[i], out[i]
+def _widen(x, places, bits, out):
+    for i in range(len(places)):
+        row, wide, values = x[i], bits[places[i]], out[places[i]]
         for j in range(len(row)):
             half = np.uint32(row[j])
             size = half & _MAGNITUDE
