@@ -13,7 +13,9 @@ from activation_store.errors import (
     WriteError,
 )
 from activation_store.hooks import Rows, Vectors
-from activation_store.store import Info, Store, open
+from activation_store.lake import Lake
+from activation_store.opening import open
+from activation_store.store import Info, Store
 from activation_store.unit import Exemplar, Unit
 from activation_store.verification import Report, verify
 
@@ -26,6 +28,7 @@ __all__ = [
     "ContentError",
     "Exemplar",
     "Info",
+    "Lake",
     "LockedError",
     "NotAStoreError",
     "QueryError",

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import duckdb
 
@@ -13,6 +13,7 @@ from activation_store.errors import ContentError
 ExemplarKind = Literal["top", "random", "quantile"]
 
 
+@runtime_checkable
 class Queried(Protocol):
     """What answers SQL over the tables of a store: a store or a lake."""
 
