@@ -158,6 +158,7 @@ class ActsFile:
     def __init__(self, target: Target, dtype: Dtype) -> None:
         assert target.hook is not None
         self._shard = ShardFile(target)
+        self._room: tuple[np.ndarray, ...] = (np.empty(0, np.int32),) * 3
         with self._shard.writing():
             self._parquet = ActsWriter(target.hook, dtype, self._shard.file.write)
 
@@ -169,10 +170,35 @@ class ActsFile:
         """
         for part in parts:
             self._shard.cover(0, part.entries.seq[: part.entries.used[1]])
-            for rows in _row_groups(part):
+            for rows in self._row_groups(part):
                 with self._shard.writing():
                     self._parquet.append(rows)
                 self._shard.cover(len(rows.act), rows.seq_id[:0], rows.units)
+
+    def _row_groups(self, part: Part) -> Iterator[RowGroup]:
+        """Yield the entries as one row group after the other, each in the same buffers.
+
+        A row group ends with a unit, so a block holds each unit in one row group.
+        """
+        entries = part.entries
+        n_tiles = int(entries.used[1])
+        per_unit = entries.per_unit[:n_tiles].sum(axis=0, dtype=np.int64)
+        cursor = np.zeros(n_tiles, np.int64)
+        order = np.argsort(entries.seq[:n_tiles], kind="stable")
+        for first, last in _cuts(per_unit):
+            n = int(per_unit[first:last].sum())
+            seq, pos, act = self._buffers(n)
+            gather(entries, order, cursor, first, last, seq, pos, act)
+            fired = first + np.flatnonzero(per_unit[first:last])
+            if n:
+                yield RowGroup(part.units[fired].astype(np.int32), per_unit[fired], seq, pos, act)
+
+    def _buffers(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return room for n rows; fresh memory for each row group costs more than filling it."""
+        if len(self._room[0]) < n:
+            self._room = tuple(np.empty(n, kind) for kind in (np.int32, np.int32, np.float32))
+        seq, pos, act = self._room
+        return seq[:n], pos[:n], act[:n]
 
     def close(self) -> Shard:
         """End the file and bring it to the disk.
@@ -189,27 +215,13 @@ class ActsFile:
         self._shard.abandon()
 
 
-def _row_groups(part: Part) -> Iterator[RowGroup]:
-    """Yield the entries as one row group after the other.
-
-    A row group ends with a unit, so a block holds each unit in one row group.
-    """
-    entries = part.entries
-    n_tiles = int(entries.used[1])
-    per_unit = entries.per_unit[:n_tiles].sum(axis=0, dtype=np.int64)
-    cursor = np.zeros(n_tiles, np.int64)
-    order = np.argsort(entries.seq[:n_tiles], kind="stable")
+def _cuts(per_unit: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield ranges of units with `ACTS_ROW_GROUP` rows, the last unit's excess included."""
     first = 0
     while first < len(per_unit):
         reached = np.cumsum(per_unit[first:])
         last = first + min(int(np.searchsorted(reached, ACTS_ROW_GROUP)) + 1, len(reached))
-        n = int(reached[last - first - 1])
-        seq, pos = np.empty(n, np.int32), np.empty(n, np.int32)
-        act = np.empty(n, np.float32)
-        gather(entries, order, cursor, first, last, seq, pos, act)
-        fired = first + np.flatnonzero(per_unit[first:last])
-        if n:
-            yield RowGroup(part.units[fired].astype(np.int32), per_unit[fired], seq, pos, act)
+        yield first, last
         first = last
 
 

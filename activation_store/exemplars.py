@@ -14,7 +14,6 @@ the capture, so the priorities of all tokens of one tile are drawn together, sma
 order statistics of n uniforms at random positions; nearly always the first is too large already.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, no_type_check
 
 import numpy as np
@@ -282,33 +281,28 @@ class Chosen(NamedTuple):
 
 def top_exemplars(top: Top) -> Chosen:
     """Return the top exemplars, the largest first."""
-    return _ordered(top, lambda held: (held.pos, held.seq, -held.act))
+    return _ordered(top, -top.act)
 
 
 def random_exemplars(draw: Draw) -> Chosen:
     """Return the sample in the order of its priorities, so that the first m are a sample of m."""
-    key = draw.key[_held(draw)]
-    return _ordered(draw, lambda held: (held.pos, held.seq, key))
+    return _ordered(draw, draw.key)
 
 
 def quantile_exemplars(draw: Draw) -> Chosen:
     """Return the sample by ascending activation, cut into `QUANTILE_BINS` parts of equal count."""
-    chosen = _ordered(draw, lambda held: (held.pos, held.seq, held.act))
+    chosen = _ordered(draw, draw.act)
     share = (chosen.rank - 1) * QUANTILE_BINS // draw.size[chosen.place]
     return chosen._replace(bin=share.astype(np.int32))
 
 
-def _held(lists: Top | Draw) -> np.ndarray:
-    return np.arange(lists.act.shape[1]) < lists.size[:, None]
-
-
-def _ordered(lists: Top | Draw, by: Callable[[Chosen], tuple[np.ndarray, ...]]) -> Chosen:
-    """Return the entries held, by unit and then by the keys that `by` gives, the last one first."""
-    held = _held(lists)
-    place = np.nonzero(held)[0]
-    rank = np.zeros(len(place), np.int32)
-    entries = [values[held] for values in (lists.seq, lists.pos, lists.doc, lists.act)]
-    order = np.lexsort((*by(Chosen(place, rank, None, *entries)), place))
-    first = np.concatenate([[0], np.cumsum(lists.size)])[:-1]
-    rank = (np.arange(len(place)) - first[place] + 1).astype(np.int32)
-    return Chosen(place, rank, None, *[values[order] for values in entries])
+def _ordered(lists: Top | Draw, key: np.ndarray) -> Chosen:
+    """Return the entries held, by unit, then by key, then by position."""
+    held = np.arange(lists.act.shape[1]) < lists.size[:, None]
+    order = np.lexsort((lists.pos, lists.seq, key, ~held), axis=1)
+    columns = [
+        np.take_along_axis(values, order, axis=1)[held]
+        for values in (lists.seq, lists.pos, lists.doc, lists.act)
+    ]
+    place, before = np.nonzero(held)
+    return Chosen(place, (before + 1).astype(np.int32), None, *columns)

@@ -51,12 +51,15 @@ class ActsWriter:
         self._at = 0
         self._n_rows = 0
         self._row_groups: list[Value] = []
+        self._packed = np.empty(0, np.uint8)
         self._put(b"PAR1")
 
     def append(self, rows: RowGroup) -> None:
         """Write one row group."""
         n = len(rows.act)
-        packed = np.empty(room(n), np.uint8)
+        if len(self._packed) < room(n):
+            self._packed = np.empty(room(n), np.uint8)
+        packed = self._packed
         low, high = (f(rows.act).astype(self._dtype).tobytes() for f in (np.min, np.max))
         name = bytes_of.pack("<I", len(self._hook)) + self._hook
         kind = _FLOAT if self._dtype == "float32" else _FIXED

@@ -6,6 +6,7 @@ Source: https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-pr
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+_SHORT = [bytes([n]) for n in range(128)]
 _I32, _I64, _BINARY, _LIST, _STRUCT = 5, 6, 8, 9, 12
 
 
@@ -23,6 +24,8 @@ def varint(n: int) -> bytes:
     >>> varint(300).hex()
     'ac02'
     """
+    if n < 128:
+        return _SHORT[n]
     out = bytearray()
     while n > 127:
         out.append(n & 127 | 128)
