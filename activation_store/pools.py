@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from activation_store.hooks import Dtype
+from activation_store.buffers import Buffers
 from activation_store.mixing import Epoch
 from activation_store.scattering import scatter
 from activation_store.selection import Selection
@@ -27,7 +27,7 @@ class Filled:
         selection: Selection,
         epoch: Epoch,
         number: int,
-        dtype: Dtype,
+        buffers: Buffers,
         threads: ThreadPoolExecutor | None,
     ) -> None:
         self._selection, self._threads = selection, threads
@@ -39,7 +39,7 @@ class Filled:
         """Tokens of the epoch before this pool."""
         self.stop = int(epoch.starts[number + 1])
         """Tokens of the epoch up to the end of this pool."""
-        self._vectors = [np.empty((len(self._tokens), s.d), dtype) for s in selection.sources]
+        self._vectors = buffers.take(len(self._tokens))
         self._jobs: list[Future[None]] = []
         self._n_chunks = max(1, min(_CHUNKS, len(self._tokens) // _CHUNK_TOKENS))
         self._n_begun = 0
@@ -97,18 +97,17 @@ class Pools:
         self,
         selection: Selection,
         epoch: Epoch,
-        dtype: Dtype,
+        buffers: Buffers,
         threads: ThreadPoolExecutor | None,
     ) -> None:
         self._selection, self._epoch = selection, epoch
-        self._dtype: Dtype = dtype
-        self._threads = threads
+        self._buffers, self._threads = buffers, threads
         self._held: dict[int, Filled] = {}
 
     def _pool(self, number: int) -> Filled:
         if number not in self._held:
             self._held[number] = Filled(
-                self._selection, self._epoch, number, self._dtype, self._threads
+                self._selection, self._epoch, number, self._buffers, self._threads
             )
         return self._held[number]
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from activation_store.buffers import Buffers
 from activation_store.errors import ContentError
 from activation_store.hooks import LARGEST, Dtype
 from activation_store.mixing import Mixing
@@ -48,9 +49,8 @@ class VectorStream:
     Every `for` loop begins at the cursor that the stream was made with. `cursor` is the place after
     the batch that was given last.
 
-    Memory: the buffer once, or up to three times with `prefetch`, and one batch. A batch is a part
-    of the buffer that nothing else uses: change it as you like, and copy what you keep, because it
-    keeps its buffer.
+    Memory: up to three times the buffer. A batch is a part of a buffer that nothing else uses:
+    change it as you like, and copy what you keep for long, because it keeps its buffer.
     """
 
     def __init__(
@@ -181,10 +181,11 @@ class VectorStream:
         With `prefetch` the reading of the next pool is begun bit by bit as batches are planned.
         """
         number, begin = self._begin
+        buffers = Buffers(self._mixing.most_tokens, list(self.widths.values()), self.dtype)
         while self.epochs is None or number < self.epochs:
             epoch = self._mixing.epoch(number)
             ahead = threads if self.prefetch else None
-            pools = Pools(self._selection, epoch, self.dtype, ahead)
+            pools = Pools(self._selection, epoch, buffers, ahead)
             for start in range(begin, self.n_tokens, self.batch_tokens):
                 stop = min(start + self.batch_tokens, self.n_tokens)
                 is_last = stop == self.n_tokens
