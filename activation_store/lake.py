@@ -6,13 +6,10 @@ Tables and SQL are those of a store.
 """
 
 import os
-import random
 import secrets
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -20,16 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import duckdb
 
-from activation_store import catalogue, guard, lake_schema, tables
+from activation_store import catalogue, guard, lake_commit, lake_schema, tables
 from activation_store.errors import (
     ContentError,
-    LockedError,
     NotAStoreError,
     QueryError,
     SchemaError,
     ShardError,
     StoreError,
-    WriteError,
 )
 from activation_store.lake_files import LakeFiles
 from activation_store.lake_place import LAKE, LakePlace, connect, lake_place, said, turn
@@ -45,12 +40,9 @@ if TYPE_CHECKING:
 Mode = Literal["r", "w", "a"]
 Answer = TypeVar("Answer")
 
-ATTEMPTS = 8
-"""How often a commit is tried where another program wrote at the same moment."""
 KEEP_SECONDS = 3600.0
 """How long a compaction leaves what it replaced to those who still read it."""
 
-_PASSING = ("database is locked", "conflict", "could not serialize", "deadlock detected")
 _INFO = """
 SELECT
     count(*), coalesce(sum(n_bytes), 0)::BIGINT,
@@ -90,7 +82,7 @@ def open_lake(
     LakeFiles(place).check(create=mode == "w")
     if mode == "w":
         with turn(place), connect(place, read_only=False) as con:
-            _run(con, place, lambda inside: lake_schema.create(inside, place))
+            lake_commit.run(con, place, lambda inside: lake_schema.create(inside, place))
     return Lake(place, mode, trusted)
 
 
@@ -168,7 +160,7 @@ class Lake:
                 "with mode='a', which brings it to today's."
             )
         with turn(self.place):
-            _run(con, self.place, lambda inside: lake_schema.upgrade(inside, had))
+            lake_commit.run(con, self.place, lambda inside: lake_schema.upgrade(inside, had))
 
     def _cursor(self) -> duckdb.DuckDBPyConnection:
         if self._con is None:
@@ -389,54 +381,7 @@ class Lake:
     def _commit(self, work: Callable[[duckdb.DuckDBPyConnection], Answer]) -> Answer:
         """Run `work` in one transaction that comes about whole or not at all, in its turn."""
         with turn(self.place):
-            return _run(self._cursor(), self.place, work)
-
-
-def _run(
-    con: duckdb.DuckDBPyConnection,
-    place: LakePlace,
-    work: Callable[[duckdb.DuckDBPyConnection], Answer],
-) -> Answer:
-    """Run `work` in a transaction of the lake, again where another program came between.
-
-    Ours take turns, so only programs that write to the DuckLake without us can.
-
-    Raises:
-        LockedError: they came between `ATTEMPTS` times.
-        WriteError: the machine or the server refused.
-        StoreError: what `work` raises; nothing is changed.
-    """
-    con.execute(f"USE {LAKE}")
-    for attempt in range(ATTEMPTS):
-        con.execute("BEGIN")
-        try:
-            answer = work(con)
-            con.execute("COMMIT")
-        except duckdb.Error as fault:
-            _roll_back(con)
-            text = said(place, fault)
-            if not any(sign in text.lower() for sign in _PASSING):
-                raise WriteError(
-                    f"{place.name}: cannot write: {text}. What was committed before is intact."
-                ) from fault
-            if attempt == ATTEMPTS - 1:
-                raise LockedError(
-                    f"{place.name}: other programs changed the lake in each of {ATTEMPTS} "
-                    f"attempts: {text}. Nothing was written; run again later."
-                ) from fault
-            time.sleep(min(5.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0))
-        except BaseException:
-            _roll_back(con)
-            raise
-        else:
-            return answer
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _roll_back(con: duckdb.DuckDBPyConnection) -> None:
-    # a commit that failed has ended its transaction already
-    with suppress(duckdb.TransactionException):
-        con.execute("ROLLBACK")
+            return lake_commit.run(self._cursor(), self.place, work)
 
 
 def _lock(con: duckdb.DuckDBPyConnection, place: LakePlace) -> None:
