@@ -121,6 +121,14 @@ def test_micro_batches_change_only_rounding(recipe_file: Path) -> None:
         torch.testing.assert_close(weights(parts)[name], one, atol=1e-5, rtol=0)
 
 
+def test_recomputed_activations_give_the_same_weights(recipe_file: Path) -> None:
+    kept = train(Recipe.load(recipe_file, "name=kept"))
+    settings = ["name=recomputed", "train.gradient_checkpointing=true"]
+    recomputed = train(Recipe.load(recipe_file, *settings))
+    for name, one in weights(kept).items():
+        torch.testing.assert_close(weights(recomputed)[name], one, atol=1e-6, rtol=0)
+
+
 def test_a_finished_training_is_not_repeated(recipe_file: Path) -> None:
     run = train(Recipe.load(recipe_file))
     before = (run.dir / "model" / "model.safetensors").stat().st_mtime_ns
