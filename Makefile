@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench lint types imports recipes
+.PHONY: demo test check bench soak lint types imports recipes
 
 demo: $(VENV)/.installed
 	$(BIN)/lmmono run recipes/quickstart.yaml
@@ -16,6 +16,10 @@ check: lint types imports recipes test
 
 bench: $(VENV)/.installed-dev
 	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+# every kind of kill 50 times, at random moments; the tests alone do it a few times
+soak: $(VENV)/.installed-dev
+	STORE_KILLS=50 $(BIN)/python -m pytest -k kill tests/test_store_*.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

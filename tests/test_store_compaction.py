@@ -19,6 +19,7 @@ from activation_store import Rows, catalogue
 from activation_store.compaction import compact
 
 A, B = "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post"
+KILLS = int(os.environ.get("STORE_KILLS", "5"))
 N, CTX, D = 64, 32, 24
 EVERY = "SELECT * FROM acts ORDER BY ALL"
 
@@ -169,7 +170,7 @@ compact(sys.argv[1], block_acts=4000, shard_acts=9000)
 
 def test_a_kill_at_any_moment_changes_nothing_or_everything(template, tmp_path):
     want = rows(template)
-    for i, delay in enumerate(np.linspace(0.0, 0.25, 5)):
+    for i, delay in enumerate(np.linspace(0.0, 0.25, KILLS)):
         path = tmp_path / f"run{i}"
         shutil.copytree(template, path)
         command = [sys.executable, "-c", KILLED, str(path)]
