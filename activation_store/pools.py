@@ -1,5 +1,6 @@
 """The vectors that are mixed with each other, in memory: one pool, and the next as it is read."""
 
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -8,8 +9,9 @@ import numpy as np
 from activation_store.buffers import Buffers
 from activation_store.mixing import Epoch
 from activation_store.scattering import scatter
-from activation_store.selection import Selection
+from activation_store.selection import Selection, Source
 
+_SCRATCH = threading.local()
 _CHUNKS = 32
 """Pieces at most that a pool is read in, each by one thread."""
 _CHUNK_TOKENS = 256
@@ -60,9 +62,17 @@ class Filled:
         for source, runs, into in zip(
             self._selection.sources, self._selection.runs, self._vectors, strict=True
         ):
-            found = np.empty((len(tokens), source.d), source.dtype)
+            found = self._scratch(len(tokens), source)
             source.read(runs.rows(tokens), found)
             scatter(found, places, into)
+
+    def _scratch(self, n: int, source: Source) -> np.ndarray:
+        """Return room for n vectors as stored; every thread has its own."""
+        n_bytes = n * source.d * source.dtype.itemsize
+        held: np.ndarray | None = getattr(_SCRATCH, "held", None)
+        if held is None or held.nbytes < n_bytes:
+            held = _SCRATCH.held = np.empty(n_bytes, np.uint8)
+        return held[:n_bytes].view(source.dtype).reshape(n, source.d)
 
     def vectors(self, source: int) -> np.ndarray:
         """Return what was read of one source, after waiting for it.

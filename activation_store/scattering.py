@@ -3,7 +3,7 @@
 from typing import no_type_check
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64, UInt16, UInt32
 
 from activation_store.compiled import compiled
 
@@ -28,9 +28,14 @@ _ODD_HALF, _ODD = np.uint32(0x7C00), np.uint32(0x7F800000)
 _TO_MANTISSA, _TO_SIGN = np.uint32(13), np.uint32(16)
 
 
-@no_type_check
 @compiled
-def _widen(x, places, bits, out):
+@no_type_check
+def _widen(
+    x: UInt16[np.ndarray, "n d"],
+    places: Int64[np.ndarray, " n"],
+    bits: UInt32[np.ndarray, "m d"],
+    out: Float32[np.ndarray, "m d"],
+) -> None:
     for i in range(len(places)):
         row, wide, values = x[i], bits[places[i]], out[places[i]]
         for j in range(len(row)):

@@ -103,18 +103,7 @@ class VectorStream:
         self._selection = select(store, self.hooks, split, where)
         self._check_settings()
         self._mixing = self._mixed(shuffle, buffer_tokens)
-        self._settings: Cursor = {
-            "data": _digest(store, self._selection),
-            "hooks": list(self.hooks),
-            "split": split,
-            "where": where,
-            "n_tokens": self.n_tokens,
-            "batch_tokens": batch_tokens,
-            "seed": seed,
-            "shuffle": shuffle,
-            "block_tokens": self._mixing.block_tokens,
-            "buffer_tokens": self._mixing.pool_tokens,
-        }
+        self._settings = self._described(store, split, where)
         self._begin = self._place(cursor)
         self._now = self._begin
 
@@ -235,6 +224,21 @@ class VectorStream:
         # small buffers still hold some blocks from different places
         block = max(1, min(BLOCK_BYTES // max(widths), pool // 16))
         return Mixing(self.n_tokens, block, pool, self.seed, shuffle)
+
+    def _described(self, store: "Store", split: str | None, where: str | None) -> Cursor:
+        """Return what decides the order, which a cursor must agree with."""
+        return {
+            "data": _digest(store, self._selection),
+            "hooks": list(self.hooks),
+            "split": split,
+            "where": where,
+            "n_tokens": self.n_tokens,
+            "batch_tokens": self.batch_tokens,
+            "seed": self.seed,
+            "shuffle": self._mixing.shuffle,
+            "block_tokens": self._mixing.block_tokens,
+            "buffer_tokens": self._mixing.pool_tokens,
+        }
 
     def _place(self, cursor: Cursor | str | None) -> tuple[int, int]:
         """Return epoch and token of a cursor.
