@@ -128,7 +128,7 @@ def connect(place: LakePlace, *, read_only: bool) -> duckdb.DuckDBPyConnection:
     if place.kind == "sqlite":
         # readers go on while a writer commits
         options += ["META_JOURNAL_MODE 'WAL'", "META_BUSY_TIMEOUT 10000"]
-    if place.password is not None:
+    if place.kind == "postgres":
         options += ["META_SECRET 'lake_password'"]
     try:
         con.execute(f"ATTACH {quoted(PREFIX + place.metadata)} AS {LAKE} ({', '.join(options)})")
@@ -153,10 +153,9 @@ def _prepared(place: LakePlace) -> duckdb.DuckDBPyConnection:
     for file in files:
         con.execute(f"LOAD {quoted(str(file))}")
     con.execute("SET parquet_metadata_cache = true")
-    if place.password is not None:
-        con.execute(
-            f"CREATE SECRET lake_password (TYPE postgres, PASSWORD {quoted(place.password)})"
-        )
+    if place.kind == "postgres":
+        given = f", PASSWORD {quoted(place.password)}" if place.password is not None else ""
+        con.execute(f"CREATE SECRET lake_password (TYPE postgres{given})")
     if place.is_remote:
         # shards never change, so what is known of a file stays true
         con.execute("SET enable_http_metadata_cache = true")
@@ -276,9 +275,10 @@ def turn(place: LakePlace, wait_seconds: float | None = None) -> Generator[None]
             yield
         return
     with _prepared(place) as con:
-        secret = ", SECRET lake_password" if place.password is not None else ""
         try:
-            con.execute(f"ATTACH {quoted(place.catalogue)} AS turns (TYPE postgres{secret})")
+            con.execute(
+                f"ATTACH {quoted(place.catalogue)} AS turns (TYPE postgres, SECRET lake_password)"
+            )
         except duckdb.Error as fault:
             raise _unreachable(place, fault) from fault
         _acquire(con, place, time.monotonic() + wait)

@@ -16,6 +16,9 @@ from activation_store.views import Listing, bulk_query
 
 _BULK = {"acts": "acts", "token_ids": "tokens", "vectors": "vectors"}
 _COPIED = {
+    "meta": "key",
+    "hooks": "hook, kind",
+    "shards": "kind, hook, file",
     "vocabulary": "token_id",
     "unit_stats": "hook, unit",
     "exemplars": "hook, unit, kind, rank",
@@ -154,25 +157,36 @@ def mirror(con: duckdb.DuckDBPyConnection, shards: LakeFiles) -> int:
 
 
 def copy(con: duckdb.DuckDBPyConnection, shards: LakeFiles) -> int:
-    """Take the list of shards and the tables that queries of one unit need into memory.
+    """Take the list of shards, and the tables that publications write, into memory.
 
-    Asking DuckLake for them costs some trips to the catalogue per table and query: 10 to 40 ms
-    where the rest of a query of one unit takes 15 ms.
+    So a query sees them as of one commit. And asking DuckLake costs some trips to the catalogue per
+    table and query: 10 to 40 ms where the rest of a query of one unit takes 15 ms.
 
     Returns:
         The version of the shards that was copied, or an older one.
     """
     version = version_of_shards(con)
-    for view, query in _bulk_queries(con, shards, f"{LAKE}.").items():
-        con.execute(f"CREATE OR REPLACE VIEW {view} AS {query}")
-    for table, order in _COPIED.items():
-        row = con.execute(f"SELECT count(*) FROM {LAKE}.{table}").fetchone()
-        assert row is not None
-        source = LAKE
-        if row[0] <= COPIED_ROWS:
-            source = "copied"
-            con.execute(
-                f"CREATE OR REPLACE TABLE copied.{table} AS FROM {LAKE}.{table} ORDER BY {order}"
-            )
-        con.execute(f"CREATE OR REPLACE VIEW {table} AS SELECT * FROM {source}.{table}")
+    con.execute("BEGIN")
+    try:
+        for view, query in _bulk_queries(con, shards, f"{LAKE}.").items():
+            con.execute(f"CREATE OR REPLACE VIEW {view} AS {query}")
+        for table, order in _COPIED.items():
+            _copy_table(con, table, order)
+        con.execute("COMMIT")
+    except BaseException:
+        con.execute("ROLLBACK")
+        raise
     return version
+
+
+def _copy_table(con: duckdb.DuckDBPyConnection, table: str, order: str) -> None:
+    """Stand a view of this name over a copy, or over the lake where a copy would be too large."""
+    row = con.execute(f"SELECT count(*) FROM {LAKE}.{table}").fetchone()
+    assert row is not None
+    source = LAKE
+    if row[0] <= COPIED_ROWS:
+        source = "copied"
+        con.execute(
+            f"CREATE OR REPLACE TABLE copied.{table} AS FROM {LAKE}.{table} ORDER BY {order}"
+        )
+    con.execute(f"CREATE OR REPLACE VIEW {table} AS SELECT * FROM {source}.{table}")
