@@ -32,11 +32,13 @@ def from_bytes(data: bytes) -> dict[str, np.ndarray]:
 
 def seen_to_arrays(seen: Seen) -> dict[str, np.ndarray]:
     """Return the state of a hook as named arrays; the sketch without its empty buckets."""
-    counts = seen.sketch[seen.sketch != 0]
+    # a part of the units at a time: the whole table is mostly memory that was never touched
+    parts = [seen.sketch[i : i + 4096] for i in range(0, len(seen.sketch), 4096)]
+    counts = np.concatenate([part[part != 0] for part in parts])
     narrow = counts.size == 0 or int(counts.max()) < 2**16
     arrays = {
         "odd": seen.odd,
-        "sketch.filled": np.packbits(seen.sketch != 0, axis=1),
+        "sketch.filled": np.concatenate([np.packbits(part != 0, axis=1) for part in parts]),
         "sketch.counts": counts.astype(np.uint16) if narrow else counts,
     }
     for name in ("moments", "top", "random", "firing"):

@@ -27,35 +27,40 @@ class TokenLog:
         self._splits: list[str] = []
         self._waiting: list[tuple[np.ndarray, ...]] = []
 
-    def add(self, seq: Int32[np.ndarray, " batch"], tokens: Ids, docs: Ids, split: str) -> None:
-        """Note the tokens of a batch, or check those that the store holds already.
+    def check(self, seq: Int32[np.ndarray, " batch"], tokens: Ids, docs: Ids) -> None:
+        """Refuse sequences that cannot be added; changes nothing.
 
         Raises:
             ContentError: a sequence that this capture was given before, or whose tokens differ from
                 those that the store holds.
         """
         names = seq.astype(np.int64)
-        again = (names < 0) | (self._given.get(names) > 0)
         repeated = np.ones(len(names), bool)
         repeated[np.unique(names, return_index=True)[1]] = False
-        if (again | repeated).any():
-            name = int(names[np.flatnonzero(again | repeated)[0]])
+        again = repeated | (names < 0) | (self._given.get(names) > 0)
+        if again.any():
             raise ContentError(
-                f"sequence {name} was given before; each sequence of a capture has a number "
-                ">= 0 of its own. After a restart begin at the writer's next_seq."
+                f"sequence {names[again][0]} was given before; each sequence of a capture has a "
+                "number >= 0 of its own. After a restart begin at the writer's next_seq."
             )
-        digests = _digests(tokens, docs)
-        known = np.maximum(self._written.get(names), self._by_others.get(names))
-        fresh = known == 0
-        if (~fresh & (known != digests)).any():
-            name = int(names[np.flatnonzero(~fresh & (known != digests))[0]])
+        known = self._known(names)
+        other = (known > 0) & (known != _digests(tokens, docs))
+        if other.any():
             raise ContentError(
-                f"sequence {name}: its tokens or documents differ from those in the store; a "
-                "store holds one corpus. Write this capture to another store."
+                f"sequence {names[other][0]}: its tokens or documents differ from those in the "
+                "store; a store holds one corpus. Write this capture to another store."
             )
+
+    def add(self, seq: Int32[np.ndarray, " batch"], tokens: Ids, docs: Ids, split: str) -> None:
+        """Note sequences that were checked; their tokens are kept unless the store has them."""
+        names = seq.astype(np.int64)
+        fresh = self._known(names) == 0
         self._given.put(names, np.ones(len(names), np.uint64))
-        self._written.put(names[fresh], digests[fresh])
+        self._written.put(names[fresh], _digests(tokens, docs)[fresh])
         self._keep(seq, tokens, docs, split, fresh)
+
+    def _known(self, names: np.ndarray) -> np.ndarray:
+        return np.maximum(self._written.get(names), self._by_others.get(names))
 
     def _keep(self, seq: np.ndarray, tokens: Ids, docs: Ids, split: str, fresh: np.ndarray) -> None:
         if split not in self._splits:

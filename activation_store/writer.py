@@ -10,9 +10,9 @@ never stopped.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from types import TracebackType
 
@@ -86,6 +86,7 @@ class Writer:
         self._commit_seqs = self._group * -(-commit_tokens // (n_ctx * self._group))
         self._model_digest = model_digest
         self._n_seqs = self._committed = 0
+        self._stopped = False
         self._open = ExitStack()
 
     @property
@@ -142,11 +143,11 @@ class Writer:
         fault: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Commit what is not committed, unless the block ended with an exception."""
+        """Commit what is not committed, unless the block or the writer ended with an error."""
         with self._open:
-            if kind is None and self._n_seqs > self._committed:
+            if kind is None and not self._stopped and self._n_seqs > self._committed:
                 self.commit()
-            elif kind is not None:
+            else:
                 self._spool.abandon()
 
     def _resume(self, con: duckdb.DuckDBPyConnection) -> None:
@@ -230,18 +231,32 @@ class Writer:
             hook.hook: as_block(hook.hook, activations[hook.hook], (n, self._n_ctx, hook.d))
             for hook in (*self._rows, *self._vectors)
         }
-        done = 0
-        while done < n:
-            stop = min(n, done + self._group - self._n_seqs % self._group)
-            part = slice(done, stop)
-            self._tokens.add(seq[part], tokens[part], docs[part], split)
-            self._add_blocks(
-                seq[part], docs[part], {hook: block[part] for hook, block in blocks.items()}
+        self._tokens.check(seq, tokens, docs)
+        with self._changing():
+            done = 0
+            while done < n:
+                stop = min(n, done + self._group - self._n_seqs % self._group)
+                part = slice(done, stop)
+                self._tokens.add(seq[part], tokens[part], docs[part], split)
+                self._add_blocks(
+                    seq[part], docs[part], {hook: block[part] for hook, block in blocks.items()}
+                )
+                self._n_seqs += stop - done
+                done = stop
+                if self._n_seqs % self._group == 0:
+                    self._look()
+
+    @contextmanager
+    def _changing(self) -> Generator[None]:
+        """Mark the writer as unusable if the change does not end well."""
+        if self._stopped:
+            raise StoreError(
+                f"{self._where.file}: this writer stopped at an error before; leave its block and "
+                f"enter another one, which goes on from sequence {self._committed} of the stream."
             )
-            self._n_seqs += stop - done
-            done = stop
-            if self._n_seqs % self._group == 0:
-                self._look()
+        self._stopped = True
+        yield
+        self._stopped = False
 
     def _check_hooks(self, activations: Mapping[str, Tensor]) -> None:
         wanted = {hook.hook for hook in (*self._rows, *self._vectors)}
@@ -261,7 +276,7 @@ class Writer:
     def _look(self) -> None:
         """Write a block or commit, if it is time; only at fixed places of the stream."""
         if self._n_seqs - self._committed >= self._commit_seqs:
-            self.commit()
+            self._commit()
         elif is_block(self._accumulators):
             self._write_block()
         if self._vector_log.is_full:
@@ -279,6 +294,10 @@ class Writer:
             ContentError: a hook that is too dense to be kept as rows.
             WriteError: the disk is full or the folder cannot be written.
         """
+        with self._changing():
+            self._commit()
+
+    def _commit(self) -> None:
         self._write_block()
         self._spool.vectors(self._vector_log.take())
         self._spool.tokens(self._tokens.take())

@@ -351,6 +351,31 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
     assert query(path, "SELECT count(*) FROM shards") == [(0,)]
 
 
+def test_an_error_that_is_swallowed_does_not_commit_half_a_batch(tmp_path: Path) -> None:
+    stream = Stream(n=96)
+    path = tmp_path / "store.duckdb"
+    dense = {"mlp.hook_post": stream.acts + 1, "hook_resid_post": stream.resid}
+    with opened(path, stream) as writer:
+        stream.write(writer, 8, stop=32)
+        with pytest.raises(StoreError, match="sequence 0 was given before"):
+            first = {name: x[:8] for name, x in dense.items()}
+            writer.add(np.arange(8), stream.tokens[:8], stream.docs[:8], "val", first)
+        writer.commit()
+        held = content(path)
+        part = slice(40, 96)
+        broken = {name: x[part] for name, x in dense.items()}
+        broken["mlp.hook_post"] = broken["mlp.hook_post"][..., :5]
+        with pytest.raises(StoreError, match="want"):
+            writer.add(np.arange(40, 96), stream.tokens[part], stream.docs[part], "val", broken)
+        writer._spool._threads.shutdown()  # the next block cannot be handed over
+        broken = {name: x[part] for name, x in dense.items()}
+        with pytest.raises(RuntimeError):
+            writer.add(np.arange(40, 96), stream.tokens[part], stream.docs[part], "val", broken)
+        with pytest.raises(StoreError, match="stopped at an error .* from sequence 32"):
+            writer.commit()
+    assert content(path) == held
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     stream = Stream(n=2)
     path = tmp_path / "store.duckdb"
