@@ -322,17 +322,16 @@ class Lake:
         self._check_writable()
         source = read_source(catalogue.place(path))
         known = {file for (file,) in self.sql("SELECT file FROM publications").fetchall()}
-        folder = source.where.folder
         copied = sum(
-            self.files.upload(folder / shard.file, shard)
+            self.files.upload(source.where.folder / shard.file, shard)
             for shard in source.shards
             if shard.file not in known
         )
 
         def work(con: duckdb.DuckDBPyConnection) -> "Publication":
-            done = take_in(con, source, self.files.upload)
+            taken = take_in(con, source, self.files.upload)
             lake_schema.write_views(con, self.files)
-            return done
+            return taken
 
         return replace(self._commit(work), n_bytes=copied)
 

@@ -24,6 +24,7 @@ from activation_store.catalogue import Place
 from activation_store.encoding import Target, encode_tokens
 from activation_store.errors import ContentError
 from activation_store.hooks import Rows, Vectors
+from activation_store.presence import Presence
 from activation_store.sequences import SequenceTable, from_ranges, shared, to_ranges
 from activation_store.shards import Shard, listed, next_number, register, shard_name
 from activation_store.summary import RowsTotal, VectorsTotal, write_tables
@@ -51,6 +52,8 @@ class Publication:
 class Source:
     """A store as it was when its publication began."""
 
+    presence: Presence
+    """Keeps a compaction of the store from removing shards that it replaces."""
     where: Place
     store_id: str
     meta: dict[str, str]
@@ -73,6 +76,7 @@ def read_source(where: Place) -> Source:
     Raises:
         StoreError: there is no store, or it cannot be read.
     """
+    presence = Presence([where.folder])
     with duckdb.connect(":memory:") as con:
         migrations.attach(con, where, "source")
         con.execute("USE source")
@@ -80,7 +84,7 @@ def read_source(where: Place) -> Source:
         states = dict(con.execute("SELECT key, value FROM writer_state").fetchall())
         names = ("documents", "vocabulary", *_COPIED)
         rows = {name: con.execute(f"FROM {name}").to_arrow_table() for name in names}
-        return Source(where, meta["store_id"], meta, tuple(listed(con)), states, rows)
+        return Source(presence, where, meta["store_id"], meta, tuple(listed(con)), states, rows)
 
 
 def take_in(con: duckdb.DuckDBPyConnection, source: Source, upload: Upload) -> Publication:
@@ -133,9 +137,9 @@ def _fresh(con: duckdb.DuckDBPyConnection, source: Source) -> list[Shard]:
         kept = {shard.file for shard in listed(con)}
         if not taken <= kept:
             raise ContentError(
-                f"{source.where.file}: its shards were rewritten after it was published, and so "
-                "were the lake's; what it holds new cannot be told from what the lake has. Capture "
-                "further sequences into a store of their own."
+                f"{source.where.file}: its shards were rewritten after it was published, and the "
+                "lake has them in another form too; what is new cannot be told from what the lake "
+                "holds. Capture further sequences into a store of their own."
             )
         for table in ("shards", "publications"):
             con.execute(
