@@ -52,7 +52,7 @@ def kurtosis(
 
     A unit whose variance does not exceed `minimum_variance` has none: NaN.
 
-    >>> kurtosis(4, np.array([[2.0], [2.0], [2.0], [2.0]]))  # 0, 0, 1, 1
+    >>> kurtosis(4.0, np.array([[2.0], [2.0], [2.0], [2.0]]))  # 0, 0, 1, 1
     array([1.])
     """
     raw = power_sums / n
