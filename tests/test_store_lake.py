@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -530,3 +531,25 @@ def test_a_bucket_that_is_not_there_is_named(at, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{lake_servers.free_port()}")
     with pytest.raises(astore.StoreError, match="cannot reach it"):
         at.open("w")
+
+
+def test_the_guide_runs_as_it_is_written(at, stores):
+    text = (Path(__file__).parents[1] / "docs" / "lake.md").read_text()
+    (python,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (sql,) = re.findall(r"^```sql\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    for written, here in (
+        ("ducklake:postgres:dbname=acts host=db user=lab", at.address),
+        ("s3://bucket/acts", at.data),
+        ("runs/mine", str(stores.parts[0])),
+    ):
+        assert python.count(f'"{written}"') == 1, written
+        python = python.replace(f'"{written}"', repr(here))
+    names: dict = {}
+    exec(python, names)
+    assert names["lake"].info().n_tokens == SEQS * N_CTX
+    with duckdb.connect() as con:
+        for file in extension_files(["ducklake", "sqlite_scanner"]):
+            con.execute(f"LOAD '{file}'")
+        assert "ducklake:sqlite:/shared/acts.sqlite" in sql
+        con.execute(sql.replace("ducklake:sqlite:/shared/acts.sqlite", at.address))
+        assert len(con.fetchall()) == D
