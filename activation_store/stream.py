@@ -5,6 +5,7 @@ of threads; a cursor says how far a reader has come, and a stream that begins th
 bits as one that was never stopped. See `mixing.py` for how tokens are mixed.
 """
 
+import copy
 import hashlib
 import json
 from collections import deque
@@ -138,6 +139,23 @@ class VectorStream:
         """The place after the last batch given, to begin another stream at."""
         epoch, token = self._now
         return {**self._settings, "epoch": epoch, "token": token}
+
+    def again(
+        self,
+        cursor: Cursor | str | None = None,
+        *,
+        epochs: int | None,
+        framework: Literal["numpy", "torch"],
+    ) -> "VectorStream":
+        """Return a stream of the same vectors in the same order that begins at another place.
+
+        Raises:
+            ContentError: the cursor is of another stream.
+        """
+        stream = copy.copy(self)
+        stream.epochs, stream.framework = epochs, framework
+        stream._begin = stream._now = stream._place(cursor)
+        return stream
 
     def __repr__(self) -> str:
         widths = ", ".join(f"{hook} [{d}]" for hook, d in self.widths.items())

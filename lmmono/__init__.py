@@ -9,6 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lmmono.capturing import capture, capture_run
     from lmmono.data.tokens import TokenCorpus, TokenRows
+    from lmmono.dictionary.classical import Classical
+    from lmmono.dictionary.controls import Control, shuffled, untrained
+    from lmmono.dictionary.estimator import Dictionary, load_dictionary
+    from lmmono.dictionary.evaluation import SAEReport, evaluate
+    from lmmono.dictionary.interchange import export_dictionary, import_dictionary
+    from lmmono.dictionary.latents import store_latents
+    from lmmono.dictionary.live import model_vectors
+    from lmmono.dictionary.recovery import recovery
+    from lmmono.dictionary.sae import SAE, fit_together
+    from lmmono.dictionary.splicing import run_with_sae
+    from lmmono.dictionary.stability import stability
     from lmmono.errors import LmmonoError
     from lmmono.generation import generate
     from lmmono.models.build import build_model
@@ -29,33 +40,61 @@ if TYPE_CHECKING:
     from lmmono.training import train
 
 __all__ = [
+    "Classical",
+    "Control",
     "CrateConfig",
     "CrateForCausalLM",
+    "Dictionary",
     "Edit",
     "LmmonoError",
     "Recipe",
     "Run",
+    "SAE",
+    "SAEReport",
     "TokenCorpus",
     "TokenRows",
     "build_model",
     "capture",
     "capture_run",
     "comparison",
+    "evaluate",
+    "export_dictionary",
+    "fit_together",
     "generate",
     "hook_names",
+    "import_dictionary",
+    "load_dictionary",
     "load_model",
     "match_hooks",
+    "model_vectors",
     "open_run",
     "preset",
     "recording",
+    "recovery",
     "run_with_cache",
     "run_with_edit",
+    "run_with_sae",
+    "shuffled",
+    "stability",
+    "store_latents",
     "train",
+    "untrained",
 ]
 
 _HOMES = {
     "capturing": ("capture", "capture_run"),
     "data.tokens": ("TokenCorpus", "TokenRows"),
+    "dictionary.classical": ("Classical",),
+    "dictionary.controls": ("Control", "shuffled", "untrained"),
+    "dictionary.estimator": ("Dictionary", "load_dictionary"),
+    "dictionary.evaluation": ("SAEReport", "evaluate"),
+    "dictionary.interchange": ("export_dictionary", "import_dictionary"),
+    "dictionary.latents": ("store_latents",),
+    "dictionary.live": ("model_vectors",),
+    "dictionary.recovery": ("recovery",),
+    "dictionary.sae": ("SAE", "fit_together"),
+    "dictionary.splicing": ("run_with_sae",),
+    "dictionary.stability": ("stability",),
     "errors": ("LmmonoError",),
     "generation": ("generate",),
     "models.build": ("build_model",),

@@ -37,6 +37,10 @@ class TrainingStopped(LmmonoError):
     """Training that was asked to stop and saved everything first."""
 
 
+class DictionaryError(LmmonoError):
+    """A dictionary that cannot be fitted, used or read, or vectors that do not fit it."""
+
+
 class RunError(LmmonoError):
     """A run folder that is missing, foreign, or holds something else than asked."""
 

@@ -1,0 +1,169 @@
+"""The settings of dictionaries: one frozen class per kind, told apart by `arch`.
+
+The same classes check the keywords of `lm.SAE`, `lm.Classical` and `lm.Control` and the entries of
+a recipe's section `dictionary`. The target of a dictionary is one of `k`, `target_l0` and
+`coefficient`, by its `arch`; what was reached is measured, never assumed.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lmmono.recipe.sections import Count, Fraction, Section, clash
+
+
+class Width(Section):
+    """How many latents: a number, or a multiple of the input's width."""
+
+    d_sae: Count | None = None
+    """Number of latents; give this or `expansion`."""
+    expansion: Count | None = None
+    """Number of latents over the width of the input."""
+
+    @model_validator(mode="after")
+    def _want_one(self) -> "Width":
+        if (self.d_sae is None) == (self.expansion is None):
+            raise clash("want d_sae or expansion, one of them", "d_sae", "expansion")
+        return self
+
+    def width(self, d_in: int) -> int:
+        """Return the number of latents for an input of `d_in` coordinates."""
+        return self.d_sae if self.expansion is None else self.expansion * d_in  # pyright: ignore[reportReturnType]
+
+
+class Trained(Width):
+    """What all dictionaries have that are trained by gradient steps."""
+
+    steps: Count = 5_000
+    """Optimizer steps; one batch of vectors each."""
+    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Peak learning rate of Adam."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    decay_fraction: Fraction = 0.2
+    """Share of the steps, at the end, over which the learning rate falls to zero."""
+    scaling: Literal["norm", "none"] = "norm"
+    """`norm` divides the input by one number, so that its mean norm is sqrt(d_in)."""
+    dead_window_steps: Count = 500
+    """A latent that did not fire for this many steps counts as dead in training."""
+
+    @model_validator(mode="after")
+    def _leave_steps_after_warmup(self) -> "Trained":
+        if self.warmup_steps >= self.steps:
+            message = f"want fewer than steps ({self.steps}), got {self.warmup_steps}"
+            raise clash(message, "warmup_steps", "steps")
+        return self
+
+
+class TopKSae(Trained):
+    """Only the k largest pre-activations stay: per token, or k per token on average of a batch."""
+
+    arch: Literal["topk", "batchtopk"]
+    k: Count
+    """Latents that stay active per token."""
+    aux_coefficient: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the loss that lets dead latents model the residual error."""
+
+
+class MatryoshkaSae(Trained):
+    """A batch-topk SAE whose first latents must also reconstruct on their own."""
+
+    arch: Literal["matryoshka_batchtopk"]
+    k: Count
+    """Latents that stay active per token, on average of a batch."""
+    widths: tuple[Count, ...] = Field(min_length=1)
+    """Widths of the nested dictionaries, growing; the full width is added."""
+    aux_coefficient: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the loss that lets dead latents model the residual error."""
+
+
+class MatchingPursuitSae(Trained):
+    """Latents chosen one after the other, each to fit what is left."""
+
+    arch: Literal["matching_pursuit"]
+    k: Count
+    """Most latents per token."""
+    residual_threshold: Annotated[float, Field(ge=0.0)] = 0.01
+    """Stop when the norm of what is left, in scaled units, is below this."""
+
+
+class PenaltySae(Trained):
+    """ReLU latents under an L1 penalty, plain or gated."""
+
+    arch: Literal["standard", "gated"]
+    coefficient: Annotated[float, Field(ge=0.0)]
+    """Weight of the L1 penalty."""
+    coefficient_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the penalty grows from zero."""
+
+
+class JumpReluSae(Trained):
+    """Latents with a learned threshold each, under an L0 penalty."""
+
+    arch: Literal["jumprelu"]
+    target_l0: Annotated[float, Field(gt=0.0)] | None = None
+    """Mean active latents per token to aim at; without it the penalty is on L0 itself."""
+    coefficient: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the L0 penalty."""
+    coefficient_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the penalty grows from zero."""
+    initial_threshold: Annotated[float, Field(gt=0.0)] = 0.01
+    """Threshold of every latent at the start, in scaled units."""
+    bandwidth: Annotated[float, Field(gt=0.0)] = 0.05
+    """Width of the kernel through which thresholds get a gradient."""
+
+
+Sae = Annotated[
+    TopKSae | MatryoshkaSae | MatchingPursuitSae | PenaltySae | JumpReluSae,
+    Field(discriminator="arch"),
+]
+
+
+class Decomposition(Width):
+    """A classical decomposition, fitted by scikit-learn on a sample of the vectors."""
+
+    arch: Literal["pca", "ica", "nmf", "dictionary_learning", "kmeans"]
+    k: Count | None = None
+    """Keep only the k coefficients of largest size per token; null keeps all."""
+    max_tokens: Count = 100_000
+    """Vectors to fit on, the first of the seeded order."""
+    max_iterations: Count = 200
+    """Most passes of an iterative method."""
+
+
+class Identity(Section):
+    """The input itself: raw neurons or raw stream coordinates."""
+
+    arch: Literal["identity"]
+    k: Count | None = None
+    """Keep only the k coordinates of largest size per token; null keeps all."""
+
+
+class RandomDictionary(Width):
+    """Random unit directions; the k with the largest projection are fitted by least squares."""
+
+    arch: Literal["random"]
+    k: Count
+    """Latents that stay active per token."""
+
+
+class DenseAutoencoder(Trained):
+    """A ReLU auto-encoder without any sparsity term."""
+
+    arch: Literal["dense"]
+
+
+Control = Annotated[Identity | RandomDictionary | DenseAutoencoder, Field(discriminator="arch")]
+
+AnyDictionary = Annotated[
+    TopKSae
+    | MatryoshkaSae
+    | MatchingPursuitSae
+    | PenaltySae
+    | JumpReluSae
+    | Decomposition
+    | Identity
+    | RandomDictionary
+    | DenseAutoencoder,
+    Field(discriminator="arch"),
+]
