@@ -41,6 +41,14 @@ class DictionaryError(LmmonoError):
     """A dictionary that cannot be fitted, used or read, or vectors that do not fit it."""
 
 
+class ExplainError(LmmonoError):
+    """A unit, split, explainer or scorer that cannot be used as asked."""
+
+
+class ClientError(LmmonoError):
+    """A language model that cannot be asked, or does not answer."""
+
+
 class RunError(LmmonoError):
     """A run folder that is missing, foreign, or holds something else than asked."""
 

@@ -1,0 +1,116 @@
+"""An explanation: text for people and, where there is one, the program that simulates the unit.
+
+A failure is an explanation of its own: a row with its type, never a sentence that a scorer could
+mistake for a meaning.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from lmmono.types import Split
+
+Failure = Literal["too_few_records", "silent", "unparsed", "refused", "no_answer"]
+"""Why there is no explanation.
+
+too_few_records: fewer records than the explainer wants. silent: the unit never fires in the split.
+unparsed: the language model's answer has not the form asked for. refused: the client's limit on
+calls or cost is reached. no_answer: the client failed after its retries.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What asking a language model took."""
+
+    n_calls: int = 0
+    """Calls made; an answer from the replay cache is none."""
+    n_prompt_tokens: int = 0
+    """Tokens sent."""
+    n_completion_tokens: int = 0
+    """Tokens received."""
+    cost_usd: float | None = None
+    """US dollars; None where no price is known."""
+    seconds: float = 0.0
+    """Wall time."""
+
+    def __add__(self, other: "Usage") -> "Usage":
+        costs = [cost for cost in (self.cost_usd, other.cost_usd) if cost is not None]
+        return Usage(
+            self.n_calls + other.n_calls,
+            self.n_prompt_tokens + other.n_prompt_tokens,
+            self.n_completion_tokens + other.n_completion_tokens,
+            sum(costs) if costs else None,
+            self.seconds + other.seconds,
+        )
+
+
+class Program(ABC):
+    """What simulates a unit from tokens alone."""
+
+    kind: ClassVar[str]
+    """Name in the stored JSON."""
+
+    @abstractmethod
+    def simulate(
+        self, token_ids: Int[ndarray, "records window"]
+    ) -> Float[ndarray, "records window"]:
+        """Return the predicted activation on each token, in units of the hook; 0 on padding."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values that `from_json` reads; `kind` is added by the store."""
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Return the program that `to_json` described."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What an explainer says of one unit."""
+
+    hook: str
+    """Hook of the unit."""
+    unit: int
+    """Index of the unit."""
+    explainer: str
+    """Name of the explainer."""
+    text: str | None = None
+    """For people; None where it failed."""
+    program: Program | None = None
+    """What simulates the unit; None for text alone."""
+    failure: Failure | None = None
+    """Why there is no text; None where there is."""
+    split: Split = "explain"
+    """Split that the records came from."""
+    n_records: int = 0
+    """Records shown to the explainer."""
+    complexity: float | None = None
+    """Size of the program in terms."""
+    seed: int | None = None
+    """Seed, where the explainer draws."""
+    rank: int | None = None
+    """Place among several candidates, 1 is best."""
+    model: str | None = None
+    """Language model that wrote it."""
+    prompt_hash: str | None = None
+    """sha256 of the prompt."""
+    usage: Usage = field(default_factory=Usage)
+    """What it took."""
+
+    def __post_init__(self) -> None:
+        assert (self.text is None) == (self.failure is not None), "a text, or a failure"
+
+    def row(self) -> dict[str, Any]:
+        """Return the row of table `explanations`."""
+        values = {key: getattr(self, key) for key in self.__slots__}
+        usage = asdict(values.pop("usage"))
+        usage.pop("cost_usd")
+        program = values.pop("program")
+        described = None if program is None else {"kind": program.kind, **program.to_json()}
+        return {**values, **usage, "program": described}

@@ -1,0 +1,91 @@
+"""The scorers by name: what each needs, measures and cites. One record per scorer.
+
+Holds no scorer: a record names the module and function that scores, imported when it is used.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal
+
+import activation_store as astore
+from lmmono.errors import ExplainError, nearest
+from lmmono.explaining.clients import Client
+from lmmono.types import Progress, silent
+
+Need = Literal["explanation", "program", "client", "model", "labels", "encoder"]
+"""What a scorer wants besides a store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a scorer is asked to do: units of one hook of one store."""
+
+    store: astore.Store
+    """Open store; scorers only read it."""
+    hook: str
+    """Hook stored as rows."""
+    units: tuple[int, ...] | None = None
+    """Units; None takes all."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the scorer, its preset's and the caller's together."""
+    preset: str | None = None
+    """Name of the preset, where one was chosen."""
+    explainer: str | None = None
+    """Explainer whose stored explanations are scored."""
+    controls: bool = True
+    """Score the controls too."""
+    seed: int = 0
+    """Seed of all that is drawn."""
+    client: Client | None = None
+    """Language model that judges."""
+    model: Any = None
+    """Model that the activations come from, for causal scorers."""
+    labels: Any = None
+    """What supervised scorers compare with."""
+    progress: Progress = silent
+    """Told how far the work is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """One scorer."""
+
+    name: str
+    """Name in tables, recipes and on the command line."""
+    metrics: tuple[str, ...]
+    """Names in `lmmono.metrics.METRICS` that it writes; the first is the headline."""
+    home: str
+    """`module:function` under `lmmono.scoring`; takes a `Job`, returns rows of table `scores`."""
+    needs: tuple[Need, ...]
+    """What must be there."""
+    chance: float | None
+    """Value that guessing gets; None where it depends on the data, see the controls."""
+    citation: str
+    """Where the algorithm comes from."""
+    about: str
+    """What it measures, in a sentence."""
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings by name, such as `openai`."""
+
+    def load(self) -> Callable[[Job], Sequence[dict[str, Any]]]:
+        """Import and return the function that scores."""
+        module, _, function = self.home.partition(":")
+        return getattr(import_module(f"lmmono.scoring.{module}"), function)
+
+
+SCORERS: dict[str, Scorer] = {}
+"""Filled by `lmmono.scoring.scorers`."""
+
+
+def find_scorer(name: str) -> Scorer:
+    """Return the scorer of a name.
+
+    Raises:
+        ExplainError: There is none; says which are near.
+    """
+    from lmmono.scoring import scorers  # noqa: F401  fills the table
+
+    if name not in SCORERS:
+        raise ExplainError(f"scorer {name!r} is not known; {nearest(name, sorted(SCORERS))}")
+    return SCORERS[name]
