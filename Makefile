@@ -19,7 +19,7 @@ bench: $(VENV)/.installed-dev
 
 # every kind of kill 50 times, at random moments; the tests alone do it a few times
 soak: $(VENV)/.installed-dev
-	STORE_KILLS=50 $(BIN)/python -m pytest -k kill tests/test_store_*.py $(ARGS)
+	STORE_KILLS=50 $(BIN)/python -m pytest -rP -k kill tests/test_store_*.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -1,16 +1,13 @@
 """Compaction: the same rows in fewer shards, in one step, without breaking anyone who reads."""
 
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 
 import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from kills import N_KILLS, Kills, remains
 from small_store import HOOK, HOSTILE, small_store
 from small_store import D as SMALL_D
 
@@ -19,7 +16,6 @@ from activation_store import Rows, catalogue
 from activation_store.compaction import compact
 
 A, B = "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post"
-KILLS = int(os.environ.get("STORE_KILLS", "5"))
 N, CTX, D = 64, 32, 24
 EVERY = "SELECT * FROM acts ORDER BY ALL"
 
@@ -163,22 +159,24 @@ def test_a_damaged_shard_is_named_and_nothing_changes(run):
 KILLED = """
 import sys
 from activation_store.compaction import compact
-print("ready", flush=True)
+print("begin", flush=True)
 compact(sys.argv[1], block_acts=4000, shard_acts=9000)
+print("end", flush=True)
 """
 
 
-def test_a_kill_at_any_moment_changes_nothing_or_everything(template, tmp_path):
-    want = rows(template)
-    for i, delay in enumerate(np.linspace(0.0, 0.25, KILLS)):
+def test_a_compaction_killed_at_random_moments_changes_nothing_or_everything(template, tmp_path):
+    want, kills = rows(template), Kills("compaction", seed=2)
+    shutil.copytree(template, tmp_path / "measured")
+    kills.run([sys.executable, "-c", KILLED, str(tmp_path / "measured")])
+    for i in range(N_KILLS):
         path = tmp_path / f"run{i}"
         shutil.copytree(template, path)
-        command = [sys.executable, "-c", KILLED, str(path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(delay)
-            os.kill(process.pid, signal.SIGKILL)
+        kills.kill([sys.executable, "-c", KILLED, str(path)])
+        with astore.open(path) as store:
+            names = {name for (name,) in store.sql("SELECT file FROM shards").fetchall()}
+        n_files = len(acts_files(path))
+        kills.saw((len(names), n_files, *remains(path / "store.duckdb", names)))
         assert astore.verify(path).ok
         assert rows(path) == want
         compact(path, block_acts=4000, shard_acts=9000)
@@ -186,6 +184,7 @@ def test_a_kill_at_any_moment_changes_nothing_or_everything(template, tmp_path):
         assert report.ok
         assert report.left_over == ()
         assert rows(path) == want
+    kills.check(n_states=5)
 
 
 def test_duckdb_alone_sees_the_new_shards(run, monkeypatch):

@@ -1,14 +1,11 @@
 """A capture killed at random moments, a full disk, readers beside a writer, ranks in processes.
 
 Run as a program, this file is the capture that gets killed: `python test_store_kill.py STORE RANK
-WORLD`. `STORE_KILLS` sets how often it is.
+WORLD`. `STORE_KILLS` sets how often it is; `make soak` does it 50 times.
 """
 
 import errno
 import hashlib
-import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kills import N_KILLS, Kills, remains
 
 import activation_store as astore
 from activation_store import Rows, StoreError, Vectors
@@ -24,7 +22,6 @@ from activation_store import encoding as encoding_module
 from activation_store.writer import Writer
 
 N, N_CTX, D = 400, 64, 70
-KILLS = int(os.environ.get("STORE_KILLS", "3"))
 
 
 def batch(first: int, n: int) -> dict[str, Any]:
@@ -82,9 +79,8 @@ def content(path: Path) -> dict[str, Any]:
     return {**tables, "files": {n: hashlib.sha256(b).hexdigest() for n, b in files.items()}}
 
 
-def start(path: Path, rank: int = 0, world_size: int = 1) -> "subprocess.Popen[str]":
-    command = [sys.executable, __file__, str(path), str(rank), str(world_size)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def command(path: Path, rank: int = 0, world_size: int = 1) -> list[str]:
+    return [sys.executable, __file__, str(path), str(rank), str(world_size)]
 
 
 @pytest.fixture(scope="module")
@@ -98,28 +94,25 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_capture_killed_at_random_moments_ends_as_one_never_killed(
     steady: Path, tmp_path: Path
 ) -> None:
-    moments = random.Random(0)
+    kills = Kills("capture", seed=0)
+    kills.run(command(tmp_path / "measured" / "store.duckdb"))
+    want, n_stores = content(steady), 0
     path = tmp_path / "0" / "store.duckdb"
-    for kill in range(KILLS):
-        process = start(path)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "writing\n"
-        time.sleep(moments.uniform(0, 1.5))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+    for _ in range(N_KILLS):
+        inside = kills.kill(command(path), kills.seconds / 3)
         with astore.open(path) as store:
+            names = {name for (name,) in store.sql("SELECT file FROM shards").fetchall()}
+            kills.saw((store.info().n_tokens, *remains(path, names)))
             assert store.verify().ok, "what is committed is whole"
             held = store.sql("SELECT n_tokens, n_acts FROM hooks WHERE kind = 'rows'").fetchall()
             assert [(store.info().n_tokens, store.info().n_acts)] == (held or [(0, 0)])
-        if held and held[0][0] == N * N_CTX:  # done before it was killed: begin another
-            assert content(path) == content(steady)
-            path = tmp_path / str(kill + 1) / "store.duckdb"
-    process = start(path)
-    assert process.wait(timeout=120) == 0
-    assert process.stdout is not None
-    process.stdout.close()
-    assert content(path) == content(steady)
+        if not inside:  # done before it was killed: begin another
+            assert content(path) == want
+            n_stores += 1
+            path = tmp_path / str(n_stores) / "store.duckdb"
+    kills.run(command(path))
+    assert content(path) == want
+    kills.check(n_states=10)
 
 
 def test_two_processes_capture_into_one_store_while_a_third_reads(
@@ -127,7 +120,7 @@ def test_two_processes_capture_into_one_store_while_a_third_reads(
 ) -> None:
     path = tmp_path / "store.duckdb"
     astore.open(path, mode="w").close()
-    ranks = [start(path, rank, 2) for rank in (0, 1)]
+    ranks = [subprocess.Popen(command(path, rank, 2), stdout=subprocess.DEVNULL) for rank in (0, 1)]
     seen: list[int] = []
     while any(process.poll() is None for process in ranks):
         with astore.open(path) as store:
@@ -138,8 +131,6 @@ def test_two_processes_capture_into_one_store_while_a_third_reads(
         time.sleep(0.05)
     for process in ranks:
         assert process.wait() == 0
-        assert process.stdout is not None
-        process.stdout.close()
     assert seen == sorted(seen)
     one, two = content(steady), content(path)
     assert two["exemplars"] == one["exemplars"]
@@ -196,6 +187,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 if __name__ == "__main__":
     given_path, given_rank, given_world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     with opened(given_path, given_rank, given_world) as given_writer:
-        sys.stdout.write("writing\n")
+        sys.stdout.write("begin\n")
         sys.stdout.flush()
         write(given_writer, given_rank, given_world)
+    sys.stdout.write("end\n")
