@@ -40,6 +40,8 @@ METRICS: dict[str, Metric] = {
         Metric("kurtosis", 1, ">= 1", "neither", "median over units of m4 / m2^2 (normal: 3)"),
         Metric("ista_step_norm", 1, "1", "neither", "step_size * sigma_max(D)^2; stable below 2"),
         Metric("reconstruction_error", 1, ">= 0", "lower", "sum|x - D a|^2 / sum|x|^2"),
+        Metric("fvu", 1, ">= 0", "lower", "sum|x - xhat|^2 / sum|x - mean(x)|^2 over the set"),
+        Metric("l0", 1, "units per token", "neither", "mean number of non-zero acts per token"),
         Metric("token_selectivity", 1, "[0, 1]", "higher", "1 - H(token | act) / H(token)"),
     )
 }
@@ -61,6 +63,21 @@ def kurtosis(
     m4 = r4 - 4 * m1 * r3 + 6 * m1**2 * r2 - 3 * m1**4
     varies = m2 > minimum_variance
     return np.where(varies, m4 / np.where(varies, m2, 1.0) ** 2, np.nan)
+
+
+def fvu(squared_error: float, variation: float) -> float:
+    """Return the fraction of variance unexplained from two sums over the whole set.
+
+    Never a mean of ratios. A set without variation has none: NaN.
+
+    Args:
+        squared_error: Sum over vectors and coordinates of (x - xhat)^2.
+        variation: Sum over vectors and coordinates of (x - mean(x))^2.
+
+    >>> fvu(1.0, 4.0)
+    0.25
+    """
+    return squared_error / variation if variation > 0.0 else float("nan")
 
 
 def entropies(weights: Float[ndarray, "*batch n"]) -> Float[ndarray, "*batch"]:

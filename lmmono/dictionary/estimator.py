@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lmmono import provenance
 from lmmono.dictionary.vectors import Vectors, as_vectors
-from lmmono.durable import write_whole
+from lmmono.durable import disk_faults, write_whole
 from lmmono.errors import DictionaryError, nearest
 from lmmono.types import Progress, silent
 
@@ -83,9 +83,13 @@ class Dictionary(ABC):
                 the fit came to nothing. The dictionary stays unfitted.
         """
         source = as_vectors(vectors)
-        self.begin(source)
         began = time.monotonic()
-        self._fit(source, progress=progress, **options)
+        try:
+            self.begin(source)
+            self._fit(source, progress=progress, **options)
+        except BaseException:
+            self.clear()
+            raise
         self.facts.setdefault("seconds", round(time.monotonic() - began, 3))
         return self
 
@@ -96,6 +100,10 @@ class Dictionary(ABC):
         width = getattr(self.settings, "width", None)
         self.d_sae = self.d_in if width is None else width(self.d_in)
         self.facts = {"vectors": source.digest, **source.facts}
+
+    def clear(self) -> None:
+        """Make this an unfitted dictionary again; what a failed `fit` does."""
+        self.hook, self.d_in, self.d_sae, self.facts = None, 0, 0, {}
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
@@ -143,8 +151,14 @@ class Dictionary(ABC):
             raise DictionaryError(
                 f"{folder}: holds something that is no dictionary; choose another"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        self._save(folder)
+        return self.write(folder)
+
+    def write(self, folder: Path) -> Path:
+        """Write the dictionary into a folder whatever it holds; `dictionary.json` comes last."""
+        with disk_faults(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "dictionary.json").unlink(missing_ok=True)
+            self._save(folder)
         write_whole(folder / "dictionary.json", json.dumps(self._described(), indent=2) + "\n")
         return folder
 

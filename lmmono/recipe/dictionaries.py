@@ -71,7 +71,7 @@ class MatryoshkaSae(Trained):
     arch: Literal["matryoshka_batchtopk"]
     k: Count
     """Latents that stay active per token, on average of a batch."""
-    widths: tuple[Count, ...] = Field(min_length=1)
+    widths: tuple[Count, ...] = Field(min_length=1, strict=False)
     """Widths of the nested dictionaries, growing; the full width is added."""
     aux_coefficient: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the loss that lets dead latents model the residual error."""
@@ -124,11 +124,23 @@ class Decomposition(Width):
 
     arch: Literal["pca", "ica", "nmf", "dictionary_learning", "kmeans"]
     k: Count | None = None
-    """Keep only the k coefficients of largest size per token; null keeps all."""
+    """Keep only the k coefficients of largest size per token; null keeps all.
+
+    `dictionary_learning` must have it and finds k directions per token by orthogonal matching
+    pursuit; `kmeans` has one active latent per token and takes none.
+    """
     max_tokens: Count = 100_000
     """Vectors to fit on, the first of the seeded order."""
     max_iterations: Count = 200
     """Most passes of an iterative method."""
+
+    @model_validator(mode="after")
+    def _check_k(self) -> "Decomposition":
+        if self.arch == "dictionary_learning" and self.k is None:
+            raise clash("want k, the directions per token, for dictionary_learning", "k", "arch")
+        if self.arch == "kmeans" and self.k is not None:
+            raise clash("want no k for kmeans: one latent is active per token", "k", "arch")
+        return self
 
 
 class Identity(Section):
@@ -145,6 +157,8 @@ class RandomDictionary(Width):
     arch: Literal["random"]
     k: Count
     """Latents that stay active per token."""
+    max_tokens: Count = 100_000
+    """Vectors whose mean is taken off, the first of the seeded order."""
 
 
 class DenseAutoencoder(Trained):
