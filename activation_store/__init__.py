@@ -14,13 +14,14 @@ from activation_store.errors import (
 )
 from activation_store.hooks import Rows, Vectors
 from activation_store.lake import Lake
-from activation_store.opening import open
+from activation_store.opening import compact, open, verify
 from activation_store.store import Info, Store
 from activation_store.unit import Exemplar, Unit
-from activation_store.verification import Report, verify
+from activation_store.verification import Report
 
 if TYPE_CHECKING:
     from activation_store.capturing import Batch, capture
+    from activation_store.exporting import export
     from activation_store.writer import Writer
 
 __all__ = [
@@ -43,11 +44,13 @@ __all__ = [
     "WriteError",
     "Writer",
     "capture",
+    "compact",
+    "export",
     "open",
     "verify",
 ]
 
-_LAZY = {"Writer": "writer", "Batch": "capturing", "capture": "capturing"}
+_LAZY = {"Writer": "writer", "Batch": "capturing", "capture": "capturing", "export": "exporting"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,9 @@
 """The exemplars of all units of a hook with tokens and acts, some units at a time."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from activation_store.store import Store
-else:  # for annotations only
-    Store = object
+from activation_store.unit import Queried
 
 _UNITS = 256
 """Units whose exemplars are looked up together."""
@@ -41,7 +38,7 @@ ORDER BY n.unit, n.kind, n.rank
 
 
 def records(
-    store: "Store", hook: str, before: int, after: int
+    store: Queried, hook: str, before: int, after: int
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]]:
     """Yield, unit by unit, its row of `unit_stats` and its exemplars by kind, best first.
 

@@ -6,18 +6,16 @@ Tables and SQL are those of a store.
 """
 
 import os
-import secrets
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import duckdb
 
-from activation_store import catalogue, guard, lake_commit, lake_schema, tables
+from activation_store import catalogue, guard, lake_commit, lake_schema, reader, tables
 from activation_store.errors import (
     ContentError,
     NotAStoreError,
@@ -27,17 +25,17 @@ from activation_store.errors import (
     StoreError,
 )
 from activation_store.lake_files import LakeFiles
-from activation_store.lake_place import LAKE, LakePlace, connect, lake_place, said, turn
-from activation_store.shards import listed
-from activation_store.store import Info
+from activation_store.lake_place import LakePlace, connect, said, turn
+from activation_store.presence import Presence
+from activation_store.store import Info, Mode, Store
 from activation_store.unit import Exemplar, ExemplarKind, Unit, read_exemplars, read_unit
-from activation_store.views import quoted
+from activation_store.verification import Report
 
 if TYPE_CHECKING:
     from activation_store.lake_compaction import Compaction
     from activation_store.publishing import Publication
+    from activation_store.stream import VectorStream
 
-Mode = Literal["r", "w", "a"]
 Answer = TypeVar("Answer")
 
 KEEP_SECONDS = 3600.0
@@ -55,37 +53,6 @@ FROM shards
 """
 
 
-def open_lake(
-    address: str,
-    mode: Mode = "r",
-    *,
-    data_path: str | os.PathLike[str] | None,
-    trusted: bool = False,
-) -> "Lake":
-    """Open a lake; `activation_store.open` comes here with an address that begins with ducklake:.
-
-    Args:
-        address: ducklake:sqlite:FILE, ducklake:postgres:CONNECTION or ducklake:FILE.
-        mode: "r" reads; "a" also adds; "w" creates.
-        data_path: folder or s3://bucket/prefix of the data, the same for everyone.
-        trusted: let SQL do whatever DuckDB can.
-
-    Raises:
-        NotAStoreError: no lake there.
-        SchemaError: the lake was written by a newer version of this package.
-        StoreError: the catalogue or the data cannot be reached, the data path is not that of the
-            lake, there is a lake already ("w"), or extra `lake` is not installed.
-    """
-    if mode not in ("r", "w", "a"):
-        raise StoreError(f"mode: want 'r', 'w' or 'a', got {mode!r}.")
-    place = lake_place(address, data_path)
-    LakeFiles(place).check(create=mode == "w")
-    if mode == "w":
-        with turn(place), connect(place, read_only=False) as con:
-            lake_commit.run(con, place, lambda inside: lake_schema.create(inside, place))
-    return Lake(place, mode, trusted)
-
-
 class Lake:
     """One open lake; every query shows the last commit. Threads may share it."""
 
@@ -97,6 +64,8 @@ class Lake:
         self._turn = threading.Lock()
         self._con: duckdb.DuckDBPyConnection | None = None
         self._version = -1
+        self._attached: dict[str, catalogue.Place] = {}
+        self._presence: Presence | None = None
         self.refresh()
 
     @property
@@ -127,21 +96,25 @@ class Lake:
 
     def close(self) -> None:
         """Let go of the catalogue; results that were handed out stay usable."""
-        self._con = None
+        self._con = self._presence = None
 
     def refresh(self) -> None:
         """Connect anew, such as after the server of the catalogue was restarted.
 
         Raises:
-            StoreError: as `open_lake` does.
+            StoreError: as `activation_store.open` does.
         """
         self._con = None
+        self._presence = Presence(place.folder for place in self._attached.values())
         con = connect(self.place, read_only=self.mode == "r")
         try:
             self._check_schema(con)
             self._version = lake_schema.mirror(con, self.files)
+            shards = [
+                p for name, at in self._attached.items() for p in reader.attach(con, name, at)
+            ]
             if not self._trusted:
-                _lock(con, self.place)
+                reader.lock(con, shards, [f"{self.place.data_path}/"])
         except BaseException:
             con.close()
             raise
@@ -162,14 +135,15 @@ class Lake:
         with turn(self.place):
             lake_commit.run(con, self.place, lambda inside: lake_schema.upgrade(inside, had))
 
-    def _cursor(self) -> duckdb.DuckDBPyConnection:
+    def cursor(self) -> duckdb.DuckDBPyConnection:
+        """Return a connection to the lake that may do all that the lake's own may."""
         if self._con is None:
             raise StoreError(f"{self.place.name}: the lake is closed; open it again.")
         return self._con.cursor()
 
     def _current(self) -> duckdb.DuckDBPyConnection:
         """Return a cursor that knows of every shard that is listed now."""
-        cursor = self._cursor()
+        cursor = self.cursor()
         with self._turn:
             if lake_schema.version_of_shards(cursor) != self._version:
                 self._version = lake_schema.copy(cursor, self.files)
@@ -234,6 +208,47 @@ class Lake:
     ) -> list[Exemplar]:
         """Return up to k exemplars of a unit, best first, with their tokens and activations."""
         return read_exemplars(self, hook, unit, k, kind, before, after)
+
+    def attach(self, path: str | os.PathLike[str], name: str) -> None:
+        """Make a store readable in SQL as `name.activations`, as it is now, until `refresh`.
+
+        Raises:
+            StoreError: another lake, a name that is taken, or as `activation_store.open` does.
+        """
+        reader.check_name(path, name, self._attached)
+        before = self._attached
+        self._attached = {**before, name: catalogue.place(path)}
+        try:
+            self.refresh()
+        except StoreError:
+            self._attached = before
+            self.refresh()
+            raise
+
+    def vectors(
+        self,
+        hook: str | Sequence[str],
+        *,
+        copy_to: str | os.PathLike[str] | None = None,
+        **settings: Any,
+    ) -> "VectorStream":
+        """Return shuffled batches of the vectors that are published now; see `Store.vectors`.
+
+        Args:
+            hook: one hook, or a list of hooks.
+            copy_to: folder that vectors in a bucket are copied to first; there they stay.
+            settings: of `stream.VectorStream`. A cursor fits as long as no further vectors of the
+                hooks are published.
+
+        Raises:
+            StoreError: the vectors lie in a bucket and `copy_to` is not given, or as
+                `Store.vectors` does.
+        """
+        from activation_store.lake_vectors import vectors_folder
+        from activation_store.stream import VectorStream
+
+        folder = vectors_folder(self, hook, copy_to)
+        return VectorStream(cast("Store", folder), hook, **settings)
 
     def hooks(self) -> duckdb.DuckDBPyRelation:
         """Return table `hooks`: what was captured, with which settings."""
@@ -357,19 +372,16 @@ class Lake:
         before, after = self._commit(work)
         removed = self._commit(lambda con: lake_compaction.clean(con, self.files, keep_seconds))
         with turn(self.place):
-            lake_compaction.merge_tables(self._cursor(), keep_seconds)
+            lake_compaction.merge_tables(self.cursor(), keep_seconds)
         return Compaction(before, after, removed)
 
-    def verify(self) -> list[str]:
-        """Read every shard whole and return what is wrong, one line each; nothing if all is well.
+    def verify(self, repair: bool = False) -> Report:
+        """Check the catalogue and every shard; see `lake_repair.verify`."""
+        from activation_store.lake_repair import verify
 
-        Raises:
-            StoreError: the catalogue cannot be read.
-        """
-        cursor = self._cursor()
-        cursor.execute(f"USE {LAKE}")
-        faults = (self.files.fault(shard) for shard in listed(cursor))
-        return [fault for fault in faults if fault is not None]
+        if repair:
+            self._check_writable()
+        return verify(self.cursor(), self.files, repair=repair)
 
     def _check_writable(self) -> None:
         if self.mode == "r":
@@ -380,16 +392,4 @@ class Lake:
     def _commit(self, work: Callable[[duckdb.DuckDBPyConnection], Answer]) -> Answer:
         """Run `work` in one transaction that comes about whole or not at all, in its turn."""
         with turn(self.place):
-            return lake_commit.run(self._cursor(), self.place, work)
-
-
-def _lock(con: duckdb.DuckDBPyConnection, place: LakePlace) -> None:
-    """Leave the connection able to use the lake's data, and no other file of the machine."""
-    spill = Path(tempfile.gettempdir()) / f"activation_store-{secrets.token_hex(8)}"
-    for statement in (
-        f"SET temp_directory = {quoted(str(spill))}",
-        f"SET allowed_directories = [{quoted(place.data_path + '/')}]",
-        "SET enable_external_access = false",
-        "SET lock_configuration = true",
-    ):
-        con.execute(statement)
+            return lake_commit.run(self.cursor(), self.place, work)

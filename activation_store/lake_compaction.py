@@ -42,6 +42,9 @@ class Compaction:
     n_removed: int
     """Files that were removed because nobody should read them any more."""
 
+    def __str__(self) -> str:
+        return f"{self.n_before} shards became {self.n_after}; {self.n_removed} files removed"
+
 
 def compact(con: duckdb.DuckDBPyConnection, files: LakeFiles) -> tuple[int, int]:
     """Merge small shards in the transaction of `con`; return how many were listed and are now."""

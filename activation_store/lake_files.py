@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +10,7 @@ import pyarrow.fs as pafs
 
 from activation_store.errors import NotAStoreError, ShardError, StoreError, writing
 from activation_store.lake_place import LakePlace, bucket_access
+from activation_store.reader import size_fault
 from activation_store.shards import Shard
 
 _CHUNK = 2**23
@@ -106,15 +107,48 @@ class LakeFiles:
         """Read a shard whole and return what is wrong with its bytes, or None."""
         digest = hashlib.sha256()
         try:
-            with self.fs.open_input_stream(self.path(shard.file)) as given:
-                read: Callable[[int], bytes] = given.read
-                while chunk := read(_CHUNK):
-                    digest.update(chunk)
+            for chunk in self._chunks(shard):
+                digest.update(chunk)
         except (OSError, pa.ArrowException) as fault:
-            return f"{shard.file}: {_short(fault)}"
-        if digest.hexdigest() != shard.checksum:
-            return f"{shard.file}: its bytes were changed"
-        return None
+            return _short(fault)
+        return None if digest.hexdigest() == shard.checksum else "its bytes were changed"
+
+    def _chunks(self, shard: Shard) -> Iterator[bytes]:
+        with self.fs.open_input_stream(self.path(shard.file)) as given:
+            read: Callable[[int], bytes] = given.read
+            while chunk := read(_CHUNK):
+                yield chunk
+
+    def download(self, shard: Shard, folder: Path) -> None:
+        """Copy a shard into a folder of this machine, unless it is there.
+
+        Raises:
+            ShardError: the shard is missing or its bytes are not those listed.
+            WriteError: the folder refused.
+        """
+        target = folder / shard.file
+        if size_fault(target, shard.n_bytes) is None:
+            return
+        digest, part = hashlib.sha256(), folder / f"{shard.file}.{os.getpid()}.part"
+        with writing(target):
+            folder.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as out:
+                for chunk in self._chunks(shard):
+                    digest.update(chunk)
+                    out.write(chunk)
+            if digest.hexdigest() != shard.checksum:
+                part.unlink()
+                raise ShardError(
+                    f"{self.url(shard.file)}: its bytes were changed; run `lmmono store verify "
+                    "--repair` on the lake, which drops only what is lost and says what."
+                )
+            os.replace(part, target)
+
+    def set_aside(self, file: str) -> None:
+        """Rename a damaged shard, so that a whole one can take its place, if it is there."""
+        target = self.path(file)
+        if self.fs.get_file_info(target).type != pafs.FileType.NotFound:
+            self.fs.move(target, f"{target}.damaged")
 
 
 def _bucket_system() -> pafs.FileSystem:

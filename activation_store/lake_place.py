@@ -79,7 +79,8 @@ def lake_place(address: str, data_path: str | os.PathLike[str] | None) -> LakePl
     if not data_path:
         raise StoreError(
             f"{_without_password(address)[0]}: say where the data of the lake lies: "
-            'open(..., data_path="/shared/acts") or data_path="s3://bucket/prefix".'
+            'open(..., data_path="/shared/acts") or data_path="s3://bucket/prefix"; on the command '
+            "line --data-path."
         )
     rest = address.removeprefix(PREFIX)
     if not rest:

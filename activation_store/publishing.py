@@ -33,6 +33,15 @@ _COPIED = ("runs", "dictionaries", "explanations", "scores", "robustness")
 _CAPTURE = "capture "
 _TOKENS = "tokens"
 
+_COUNT_LISTED = """
+UPDATE hooks SET n_acts = coalesce((
+    SELECT sum(s.n_rows) FROM shards s
+    WHERE s.hook = hooks.hook
+        AND s.kind = CASE hooks.kind WHEN 'rows' THEN 'acts' ELSE 'vectors' END
+), 0)
+"""
+"""Less than what was captured where a repair has dropped shards."""
+
 Held = Mapping[str, np.ndarray]
 Upload = Callable[[Path, Shard], int]
 
@@ -102,8 +111,9 @@ def take_in(con: duckdb.DuckDBPyConnection, source: Source, upload: Upload) -> P
     shards += _tokens_once(con, source, fresh, upload)
     register(con, shards)
     _insert(con, "publications", _publication_rows(source, fresh))
-    if any(held.get(key) != value for key, value in ours.items()):
+    if fresh or any(held.get(key) != value for key, value in ours.items()):
         _write_totals(con, source, _captures(held | ours))
+        con.execute(_COUNT_LISTED)
     for key, value in ours.items():
         state.write(con, key, value)
     _add_corpus(con, source)

@@ -5,19 +5,22 @@ and macros; the views name the shards by absolute paths, so queries work from an
 thread and after another store is attached.
 """
 
+import os
 import re
 import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import duckdb
 
 from activation_store import migrations
 from activation_store.catalogue import Place
-from activation_store.errors import NotAStoreError, ShardError, damaged_shard
+from activation_store.errors import NotAStoreError, ShardError, StoreError, damaged_shard
 from activation_store.views import create_views, quoted
 
+_RESERVED = {"memory", "main", "temp", "system", "copied", "lake"}
+"""Names of databases that a connection has, or makes."""
 _FILE = re.compile(r"[\w.-]+\.parquet")
 
 
@@ -36,9 +39,9 @@ def connect(places: Mapping[str, Place], trusted: bool) -> duckdb.DuckDBPyConnec
     con = duckdb.connect(":memory:", config=_settings(trusted))
     try:
         con.execute("SET parquet_metadata_cache = true")
-        shards = [path for name, place in places.items() for path in _attach(con, name, place)]
+        shards = [path for name, place in places.items() for path in attach(con, name, place)]
         if not trusted:
-            _lock(con, shards)
+            lock(con, shards)
     except BaseException:
         con.close()
         raise
@@ -52,11 +55,31 @@ def _settings(trusted: bool) -> dict[str, str | bool | int | float | list[str]]:
         "autoinstall_known_extensions": False,
         "autoload_known_extensions": False,
         "allow_community_extensions": False,
+        "allow_persistent_secrets": False,
         "python_enable_replacements": False,
     }
 
 
-def _attach(con: duckdb.DuckDBPyConnection, name: str, place: Place) -> list[Path]:
+def check_name(path: str | os.PathLike[str], name: str, taken: Iterable[str]) -> None:
+    """Refuse to attach what cannot be, or under a name that cannot be.
+
+    Raises:
+        StoreError: `path` is a lake, or the name is taken or reserved.
+    """
+    if os.fspath(path).startswith("ducklake:"):
+        raise StoreError(
+            f"cannot attach the lake {name}: only stores can be attached. Open the lake itself and "
+            "attach the stores to it; two lakes join where all stores are published to one."
+        )
+    refused = _RESERVED | set(taken)
+    if not name.isidentifier() or name in refused:
+        raise StoreError(
+            f"cannot attach {path} as {name!r}: want a new name of letters, digits and _, and "
+            f"none of {', '.join(sorted(refused))}."
+        )
+
+
+def attach(con: duckdb.DuckDBPyConnection, name: str, place: Place) -> list[Path]:
     """Attach one store under `name` and return the paths of its shards."""
     hidden = f'"{name}_catalogue"'
     at = ""
@@ -119,15 +142,18 @@ def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _lock(con: duckdb.DuckDBPyConnection, shards: list[Path]) -> None:
-    """Leave the connection able to read the shards, and to do nothing else to the machine."""
+def lock(
+    con: duckdb.DuckDBPyConnection, shards: Sequence[Path], folders: Sequence[str] = ()
+) -> None:
+    """Leave the connection able to use these files, and to do nothing else to the machine."""
     listing = ", ".join(quoted(str(path)) for path in shards)
+    below = ", ".join(quoted(folder) for folder in folders)
     # DuckDB makes this folder when a query outgrows the memory, and removes it at the end
     spill = Path(tempfile.gettempdir()) / f"activation_store-{secrets.token_hex(8)}"
     for statement in (
         f"SET temp_directory = {quoted(str(spill))}",
-        "SET allow_persistent_secrets = false",
         f"SET allowed_paths = [{listing}]",
+        f"SET allowed_directories = [{below}]",
         "SET enable_external_access = false",
         "SET lock_configuration = true",
     ):

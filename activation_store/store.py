@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 Mode = Literal["r", "w", "a"]
 
-_RESERVED = {"memory", "main", "temp", "system"}
-
 
 def open(  # noqa: A001
     path: str | os.PathLike[str],
@@ -207,11 +205,7 @@ class Store:
         Raises:
             StoreError: the name is taken or reserved, or as `open` does.
         """
-        if not name.isidentifier() or name in _RESERVED or name in self._attached:
-            raise StoreError(
-                f"cannot attach {path} as {name!r}: want a new name of letters, digits and _, and "
-                f"none of {', '.join(sorted(_RESERVED | set(self._attached)))}."
-            )
+        reader.check_name(path, name, self._attached)
         before = self._attached
         self._attached = {**before, name: catalogue.place(path)}
         try:

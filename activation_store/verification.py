@@ -78,7 +78,7 @@ def verify(path: str | os.PathLike[str], *, repair: bool = False) -> Report:
     if not (repair and broken):
         return report
     with catalogue.commit(where) as con:
-        dropped = tuple(_drop(con, shard, fault) for shard, fault in broken.items())
+        dropped = tuple(drop(con, shard, fault) for shard, fault in broken.items())
     again, _ = _check(where)
     return Report(
         again.path, report.n_shards, again.n_bytes, again.faults, dropped, again.left_over
@@ -91,7 +91,7 @@ def _check(where: Place) -> tuple[Report, dict[Shard, str]]:
         try:
             con.execute("USE checked")
             shards = listed(con)
-            faults = list(_catalogue_faults(con))
+            faults = list(catalogue_faults(con))
         except duckdb.Error as fault:
             raise NotAStoreError(f"{where.file}: damaged: {str(fault).splitlines()[0]}") from fault
     broken = {shard: fault for shard in shards if (fault := _shard_fault(where, shard)) is not None}
@@ -101,7 +101,8 @@ def _check(where: Place) -> tuple[Report, dict[Shard, str]]:
     return Report(where.file, len(shards), n_bytes, tuple(faults), (), left_over), broken
 
 
-def _catalogue_faults(con: duckdb.DuckDBPyConnection) -> Iterator[str]:
+def catalogue_faults(con: duckdb.DuckDBPyConnection) -> Iterator[str]:
+    """Yield what is wrong with the tables of the catalogue that `con` is in."""
     for table, key in KEYS.items():
         # DuckDB checks the sums of the blocks that it reads, so read all
         con.execute(f"SELECT bit_xor(hash(t)) FROM {table} t").fetchall()
@@ -174,7 +175,7 @@ def _ascends(keys: list[np.ndarray]) -> bool:
     return bool(decided.all())
 
 
-def _drop(con: duckdb.DuckDBPyConnection, shard: Shard, fault: str) -> str:
+def drop(con: duckdb.DuckDBPyConnection, shard: Shard, fault: str) -> str:
     """Take a shard out of the catalogue and return what that loses."""
     con.execute("DELETE FROM shards WHERE file = $1", [shard.file])
     if shard.kind != "tokens":

@@ -44,7 +44,13 @@ class Listed(StrEnum):
     hooks = "hooks"
 
 
-RunOrStore = Annotated[Path, typer.Argument(metavar="RUN|STORE", help="A run folder, or a store.")]
+RunOrStore = Annotated[
+    str,
+    typer.Argument(metavar="RUN|STORE|LAKE", help="A run folder, a store, or ducklake:ADDRESS."),
+]
+DataPath = Annotated[
+    str | None, typer.Option(metavar="FOLDER|s3://...", help="Where the data of a lake lies.")
+]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
 RecipeOrRun = Annotated[
     Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or a run folder.")
@@ -137,10 +143,11 @@ def capture(target: RecipeOrRun, overrides: Overrides = None) -> None:
 @app.command()
 def sql(
     stores: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run folders or stores, then the query.")
+        list[str], typer.Argument(metavar="RUN...", help="Runs, stores or a lake, then the query.")
     ],
     query: Annotated[str, typer.Argument(help="SQL; $name stands for a --param.")],
     param: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE")] = None,
+    data_path: DataPath = None,
     csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON array on stdout.")] = False,
     arrow: Annotated[bool, typer.Option("--arrow", help="Arrow IPC stream on stdout.")] = False,
@@ -152,7 +159,7 @@ def sql(
     if csv + json + arrow > 1:
         raise typer.BadParameter("want at most one of --csv, --json, --arrow")
     format = "csv" if csv else "json" if json else "arrow" if arrow else "table"
-    write_result(answer(stores, query, param or []), format)
+    write_result(answer(stores, query, param or [], data_path), format)
 
 
 @app.command()
@@ -184,11 +191,11 @@ def import_crate_lm(
 
 
 @store_app.command()
-def info(place: RunOrStore) -> None:
+def info(place: RunOrStore, data_path: DataPath = None) -> None:
     """Say what a store holds, in numbers."""
     from lmmono.querying import open_stores
 
-    with open_stores([place]) as store:
+    with open_stores([place], data_path) as store:
         print(store.info())
 
 
@@ -196,23 +203,24 @@ def info(place: RunOrStore) -> None:
 def verify(
     place: RunOrStore,
     repair: Annotated[bool, typer.Option("--repair", help="Drop what is lost.")] = False,
+    data_path: DataPath = None,
 ) -> None:
     """Check every byte of a store; exit code 2 if it is not whole."""
     import activation_store as astore
-    from lmmono.querying import store_file
+    from lmmono.querying import store_address
 
-    report = astore.verify(store_file(place), repair=repair)
+    report = astore.verify(store_address(place), repair=repair, data_path=data_path)
     print(report)
     raise typer.Exit(0 if report.ok else 2)
 
 
 @store_app.command("compact")
-def store_compact(place: RunOrStore) -> None:
+def store_compact(place: RunOrStore, data_path: DataPath = None) -> None:
     """Merge the small shards that many commits leave behind; the rows stay the same."""
-    from activation_store.compaction import compact
-    from lmmono.querying import store_file
+    import activation_store as astore
+    from lmmono.querying import store_address
 
-    print(compact(store_file(place)))
+    print(astore.compact(store_address(place), data_path=data_path))
 
 
 @store_app.command("export")
@@ -221,13 +229,14 @@ def store_export(
     to: Annotated[str, typer.Option(help="parquet, delphi or openai.")],
     out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
     hook: Annotated[list[str] | None, typer.Option(help="Hooks; openai takes one.")] = None,
+    data_path: DataPath = None,
 ) -> None:
     """Write a store in the layout of another tool."""
-    from activation_store.export import export
+    import activation_store as astore
     from lmmono.querying import open_stores
 
-    with open_stores([place]) as store:
-        print(export(store, to, out, tuple(hook or ())))
+    with open_stores([place], data_path) as store:
+        print(astore.export(store, to, out, tuple(hook or ())))
 
 
 def main() -> None:

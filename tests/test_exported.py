@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import activation_store
 import lmmono
 
 HEAVY = ("torch", "transformers", "datasets", "duckdb", "pyarrow", "sae_lens", "transformer_lens")
@@ -31,6 +32,17 @@ def test_public_names_are_sorted_and_the_same_for_people_and_type_checkers():
 @pytest.mark.parametrize("name", lmmono.__all__)
 def test_every_public_name_is_there_and_says_what_it_is(name):
     assert getattr(lmmono, name).__doc__
+
+
+@pytest.mark.parametrize("name", activation_store.__all__)
+def test_every_public_name_of_the_store_is_there_whatever_was_imported_before(name):
+    import activation_store.compaction
+    import activation_store.exporting
+    import activation_store.verification
+
+    assert activation_store.__all__ == sorted(activation_store.__all__)
+    found = getattr(activation_store, name)
+    assert callable(found) and found.__doc__
 
 
 def test_an_unknown_name_is_no_attribute():

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import pytest
 import activation_store as astore
 from activation_store import catalogue, lake_compaction, lake_place
 from activation_store.lake_place import LAKE, extension_files
+from lmmono.cli import main
 
 N_CTX, D, HOOKS = 16, 8, ("blocks.0.mlp.hook_post", 'it\'s "x"; DROP TABLE shards; --')
 N_STORES, SEQS = 4, 6
@@ -170,7 +172,7 @@ def test_a_lake_of_all_parts_equals_one_store_of_everything(at, stores):
         assert done.n_before == before > done.n_after and done.n_removed > 0
         assert_same(lake, stores.whole)
         assert lake.sql("SELECT unit, value FROM scores").fetchall() == [(1, 0.7)]
-        assert lake.verify() == []
+        assert lake.verify().ok
         again = lake.publish(stores.parts[0])
         assert (again.n_shards, again.n_bytes) == (0, 0)
     with at.open() as reader:
@@ -434,7 +436,7 @@ def test_a_shard_that_is_gone_is_named_with_a_way_out(at, stores):
         lake.publish(stores.parts[0])
         gone = next((Path(at.data) / "shards").glob("tokens-*"))
         gone.unlink()
-        assert any(gone.name in fault for fault in lake.verify())
+        assert any(gone.name in fault for fault in lake.verify().faults)
         with pytest.raises(astore.ShardError, match="publish the store"):
             lake.sql("SELECT count(*) FROM token_ids WHERE pos = $p", p=3)
 
@@ -533,7 +535,7 @@ def test_a_bucket_that_is_not_there_is_named(at, monkeypatch):
         at.open("w")
 
 
-def test_the_guide_runs_as_it_is_written(at, stores):
+def test_the_guide_runs_as_it_is_written(at, stores, monkeypatch, capsys):
     text = (Path(__file__).parents[1] / "docs" / "lake.md").read_text()
     (python,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     (sql,) = re.findall(r"^```sql\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
@@ -547,6 +549,15 @@ def test_the_guide_runs_as_it_is_written(at, stores):
     names: dict = {}
     exec(python, names)
     assert names["lake"].info().n_tokens == SEQS * N_CTX
+    (bash,) = re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    commands = [shlex.split(line) for line in bash.splitlines()]
+    assert len(commands) == 2
+    here = {"ducklake:sqlite:/shared/acts.sqlite": at.address, "/shared/acts": at.data}
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", [here.get(word, word) for word in command])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert not left.value.code, capsys.readouterr().err
     with duckdb.connect() as con:
         for file in extension_files(["ducklake", "sqlite_scanner"]):
             con.execute(f"LOAD '{file}'")

@@ -1,4 +1,4 @@
-"""A store in the layouts of other tools: plain Parquet, delphi's latents, OpenAI's neuron records.
+"""A store or a lake in the layouts of others: plain Parquet, delphi latents, OpenAI neuron records.
 
 An export is written beside its final place and renamed when it is whole, so a folder of that name
 is complete. Nothing is ever added to a folder that has something in it.
@@ -13,21 +13,19 @@ import shutil
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from activation_store.errors import ContentError, StoreError, writing
 from activation_store.excerpts import records
+from activation_store.lake import Lake
 from activation_store.safetensors import Tensors, write_tensors
-
-if TYPE_CHECKING:
-    from activation_store.store import Store
-else:  # for annotations only
-    Store = object
+from activation_store.store import Store
 
 _TABLES = (
     "dictionaries",
@@ -68,7 +66,7 @@ def _whole(out: str | os.PathLike[str]) -> Generator[Path]:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def export_parquet(store: "Store", out: str | os.PathLike[str]) -> Path:
+def export_parquet(store: Store | Lake, out: str | os.PathLike[str]) -> Path:
     """Write everything in a store as Parquet that any reader takes, and return the folder.
 
         tables/<table>.parquet
@@ -97,14 +95,21 @@ def export_parquet(store: "Store", out: str | os.PathLike[str]) -> Path:
             at = folder / kind if hook is None else folder / kind / f"hook={quote(hook, safe='')}"
             at.mkdir(parents=True, exist_ok=True)
             number = numbers[at] = numbers.get(at, -1) + 1
-            _copy_rows(store.where.folder / file, at / f"{number:05d}.parquet")
+            _copy_rows(*_lies(store, file), at / f"{number:05d}.parquet")
     return Path(out)
 
 
-def _copy_rows(shard: Path, to: Path) -> None:
+def _lies(store: Store | Lake, file: str) -> tuple[fs.FileSystem, str]:
+    """Return where a shard lies: a lake's may be in a bucket."""
+    if isinstance(store, Lake):
+        return store.files.fs, store.files.path(file)
+    return fs.LocalFileSystem(), str(store.where.folder / file)
+
+
+def _copy_rows(files: fs.FileSystem, shard: str, to: Path) -> None:
     """Write the rows of a shard without its column hook, one row group after the other."""
     try:
-        source = pq.ParquetFile(shard)
+        source = pq.ParquetFile(files.open_input_file(shard))
     except (FileNotFoundError, pa.ArrowInvalid) as fault:
         raise _unreadable(shard, fault) from fault
     with source:
@@ -115,7 +120,7 @@ def _copy_rows(shard: Path, to: Path) -> None:
                 file.write_table(source.read_row_group(number, columns=names))
 
 
-def _unreadable(shard: Path, fault: Exception) -> StoreError:
+def _unreadable(shard: str, fault: Exception) -> StoreError:
     return StoreError(
         f"{shard}: cannot be read: {fault}. Run `lmmono store verify --repair` on the store, which "
         "drops only what is lost and says what."
@@ -123,7 +128,7 @@ def _unreadable(shard: Path, fault: Exception) -> StoreError:
 
 
 def export_delphi(
-    store: "Store",
+    store: Store | Lake,
     out: str | os.PathLike[str],
     hooks: str | Sequence[str] | None = None,
     *,
@@ -142,7 +147,7 @@ def export_delphi(
     does. Needs the memory of the acts of one split, 40 bytes each, and of all tokens.
 
     Args:
-        store: an open store.
+        store: an open store or lake.
         out: folder to write.
         hooks: hooks captured as rows; all of them by default.
         n_splits: files per hook.
@@ -171,7 +176,7 @@ def export_delphi(
     return Path(out)
 
 
-def _widths(store: "Store", hooks: str | Sequence[str] | None) -> dict[str, int]:
+def _widths(store: Store | Lake, hooks: str | Sequence[str] | None) -> dict[str, int]:
     """Return the hooks asked for with their widths."""
     found = store.sql("SELECT hook, d FROM hooks WHERE kind = 'rows' ORDER BY hook").fetchall()
     known: dict[str, int] = dict(found)
@@ -196,7 +201,7 @@ def _folder_name(hook: str) -> str:
     return name if name.strip(".") else name.replace(".", "%2E")
 
 
-def _token_matrix(store: "Store", pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _token_matrix(store: Store | Lake, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the sequences, ascending, and their tokens as int64 [n, n_ctx]."""
     found = store.sql("SELECT seq_id, pos, token_id FROM token_ids").fetchnumpy()
     seq, pos, token = (np.asarray(found[name]) for name in ("seq_id", "pos", "token_id"))
@@ -208,7 +213,7 @@ def _token_matrix(store: "Store", pad_token_id: int) -> tuple[np.ndarray, np.nda
     return seqs, tokens
 
 
-def _latents(store: "Store", hook: str, start: int, stop: int, seqs: np.ndarray) -> Tensors:
+def _latents(store: Store | Lake, hook: str, start: int, stop: int, seqs: np.ndarray) -> Tensors:
     """Return the acts of units start to stop as delphi has them, token by token."""
     found = store.sql(
         "SELECT seq_id, pos, unit, act FROM acts WHERE hook = $hook AND unit >= $first"
@@ -235,7 +240,7 @@ def _latents(store: "Store", hook: str, start: int, stop: int, seqs: np.ndarray)
 
 
 def _delphi_config(
-    store: "Store", tokens: np.ndarray, model_name: str, n_splits: int
+    store: Store | Lake, tokens: np.ndarray, model_name: str, n_splits: int
 ) -> dict[str, Any]:
     """Return delphi's CacheConfig; what stands for a data set it would load is empty."""
     return {
@@ -254,7 +259,7 @@ def _delphi_config(
 
 
 def export_openai(
-    store: "Store",
+    store: Store | Lake,
     out: str | os.PathLike[str],
     hook: str,
     *,
@@ -271,7 +276,7 @@ def export_openai(
     exemplars and the next's; null where a tenth has none. The random sample is of all tokens.
 
     Args:
-        store: an open store.
+        store: an open store or lake.
         out: folder to write.
         hook: a hook captured as rows.
         layer: number of the layer; by default the N in `blocks.N.`.
@@ -359,7 +364,9 @@ FORMATS: dict[str, Exporter] = {
 """Layouts by the name that the command line has for them."""
 
 
-def export(store: "Store", to: str, out: str | os.PathLike[str], hooks: Sequence[str] = ()) -> Path:
+def export(
+    store: Store | Lake, to: str, out: str | os.PathLike[str], hooks: Sequence[str] = ()
+) -> Path:
     """Write a store in the layout `to`, one of `FORMATS`, and return the folder.
 
     Raises:
