@@ -23,20 +23,26 @@ class Stage:
     """What a stage of a run reads and makes."""
 
     sections: tuple[str, ...]
-    """Sections of the recipe that decide its result."""
+    """Parts of the recipe that decide its result, those of the stages it builds on included."""
     products: tuple[str, ...]
     """Files and folders it makes in the run folder."""
 
 
+_MODEL = ("data", "model", "train")
+
 STAGES = {
     "train": Stage(
-        ("data", "model", "train"),
-        ("model", "metrics.parquet", "checkpoint", "checkpoint.old", "checkpoint.tmp"),
+        _MODEL, ("model", "metrics.parquet", "checkpoint", "checkpoint.old", "checkpoint.tmp")
     ),
-    "capture": Stage(SECTIONS, ("store.duckdb", "store.duckdb.wal", "store")),
-    "score": Stage(SECTIONS, ()),  # rows in the store that capture makes
+    "capture": Stage((*_MODEL, "capture"), ("store.duckdb", "store.duckdb.wal", "store")),
+    "vectors": Stage(
+        (*_MODEL, "dictionary.hooks", "dictionary.max_tokens"),
+        ("vectors.duckdb", "vectors.duckdb.wal", "vectors"),
+    ),
+    "dictionary": Stage((*_MODEL, "capture", "dictionary"), ("dictionaries",)),
+    "score": Stage((*_MODEL, "capture"), ()),  # rows in the store that capture makes
 }
-"""The stages in their order; each builds on those before it."""
+"""The stages in their order."""
 
 
 class StageRecord(BaseModel):
@@ -149,13 +155,12 @@ class Manifest(BaseModel):
         write_whole(folder / "manifest.json", self.model_dump_json(indent=2) + "\n")
 
     def stale_stages(self, recipe: Recipe) -> list[str]:
-        """Return the stages begun with other settings than a recipe's, and those after them."""
-        names = list(STAGES)
-        for i, name in enumerate(names):
-            record = self.stages.get(name)
-            if record and record.digest != recipe.digest(*STAGES[name].sections):
-                return [name for name in names[i:] if name in self.stages]
-        return []
+        """Return the stages begun with other settings than a recipe's."""
+        return [
+            name
+            for name, stage in STAGES.items()
+            if name in self.stages and self.stages[name].digest != recipe.digest(*stage.sections)
+        ]
 
 
 def _damaged(path: Path, reason: str) -> RunError:

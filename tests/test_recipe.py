@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from lmmono.errors import RecipeError
+from lmmono.manifest import STAGES
 from lmmono.recipe import SECTIONS, Recipe
 from lmmono.recipe.schema import schema_text
 from lmmono.recipe.sections import CrateModel, Data, Gpt2Model, PlantedCorpus, Train
@@ -102,7 +103,7 @@ arms:
         "did you mean score?",
         "r.yaml:20: capture.max_tokens: want an integer >= 1 or null, got 1.5",
         "r.yaml:22: arm crate: name: want a setting of a section; "
-        "known: data, model, train, capture",
+        "known: data, model, train, capture, dictionary",
         "r.yaml:23: arms.empty: want a mapping, got null",
     ]
 
@@ -292,6 +293,97 @@ def test_faults_across_sections_are_told_beside_all_others(write):
     ]
 
 
+DICTIONARY = """\
+dictionary:
+  hooks: []
+  learn:
+    - {arch: topk, expansion: 4, k: 16}
+    - {arch: topk, expansion: 4, k: 16, lr: 1e-4}
+    - {arch: identity, kk: 3}
+    - {arch: tpk}
+    - {arch: standard, coefficient: 1, d_sae: 30, k: 4}
+    - {arch: batchtopk, k: 3}
+    - {arch: kmeans, d_sae: 8, name: a b}
+  controls: [shufled]
+  latents: topk-x4-k6
+"""
+
+
+def test_dictionaries_are_checked_entry_by_entry(write):
+    archs = (
+        "batchtopk, dense, dictionary_learning, gated, ica, identity, jumprelu, kmeans, "
+        "matching_pursuit, matryoshka_batchtopk, nmf, pca, random, standard, topk"
+    )
+    assert faults(write(TWINS.replace("arms:", DICTIONARY + "arms:"))) == [
+        "r.yaml:11: dictionary.hooks: want a list of at least 1 text, got a list",
+        "r.yaml:15: dictionary.learn[2].kk: unknown key; did you mean k?",
+        f"r.yaml:16: dictionary.learn[3].arch: want one of {archs}, got 'tpk'; did you mean topk?",
+        "r.yaml:17: dictionary.learn[4].k: not a setting of arch: standard; leave it out, "
+        "or write dictionary.learn[4]: {arch: standard, ...}",
+        "r.yaml:18: dictionary.learn[5].d_sae: want d_sae or expansion, one of them",
+        "r.yaml:19: dictionary.learn[6].name: want text matching ^[A-Za-z0-9][A-Za-z0-9_-]*$ "
+        "or null, got 'a b'",
+        "r.yaml:20: dictionary.controls[0]: want one of shuffled, untrained, got 'shufled'; "
+        "did you mean shuffled?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        (
+            "dictionary.learn=[{arch: pca, d_sae: 4}, {arch: pca, d_sae: 4, k: 2, name: pca-4}]",
+            "dictionary.learn[1].name: want a name of its own: dictionary.learn[0] is pca-4 too",
+        ),
+        ("dictionary.seeds=[1, 1]", "want every seed once"),
+        (
+            "dictionary.latents=topk-x4-k6",
+            "want the name of an entry of learn, got 'topk-x4-k6'; did you mean topk-x4-k16?",
+        ),
+        (
+            "dictionary.latents=identity",
+            "want a code that is never negative; that of identity is signed",
+        ),
+    ],
+)
+def test_dictionaries_must_fit_each_other(write, override, fault):
+    section = "dictionary: {learn: [{arch: topk, expansion: 4, k: 16}, {arch: identity}]}\n"
+    path = write(TWINS.replace("arms:", section + "arms:"))
+    assert faults(path, override) == [f"override {override}: {fault}"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [
+        ("{arch: batchtopk, expansion: 16, k: 32}", "batchtopk-x16-k32"),
+        ("{arch: jumprelu, d_sae: 64, target_l0: 7.5}", "jumprelu-64-l0_7_5"),
+        ("{arch: jumprelu, d_sae: 64}", "jumprelu-64-c1"),
+        ("{arch: standard, d_sae: 64, coefficient: 1e-5}", "standard-64-c1e-05"),
+        ("{arch: identity}", "identity"),
+        ("{arch: pca, expansion: 1, name: mine}", "mine"),
+    ],
+)
+def test_a_dictionary_without_a_name_is_named_after_what_it_is(write, entry, name):
+    recipe = single(write(TWINS), f"dictionary.learn=[{entry}]")
+    assert recipe.dictionary.names == (name,)
+    assert "name" not in recipe.dictionary.learn[0].settings
+
+
+def test_a_changed_dictionary_is_all_that_is_stale(write):
+    before = single(write(TWINS))
+    more = single(write(TWINS), "dictionary.learn=[{arch: identity}]")
+    other = single(write(TWINS), "dictionary.max_tokens=1000")
+    deeper = single(write(TWINS), "model.n_layers=4")
+    sections = {name: stage.sections for name, stage in STAGES.items()}
+
+    def stale(now: Recipe) -> list[str]:
+        return [n for n, parts in sections.items() if now.digest(*parts) != before.digest(*parts)]
+
+    assert stale(more) == ["dictionary"]
+    assert stale(other) == ["vectors", "dictionary"]
+    assert stale(deeper) == list(STAGES)
+
+
 def test_integers_are_taken_for_numbers_and_nothing_else_is_converted(write):
     assert single(write(TWINS), "train.lr=1").train.lr == 1.0
     for wrong in ("train.lr='1'", "train.steps=100.0", "train.compile=1", "name=5"):
@@ -338,7 +430,7 @@ def test_every_shipped_recipe_loads_and_says_how_to_run_it(path):
     assert f"recipes/{path.name}" in head and "Minutes, hardware, result" in head
     recipe = Recipe.load(path)
     assert recipe.name == path.stem
-    assert {run.arm for run in recipe.runs()} == {"crate", "gpt2"}
+    assert {run.model.arch for run in recipe.runs()} == {"crate", "gpt2"}
 
 
 def test_the_json_schema_is_current_and_agrees_with_loading(write):

@@ -1,6 +1,7 @@
 """Recipes: what a run does, as YAML that is checked whole before anything starts."""
 
+from lmmono.recipe.dictionaries import Dictionaries
 from lmmono.recipe.recipe import SECTIONS, Recipe
 from lmmono.recipe.sections import Capture, Data, Model, Section, Train
 
-__all__ = ["SECTIONS", "Capture", "Data", "Model", "Recipe", "Section", "Train"]
+__all__ = ["SECTIONS", "Capture", "Data", "Dictionaries", "Model", "Recipe", "Section", "Train"]

@@ -5,10 +5,12 @@ a recipe's section `dictionary`. The target of a dictionary is one of `k`, `targ
 `coefficient`, by its `arch`; what was reached is measured, never assumed.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from lmmono.errors import nearest
 from lmmono.recipe.sections import Count, Fraction, Section, clash
 
 
@@ -181,3 +183,129 @@ AnyDictionary = Annotated[
     | DenseAutoencoder,
     Field(discriminator="arch"),
 ]
+
+
+class Entry(Section):
+    """What every entry of a recipe's `dictionary.learn` has besides its settings."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
+    """Name in tables and folders; null makes one of arch, width and target: `topk-x4-k32`."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings without the name, as `lm.SAE` and the others take them, arch included."""
+        return self.model_dump(exclude={"name"})
+
+
+class TopKEntry(TopKSae, Entry):
+    """A topk or batchtopk SAE of a recipe."""
+
+
+class MatryoshkaEntry(MatryoshkaSae, Entry):
+    """A matryoshka SAE of a recipe."""
+
+
+class MatchingPursuitEntry(MatchingPursuitSae, Entry):
+    """A matching pursuit SAE of a recipe."""
+
+
+class PenaltyEntry(PenaltySae, Entry):
+    """A standard or gated SAE of a recipe."""
+
+
+class JumpReluEntry(JumpReluSae, Entry):
+    """A jumprelu SAE of a recipe."""
+
+
+class DecompositionEntry(Decomposition, Entry):
+    """A classical decomposition of a recipe."""
+
+
+class IdentityEntry(Identity, Entry):
+    """The identity control of a recipe."""
+
+
+class RandomEntry(RandomDictionary, Entry):
+    """The random control of a recipe."""
+
+
+class DenseEntry(DenseAutoencoder, Entry):
+    """The dense auto-encoder of a recipe."""
+
+
+SaeEntry = TopKEntry | MatryoshkaEntry | MatchingPursuitEntry | PenaltyEntry | JumpReluEntry
+AnyEntry = SaeEntry | DecompositionEntry | IdentityEntry | RandomEntry | DenseEntry
+
+SIGNED = ("pca", "ica", "dictionary_learning", "identity", "random")
+"""Kinds whose code has negative values; a store keeps what is above a threshold."""
+SEEDLESS = ("identity", "pca")
+"""Kinds in which nothing is random: fitted once, whatever the seeds."""
+
+TrainedControl = Literal["shuffled", "untrained"]
+
+
+class Dictionaries(Section):
+    """Which dictionaries are learned of which hooks, and how they are judged."""
+
+    hooks: tuple[str, ...] = Field(default=("blocks.*.mlp.hook_post",), min_length=1)
+    """Hook names or globs; every entry of `learn` is fitted on each."""
+    learn: tuple[Annotated[AnyEntry, Field(discriminator="arch")], ...] = ()
+    """The dictionaries, by their `arch`; none makes the stage empty."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(default=(0,), min_length=1)
+    """Every entry is fitted once with each; two or more give rows on stability."""
+    controls: tuple[TrainedControl, ...] = ()
+    """For each SAE, also train one like it on shuffled vectors, or on the untrained model's."""
+    source: Literal["store", "model"] = "store"
+    """`store` captures the vectors of `train` once and keeps them; `model` recomputes them."""
+    max_tokens: Count | None = 500_000
+    """Tokens of `train` to learn from, whole rows; null takes all."""
+    batch_tokens: Count = 2048
+    """Vectors per step."""
+    eval_tokens: Count | None = 100_000
+    """Tokens of `score` to judge on, whole rows; null takes all."""
+    checkpoint_every_steps: Count | None = 1000
+    """Steps between checkpoints of a fit; null keeps only an interrupted fit's last one."""
+    latents: str | None = None
+    """Name of the entry whose latents, with the first seed, go into the store; null for none."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each entry of `learn`, given or made."""
+        return tuple(entry.name or _made_name(entry) for entry in self.learn)
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Dictionaries":
+        for i, name in enumerate(self.names):
+            if name in self.names[:i]:
+                first = self.names.index(name)
+                message = f"want a name of its own: dictionary.learn[{first}] is {name} too"
+                raise clash(message, f"learn.{i}.name", f"learn.{i}.arch")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise clash("want every seed once", "seeds")
+        return self
+
+    @model_validator(mode="after")
+    def _check_latents(self) -> "Dictionaries":
+        if self.latents is None:
+            return self
+        if self.latents not in self.names:
+            way_out = nearest(self.latents, self.names) if self.names else "learn is empty"
+            message = f"want the name of an entry of learn, got {self.latents!r}; {way_out}"
+            raise clash(message, "latents")
+        arch = self.learn[self.names.index(self.latents)].arch
+        if arch in SIGNED:
+            raise clash(f"want a code that is never negative; that of {arch} is signed", "latents")
+        return self
+
+
+def _made_name(entry: AnyEntry) -> str:
+    """Return what tells an entry from others of its kind: arch, width and target."""
+    return "-".join([entry.arch, *_parts(entry)]).replace(".", "_").replace("+", "")
+
+
+def _parts(entry: AnyEntry) -> Iterator[str]:
+    for field, letter in (("d_sae", ""), ("expansion", "x"), ("k", "k"), ("target_l0", "l0_")):
+        if (value := getattr(entry, field, None)) is not None:
+            yield f"{letter}{value:g}"
+    if getattr(entry, "target_l0", None) is None and hasattr(entry, "coefficient"):
+        yield f"c{entry.coefficient:g}"

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,9 +11,10 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from lmmono.errors import RecipeError
+from lmmono.recipe.dictionaries import Dictionaries
 from lmmono.recipe.sections import Capture, Data, Model, Section, Train, clash
 
-SECTIONS = ("data", "model", "train", "capture")
+SECTIONS = ("data", "model", "train", "capture", "dictionary")
 """Keys that arms may change and digests may cover, in the order of the stages."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -48,6 +51,8 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
     """Training."""
     capture: Capture = Capture()
     """What goes into the store."""
+    dictionary: Dictionaries = Dictionaries()
+    """Dictionaries to learn; none by default."""
     arms: dict[Name, dict[str, Any]] = {}
     """Named changes, one run each: dotted keys (`model.arch: gpt2`) or whole sections."""
     arm: Name | None = None
@@ -115,11 +120,15 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
         """The run folder: `out/name`, or `out/name/folder` in a study."""
         return Path(self.out, self.name, self.folder or "")
 
-    def digest(self, *sections: str) -> str:
-        """Return the SHA-256 (hex) of the seed and the named sections, defaults included."""
+    def digest(self, *parts: str) -> str:
+        """Return the SHA-256 (hex) of the seed and some parts, defaults included.
+
+        Args:
+            parts: Sections, or settings of one, such as `dictionary.hooks`.
+        """
         assert not self.seeds, "a digest is of one run: take it of each of runs()"
-        values = self.model_dump(mode="json", include={"seed", *sections})
-        assert set(values) == {"seed", *sections}, f"no such section in {sections}"
+        whole = self.model_dump(mode="json")
+        values = {part: reduce(getitem, part.split("."), whole) for part in ("seed", *parts)}
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -102,7 +102,7 @@ def _fault(error: ErrorDetails, tree: Tree, root: Schema) -> Fault:
     context = error.get("ctx", {})
     match error["type"]:
         case "clash":
-            fields: list[Path] = [(*place.path, *f.split(".")) for f in context["fields"]]
+            fields: list[Path] = [(*place.path, *_keys(f)) for f in context["fields"]]
             return clash_fault(fields, str(context["message"]), tree)
         case "extra_forbidden":
             return Fault(tree.origin(place.path), place.path, _unknown(place))
@@ -123,6 +123,10 @@ def _fault(error: ErrorDetails, tree: Tree, root: Schema) -> Fault:
                 place.path,
                 message + _way_out(error["input"], place.schema, root),
             )
+
+
+def _keys(field: str) -> Path:
+    return tuple(int(key) if key.isdigit() else key for key in field.split("."))
 
 
 def clash_fault(fields: Sequence[Path], message: str, tree: Tree) -> Fault:
