@@ -108,10 +108,14 @@ class TokenLog:
 
 
 def _digests(tokens: Ids, docs: Ids) -> UInt64[np.ndarray, " batch"]:
-    """Return a 64-bit hash per sequence of its tokens and their documents, never 0."""
+    """Return a 64-bit hash per sequence of its tokens and their documents, never 0.
+
+    Padding has no part in it: the store does not keep what stood there.
+    """
     place = np.arange(tokens.shape[1], dtype=np.uint64)
     z = tokens.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z ^= (docs.astype(np.uint64) + place * np.uint64(0xD1B54A32D192ED03)) << np.uint64(1)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))).sum(axis=1, dtype=np.uint64) | np.uint64(1)
+    z = (z ^ (z >> np.uint64(31))) * (docs >= 0)
+    return z.sum(axis=1, dtype=np.uint64) | np.uint64(1)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from lmmono.dictionary.estimator import Dictionary, load_dictionary
     from lmmono.dictionary.evaluation import SAEReport, evaluate
     from lmmono.dictionary.interchange import export_dictionary, import_dictionary
-    from lmmono.dictionary.latents import store_latents
     from lmmono.dictionary.live import model_vectors
     from lmmono.dictionary.recovery import recovery
     from lmmono.dictionary.sae import SAE, fit_together
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from lmmono.dictionary.stability import stability
     from lmmono.errors import LmmonoError
     from lmmono.generation import generate
+    from lmmono.latents import store_latents
     from lmmono.models.build import build_model
     from lmmono.models.crate import CrateConfig, CrateForCausalLM
     from lmmono.models.hooks import (
@@ -89,7 +89,6 @@ _HOMES = {
     "dictionary.estimator": ("Dictionary", "load_dictionary"),
     "dictionary.evaluation": ("SAEReport", "evaluate"),
     "dictionary.interchange": ("export_dictionary", "import_dictionary"),
-    "dictionary.latents": ("store_latents",),
     "dictionary.live": ("model_vectors",),
     "dictionary.recovery": ("recovery",),
     "dictionary.sae": ("SAE", "fit_together"),
@@ -97,6 +96,7 @@ _HOMES = {
     "dictionary.stability": ("stability",),
     "errors": ("LmmonoError",),
     "generation": ("generate",),
+    "latents": ("store_latents",),
     "models.build": ("build_model",),
     "models.crate": ("CrateConfig", "CrateForCausalLM"),
     "models.hooks": (

@@ -4,7 +4,7 @@
 run folder as its recipe says, and takes up an interrupted capture where its last commit ended.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +17,9 @@ import activation_store as astore
 from activation_store.capturing import digest as weights_digest
 from lmmono.data.tokens import TokenRows
 from lmmono.errors import RunError
+from lmmono.latents import Code, Latents, claim_all, latent_rows
+from lmmono.manifest import STAGES
 from lmmono.models.hooks import hook_width, match_hooks, recording
-from lmmono.recipe import SECTIONS
 from lmmono.recipe.sections import Capture
 from lmmono.run import Run
 from lmmono.types import Progress, silent
@@ -30,6 +31,8 @@ def capture(
     *,
     hooks: str | Sequence[str] = "blocks.*.mlp.hook_post",
     vectors: str | Sequence[str] = (),
+    dictionaries: Sequence[Code] | Mapping[str, Code] = (),
+    halves: bool = False,
     max_tokens: int | None = None,
     into: astore.Store,
     seed: int = 0,
@@ -46,6 +49,9 @@ def capture(
         tokens: Rows of one split, or of several.
         hooks: Names or globs stored as sparse rows with statistics and exemplars.
         vectors: Names or globs stored as dense vectors.
+        dictionaries: Fitted dictionaries, as a list or by hook, whose latents are stored as sparse
+            rows; the names of their hooks are told in `lmmono.latents`.
+        halves: Store signed codes as two halves; see `lmmono.store_latents`.
         max_tokens: Tokens per split, whole rows; None takes all.
         into: A store opened with mode "w" or "a".
         seed: Seed of the random exemplars.
@@ -55,6 +61,7 @@ def capture(
     Raises:
         ModelError: a hook name matches nothing.
         RunError: a setting is unknown or out of range.
+        DictionaryError: a dictionary does not fit, or its code is negative without `halves`.
         StoreError: the store is read-only, full, of another model, or refuses a dense hook.
     """
     given = {"hooks": _names(hooks), "vectors": _names(vectors), "max_tokens": max_tokens}
@@ -63,7 +70,9 @@ def capture(
     except ValidationError as error:
         raise RunError(f"capture: {error}") from None
     parts = [tokens] if isinstance(tokens, TokenRows) else list(tokens)
-    _stream(model, [part.limit(max_tokens) for part in parts], chosen, into, seed, progress)
+    latents = claim_all(into, dictionaries, halves, lambda hook: hook_width(model, hook))
+    limited = [part.limit(max_tokens) for part in parts]
+    _stream(model, limited, chosen, into, seed, progress, latents)
     return into
 
 
@@ -75,7 +84,7 @@ def capture_run(run: Run, *, progress: Progress = silent) -> Run:
         StoreError: as `capture` does.
     """
     recipe, settings = run.recipe, run.recipe.capture
-    digest = recipe.digest(*SECTIONS)
+    digest = recipe.digest(*STAGES["capture"].sections)
     if run.is_finished("capture", digest):
         return run
     mode: Literal["a", "w"] = "a" if run.store_path.exists() else "w"
@@ -115,6 +124,7 @@ def _stream(
     store: astore.Store,
     seed: int,
     progress: Progress,
+    latents: Sequence[Latents] = (),
 ) -> None:
     """Run the model over all parts and hand every batch to the store's writer."""
     names = match_hooks(model, settings.hooks) if settings.hooks else []
@@ -126,13 +136,14 @@ def _stream(
     model.eval()
     with (
         store.writer(
-            rows=[_rows(model, name, settings) for name in names],
+            rows=[_rows(model, name, settings) for name in names]
+            + [latent_rows(each, settings) for each in latents],
             vectors=[astore.Vectors(hook=name, d=hook_width(model, name)) for name in dense],
             n_ctx=n_ctx,
             seed=seed,
             model_digest=weights_digest(model),
         ) as writer,
-        recording(model, [*names, *dense]) as acts,
+        recording(model, [*names, *dense, *(each.source for each in latents)]) as acts,
         torch.inference_mode(),
     ):
         n_done = writer.next_seq
@@ -140,7 +151,9 @@ def _stream(
             ids = part.ids[first:last]
             model(input_ids=_tensor(ids, model), use_cache=False)
             docs = part.doc_ids[first:last]
-            writer.add(part.seq_ids[first:last], ids, docs, part.split, _flat(acts))
+            flat = _flat(acts)
+            coded = {each.hook: each.encode(flat[each.source]) for each in latents}
+            writer.add(part.seq_ids[first:last], ids, docs, part.split, flat | coded)
             n_done += last - first
             progress("capture", n_done * n_ctx, total)
     model.train(was_training)
