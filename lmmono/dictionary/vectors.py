@@ -56,6 +56,21 @@ class Vectors(ABC):
                     )
             yield batch
 
+    def first(self, max_tokens: int) -> dict[str, Float[Tensor, "n _"]]:
+        """Return the first vectors of the seeded order, at most one epoch of them.
+
+        Raises:
+            DictionaryError: A batch holds NaN or infinite values.
+        """
+        n = min(max_tokens, self.n_tokens)
+        batches, n_read = [], 0
+        for batch in self.batches():
+            batches.append(batch)
+            n_read += len(next(iter(batch.values())))
+            if n_read >= n:
+                break
+        return {hook: torch.cat([batch[hook] for batch in batches])[:n] for hook in self.widths}
+
     def only_hook(self) -> str:
         """Return the name of the only hook.
 
