@@ -42,6 +42,16 @@ METRICS: dict[str, Metric] = {
         Metric("reconstruction_error", 1, ">= 0", "lower", "sum|x - D a|^2 / sum|x|^2"),
         Metric("fvu", 1, ">= 0", "lower", "sum|x - xhat|^2 / sum|x - mean(x)|^2 over the set"),
         Metric("l0", 1, "units per token", "neither", "mean number of non-zero acts per token"),
+        Metric("cosine", 1, "[-1, 1]", "higher", "mean over tokens of cos(x, xhat)"),
+        Metric("shrinkage", 1, "1", "neither", "sum|xhat|^2 / sum<x, xhat>; 1 is none"),
+        Metric("kl", 1, "nats per token", "lower", "mean of KL(clean || spliced)"),
+        Metric(
+            "ce_loss_recovered",
+            1,
+            "<= 1",
+            "higher",
+            "(CE_ablated - CE_spliced) / (CE_ablated - CE_clean); the preset names the ablation",
+        ),
         Metric("token_selectivity", 1, "[0, 1]", "higher", "1 - H(token | act) / H(token)"),
     )
 }
