@@ -226,6 +226,16 @@ class Run:
             done = {"state": "finished", "facts": stage.facts}
             self._record(name, StageRecord.model_validate({**dict(record.after(began)), **done}))
 
+    def reopen(self, stage: str) -> None:
+        """Count a stage as not begun, because what it reads has changed; inside another stage.
+
+        Raises:
+            RunError: The folder cannot be written.
+        """
+        stages = {name: each for name, each in self.manifest.stages.items() if name != stage}
+        self.manifest = self.manifest.model_copy(update={"stages": stages})
+        self.manifest.write(self.dir)
+
     def _record(self, name: str, record: StageRecord) -> None:
         stages = {**self.manifest.stages, name: record}
         self.manifest = self.manifest.model_copy(update={"stages": stages})

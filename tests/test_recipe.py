@@ -333,7 +333,7 @@ def test_dictionaries_are_checked_entry_by_entry(write):
     [
         (
             "dictionary.learn=[{arch: pca, d_sae: 4}, {arch: pca, d_sae: 4, k: 2, name: pca-4}]",
-            "dictionary.learn[1].name: want a name of its own: dictionary.learn[0] is pca-4 too",
+            "dictionary.learn[1].name: want a name of its own: dictionary.learn[0] gives pca-4 too",
         ),
         ("dictionary.seeds=[1, 1]", "want every seed once"),
         (
@@ -367,6 +367,22 @@ def test_a_dictionary_without_a_name_is_named_after_what_it_is(write, entry, nam
     recipe = single(write(TWINS), f"dictionary.learn=[{entry}]")
     assert recipe.dictionary.names == (name,)
     assert "name" not in recipe.dictionary.learn[0].settings
+
+
+def test_every_entry_is_planned_with_every_seed_and_saes_with_their_controls(write):
+    learn = "[{arch: topk, expansion: 2, k: 3}, {arch: random, d_sae: 8, k: 3}, {arch: identity}]"
+    several = ("dictionary.seeds=[4, 5]", "dictionary.controls=[shuffled]")
+    planned = single(write(TWINS), f"dictionary.learn={learn}", *several).dictionary.planned
+    assert [(each.name, each.seed, each.control) for each in planned] == [
+        ("topk-x2-k3-seed4", 4, None),
+        ("topk-x2-k3-seed5", 5, None),
+        ("topk-x2-k3-shuffled", 4, "shuffled"),
+        ("random-8-k3-seed4", 4, None),
+        ("random-8-k3-seed5", 5, None),
+        ("identity", 4, None),
+    ]
+    once = single(write(TWINS), f"dictionary.learn={learn}").dictionary.planned
+    assert [each.name for each in once] == ["topk-x2-k3", "random-8-k3", "identity"]
 
 
 def test_a_changed_dictionary_is_all_that_is_stale(write):

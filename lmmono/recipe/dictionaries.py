@@ -6,6 +6,7 @@ a recipe's section `dictionary`. The target of a dictionary is one of `k`, `targ
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -244,6 +245,25 @@ SEEDLESS = ("identity", "pca")
 TrainedControl = Literal["shuffled", "untrained"]
 
 
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One dictionary to fit on every hook."""
+
+    entry: AnyEntry
+    """Its settings."""
+    name: str
+    """Name in tables and folders: the entry's, with the control and the seed where there are."""
+    seed: int
+    """Seed of the fit."""
+    control: TrainedControl | None = None
+    """What its vectors lack; None for those of the model as it is."""
+
+    @property
+    def is_sae(self) -> bool:
+        """Whether it is trained by gradient steps on the vectors as they come."""
+        return isinstance(self.entry, SaeEntry)
+
+
 class Dictionaries(Section):
     """Which dictionaries are learned of which hooks, and how they are judged."""
 
@@ -254,7 +274,8 @@ class Dictionaries(Section):
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(default=(0,), min_length=1)
     """Every entry is fitted once with each; two or more give rows on stability."""
     controls: tuple[TrainedControl, ...] = ()
-    """For each SAE, also train one like it on shuffled vectors, or on the untrained model's."""
+    """For each SAE, with the first seed, also train one on shuffled vectors, or on those of the
+    untrained model."""
     source: Literal["store", "model"] = "store"
     """`store` captures the vectors of `train` once and keeps them; `model` recomputes them."""
     max_tokens: Count | None = 500_000
@@ -273,15 +294,34 @@ class Dictionaries(Section):
         """Name of each entry of `learn`, given or made."""
         return tuple(entry.name or _made_name(entry) for entry in self.learn)
 
+    @property
+    def planned(self) -> tuple[Planned, ...]:
+        """Every dictionary to fit, entry by entry: with each seed, then its controls."""
+        return tuple(
+            each
+            for entry, name in zip(self.learn, self.names, strict=True)
+            for each in self._planned(entry, name)
+        )
+
+    def _planned(self, entry: AnyEntry, name: str) -> Iterator[Planned]:
+        seeded = len(self.seeds) > 1 and entry.arch not in SEEDLESS
+        for seed in self.seeds if seeded else self.seeds[:1]:
+            yield Planned(entry, f"{name}-seed{seed}" if seeded else name, seed)
+        for control in self.controls if isinstance(entry, SaeEntry) else ():
+            yield Planned(entry, f"{name}-{control}", self.seeds[0], control)
+
     @model_validator(mode="after")
     def _check_names(self) -> "Dictionaries":
-        for i, name in enumerate(self.names):
-            if name in self.names[:i]:
-                first = self.names.index(name)
-                message = f"want a name of its own: dictionary.learn[{first}] is {name} too"
-                raise clash(message, f"learn.{i}.name", f"learn.{i}.arch")
         if len(set(self.seeds)) < len(self.seeds):
             raise clash("want every seed once", "seeds")
+        taken: dict[str, int] = {}
+        for i, (entry, name) in enumerate(zip(self.learn, self.names, strict=True)):
+            for each in self._planned(entry, name):
+                if each.name in taken:
+                    first = f"dictionary.learn[{taken[each.name]}]"
+                    message = f"want a name of its own: {first} gives {each.name} too"
+                    raise clash(message, f"learn.{i}.name", f"learn.{i}.arch")
+                taken[each.name] = i
         return self
 
     @model_validator(mode="after")
