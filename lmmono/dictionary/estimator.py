@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,9 @@ FORMAT = 1
 
 _HOMES = {"sae": ("sae", "SAE"), "classical": ("classical", "Classical")}
 _HOMES |= {"control": ("controls", "Control")}
+
+
+T = TypeVar("T", bound="Dictionary")  # not Self: beartype checks methods, not this class
 
 
 class Dictionary(ABC):
@@ -66,7 +69,7 @@ class Dictionary(ABC):
         """The kind of code, such as topk or pca."""
         return str(self.settings.arch)
 
-    def fit(self, vectors: Any, *, progress: Progress = silent, **options: Any) -> Self:
+    def fit(self: T, vectors: Any, *, progress: Progress = silent, **options: Any) -> T:
         """Learn the code of some vectors.
 
         Args:

@@ -90,7 +90,7 @@ class SAE(Dictionary):
 
 
 def fit_together(
-    dictionaries: Mapping[str, SAE] | Sequence[SAE],
+    dictionaries: Mapping[str, Dictionary] | Sequence[Dictionary],
     vectors: Any,
     *,
     hooks: Mapping[str, str] | Sequence[str] | None = None,
@@ -178,7 +178,7 @@ class _Job:
 
 
 def _jobs(
-    dictionaries: Mapping[str, SAE] | Sequence[SAE],
+    dictionaries: Mapping[str, Dictionary] | Sequence[Dictionary],
     hooks: Mapping[str, str] | Sequence[str] | None,
     source: Vectors,
     folder: Path | None,
@@ -192,8 +192,11 @@ def _jobs(
     if hooks is None:
         hooks = dict.fromkeys(named, source.only_hook())
     wanted = dict(hooks) if isinstance(hooks, Mapping) else dict(zip(named, hooks, strict=False))
+    if len({id(sae) for sae in named.values()}) < len(named):
+        raise DictionaryError("dictionaries: one SAE comes twice; make one for each fit")
+    jobs: list[_Job] = []
     for name, sae in named.items():
-        if not isinstance(sae, SAE):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(sae, SAE):
             raise DictionaryError(
                 f"{name}: want an SAE, got {type(sae).__name__}; fit other kinds one by one"
             )
@@ -202,15 +205,11 @@ def _jobs(
                 f"{name}: hook {wanted.get(name)!r} is none of the vectors'; "
                 + nearest(str(wanted.get(name)), source.widths)
             )
-    if len({id(sae) for sae in named.values()}) < len(named):
-        raise DictionaryError("dictionaries: one SAE comes twice; make one for each fit")
-    return [
-        _Job(name, sae, wanted[name], None if folder is None else folder / name)
-        for name, sae in named.items()
-    ]
+        jobs.append(_Job(name, sae, wanted[name], None if folder is None else folder / name))
+    return jobs
 
 
-def _numbered(dictionaries: Sequence[SAE]) -> dict[str, SAE]:
+def _numbered(dictionaries: Sequence[Dictionary]) -> dict[str, Dictionary]:
     return {str(number): sae for number, sae in enumerate(dictionaries)}
 
 
@@ -228,7 +227,7 @@ def _processes(folder: str | Path | None) -> Any:
         )
     from accelerate import PartialState
 
-    return PartialState()
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _fit_jobs(
