@@ -23,9 +23,10 @@ class Given(Dictionary):
         super().__init__("identity", seed=seed)
         self.hook, self.d_in, self.d_sae = hook, d_in, d_sae
         random = torch.Generator().manual_seed(seed)
+        encoder = torch.randn(d_in, d_sae, generator=random)
         self.weights = {
-            "W_enc": torch.randn(d_in, d_sae, generator=random),
-            "W_dec": torch.randn(d_sae, d_in, generator=random) / d_sae,
+            "W_enc": encoder,
+            "W_dec": encoder.T.contiguous() / d_in,
             "b": torch.randn(d_sae, generator=random) - 1.0,
         }
         self.weights["b"][:2] = -1e6  # two latents that never fire

@@ -100,7 +100,8 @@ class Passes:
         Raises:
             DictionaryError: A hook has NaN or infinite activations, or another width.
         """
-        sites = {hook: _site(model, hook, passage) for hook, _ in dictionaries}
+        hooks = dict.fromkeys(hook for hook, _ in dictionaries)
+        sites = {hook: _site(model, hook, passage) for hook in hooks}
         subjects = [_subject(each, sites[hook], passage) for hook, each in dictionaries]
         passes = cls(passage, subjects, sites)
         done = 0
