@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lmmono.dictionary.interchange import export_dictionary, import_dictionary
     from lmmono.dictionary.live import model_vectors
     from lmmono.dictionary.recovery import recovery
+    from lmmono.dictionary.runs import dictionary_run
     from lmmono.dictionary.sae import SAE, fit_together
     from lmmono.dictionary.splicing import run_with_sae
     from lmmono.dictionary.stability import stability
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lmmono.models.presets import preset
     from lmmono.models.storage import load_model
     from lmmono.recipe import Recipe
+    from lmmono.reporting.figures import pareto
     from lmmono.reporting.tables import comparison
     from lmmono.run import Run, open_run
     from lmmono.training import train
@@ -57,6 +59,7 @@ __all__ = [
     "capture",
     "capture_run",
     "comparison",
+    "dictionary_run",
     "evaluate",
     "export_dictionary",
     "fit_together",
@@ -68,6 +71,7 @@ __all__ = [
     "match_hooks",
     "model_vectors",
     "open_run",
+    "pareto",
     "preset",
     "recording",
     "recovery",
@@ -91,6 +95,7 @@ _HOMES = {
     "dictionary.interchange": ("export_dictionary", "import_dictionary"),
     "dictionary.live": ("model_vectors",),
     "dictionary.recovery": ("recovery",),
+    "dictionary.runs": ("dictionary_run",),
     "dictionary.sae": ("SAE", "fit_together"),
     "dictionary.splicing": ("run_with_sae",),
     "dictionary.stability": ("stability",),
@@ -110,6 +115,7 @@ _HOMES = {
     "models.presets": ("preset",),
     "models.storage": ("load_model",),
     "recipe": ("Recipe",),
+    "reporting.figures": ("pareto",),
     "reporting.tables": ("comparison",),
     "run": ("Run", "open_run"),
     "training": ("train",),

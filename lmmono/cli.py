@@ -42,6 +42,7 @@ class Listed(StrEnum):
     runs = "runs"
     stores = "stores"
     hooks = "hooks"
+    dictionaries = "dictionaries"
 
 
 RunOrStore = Annotated[
@@ -104,9 +105,9 @@ def schema(
 @app.command("ls")
 def list_(
     what: Annotated[Listed, typer.Argument(help="What to list.")],
-    where: Annotated[Path | None, typer.Argument(help="A folder; for hooks, a run.")] = None,
+    where: Annotated[Path | None, typer.Argument(help="A folder, or a run for the last two.")] = None,
 ) -> None:
-    """List recipes, runs, stores, or the hooks of a run's model."""
+    """List recipes, runs, stores, or the hooks of a run's model, or its dictionaries."""
     from lmmono import listing
     from lmmono.terminal import show_table
 
@@ -138,6 +139,15 @@ def capture(target: RecipeOrRun, overrides: Overrides = None) -> None:
     """Stream activations of trained models into their stores."""
     for recipe in _runs_of(target, overrides):
         _say(_captured(_created(recipe)))
+
+
+@app.command()
+def dictionary(target: RecipeOrRun, overrides: Overrides = None) -> None:
+    """Learn the dictionaries of captured runs, and judge them; go on where it stopped."""
+    for recipe in _runs_of(target, overrides):
+        if not recipe.dictionary.learn:
+            raise RecipeError([f"{target}: dictionary.learn: want a dictionary to learn, got none"])
+        _say(_learned(_created(recipe)))
 
 
 @app.command()
@@ -334,6 +344,17 @@ def _captured(run: "Run") -> "Run":
         return capture_run(run, progress=progress)
 
 
+def _learned(run: "Run") -> "Run":
+    """Learn dictionaries, unless that is done or there are none: then nothing heavy is imported."""
+    if run.is_done("dictionary") or not run.recipe.dictionary.learn:
+        return run
+    from lmmono.dictionary.runs import dictionary_run
+    from lmmono.terminal import shown_progress
+
+    with shown_progress() as progress:
+        return dictionary_run(run, progress=progress)
+
+
 def _scored(run: "Run") -> "Run":
     """Score, unless that is done: then nothing heavy is imported."""
     if run.is_done("score"):
@@ -346,7 +367,7 @@ def _scored(run: "Run") -> "Run":
 
 
 def _finish(recipe: "Recipe") -> "list[Run]":
-    return [_scored(_captured(_trained(single))) for single in recipe.runs()]
+    return [_scored(_learned(_captured(_trained(single)))) for single in recipe.runs()]
 
 
 def _say(run: "Run") -> None:

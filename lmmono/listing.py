@@ -1,9 +1,11 @@
-"""What lies around: recipes, runs, stores and hook names, as rows of a table."""
+"""What lies around: recipes, runs, stores, hook names and dictionaries, as rows of a table."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from lmmono.errors import RecipeError, RunError
+from lmmono.manifest import STAGES
 from lmmono.recipe import Recipe
 from lmmono.run import find_runs, open_run
 
@@ -41,18 +43,17 @@ def list_runs(folder: Path) -> Listing:
             rows.append((str(path), f"damaged: {str(error).splitlines()[0]}", None, None))
             continue
         records = run.manifest.stages
-        stages = ", ".join(f"{name} {record.state}" for name, record in records.items())
+        begun = [name for name in STAGES if name in records]
+        stages = ", ".join(f"{name} {records[name].state}" for name in begun)
         loss = records["train"].facts.get("val_loss") if "train" in records else None
         rows.append((str(path), stages, loss, _megabytes(path)))
     return Listing(("run", "stages", "val loss", "MB"), tuple(rows))
 
 
 def list_stores(folder: Path) -> Listing:
-    """List the activation stores under a folder."""
-    paths = sorted(folder.rglob("store.duckdb"))
-    rows = tuple(
-        (str(path), _megabytes(path) + _megabytes(path.parent / "store")) for path in paths
-    )
+    """List the activation stores under a folder, those of vectors alone too."""
+    paths = sorted([*folder.rglob("store.duckdb"), *folder.rglob("vectors.duckdb")])
+    rows = tuple((str(path), _megabytes(path) + _megabytes(path.with_suffix(""))) for path in paths)
     return Listing(("store", "MB"), rows)
 
 
@@ -61,6 +62,21 @@ def list_hooks(path: Path) -> Listing:
     from lmmono.models.hooks import hook_names
 
     return Listing(("hook",), tuple((name,) for name in hook_names(open_run(path).model)))
+
+
+def list_dictionaries(path: Path) -> Listing:
+    """List the dictionaries in a run's folder, as they lie there: fitted, or begun."""
+    folder = open_run(path).dir / "dictionaries"
+    rows: list[tuple[object, ...]] = []
+    for place in sorted(folder.glob("*/*")):
+        about = place / "dictionary.json"
+        if about.is_file():
+            found = json.loads(about.read_text(encoding="utf-8"))
+            widths = f"{found['d_in']} -> {found['d_sae']}"
+            rows.append((place.parent.name, place.name, widths, found["seed"], str(place)))
+        else:
+            rows.append((place.parent.name, place.name, "not finished", None, str(place)))
+    return Listing(("hook", "dictionary", "widths", "seed", "folder"), tuple(rows))
 
 
 def _megabytes(path: Path) -> float:

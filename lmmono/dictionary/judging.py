@@ -1,0 +1,98 @@
+"""What the dictionaries of a run are worth, as rows of its store: tables `dictionaries`, `scores`.
+
+Each dictionary is judged on documents of the split `score`, at the model that its vectors came
+from. Those of one hook are judged in one pass, so their intervals are of the same redraws.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import activation_store as astore
+from lmmono.dictionary.evaluation import SAEReport, evaluate
+from lmmono.dictionary.fitting import Fit, Sources
+from lmmono.errors import DictionaryError
+from lmmono.metrics import METRICS
+from lmmono.run import Run
+from lmmono.types import Progress
+
+
+def judge(
+    run: Run,
+    fits: Sequence[Fit],
+    sources: Sources,
+    store: astore.Store,
+    failures: Mapping[Fit, str],
+    progress: Progress,
+) -> None:
+    """Write what every fitted dictionary is worth, and which control came to nothing.
+
+    Raises:
+        DictionaryError: The store holds latents of another dictionary under the same name.
+    """
+    settings, rows = run.recipe.dictionary, run.tokens("score")
+    known = _known(store)
+    left = [fit for fit in fits if fit.is_finished and not _is_judged(fit, known)]
+    for control in (None, *settings.controls):
+        for hook in dict.fromkeys(fit.hook for fit in left):
+            part = [f for f in left if f.hook == hook and f.planned.control == control]
+            if not part:
+                continue
+            reports = evaluate(
+                [fit.load() for fit in part],
+                sources.model(control),
+                rows,
+                max_tokens=settings.eval_tokens,
+                seed=run.recipe.seed,
+                progress=progress,
+            )
+            for fit, report in zip(part, reports, strict=True):
+                _save(fit, report, store, known)
+    store.append("scores", [_failed(fit, text, run.recipe.seed) for fit, text in failures.items()])
+
+
+Known = dict[tuple[str, str], dict[str, Any]]
+"""Rows of table `dictionaries` by hook and name."""
+
+
+def _known(store: astore.Store) -> Known:
+    rows = store.sql("FROM dictionaries").to_arrow_table().to_pylist()
+    return {(row["hook"], row["name"]): row for row in rows}
+
+
+def _is_judged(fit: Fit, known: Known) -> bool:
+    row = known.get((fit.hook, fit.planned.name), {})
+    return row.get("l0") is not None and row["digest"] == fit.load().digest
+
+
+def _save(fit: Fit, report: SAEReport, store: astore.Store, known: Known) -> None:
+    """Write a report; what the store says of other weights of the same name is replaced."""
+    name = fit.planned.name
+    path = os.path.relpath(fit.folder, store.path.parent)
+    row, before = report.dictionary_row(name, path=path), known.get((fit.hook, name), {})
+    if before.get("digest") == row["digest"]:
+        row["latents_hook"] = before["latents_hook"]
+    elif before.get("latents_hook"):
+        raise DictionaryError(
+            f"{fit.hook}: the store holds latents of another dictionary {name}, as hook "
+            f"{before['latents_hook']}; give this one another name in dictionary.learn"
+        )
+    scores = [{**each, "control": fit.planned.control} for each in report.rows(name)]
+    store.append("scores", scores)  # first: what has its measures has its scores
+    store.append("dictionaries", [row])
+
+
+def _failed(fit: Fit, text: str, seed: int) -> dict[str, Any]:
+    """Return the row of table `scores` of a fit that came to nothing; a report replaces it."""
+    return {
+        "metric": "fvu",
+        "metric_version": METRICS["fvu"].version,
+        "hook": fit.hook,
+        "dictionary": fit.planned.name,
+        "control": fit.planned.control,
+        "seed": seed,
+        "split": "score",
+        "n_failures": 1,
+        "failure": "the fit came to nothing",
+        "details": {"reason": text},
+    }
