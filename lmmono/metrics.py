@@ -28,6 +28,31 @@ class Metric:
     """The formula in one line."""
 
 
+def _simulated(scorer: str, records: str) -> list[Metric]:
+    """Return the measures of a simulation scorer, and their means over units that have one."""
+    t, p = "t over the tokens of all records", "p predicted from the explanation"
+    formulas = {
+        "": f"Pearson of {t} and {p}; {records}",
+        "_spearman": f"Spearman of {t} and {p}; {records}",
+        "_r2": f"1 - sum(t - p)^2 / sum(t - mean t)^2; {records}",
+        "_uncentred_r2": f"1 - sum(t - p)^2 / sum t^2; {records}",
+        "_deviation": f"1 - sum|t - p| / sum|t|; {records}",
+    }
+    metrics = [
+        Metric(scorer + name, 1, "<= 1", "higher", f"{formula}; 0 where not defined")
+        for name, formula in formulas.items()
+    ]
+    return metrics + [
+        Metric(f"{each.name}_defined", 1, "<= 1", "higher", f"mean of {each.name} where defined")
+        for each in metrics
+    ]
+
+
+_SIMULATED = (
+    ("simulation_tar", "as many top as random records"),
+    ("simulation_random", "random records, firing or not"),
+)
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -52,7 +77,10 @@ METRICS: dict[str, Metric] = {
             "higher",
             "(CE_ablated - CE_spliced) / (CE_ablated - CE_clean); the preset names the ablation",
         ),
+        Metric("stability_cosine", 1, "[-1, 1]", "higher", "mean cosine of matched directions"),
+        Metric("stability_share", 1, "[0, 1]", "higher", "share of matched cosines above 0.9"),
         Metric("token_selectivity", 1, "[0, 1]", "higher", "1 - H(token | act) / H(token)"),
+        *(metric for scorer, records in _SIMULATED for metric in _simulated(scorer, records)),
     )
 }
 

@@ -34,7 +34,7 @@ class Estimate:
     n: int
     """Items that the number is about."""
     n_tokens: int
-    """Tokens that were looked at."""
+    """Tokens that were looked at; 0 where the number is about weights alone."""
     n_documents: int
     """Documents that they come from."""
     nan_fraction: float = 0.0
@@ -60,8 +60,8 @@ class Estimate:
             "ci_level": self.level,
             "ci_method": self.method,
             "n": self.n,
-            "n_tokens": self.n_tokens,
-            "n_documents": self.n_documents,
+            "n_tokens": self.n_tokens or None,
+            "n_documents": self.n_documents or None,
             "nan_fraction": self.nan_fraction,
             "failure": self.failure,
         }
