@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from activation_store import catalogue, migrations
+from activation_store import catalogue, migrations, state_files
 from activation_store.catalogue import Place
 from activation_store.encoding import ShardFile, Target
 from activation_store.errors import ShardError, StoreError
@@ -288,7 +288,8 @@ def _exchange(where: Place, old: Sequence[Shard], new: Sequence[Shard]) -> None:
 
 def _sweep(where: Place, ranks: Sequence[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Remove the files of these ranks that no commit lists, unless a process reads the store."""
-    names = {shard.file for shard in _read(where)[0]}
+    with duckdb.connect(where.file, read_only=True) as con:
+        names = state_files.all_names(con)
     old = [
         path for path in unlisted(where, names) if _number(path.name) // NUMBERS_PER_RANK in ranks
     ]

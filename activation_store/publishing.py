@@ -9,6 +9,7 @@ published first.
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from activation_store import migrations, state, tables
+from activation_store import migrations, state, state_files, tables
 from activation_store.accumulator import new_seen
 from activation_store.catalogue import Place
 from activation_store.encoding import Target, encode_tokens
-from activation_store.errors import ContentError
+from activation_store.errors import ContentError, ShardError
 from activation_store.hooks import Rows, Vectors
 from activation_store.presence import Presence
 from activation_store.sequences import SequenceTable, from_ranges, shared, to_ranges
@@ -32,6 +33,7 @@ from activation_store.summary import RowsTotal, VectorsTotal, write_tables
 _COPIED = ("runs", "dictionaries", "explanations", "scores", "robustness")
 _CAPTURE = "capture "
 _TOKENS = "tokens"
+_ATTEMPTS = 5
 
 _COUNT_LISTED = """
 UPDATE hooks SET n_acts = coalesce((
@@ -68,7 +70,7 @@ class Source:
     meta: dict[str, str]
     shards: tuple[Shard, ...]
     states: dict[str, bytes]
-    """Rows of `writer_state`."""
+    """What table `writer_state` stands for, by key."""
     tables: dict[str, pa.Table]
 
 
@@ -85,15 +87,23 @@ def read_source(where: Place) -> Source:
     Raises:
         StoreError: there is no store, or it cannot be read.
     """
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(ShardError):  # a writer removes its last state when it commits the next
+            return _read_source(where)
+    return _read_source(where)
+
+
+def _read_source(where: Place) -> Source:
     presence = Presence([where.folder])
     with duckdb.connect(":memory:") as con:
         migrations.attach(con, where, "source")
         con.execute("USE source")
         meta = dict(con.execute("SELECT key, value FROM meta").fetchall())
-        states = dict(con.execute("SELECT key, value FROM writer_state").fetchall())
+        rows = con.execute("SELECT key, value FROM writer_state").fetchall()
+        states = {key: state_files.load(bytes(value), where.folder) for key, value in rows}
         names = ("documents", "vocabulary", *_COPIED)
-        rows = {name: con.execute(f"FROM {name}").to_arrow_table() for name in names}
-        return Source(presence, where, meta["store_id"], meta, tuple(listed(con)), states, rows)
+        held = {name: con.execute(f"FROM {name}").to_arrow_table() for name in names}
+        return Source(presence, where, meta["store_id"], meta, tuple(listed(con)), states, held)
 
 
 def take_in(con: duckdb.DuckDBPyConnection, source: Source, upload: Upload) -> Publication:

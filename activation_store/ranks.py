@@ -6,14 +6,14 @@ states of all ranks, merged in the order of the ranks. So at any moment the stor
 is committed, and a rank that dies costs only what it had not committed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
 import numpy as np
 
-from activation_store import state
+from activation_store import state, state_files
 from activation_store.catalogue import Place
 from activation_store.errors import ContentError
 from activation_store.presence import unread
@@ -55,11 +55,10 @@ class Rank:
         lock = where.writer_lock
         return lock.with_name(f"{lock.name}-{self.rank}") if self.rank else lock
 
-    def next_number(self, con: duckdb.DuckDBPyConnection) -> int:
-        """Return the number of this rank's next shard."""
-        first = self.rank * NUMBERS_PER_RANK
-        numbers = [number for number in _numbers(con) if self._owns(number)]
-        return max(numbers, default=first - 1) + 1
+    def next_number(self, names: Iterable[str]) -> int:
+        """Return the number of this rank's next shard or state, given the names of those listed."""
+        numbers = [number for number in map(_number, names) if self._owns(number)]
+        return max(numbers, default=self.rank * NUMBERS_PER_RANK - 1) + 1
 
     def _owns(self, number: int) -> bool:
         first = self.rank * NUMBERS_PER_RANK
@@ -70,29 +69,27 @@ class Rank:
 
         A reader may still know of shards that a compaction has replaced.
         """
-        names = {name for (name,) in con.execute("SELECT file FROM shards").fetchall()}
+        names = state_files.all_names(con)
         with unread(where.folder) as alone:
             for path in list(unlisted(where, names)) if alone else ():
                 if self.world_size == 1 or self._owns(_number(path.name)):
                     path.unlink()
 
-    def others(self, con: duckdb.DuckDBPyConnection, key: str) -> list[Held | None]:
+    def others(self, where: Place, con: duckdb.DuckDBPyConnection, key: str) -> list[Held | None]:
         """Return the committed states under `key` by rank; None for this one and the unborn."""
         held: list[Held | None] = []
         for rank in range(self.world_size):
             stored = None
             if rank != self.rank:
                 stored = state.read(con, key + Rank(rank, self.world_size).suffix)
+            if stored is not None:
+                stored = state_files.load(stored, where.folder)
             held.append(None if stored is None else state.from_bytes(stored))
         return held
 
 
 def _number(name: str) -> int:
     return int(name.split(".")[0].rsplit("-", 1)[1])
-
-
-def _numbers(con: duckdb.DuckDBPyConnection) -> list[int]:
-    return [_number(name) for (name,) in con.execute("SELECT file FROM shards").fetchall()]
 
 
 def refuse_shared(given: Ranges, others: Sequence[Held | None]) -> None:

@@ -388,4 +388,4 @@ CREATE TABLE IF NOT EXISTS writer_state (
 );
 COMMENT ON TABLE writer_state IS 'What a writer needs to go on exactly where the last commit ended';
 COMMENT ON COLUMN writer_state.key IS 'Name of the accumulator; key';
-COMMENT ON COLUMN writer_state.value IS 'Its bytes, in a form private to the writer';
+COMMENT ON COLUMN writer_state.value IS 'Its bytes, in a form private to the writer, or as JSON the file in the folder of shards that holds them, with n_bytes and checksum';

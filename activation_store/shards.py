@@ -49,7 +49,9 @@ ACTS_ROW_GROUP = 131_072
 TOKENS_ROW_GROUP = 8_192
 """Rows per row group of a tokens shard: what one excerpt reads."""
 
-_NAME = re.compile(r"(acts|tokens|vectors)-[0-9a-f]{12}-\d{6,}\.parquet(\.part)?")
+_NAME = re.compile(
+    r"((acts|tokens|vectors)-[0-9a-f]{12}-\d{6,}\.parquet|state-[0-9a-f]{12}-\d{6,}\.npz)(\.part)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def checksum(path: Path) -> str:
 
 
 def unlisted(where: Place, names: set[str]) -> Iterator[Path]:
-    """Yield the files in the shard folder that have a shard's name and are not in `names`."""
+    """Yield files of shards and states in the folder whose names are not in `names`."""
     for path in sorted(where.folder.iterdir()):
         if _NAME.fullmatch(path.name) and path.name not in names:
             yield path

@@ -1,4 +1,4 @@
-"""What a writer must remember to go on after a commit, as bytes in table `writer_state`.
+"""What a writer must remember to go on after a commit, as bytes; see also `state_files`.
 
 Also the merge of the states of several ranks: statistics, sketch and exemplars of disjoint tokens.
 """

@@ -4,13 +4,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from activation_store import catalogue, migrations
+from activation_store import catalogue, migrations, state_files
 from activation_store.catalogue import Place
 from activation_store.errors import NotAStoreError
 from activation_store.reader import size_fault
@@ -27,6 +28,17 @@ _COLUMNS = {
     "tokens": TOKENS.names,
     "vectors": ["hook", "seq_id", "pos", "vector"],
 }
+
+
+class LostState(NamedTuple):
+    """The state of a writer whose file is damaged or gone."""
+
+    key: str
+    """Key in table `writer_state`."""
+    file: str
+
+
+Broken = dict[Shard | LostState, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,26 +90,38 @@ def verify(path: str | os.PathLike[str], *, repair: bool = False) -> Report:
     if not (repair and broken):
         return report
     with catalogue.commit(where) as con:
-        dropped = tuple(drop(con, shard, fault) for shard, fault in broken.items())
+        dropped = tuple(
+            drop(con, lost, fault) if isinstance(lost, Shard) else _forget(con, lost, fault)
+            for lost, fault in broken.items()
+        )
     again, _ = _check(where)
     return Report(
         again.path, report.n_shards, again.n_bytes, again.faults, dropped, again.left_over
     )
 
 
-def _check(where: Place) -> tuple[Report, dict[Shard, str]]:
+def _check(where: Place) -> tuple[Report, Broken]:
     with duckdb.connect(":memory:") as con:
         migrations.attach(con, where, "checked")
         try:
             con.execute("USE checked")
             shards = listed(con)
             faults = list(catalogue_faults(con))
+            names, states = state_files.all_names(con), state_files.listed(con)
         except duckdb.Error as fault:
             raise NotAStoreError(f"{where.file}: damaged: {str(fault).splitlines()[0]}") from fault
-    broken = {shard: fault for shard in shards if (fault := _shard_fault(where, shard)) is not None}
-    left_over = tuple(path.name for path in unlisted(where, {shard.file for shard in shards}))
+    broken: Broken = {s: fault for s in shards if (fault := _shard_fault(where, s)) is not None}
+    broken |= {
+        LostState(key, file.file): fault
+        for key, file in states.items()
+        if (fault := file.fault(where.folder)) is not None and _still_listed(where, file)
+    }
+    left_over = tuple(path.name for path in unlisted(where, names))
     n_bytes = sum(shard.n_bytes for shard in shards if shard not in broken)
-    faults += [f"{shard.file}: {fault}" for shard, fault in broken.items()]
+    n_bytes += sum(
+        state.n_bytes for key, state in states.items() if LostState(key, state.file) not in broken
+    )
+    faults += [f"{lost.file}: {fault}" for lost, fault in broken.items()]
     return Report(where.file, len(shards), n_bytes, tuple(faults), (), left_over), broken
 
 
@@ -173,6 +197,23 @@ def _ascends(keys: list[np.ndarray]) -> bool:
             return False
         decided |= step > 0
     return bool(decided.all())
+
+
+def _still_listed(where: Place, file: state_files.StateFile) -> bool:
+    """Say whether a state is listed now: a writer removes its last one when it commits the next."""
+    with duckdb.connect(":memory:") as con:
+        catalogue.attach(con, where, "now")
+        con.execute("USE now")
+        return file in state_files.listed(con).values()
+
+
+def _forget(con: duckdb.DuckDBPyConnection, lost: LostState, fault: str) -> str:
+    """Take a writer's state out of the catalogue and return what that loses."""
+    con.execute("DELETE FROM writer_state WHERE key = $1", [lost.key])
+    return (
+        f"the state of {lost.key}: what it captured stays, but it cannot be gone on with, nor be "
+        f"published to a lake ({lost.file}: {fault})"
+    )
 
 
 def drop(con: duckdb.DuckDBPyConnection, shard: Shard, fault: str) -> str:

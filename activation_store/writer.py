@@ -19,13 +19,13 @@ from types import TracebackType
 import duckdb
 import numpy as np
 
-from activation_store import catalogue, state
+from activation_store import catalogue, state, state_files
 from activation_store.accumulator import GROUP_TOKENS, Accumulator, is_block
 from activation_store.blocks import Tensor, as_block, as_tokens, tiles_of
 from activation_store.errors import ContentError, StoreError
 from activation_store.hooks import Rows, Vectors
 from activation_store.ranks import Held, Rank, refuse_shared
-from activation_store.shards import register
+from activation_store.shards import listed, register
 from activation_store.spool import Spool
 from activation_store.summary import write_tables
 from activation_store.tokens import TokenLog
@@ -127,11 +127,17 @@ class Writer:
             ]
             self._vector_log = VectorLog(self._vectors)
             self._tokens = TokenLog()
-            with duckdb.connect(self._where.file, read_only=True) as con:
+            wait = catalogue.COMMIT_WAIT_SECONDS
+            with (
+                # else another rank's commit removes the state that is being read
+                catalogue.locked(self._where.commit_lock, wait),
+                duckdb.connect(self._where.file, read_only=True) as con,
+            ):
                 self._resume(con)
-                store_id = catalogue.read_meta(self._where)["store_id"]
+                self._store_id = catalogue.read_meta(self._where)["store_id"]
+                shards = [shard.file for shard in listed(con)]
                 self._spool = opening.enter_context(
-                    Spool(self._where.folder, store_id, self._rank.next_number(con))
+                    Spool(self._where.folder, self._store_id, self._rank.next_number(shards))
                 )
                 self._rank.sweep(self._where, con)
             self._open = opening.pop_all()
@@ -160,18 +166,22 @@ class Writer:
                     f"{now}; write it to a store of its own."
                 )
         self._tokens.restore(
-            state.read(con, "tokens" + self._rank.suffix), self._rank.others(con, "tokens")
+            state.read(con, "tokens" + self._rank.suffix),
+            self._rank.others(self._where, con, "tokens"),
         )
-        others = self._rank.others(con, self._key)
+        others = self._rank.others(self._where, con, self._key)
         for held in others:
             if held is not None:
                 self._refuse_other_settings(held)
+        files = state_files.listed(con)
+        self._state = files.get(self._key + self._rank.suffix)
+        self._state_number = self._rank.next_number(file.file for file in files.values())
         stored = state.read(con, self._key + self._rank.suffix)
         if stored is None:
             if not any(others):
                 self._refuse_known_hooks(con)
             return
-        held = state.from_bytes(stored)
+        held = state.from_bytes(state_files.load(stored, self._where.folder))
         self._refuse_other_settings(held)
         self._n_seqs = self._committed = int(held["n_seqs"])
         for hook in self._accumulators:
@@ -302,18 +312,24 @@ class Writer:
         self._spool.vectors(self._vector_log.take())
         self._spool.tokens(self._tokens.take())
         shards = self._spool.finish()
+        held = state_files.write(
+            self._where.folder, self._store_id, self._state_number, self._dump()
+        )
         catalogue.sync(self._where.folder)
         with catalogue.commit(self._where) as con:
             # half a million rows are inserted in a third of the time by one thread as by two
             con.execute("SET threads = 1")
-            others = self._rank.others(con, self._key)
+            others = self._rank.others(self._where, con, self._key)
             refuse_shared(self._tokens.given, others)
             register(con, shards)
             totals = [hook.total(others) for hook in self._accumulators]
             write_tables(con, totals, self._vector_log.totals(others), self._seed)
             self._pin(con)
             state.write(con, "tokens" + self._rank.suffix, self._tokens.dump())
-            state.write(con, self._key + self._rank.suffix, self._dump())
+            state.write(con, self._key + self._rank.suffix, held.value())
+        if self._state is not None:
+            (self._where.folder / self._state.file).unlink(missing_ok=True)
+        self._state, self._state_number = held, self._state_number + 1
         self._committed = self._n_seqs
 
     def _pin(self, con: duckdb.DuckDBPyConnection) -> None:

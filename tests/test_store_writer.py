@@ -96,10 +96,10 @@ def shards(path: Path, kind: str) -> list[str]:
 
 
 def content(path: Path) -> dict[str, Any]:
-    """Everything a store holds but its own id and time: table rows, and bytes of the shards."""
+    """Everything a store holds but its own id and time: table rows, and bytes of the files."""
     store_id = query(path, "SELECT value FROM meta WHERE key = 'store_id'")[0][0]
     tables = {
-        table: sorted(map(repr, query(path, f"FROM {table}")))
+        table: sorted(repr(row).replace(store_id, "") for row in query(path, f"FROM {table}"))
         for table in ("hooks", "unit_stats", "exemplars", "writer_state")
     }
     listed = query(
@@ -107,7 +107,7 @@ def content(path: Path) -> dict[str, Any]:
     )
     files = {
         file.name.replace(store_id, ""): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in path.with_suffix("").glob("*.parquet")
+        for file in path.with_suffix("").glob("[!.]*")
     }
     return {**tables, "shards": sorted(map(repr, listed)), "files": files}
 
