@@ -6,7 +6,7 @@ units and says how far a token goes along its direction.
 
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -101,7 +101,8 @@ def _pca(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Found:
     from sklearn.decomposition import PCA
 
     del settings
-    fitted = PCA(d_sae, random_state=seed).fit(x)
+    solver = "full" if len(x) < x.shape[1] else "covariance_eigh"  # "auto" may approximate
+    fitted: Any = PCA(d_sae, svd_solver=solver, random_state=seed).fit(x)
     found = {"W_enc": fitted.components_.T, "W_dec": fitted.components_, "b_dec": fitted.mean_}
     return {**found, "variance": fitted.explained_variance_}, fitted
 
@@ -114,7 +115,7 @@ def _ica(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Found:
         raise DictionaryError(
             f"ica: the vectors vary in {rank} directions, fewer than d_sae = {d_sae}; lower d_sae"
         )
-    fitted = FastICA(
+    fitted: Any = FastICA(
         d_sae, whiten="unit-variance", max_iter=settings.max_iterations, random_state=seed
     ).fit(x)
     directions, sizes = _unit(fitted.mixing_.T)
@@ -134,7 +135,7 @@ def _nmf(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Found:
             f"nmf: {negative:.1%} of the entries are negative; it suits codes that are never so, "
             "such as ReLU or CRATE neurons (blocks.*.mlp.hook_post); take pca or ica here"
         )
-    fitted = NMF(d_sae, max_iter=settings.max_iterations, random_state=seed).fit(x)
+    fitted: Any = NMF(cast(Any, d_sae), max_iter=settings.max_iterations, random_state=seed).fit(x)
     return {"W_dec": _unit(fitted.components_)[0], "b_dec": np.zeros_like(x[0])}, fitted
 
 
@@ -144,7 +145,7 @@ def _dictionary_learning(x: Array, d_sae: int, settings: Decomposition, seed: in
     mean = x.mean(0)
     centred = (x - mean).astype(np.float64)  # in float32 the inner solver never meets its tolerance
     scaled = centred / max(np.linalg.norm(centred, axis=1).mean(), np.finfo(np.float32).tiny)
-    fitted = MiniBatchDictionaryLearning(
+    fitted: Any = MiniBatchDictionaryLearning(
         d_sae,
         alpha=1.2 / np.sqrt(x.shape[1]),
         fit_algorithm="cd",
@@ -157,9 +158,7 @@ def _dictionary_learning(x: Array, d_sae: int, settings: Decomposition, seed: in
 def _kmeans(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Found:
     from sklearn.cluster import MiniBatchKMeans
 
-    fitted = MiniBatchKMeans(
-        d_sae, max_iter=settings.max_iterations, random_state=seed, n_init=3
-    ).fit(x)
+    fitted: Any = MiniBatchKMeans(d_sae, max_iter=settings.max_iterations, random_state=seed).fit(x)
     mean = x.mean(0)
     directions, sizes = _unit(fitted.cluster_centers_ - mean)
     return {"W_dec": directions, "b_dec": mean, "distance": sizes}, fitted

@@ -12,6 +12,8 @@ from torch import Tensor
 
 CHUNK_NUMBERS = 2**25
 """A pursuit holds k x d_in numbers per token: so many at a time, over the tokens coded together."""
+RIDGE = 1e-6
+"""Added to the squared length of directions, 1, before a least-squares fit."""
 DEPENDENT = 1e-3
 """A chosen direction of which less than this is new to those before it stays unused."""
 
@@ -47,11 +49,18 @@ def orthogonal_pursuit(
 def largest_projections(
     x: Float[Tensor, "n d_in"], directions: Float[Tensor, "d_sae d_in"], k: int
 ) -> Float[Tensor, "n d_sae"]:
-    """Return codes of the k directions with the largest projections, fitted by least squares."""
+    """Return codes of the k directions with the largest projections, fitted by least squares.
+
+    The normal equations get `RIDGE` on their diagonal, so that dependent directions share the fit.
+    """
 
     def code(part: Tensor) -> Tensor:
-        order = (part @ directions.T).abs().topk(k, dim=1).indices
-        return _pursuit(part, directions, k, lambda _, chosen: order[:, chosen.shape[1]])
+        chosen = (part @ directions.T).abs().topk(k, dim=1).indices
+        atoms = directions[chosen]
+        gram = atoms @ atoms.mT + RIDGE * torch.eye(k, device=x.device)
+        target = (atoms @ part[:, :, None]).double()
+        fitted = torch.cholesky_solve(target, torch.linalg.cholesky(gram.double()))
+        return x.new_zeros(len(part), len(directions)).scatter(1, chosen, fitted[:, :, 0].float())
 
     return torch.cat([code(part) for part in x.split(max(1, CHUNK_NUMBERS // (k * x.shape[1])))])
 
@@ -60,7 +69,7 @@ def non_negative_code(
     x: Float[Tensor, "n d_in"],
     directions: Float[Tensor, "d_sae d_in"],
     *,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-4,
     max_iterations: int = 200,
 ) -> Float[Tensor, "n d_sae"]:
     """Return the non-negative codes that fit best, by coordinate descent from zero.
