@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from lmmono.dictionary.splicing import run_with_sae
     from lmmono.dictionary.stability import stability
     from lmmono.errors import LmmonoError
+    from lmmono.explaining.explanations import Explanations, explain
+    from lmmono.explaining.records import Counts
+    from lmmono.explaining.sampling import Sample, sample
     from lmmono.generation import generate
     from lmmono.latents import store_latents
     from lmmono.models.build import build_model
@@ -39,20 +42,25 @@ if TYPE_CHECKING:
     from lmmono.reporting.figures import pareto
     from lmmono.reporting.tables import comparison
     from lmmono.run import Run, open_run
+    from lmmono.scoring.scores import Scores, score
     from lmmono.training import train
 
 __all__ = [
     "Classical",
     "Control",
+    "Counts",
     "CrateConfig",
     "CrateForCausalLM",
     "Dictionary",
     "Edit",
+    "Explanations",
     "LmmonoError",
     "Recipe",
     "Run",
     "SAE",
     "SAEReport",
+    "Sample",
+    "Scores",
     "TokenCorpus",
     "TokenRows",
     "build_model",
@@ -61,6 +69,7 @@ __all__ = [
     "comparison",
     "dictionary_run",
     "evaluate",
+    "explain",
     "export_dictionary",
     "fit_together",
     "generate",
@@ -78,6 +87,8 @@ __all__ = [
     "run_with_cache",
     "run_with_edit",
     "run_with_sae",
+    "sample",
+    "score",
     "shuffled",
     "stability",
     "store_latents",
@@ -100,6 +111,9 @@ _HOMES = {
     "dictionary.splicing": ("run_with_sae",),
     "dictionary.stability": ("stability",),
     "errors": ("LmmonoError",),
+    "explaining.explanations": ("Explanations", "explain"),
+    "explaining.records": ("Counts",),
+    "explaining.sampling": ("Sample", "sample"),
     "generation": ("generate",),
     "latents": ("store_latents",),
     "models.build": ("build_model",),
@@ -118,6 +132,7 @@ _HOMES = {
     "reporting.figures": ("pareto",),
     "reporting.tables": ("comparison",),
     "run": ("Run", "open_run"),
+    "scoring.scores": ("Scores", "score"),
     "training": ("train",),
 }
 

@@ -79,6 +79,9 @@ METRICS: dict[str, Metric] = {
         ),
         Metric("stability_cosine", 1, "[-1, 1]", "higher", "mean cosine of matched directions"),
         Metric("stability_share", 1, "[0, 1]", "higher", "share of matched cosines above 0.9"),
+        Metric("mcc", 1, "[-1, 1]", "higher", "mean correlation of matched units, held out"),
+        Metric("feature_auroc", 1, "[0, 1]", "higher", "mean AUROC of best units, held out"),
+        Metric("feature_f1", 1, "[0, 1]", "higher", "mean F1 of best units, held out"),
         Metric("token_selectivity", 1, "[0, 1]", "higher", "1 - H(token | act) / H(token)"),
         *(metric for scorer, records in _SIMULATED for metric in _simulated(scorer, records)),
     )

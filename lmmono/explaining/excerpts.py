@@ -13,51 +13,61 @@ from numpy import ndarray
 
 import activation_store as astore
 from lmmono.errors import ExplainError
+from lmmono.explaining.grid import PADDING, TokenGrid, read_grid
 from lmmono.types import Split
-
-PADDING = -1
-"""Token id after the end of an excerpt that is shorter than the window."""
 
 
 @dataclass(frozen=True, slots=True)
 class Excerpts:
     """The excerpts of one split of a store, in stored order."""
 
-    split: Split
-    """Split of the documents."""
+    grid: TokenGrid
+    """The tokens that they are cut from."""
     window: int
     """Most tokens per excerpt."""
+    first_cells: Int[ndarray, " n"]
+    """Cell of the grid that holds the first token of each excerpt; the others follow it."""
     token_ids: Int[ndarray, "n window"]
     """int32; `PADDING` after the last token of an excerpt."""
-    lengths: Int[ndarray, " n"]
-    """Tokens of each excerpt, at most `window`."""
-    doc_ids: Int[ndarray, " n"]
-    """Document of each excerpt."""
-    seq_ids: Int[ndarray, " n"]
-    """Row of the store that it was cut from."""
-    first_pos: Int[ndarray, " n"]
-    """Position in that row of its first token."""
-    n_duplicates: int
+    n_duplicates: int = 0
     """Windows left out because the same tokens came before."""
-    n_short: int
+    n_short: int = 0
     """Windows left out because they had too few tokens."""
-    _seqs: Int[ndarray, " n_seqs"]
-    _starts: Int[ndarray, " n_seqs"]
-    _excerpt_of: Int[ndarray, " n_tokens"]
-    _offset_of: Int[ndarray, " n_tokens"]
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.first_cells)
 
-    def places(
-        self, seq_ids: Int[ndarray, " m"], pos: Int[ndarray, " m"]
-    ) -> tuple[Int[ndarray, " m"], Int[ndarray, " m"]]:
-        """Return the excerpt and the offset in it of tokens; -1 for tokens of no excerpt."""
-        rank = np.searchsorted(self._seqs, seq_ids)
-        rank = np.minimum(rank, len(self._seqs) - 1)
-        known = self._seqs[rank] == seq_ids
-        at = np.where(known, self._starts[rank] + pos, 0)
-        return np.where(known, self._excerpt_of[at], -1), self._offset_of[at]
+    @property
+    def split(self) -> Split:
+        """Split of the documents."""
+        return self.grid.split
+
+    @property
+    def lengths(self) -> Int[ndarray, " n"]:
+        """Tokens of each excerpt, at most `window`."""
+        return (self.token_ids != PADDING).sum(axis=1)
+
+    @property
+    def doc_ids(self) -> Int[ndarray, " n"]:
+        """Document of each excerpt, of its first token."""
+        return self.grid.doc_ids[self.first_cells]
+
+    @property
+    def seq_ids(self) -> Int[ndarray, " n"]:
+        """Row of the store that each was cut from."""
+        return self.grid.seq_ids[self.first_cells // self.grid.n_ctx]
+
+    @property
+    def first_pos(self) -> Int[ndarray, " n"]:
+        """Position in that row of the first token."""
+        return self.first_cells % self.grid.n_ctx
+
+    def of_cells(self) -> Int[ndarray, " cells"]:
+        """Return the excerpt that each cell of the grid is in; -1 for none."""
+        owner = np.full(len(self.grid.token_ids), -1, np.int32)
+        number, offset = np.nonzero(self.token_ids != PADDING)
+        owner[self.first_cells[number] + offset] = number
+        return owner
 
 
 def read_excerpts(
@@ -74,18 +84,7 @@ def read_excerpts(
     Raises:
         ExplainError: The store has no tokens of that split, or none of enough tokens.
     """
-    query = """SELECT seq_id, pos, doc_id, token_id FROM tokens
-        WHERE split = $split ORDER BY seq_id, pos"""
-    table = store.sql(query, split=split).to_arrow_table()
-    if not table.num_rows:
-        found = [s for (s,) in store.sql("SELECT DISTINCT split FROM tokens").fetchall()]
-        raise ExplainError(
-            f"{store.path}: no tokens of split {split!r}; it has {', '.join(sorted(found))}; "
-            f"capture that split too (capture.splits)"
-        )
-    seq, pos, doc, ids = (table[i].to_numpy() for i in range(4))
-    starts_piece = _piece_starts(seq, pos, doc, window)
-    excerpts = _cut(split, window, min_tokens, seq, pos, doc, ids, starts_piece)
+    excerpts = cut(read_grid(store, split), window, min_tokens)
     if not len(excerpts):
         raise ExplainError(
             f"{store.path}: split {split!r} has no excerpt of {min_tokens} tokens or more"
@@ -93,51 +92,36 @@ def read_excerpts(
     return excerpts
 
 
-def _piece_starts(seq: ndarray, pos: ndarray, doc: ndarray, window: int) -> ndarray:
-    """Return the indices where a new piece begins: a new row or document, or a full window."""
-    n = len(seq)
-    new_run = np.ones(n, bool)
-    new_run[1:] = (np.diff(seq) != 0) | (np.diff(doc) != 0) | (np.diff(pos) != 1)
-    run_start = np.maximum.accumulate(np.where(new_run, np.arange(n), 0))
-    return np.flatnonzero((np.arange(n) - run_start) % window == 0)
-
-
-def _cut(
-    split: Split,
-    window: int,
-    min_tokens: int,
-    seq: ndarray,
-    pos: ndarray,
-    doc: ndarray,
-    ids: ndarray,
-    starts: ndarray,
-) -> Excerpts:
-    n, lengths = len(seq), np.diff(starts, append=len(seq))
+def cut(grid: TokenGrid, window: int, min_tokens: int) -> Excerpts:
+    """Cut a grid into excerpts of one document each, without duplicates and short ones."""
+    firsts, lengths = _pieces(grid, window)
     columns = np.arange(window)
+    cells = np.minimum(firsts[:, None] + columns, len(grid.token_ids) - 1)
     inside = columns < lengths[:, None]
-    index = np.minimum(starts[:, None] + columns, n - 1)
-    token_ids = np.where(inside, ids[index], PADDING).astype(np.int32)
+    token_ids = np.where(inside, grid.token_ids[cells], np.int32(PADDING))
     long_enough = lengths >= min_tokens
-    _, first = np.unique(token_ids, axis=0, return_index=True)
-    is_first = np.zeros(len(starts), bool)
-    is_first[first] = True
-    kept = np.flatnonzero(long_enough & is_first)
-    number = np.full(len(starts), -1, np.int32)
-    number[kept] = np.arange(len(kept), dtype=np.int32)
-    piece = np.repeat(np.arange(len(starts)), lengths)
-    seqs, seq_starts = np.unique(seq, return_index=True)
+    is_first = np.zeros(len(firsts), bool)
+    is_first[np.unique(token_ids, axis=0, return_index=True)[1]] = True
+    kept = long_enough & is_first
     return Excerpts(
-        split=split,
+        grid=grid,
         window=window,
+        first_cells=firsts[kept],
         token_ids=token_ids[kept],
-        lengths=lengths[kept],
-        doc_ids=doc[starts[kept]],
-        seq_ids=seq[starts[kept]],
-        first_pos=pos[starts[kept]],
         n_duplicates=int((long_enough & ~is_first).sum()),
         n_short=int((~long_enough).sum()),
-        _seqs=seqs,
-        _starts=seq_starts - pos[seq_starts],
-        _excerpt_of=number[piece],
-        _offset_of=(np.arange(n) - starts[piece]).astype(np.int32),
     )
+
+
+def _pieces(
+    grid: TokenGrid, window: int
+) -> tuple[Int[ndarray, " pieces"], Int[ndarray, " pieces"]]:
+    """Return first cell and length of each piece: a new row, document or full window begins one."""
+    doc, cell = grid.doc_ids, np.arange(len(grid.doc_ids))
+    new_run = cell % grid.n_ctx == 0
+    new_run[1:] |= np.diff(doc) != 0
+    run_start = np.maximum.accumulate(np.where(new_run, cell, 0))
+    starts = np.flatnonzero((cell - run_start) % window == 0)
+    lengths = np.diff(starts, append=len(doc))
+    has_tokens = doc[starts] >= 0
+    return starts[has_tokens], lengths[has_tokens]

@@ -6,7 +6,7 @@ mistake for a meaning.
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float, Int
 from numpy import ndarray
@@ -66,7 +66,7 @@ class Program(ABC):
 
     @classmethod
     @abstractmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
+    def from_json(cls, values: dict[str, Any]) -> "Program":
         """Return the program that `to_json` described."""
 
 

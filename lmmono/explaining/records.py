@@ -3,7 +3,7 @@
 All activations of a hook are read once; every unit's records of all kinds come from that pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 import activation_store as astore
-from lmmono.errors import ExplainError
 from lmmono.explaining.excerpts import Excerpts
+from lmmono.explaining.grid import PADDING
+from lmmono.explaining.unit_rows import UnitRows, checked_units, read_unit_rows
 
 Kind = Literal["top", "quantile", "random", "firing", "near_miss"]
 """How a record was chosen.
@@ -25,8 +26,8 @@ excerpts. near_miss: silent excerpts that hold the token on which the unit fires
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-ROWS_AT_ONCE = 4_000_000
-"""Stored activations held in memory together, about 0.2 GB with what is made of them."""
+CELLS_AT_ONCE = 64_000_000
+"""Maxima per unit and excerpt held in memory together: 0.25 GB."""
 
 N_BINS = 10
 """Bins of kind quantile, equally wide between 0 and the unit's maximum."""
@@ -71,15 +72,28 @@ class Records:
         """Return the columns of some kinds, in order."""
         return np.array([i for i, kind in enumerate(self.kinds) if kind in kinds], np.int64)
 
+    def take(self, columns: Sequence[int] | Int[ndarray, " columns"]) -> "Records":
+        """Return the same units with some columns only, in the order given."""
+        columns = np.asarray(columns, np.int64)
+        kinds = tuple(self.kinds[column] for column in columns)
+        index, acts = self.index[:, columns], self.acts[:, columns]
+        return Records(self.hook, self.excerpts, self.units, kinds, index, acts, self.max_act)
+
     def n_records(self, *kinds: Kind) -> Int[ndarray, " units"]:
         """Return how many records of some kinds each unit has; all kinds if none is named."""
         columns = self.columns(*(kinds or KINDS))
         return (self.index[:, columns] >= 0).sum(axis=1)
 
+    def all_token_ids(self) -> Int[ndarray, "units records window"]:
+        """Return the tokens of all units' records; records that are not there are all padding."""
+        there = (self.index >= 0)[:, :, None]
+        return np.where(there, self.excerpts.token_ids[self.index], np.int32(PADDING))
+
     def token_ids(self, unit_row: int) -> Int[ndarray, "records window"]:
         """Return the tokens of one unit's records; rows without a record are all padding."""
         index = self.index[unit_row]
-        return np.where((index >= 0)[:, None], self.excerpts.token_ids[index], -1)
+        there = (index >= 0)[:, None]
+        return np.where(there, self.excerpts.token_ids[index], np.int32(PADDING))
 
     def is_token(self, unit_row: int) -> Bool[ndarray, "records window"]:
         """Return where one unit's records have tokens."""
@@ -97,8 +111,8 @@ def read_records(
 ) -> Records:
     """Choose the records of units from the excerpts of one split.
 
-    The draws of a unit depend on the seed, the hook and the unit alone, so that a unit gets the
-    same records whichever others are asked for.
+    The draws depend on the seed, the hook, the unit and the kind alone, so that a unit gets the
+    same records whichever other units or kinds are asked for.
 
     Args:
         store: An open store.
@@ -111,132 +125,105 @@ def read_records(
     Raises:
         ExplainError: The hook is not stored as rows, or has no such unit.
     """
-    chosen = _checked_units(store, hook, units)
-    rows = [
-        _UnitRows(excerpts, counts, (seed, *hook.encode(), int(unit))).choose(*found)
-        for unit, found in zip(chosen, _rows(store, hook, chosen, excerpts), strict=True)
-    ]
-    return Records(
-        hook=hook,
-        excerpts=excerpts,
-        units=chosen,
-        kinds=tuple(kind for kind in KINDS for _ in range(getattr(counts, kind))),
-        index=np.stack([index for index, _, _ in rows]),
-        acts=np.stack([acts for _, acts, _ in rows]),
-        max_act=np.array([largest for _, _, largest in rows], np.float32),
-    )
+    chosen = checked_units(store, hook, units)
+    owner, at_once = excerpts.of_cells(), max(1, CELLS_AT_ONCE // len(excerpts))
+    shape = (len(chosen), counts.total())
+    index, max_act = np.full(shape, -1), np.zeros(len(chosen), np.float32)
+    acts = np.zeros((*shape, excerpts.window), np.float32)
+    done = 0
+    for rows in read_unit_rows(store, hook, chosen, excerpts.grid, units_at_once=at_once):
+        mine = slice(done, done + len(rows.units))
+        largest = rows.largest(owner, len(excerpts))
+        max_act[mine] = largest.max(axis=1)
+        index[mine] = _choose(excerpts, counts, rows, largest, (seed, *hook.encode()))
+        acts[mine] = _gathered(excerpts, rows, index[mine])
+        done = mine.stop
+    kinds = tuple(kind for kind in KINDS for _ in range(getattr(counts, kind)))
+    return Records(hook, excerpts, chosen, kinds, index, acts, max_act)
 
 
-def _checked_units(
-    store: astore.Store, hook: str, units: Sequence[int] | None
-) -> Int[ndarray, " units"]:
-    found = store.sql("SELECT d FROM hooks WHERE hook = $hook AND kind = 'rows'", hook=hook)
-    row = found.fetchone()
-    if row is None:
-        known = store.sql("SELECT hook FROM hooks WHERE kind = 'rows' ORDER BY hook").fetchall()
-        names = ", ".join(name for (name,) in known) or "none"
-        raise ExplainError(f"{store.path}: {hook!r} is not stored as rows; stored so: {names}")
-    chosen = np.arange(row[0]) if units is None else np.unique(np.asarray(units, np.int64))
-    if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < row[0]:
-        raise ExplainError(f"{hook}: want units 0 to {row[0] - 1}, got {chosen[0]} to {chosen[-1]}")
-    return chosen
+def _gathered(
+    excerpts: Excerpts, rows: UnitRows, index: Int[ndarray, "units records"]
+) -> Float[ndarray, "units records window"]:
+    first = np.where(index >= 0, excerpts.first_cells[index], -1)
+    acts = rows.gather(first, excerpts.window, len(excerpts.grid.token_ids))
+    # a window may run on into the next document; what lies there is not this excerpt's
+    acts[excerpts.token_ids[index] == PADDING] = 0
+    return acts
 
 
-def _rows(
-    store: astore.Store, hook: str, units: Int[ndarray, " units"], excerpts: Excerpts
-) -> Iterator[tuple[ndarray, ndarray, ndarray]]:
-    """Yield (excerpt, offset, act) of each unit's activations within the excerpts, unit by unit."""
-    counts = dict(
-        store.sql("SELECT unit, n_active FROM unit_stats WHERE hook = $hook", hook=hook).fetchall()
-    )
-    query = """SELECT unit, seq_id, pos, act FROM acts
-        WHERE hook = $hook AND unit BETWEEN $low AND $high AND act > 0"""
-    for first, last in _chunks([counts.get(int(u), 0) for u in units]):
-        low, high = int(units[first]), int(units[last - 1])
-        table = store.sql(query, hook=hook, low=low, high=high).to_arrow_table()
-        unit, seq, pos, act = (table[i].to_numpy() for i in range(4))
-        excerpt, offset = excerpts.places(seq, pos)
-        kept = np.flatnonzero(excerpt >= 0)
-        order = kept[np.lexsort((offset[kept], excerpt[kept], unit[kept]))]
-        bounds = np.searchsorted(unit[order], np.append(units[first:last], high + 1))
-        stops = np.searchsorted(unit[order], units[first:last], side="right")
-        for start, stop in zip(bounds[:-1], stops, strict=True):
-            mine = order[start:stop]
-            yield excerpt[mine], offset[mine], act[mine]
+def _choose(
+    excerpts: Excerpts,
+    counts: Counts,
+    rows: UnitRows,
+    largest: Float[ndarray, "units excerpts"],
+    seed: tuple[int, ...],
+) -> Int[ndarray, "units records"]:
+    """Return the excerpts of each unit's records, by kind; -1 where there are too few."""
+    choices = _Choices(excerpts)
+    index = np.full((len(rows.units), counts.total()), -1)
+    for i, unit in enumerate(rows.units):
+        first = 0
+        for number, kind in enumerate(KINDS):
+            if n := getattr(counts, kind):
+                rng = np.random.default_rng((*seed, int(unit), number))
+                found = getattr(choices, kind)(n, rng, largest[i], *rows.of(i))
+                index[i, first : first + len(found)] = found
+                first += n
+    return index
 
 
-def _chunks(n_active: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield [first, last) ranges of units that together fit in memory; at least one unit each."""
-    first, held = 0, 0
-    for i, n in enumerate(n_active):
-        if i > first and held + n > ROWS_AT_ONCE:
-            yield first, i
-            first, held = i, 0
-        held += n
-    if first < len(n_active):
-        yield first, len(n_active)
+class _Choices:
+    """How the records of one unit are chosen: a method per kind."""
 
+    def __init__(self, excerpts: Excerpts) -> None:
+        self._excerpts = excerpts
+        self._doc_ids = excerpts.doc_ids
 
-class _UnitRows:
-    """The choice of one unit's records."""
+    def top(self, n: int, _: np.random.Generator, largest: ndarray, *__: ndarray) -> ndarray:
+        n_firing, n_near = np.count_nonzero(largest), 8 * n
+        while True:
+            strongest = _strongest(largest, min(n_near, n_firing))
+            _, first = np.unique(self._doc_ids[strongest], return_index=True)
+            if len(first) >= n or n_near >= n_firing:
+                return strongest[np.sort(first)][:n]
+            n_near *= 8
 
-    def __init__(self, excerpts: Excerpts, counts: Counts, seed: tuple[int, ...]) -> None:
-        self._excerpts, self._counts = excerpts, counts
-        self._rng = np.random.default_rng(seed)
-
-    def choose(
-        self, excerpt: ndarray, offset: ndarray, act: ndarray
-    ) -> tuple[ndarray, ndarray, float]:
-        """Return excerpt indices [records], activations [records, window] and the maximum."""
-        largest = np.zeros(len(self._excerpts), np.float32)
-        np.maximum.at(largest, excerpt, act)
-        columns = [
-            _padded(getattr(self, f"_{kind}")(largest, excerpt, offset, act), n)
-            for kind in KINDS
-            if (n := getattr(self._counts, kind))
-        ]
-        index = np.concatenate([*columns, np.zeros(0, np.int64)])
-        dense = np.zeros((len(self._excerpts), self._excerpts.window), np.float32)
-        dense[excerpt, offset] = act
-        acts = np.where((index >= 0)[:, None], dense[index], np.float32(0))
-        return index, acts, float(largest.max(initial=0.0))
-
-    def _top(self, largest: ndarray, *_: ndarray) -> ndarray:
-        strongest = np.argsort(-largest, kind="stable")[: np.count_nonzero(largest)]
-        _, first = np.unique(self._excerpts.doc_ids[strongest], return_index=True)
-        return strongest[np.sort(first)][: self._counts.top]
-
-    def _quantile(self, largest: ndarray, *_: ndarray) -> ndarray:
+    def quantile(self, n: int, rng: np.random.Generator, largest: ndarray, *_: ndarray) -> ndarray:
         firing = np.flatnonzero(largest)
         top = largest.max(initial=0.0)
         bins = np.minimum((largest[firing] / top * N_BINS).astype(int), N_BINS - 1)
-        shares = [len(part) for part in np.array_split(np.arange(self._counts.quantile), N_BINS)]
+        shares = [len(part) for part in np.array_split(np.arange(n), N_BINS)]
         drawn = [
-            self._draw(firing[bins == b], n)
-            for b, n in zip(range(N_BINS)[::-1], shares, strict=True)
+            _drawn(rng, firing[bins == b], share)
+            for b, share in zip(range(N_BINS)[::-1], shares, strict=True)
         ]
         return np.concatenate(drawn)
 
-    def _random(self, largest: ndarray, *_: ndarray) -> ndarray:
-        return self._draw(np.arange(len(largest)), self._counts.random)
+    def random(self, n: int, rng: np.random.Generator, largest: ndarray, *_: ndarray) -> ndarray:
+        return _drawn(rng, np.arange(len(largest)), n)
 
-    def _firing(self, largest: ndarray, *_: ndarray) -> ndarray:
-        return self._draw(np.flatnonzero(largest), self._counts.firing)
+    def firing(self, n: int, rng: np.random.Generator, largest: ndarray, *_: ndarray) -> ndarray:
+        return _drawn(rng, np.flatnonzero(largest), n)
 
-    def _near_miss(
-        self, largest: ndarray, excerpt: ndarray, offset: ndarray, act: ndarray
+    def near_miss(
+        self, n: int, rng: np.random.Generator, largest: ndarray, cells: ndarray, acts: ndarray
     ) -> ndarray:
-        if not len(act):
+        if not len(acts):
             return np.zeros(0, np.int64)
-        tokens = self._excerpts.token_ids[excerpt, offset]
-        favourite = np.bincount(tokens, act).argmax()
+        favourite = np.bincount(self._excerpts.grid.token_ids[cells], acts).argmax()
         holds = (self._excerpts.token_ids == favourite).any(axis=1)
-        return self._draw(np.flatnonzero(holds & (largest == 0)), self._counts.near_miss)
-
-    def _draw(self, among: ndarray, n: int) -> ndarray:
-        return self._rng.permutation(among)[:n]
+        return _drawn(rng, np.flatnonzero(holds & (largest == 0)), n)
 
 
-def _padded(index: ndarray, n: int) -> ndarray:
-    """Return n indices: those found, then -1."""
-    return np.concatenate([index, np.full(n - len(index), -1)]).astype(np.int64)
+def _strongest(values: ndarray, n: int) -> ndarray:
+    """Return the indices of the n largest values, largest first, of equals the first."""
+    if n == 0:
+        return np.zeros(0, np.int64)
+    least = values[np.argpartition(-values, n - 1)[:n]].min()
+    among = np.flatnonzero(values >= least)
+    return among[np.argsort(-values[among], kind="stable")][:n]
+
+
+def _drawn(rng: np.random.Generator, among: ndarray, n: int) -> ndarray:
+    return rng.choice(among, min(n, len(among)), replace=False)

@@ -11,10 +11,16 @@ from typing import Any, Literal
 import activation_store as astore
 from lmmono.errors import ExplainError, nearest
 from lmmono.explaining.clients import Client
-from lmmono.types import Progress, silent
+from lmmono.explaining.reader import RecordReader
+from lmmono.metrics import METRICS
+from lmmono.scoring.intervals import LEVEL
+from lmmono.types import Progress, Split, silent
 
 Need = Literal["explanation", "program", "client", "model", "labels", "encoder"]
 """What a scorer wants besides a store."""
+
+Row = dict[str, Any]
+"""A row of table `scores`; columns that are not named are NULL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +31,16 @@ class Job:
     """Open store; scorers only read it."""
     hook: str
     """Hook stored as rows."""
+    reader: RecordReader
+    """Where records come from; shared by the scorers of a hook, so that it is read once."""
     units: tuple[int, ...] | None = None
     """Units; None takes all."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the scorer, its preset's and the caller's together."""
     preset: str | None = None
-    """Name of the preset, where one was chosen."""
+    """Name of the preset and the settings that the caller changed, as stored."""
     explainer: str | None = None
-    """Explainer whose stored explanations are scored."""
+    """Explainer whose stored explanations are scored, as stored."""
     controls: bool = True
     """Score the controls too."""
     seed: int = 0
@@ -45,6 +53,24 @@ class Job:
     """What supervised scorers compare with."""
     progress: Progress = silent
     """Told how far the work is."""
+
+    def row(
+        self, metric: str, unit: int | None, split: Split | None = "score", **columns: Any
+    ) -> Row:
+        """Return a row of table `scores` with what this job knows already filled in."""
+        known = {
+            "metric": metric,
+            "metric_version": METRICS[metric].version,
+            "preset": self.preset,
+            "hook": self.hook,
+            "unit": unit,
+            "ci_level": LEVEL,
+            "seed": self.seed,
+            "split": split,
+            "explainer": self.explainer,
+            "judge": None if self.client is None else self.client.name,
+        }
+        return {**known, **columns}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +91,16 @@ class Scorer:
     """Where the algorithm comes from."""
     about: str
     """What it measures, in a sentence."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Every setting with its default; a preset or a caller may change these and no others."""
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Settings by name, such as `openai`."""
+    """Changed settings by name, such as `openai`."""
+    seeded: bool = True
+    """Whether it draws; the rows of one that does not have no seed."""
+    per: Literal["unit", "hook"] = "unit"
+    """Whether it writes rows of units, which are summed up, or only rows of hooks."""
 
-    def load(self) -> Callable[[Job], Sequence[dict[str, Any]]]:
+    def load(self) -> Callable[[Job], Sequence[Row]]:
         """Import and return the function that scores."""
         module, _, function = self.home.partition(":")
         return getattr(import_module(f"lmmono.scoring.{module}"), function)

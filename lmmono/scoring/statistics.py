@@ -12,6 +12,7 @@ from scipy.stats import t as student_t
 
 import activation_store as astore
 from lmmono.metrics import METRICS, entropies
+from lmmono.scoring.registry import Job, Row
 
 N_GROUPS = 10
 """Groups of documents for the interval: a jackknife that leaves one group out at a time."""
@@ -20,6 +21,17 @@ ROWS_AT_ONCE = 8_000_000
 """Activations held in memory together, about 0.3 GB with what is made of them."""
 
 MAX_UNITS_AT_ONCE = 64
+
+
+def token_selectivity(job: Job) -> list[Row]:
+    """Return the rows of `score_token_selectivity` for a job; it has no settings and no seed."""
+    units = None if job.units is None else set(job.units)
+    rows = _token_selectivity(job.store, job.hook).to_pylist()
+    return [
+        row
+        for row in rows
+        if (units is None or row["unit"] in units) and (job.controls or row["control"] is None)
+    ]
 
 
 def score_token_selectivity(store: astore.Store, hook: str) -> None:
@@ -36,6 +48,10 @@ def score_token_selectivity(store: astore.Store, hook: str) -> None:
     Raises:
         StoreError: the store is not open for writing.
     """
+    store.append("scores", _token_selectivity(store, hook))
+
+
+def _token_selectivity(store: astore.Store, hook: str) -> pa.Table:
     tokens = _Tokens.read(store)
     query = "SELECT unit, n_active FROM unit_stats WHERE hook = $hook ORDER BY unit"
     known = _columns(store, query, hook=hook)
@@ -49,7 +65,7 @@ def score_token_selectivity(store: astore.Store, hook: str) -> None:
         _table(hook, known, of_control, control, tokens.ids.size)
         for of_control, control in zip(values, (None, "shuffled"), strict=True)
     ]
-    store.append("scores", pa.concat_tables(tables))
+    return pa.concat_tables(tables)
 
 
 def _columns(store: astore.Store, query: str, **params: Any) -> dict[str, ndarray]:
