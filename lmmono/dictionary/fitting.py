@@ -57,9 +57,9 @@ class Fit:
 
     def has_latents(self, settings: Dictionaries) -> bool:
         """Say whether its latents go into the store."""
-        first = settings.latents is not None and self.planned.seed == settings.seeds[0]
-        named = settings.names.index(settings.latents) if first and settings.latents else -1
-        return first and self.planned.entry is settings.learn[named] and not self.planned.control
+        planned = self.planned
+        wanted = planned.entry_name == settings.latents and planned.control is None
+        return wanted and planned.seed == settings.seeds[0]
 
     def is_in(self, folder: Path, digest: str) -> bool:
         """Say whether a folder holds this dictionary, fitted on the vectors of a digest."""

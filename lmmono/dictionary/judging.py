@@ -11,8 +11,10 @@ from typing import Any
 import activation_store as astore
 from lmmono.dictionary.evaluation import SAEReport, evaluate
 from lmmono.dictionary.fitting import Fit, Sources
+from lmmono.dictionary.stability import stability
 from lmmono.errors import DictionaryError
 from lmmono.metrics import METRICS
+from lmmono.recipe.dictionaries import SIGNED
 from lmmono.run import Run
 from lmmono.types import Progress
 
@@ -32,7 +34,8 @@ def judge(
     """
     settings, rows = run.recipe.dictionary, run.tokens("score")
     known = _known(store)
-    left = [fit for fit in fits if fit.is_finished and not _is_judged(fit, known)]
+    finished = [fit for fit in fits if fit.is_finished]
+    left = [fit for fit in finished if not _is_judged(fit, known)]
     for control in (None, *settings.controls):
         for hook in dict.fromkeys(fit.hook for fit in left):
             part = [f for f in left if f.hook == hook and f.planned.control == control]
@@ -48,6 +51,9 @@ def judge(
             )
             for fit, report in zip(part, reports, strict=True):
                 _save(fit, report, store, known)
+    for alike in _with_other_seeds(finished):
+        if any(fit in left for fit in alike):
+            store.append("scores", _stability(alike, run.recipe.seed))
     store.append("scores", [_failed(fit, text, run.recipe.seed) for fit, text in failures.items()])
 
 
@@ -80,6 +86,23 @@ def _save(fit: Fit, report: SAEReport, store: astore.Store, known: Known) -> Non
     scores = [{**each, "control": fit.planned.control} for each in report.rows(name)]
     store.append("scores", scores)  # first: what has its measures has its scores
     store.append("dictionaries", [row])
+
+
+def _with_other_seeds(fits: Sequence[Fit]) -> list[list[Fit]]:
+    """Return fits of one entry and hook together, where there are several seeds."""
+    groups: dict[tuple[str, str], list[Fit]] = {}
+    for fit in fits:
+        if fit.planned.control is None:
+            groups.setdefault((fit.hook, fit.planned.entry_name), []).append(fit)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _stability(fits: Sequence[Fit], seed: int) -> list[dict[str, Any]]:
+    """Return the rows that say whether fits of other seeds find the same directions."""
+    planned = fits[0].planned
+    signed = planned.entry.arch not in SIGNED
+    found = stability([fit.load() for fit in fits], signed=signed, seed=seed)
+    return found.rows(planned.entry_name)
 
 
 def _failed(fit: Fit, text: str, seed: int) -> dict[str, Any]:

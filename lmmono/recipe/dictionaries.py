@@ -251,6 +251,8 @@ class Planned:
 
     entry: AnyEntry
     """Its settings."""
+    entry_name: str
+    """Name of the entry: that of all its seeds together."""
     name: str
     """Name in tables and folders: the entry's, with the control and the seed where there are."""
     seed: int
@@ -306,9 +308,9 @@ class Dictionaries(Section):
     def _planned(self, entry: AnyEntry, name: str) -> Iterator[Planned]:
         seeded = len(self.seeds) > 1 and entry.arch not in SEEDLESS
         for seed in self.seeds if seeded else self.seeds[:1]:
-            yield Planned(entry, f"{name}-seed{seed}" if seeded else name, seed)
+            yield Planned(entry, name, f"{name}-seed{seed}" if seeded else name, seed)
         for control in self.controls if isinstance(entry, SaeEntry) else ():
-            yield Planned(entry, f"{name}-{control}", self.seeds[0], control)
+            yield Planned(entry, name, f"{name}-{control}", self.seeds[0], control)
 
     @model_validator(mode="after")
     def _check_names(self) -> "Dictionaries":

@@ -1,5 +1,6 @@
 """Tables that put runs side by side: layers by their numbers, neurons by their words."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 import activation_store as astore
+from lmmono.reporting.dictionaries import Interval, measured, stabilities
 from lmmono.run import Run
 
 N_NEURONS = 6
@@ -53,8 +55,64 @@ class Table:
 
 
 def comparison(runs: Sequence[Run]) -> tuple[Table, ...]:
-    """Return the layers of all runs in one table, and each run's most selective neurons."""
-    return (_layer_table(runs), *(_neuron_table(run) for run in runs))
+    """Return the layers of all runs in one table, each run's dictionaries and neurons in others."""
+    learned = [run for run in runs if run.recipe.dictionary.learn]
+    return (
+        _layer_table(runs),
+        *(_dictionary_table(run) for run in learned),
+        *(_neuron_table(run) for run in runs),
+    )
+
+
+def _dictionary_table(run: Run) -> Table:
+    """Return the dictionaries of a run, hook by hook, results before controls."""
+    planned = {each.name: each.entry_name for each in run.recipe.dictionary.planned}
+    found = [each for each in measured(run) if each.name in planned]
+    with astore.open(run.store_path) as store:
+        alike, floor = stabilities(store), stabilities(store, "random_directions")
+    found.sort(key=lambda each: (each.hook, each.control is not None))
+    nothing = (math.nan,) * 3
+    rows = [
+        (
+            each.hook,
+            each.name,
+            each.control or "",
+            *(_number(each.get(measure)) for measure in _DICTIONARY_COLUMNS.values()),
+            _number(alike.get((each.hook, planned[each.name]), nothing)),
+            f"{floor.get((each.hook, planned[each.name]), nothing)[0]:.3g}".replace("nan", "-"),
+        )
+        for each in found
+    ]
+    return Table(
+        title=f"Dictionaries of {run.name}",
+        columns=("hook", "dictionary", "control", *_DICTIONARY_COLUMNS, "stability", "random"),
+        rows=tuple(rows),
+        note=(
+            "On documents of the split score, with 95 % intervals over documents. L0: latents that "
+            "are not zero per token. FVU: share of variance left unexplained. CE recovered: share "
+            "of the loss that the ablation in brackets costs and the reconstruction does not; - "
+            "where the ablation does no clear harm. dead: latents that were zero on all these "
+            "tokens. stability: mean cosine of latents matched one-to-one between seeds, and that "
+            "of as many random directions. untrained: learned and judged on the untrained model."
+        ),
+    )
+
+
+_DICTIONARY_COLUMNS = {
+    "L0": "l0",
+    "FVU": "fvu",
+    "CE recovered (mean)": "ce_loss_recovered (mean)",
+    "CE recovered (zero)": "ce_loss_recovered (zero)",
+    "dead": "dead_fraction (nonzero)",
+}
+
+
+def _number(interval: Interval) -> str:
+    """Return a value with its interval, as far as there are any."""
+    value, low, high = interval
+    if math.isnan(value):
+        return "-"
+    return f"{value:.3g}" + ("" if math.isnan(low) else f" [{low:.3g}, {high:.3g}]")
 
 
 def _layer_table(runs: Sequence[Run]) -> Table:

@@ -1,0 +1,264 @@
+"""The stage `dictionary` of a run: what it fits, writes and skips, and what a stop leaves."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import activation_store as astore
+import lmmono as lm
+from lmmono.errors import DictionaryError, RunError, TrainingStopped
+from lmmono.recipe import Recipe
+from lmmono.run import Run, open_run
+from lmmono.scoring.runs import score_run
+
+HOOK, NEURONS = "blocks.0.hook_resid_post", "blocks.0.mlp.hook_post"
+STEPS, STOP = 100, 60
+TOPK = f"{{arch: topk, expansion: 2, k: 4, steps: {STEPS}, lr: 0.02}}"
+RECIPE = f"""\
+name: tiny
+seed: 0
+data: {{corpus: {{n_documents: 300}}, n_ctx: 32}}
+model: {{arch: gpt2, n_layers: 1, d_model: 16, n_heads: 2}}
+train: {{steps: 12, batch_tokens: 256, warmup_steps: 2, eval_every_steps: 12, eval_tokens: 512}}
+capture: {{max_tokens: 1024, max_density: 1.0, top_k: 4, random_k: 2, quantile_k: 1}}
+dictionary:
+  hooks: [{HOOK}, {NEURONS}]
+  learn:
+    - {TOPK}
+    - {{arch: pca, expansion: 1}}
+    - {{arch: identity, k: 4}}
+    - {{arch: random, expansion: 2, k: 4}}
+  seeds: [0, 1]
+  controls: [shuffled, untrained]
+  max_tokens: 8192
+  batch_tokens: 256
+  eval_tokens: 1024
+  latents: topk-x2-k4
+"""
+NAMES = {
+    *("topk-x2-k4-seed0", "topk-x2-k4-seed1", "topk-x2-k4-shuffled", "topk-x2-k4-untrained"),
+    *("pca-x1", "identity-k4", "random-x2-k4-seed0", "random-x2-k4-seed1"),
+}
+ONE = (f"dictionary.hooks=[{HOOK}]", f"dictionary.learn=[{TOPK}]", "dictionary.controls=[]")
+ALONE = (*ONE, "dictionary.seeds=[0]", "dictionary.latents=null")
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory) -> Path:
+    """A working folder with a run that is captured and has no dictionaries yet."""
+    folder = tmp_path_factory.mktemp("captured")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        lm.capture_run(lm.train(Recipe.load("tiny.yaml")))
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learned(captured, tmp_path_factory) -> Run:
+    """The run with every dictionary of the recipe."""
+    folder = tmp_path_factory.mktemp("learned") / "copy"
+    shutil.copytree(captured, folder)
+    run = open_run(folder / "runs/tiny")
+    return lm.dictionary_run(score_run(run))
+
+
+@pytest.fixture
+def here(captured, tmp_path, monkeypatch) -> Path:
+    """A copy of the captured run's folder as the working folder."""
+    shutil.copytree(captured, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def opened(*overrides: str) -> Run:
+    return Run.create(Recipe.load("tiny.yaml", *overrides))
+
+
+def query(run: Run, text: str, **params) -> list[tuple]:
+    with astore.open(run.store_path) as store:
+        return store.sql(text, **params).fetchall()
+
+
+def activations(run: Run, hook: str, split: str, max_tokens: int, model=None) -> np.ndarray:
+    """Activations [tokens, d] as a forward pass gives them."""
+    ids = torch.from_numpy(run.tokens(split).limit(max_tokens).ids.astype(np.int64))
+    _, acts = lm.run_with_cache(model or run.model, ids, hook)
+    return acts[hook].flatten(0, 1).numpy().astype(np.float64)
+
+
+def fvu(x: np.ndarray, hat: np.ndarray) -> float:
+    return ((x - hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+
+
+def test_every_entry_is_fitted_on_every_hook_with_every_seed_and_its_controls(learned):
+    rows = query(learned, "SELECT hook, name, path, digest FROM dictionaries")
+    assert {(hook, name) for hook, name, _, _ in rows} == {
+        (hook, name) for hook in (HOOK, NEURONS) for name in NAMES
+    }
+    for hook, name, path, digest in rows:
+        found = lm.load_dictionary(learned.dir / path)
+        assert (found.hook, found.digest) == (hook, digest)
+        assert path == f"dictionaries/{hook}/{name}"
+    assert learned.manifest.stages["dictionary"].facts == {"n_dictionaries": 16, "n_failed": 0}
+
+
+def test_measures_are_those_of_the_score_split_by_hand(learned):
+    x = activations(learned, HOOK, "score", 1024)
+    kept = np.abs(x) >= np.sort(np.abs(x), axis=1)[:, [-4]]
+    topk = lm.load_dictionary(learned.dir / "dictionaries" / HOOK / "topk-x2-k4-seed1")
+    hats = {
+        "identity-k4": x * kept,
+        "topk-x2-k4-seed1": topk.reconstruct(torch.from_numpy(x).float()).numpy(),
+        "pca-x1": x,
+    }
+    for name, hat in hats.items():
+        ((l0, found),) = query(
+            learned,
+            "SELECT l0, fvu FROM dictionaries WHERE hook = $hook AND name = $name",
+            hook=HOOK,
+            name=name,
+        )
+        assert found == pytest.approx(fvu(x, hat), rel=1e-4, abs=1e-8)
+        assert l0 == pytest.approx(16 if name == "pca-x1" else 4)
+
+
+def test_an_untrained_control_is_judged_at_the_untrained_model(learned):
+    code = lm.load_dictionary(learned.dir / "dictionaries" / HOOK / "topk-x2-k4-untrained")
+    fresh = lm.untrained(learned.model, learned.recipe.seed)
+    x = activations(learned, HOOK, "score", 1024, fresh)
+    ((found, low, high, control),) = query(
+        learned,
+        """SELECT value, ci_low, ci_high, control FROM scores
+           WHERE metric = 'fvu' AND hook = $hook AND dictionary = 'topk-x2-k4-untrained'""",
+        hook=HOOK,
+    )
+    assert found == pytest.approx(fvu(x, code.reconstruct(torch.from_numpy(x).float()).numpy()))
+    assert low < found < high and control == "untrained"
+
+
+def test_latents_of_the_named_entry_are_a_hook_that_is_scored_like_neurons(learned):
+    latents = f"{HOOK}.hook_sae_acts_post"
+    named = query(learned, "SELECT name FROM dictionaries WHERE latents_hook = $h", h=latents)
+    assert named == [("topk-x2-k4-seed0",)]
+    code = lm.load_dictionary(learned.dir / "dictionaries" / HOOK / "topk-x2-k4-seed0")
+    x = activations(learned, HOOK, "explain", 1024)
+    acts = code.encode(torch.from_numpy(x).float()).numpy()
+    stored = query(
+        learned,
+        "SELECT unit, seq_id, pos, act FROM activations WHERE hook = $h AND split = 'explain'",
+        h=latents,
+    )
+    first = learned.tokens("explain").first_seq_id
+    found = np.zeros_like(acts)
+    for unit, seq, pos, act in stored:
+        found[(seq - first) * 32 + pos, unit] = act
+    assert np.abs(found - acts).max() < 2e-3 * np.abs(acts).max()
+
+    assert "score" not in learned.manifest.stages, "there are units that it has not seen"
+    score_run(learned)
+    n = query(learned, "SELECT count(DISTINCT unit) FROM scores WHERE hook = $h", h=latents)
+    assert n == [(32,)]
+
+
+def test_a_second_call_does_nothing(learned):
+    before = {p: p.stat().st_mtime_ns for p in learned.dir.rglob("*") if p.is_file()}
+    lm.dictionary_run(open_run(learned.dir))
+    assert {p: p.stat().st_mtime_ns for p in learned.dir.rglob("*") if p.is_file()} == before
+
+
+def test_a_changed_section_fits_only_what_is_new_from_the_same_vectors(here):
+    run = lm.dictionary_run(score_run(opened(*ALONE)))
+    vectors = run.dir / "vectors.duckdb"
+    before, written = run.manifest.stages, vectors.stat().st_mtime_ns
+    fitted: set[str] = set()
+    more = (*ALONE[:3], "dictionary.seeds=[0]", f"dictionary.learn=[{TOPK}, {{arch: identity}}]")
+    again = opened(*more, "dictionary.latents=null")
+    lm.dictionary_run(again, progress=lambda what, *_, **__: fitted.add(what))
+    assert not [what for what in fitted if what.startswith("fit")], "topk was there already"
+    assert vectors.stat().st_mtime_ns == written
+    for stage in ("train", "capture", "vectors", "score"):
+        assert again.manifest.stages[stage] == before[stage]
+    assert query(again, "SELECT name, round(fvu, 6) FROM dictionaries WHERE name = 'identity'") == [
+        ("identity", 0.0)
+    ]
+
+
+def test_a_stopped_fit_goes_on_to_the_same_bits(here):
+    run = opened(*ALONE)
+
+    def stop(what: str, done: int, total: int, **facts: float) -> None:
+        if what.startswith("fit") and done == STOP:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingStopped, match="all is saved"):
+        lm.dictionary_run(run, progress=stop)
+    folder = run.dir / "dictionaries" / HOOK / "topk-x2-k4"
+    assert (folder / "checkpoint.safetensors").is_file()
+    steps: list[int] = []
+
+    def note(what: str, done: int, total: int, **facts: float) -> None:
+        if what.startswith("fit"):
+            steps.append(done)
+
+    lm.dictionary_run(opened(*ALONE), progress=note)
+    assert (min(steps), max(steps)) == (STOP + 1, STEPS)
+    stopped = lm.load_dictionary(folder).digest
+    shutil.rmtree(run.dir / "dictionaries")
+    again = opened(*ALONE, "dictionary.eval_tokens=512")
+    lm.dictionary_run(again)
+    assert lm.load_dictionary(folder).digest == stopped
+    assert not (folder / "checkpoint.safetensors").exists()
+
+
+def test_sigterm_outside_a_fit_ends_the_stage_and_keeps_what_is_finished(here):
+    def stop(what: str, done: int, total: int, **facts: float) -> None:
+        if what == "evaluate":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = opened(*ALONE)
+    with pytest.raises(TrainingStopped, match="what was finished is kept"):
+        lm.dictionary_run(run, progress=stop)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert open_run(run.dir).manifest.stages["dictionary"].state == "begun"
+    assert lm.load_dictionary(run.dir / "dictionaries" / HOOK / "topk-x2-k4").arch == "topk"
+
+
+def test_a_fit_that_comes_to_nothing_is_told_after_the_others_are_judged(here):
+    hopeless = TOPK.replace(f"steps: {STEPS}, lr: 0.02", "steps: 1, lr: 1e-6")
+    learn = f"dictionary.learn=[{hopeless}, {{arch: identity}}]"
+    run = opened(*ALONE[:1], learn, "dictionary.controls=[shuffled]", *ALONE[3:])
+    with pytest.raises(DictionaryError, match=f"{HOOK}/topk-x2-k4: after the fit FVU is"):
+        lm.dictionary_run(run)
+    assert query(run, "SELECT name FROM dictionaries") == [("identity",)]
+    text = "SELECT dictionary, control FROM scores WHERE metric = 'fvu' AND failure IS NOT NULL"
+    assert sorted(query(run, text)) == [("topk-x2-k4", None), ("topk-x2-k4-shuffled", "shuffled")]
+    assert open_run(run.dir).manifest.stages["dictionary"].state == "begun"
+
+
+def test_a_name_whose_latents_are_stored_is_not_given_to_other_weights(here):
+    latents = "dictionary.latents=topk-x2-k4"
+    lm.dictionary_run(opened(*ALONE[:-1], latents))
+    other = TOPK.replace(str(STEPS), str(STEPS + 1))
+    with pytest.raises(DictionaryError, match="latents of another dictionary topk-x2-k4"):
+        lm.dictionary_run(opened(*ALONE[:1], f"dictionary.learn=[{other}]", *ALONE[2:-1], latents))
+
+
+def test_vectors_can_come_straight_from_the_model(here):
+    run = lm.dictionary_run(opened(*ALONE, "dictionary.source=model"))
+    assert not (run.dir / "vectors.duckdb").exists() and "vectors" not in run.manifest.stages
+    ((value,),) = query(run, "SELECT fvu FROM dictionaries")
+    assert 0 < value < 1
+
+
+def test_a_run_that_is_not_captured_says_what_to_do(here):
+    with pytest.raises(RunError, match="not captured yet; run `lmmono capture"):
+        lm.dictionary_run(opened("capture.top_k=5"))
