@@ -38,7 +38,7 @@ def connect(places: Mapping[str, Place], trusted: bool) -> duckdb.DuckDBPyConnec
     """
     con = duckdb.connect(":memory:", config=_settings(trusted))
     try:
-        con.execute("SET parquet_metadata_cache = true")
+        con.execute("SET GLOBAL parquet_metadata_cache = true")
         shards = [path for name, place in places.items() for path in attach(con, name, place)]
         if not trusted:
             lock(con, shards)
