@@ -103,7 +103,7 @@ class Replay:
         row = np.cumsum(np.diff(keys >> 32, prepend=keys[0] >> 32) != 0)
         vectors[row, keys & 0xFFFFFFFF] = stored
         return Sequences(
-            seq, tokens.ids[part], tokens.docs[part], tokens.splits[part.start], vectors
+            seq, tokens.ids[part], tokens.docs[part], str(tokens.splits[part.start]), vectors
         )
 
     def _tokens(self, seq: np.ndarray) -> "_Tokens":

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lmmono.dictionary.controls import Control, shuffled, untrained
     from lmmono.dictionary.estimator import Dictionary, load_dictionary
     from lmmono.dictionary.evaluation import SAEReport, evaluate
+    from lmmono.dictionary.hub import load_from_hub, push_dictionary
     from lmmono.dictionary.interchange import export_dictionary, import_dictionary
     from lmmono.dictionary.live import model_vectors
     from lmmono.dictionary.recovery import recovery
@@ -76,12 +77,14 @@ __all__ = [
     "hook_names",
     "import_dictionary",
     "load_dictionary",
+    "load_from_hub",
     "load_model",
     "match_hooks",
     "model_vectors",
     "open_run",
     "pareto",
     "preset",
+    "push_dictionary",
     "recording",
     "recovery",
     "run_with_cache",
@@ -103,6 +106,7 @@ _HOMES = {
     "dictionary.controls": ("Control", "shuffled", "untrained"),
     "dictionary.estimator": ("Dictionary", "load_dictionary"),
     "dictionary.evaluation": ("SAEReport", "evaluate"),
+    "dictionary.hub": ("load_from_hub", "push_dictionary"),
     "dictionary.interchange": ("export_dictionary", "import_dictionary"),
     "dictionary.live": ("model_vectors",),
     "dictionary.recovery": ("recovery",),
