@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import activation_store as astore
 import lmmono as lm
 from lmmono.dictionary.architectures import read_inference, sae_lens, trainer, training_sae
-from lmmono.dictionary.training import open_vectors
+from lmmono.dictionary.soundness import open_vectors
+from lmmono.dictionary.sparse_step import Scratch, SparseStep
 from lmmono.dictionary.vectors import ArrayVectors
 from lmmono.errors import DictionaryError
 
@@ -27,6 +28,7 @@ ARCHS: dict[str, dict[str, Any]] = {
     "matryoshka_batchtopk": {"k": 3, "widths": (8, 16)},
     "matching_pursuit": {"k": 3},
 }
+SPARSE = ("topk", "batchtopk")
 
 
 def planted(n: int = 1000, seed: int = 0) -> torch.Tensor:
@@ -48,7 +50,8 @@ def make(arch: str, **settings: Any) -> lm.SAE:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_weights_are_those_of_sae_lens_own_loop_to_the_bit(arch: str, tmp_path: Path) -> None:
-    ours = make(arch, warmup_steps=10).fit(vectors())
+    own = {"sparse_step": False} if arch in SPARSE else {}
+    ours = make(arch, warmup_steps=10, **own).fit(vectors())
     scale = open_vectors(vectors()).scales[""]
     theirs = training_sae(ours.settings, D_IN, D_SAE, 3, {})
     loop = trainer(ours.settings, theirs, 128)
@@ -60,6 +63,38 @@ def test_the_weights_are_those_of_sae_lens_own_loop_to_the_bit(arch: str, tmp_pa
     assert ours.tensors().keys() == want.keys()
     for name, tensor in ours.tensors().items():
         assert torch.equal(tensor, want[name]), name
+
+
+@pytest.mark.parametrize("arch", SPARSE)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("d_sae", "window"), [(32, 500), (8, 5), (200, 2)])
+def test_the_sparse_step_is_that_of_sae_lens_to_rounding(
+    arch: str, threads: int, d_sae: int, window: int
+) -> None:
+    """60 steps, with no, few (all in the loss for dead latents) and many dead latents."""
+    settings = make(arch, lr=1e-3, d_sae=d_sae, dead_window_steps=window).settings
+    theirs, ours = (training_sae(settings, D_IN, d_sae, 3, {}) for _ in range(2))
+    loop, made = trainer(settings, theirs, 128), trainer(settings, ours, 128)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    step, n_dead = SparseStep(made, Scratch()), 0
+    for number, batch in zip(range(60), vectors().batches(), strict=False):
+        n_dead = max(n_dead, int(loop.dead_neurons.sum()))
+        want = loop.step(batch[""])
+        found = step.take(batch[""])
+        loop.n_training_steps = made.n_training_steps = number + 1
+        assert found.loss == pytest.approx(want.loss.item(), rel=1e-5)
+        assert found.n_active == int(want.feature_acts.count_nonzero())
+        error = (want.sae_in - want.sae_out).square().sum()
+        assert found.squared_error == pytest.approx(error.item(), rel=1e-5)
+    torch.set_num_threads(before)
+    assert (n_dead == 0) == (window == 500)
+    assert (n_dead > D_IN // 2) == (d_sae == 200)  # more than the loss for dead latents takes
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=0, atol=1e-5, msg=name)
+    for name in ("act_freq_scores", "n_forward_passes_since_fired"):
+        assert torch.equal(getattr(loop, name), getattr(made, name))
+    assert loop.optimizer.param_groups[0]["lr"] == made.optimizer.param_groups[0]["lr"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

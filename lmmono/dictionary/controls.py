@@ -18,15 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from lmmono.dictionary.coding import keep_largest, largest_projections
-from lmmono.dictionary.training import (
-    Plan,
-    Training,
-    check_alive,
-    check_enough,
-    fvu_of,
-    open_vectors,
-    train_all,
-)
+from lmmono.dictionary.soundness import check_alive, check_enough, fvu_of, open_vectors
+from lmmono.dictionary.training import Plan, Training, train_all
 from lmmono.dictionary.vectors import Vectors, as_vectors
 from lmmono.dictionary.weights import PlainDictionary
 from lmmono.errors import DictionaryError, ModelError, nearest
@@ -94,7 +87,7 @@ class Control(PlainDictionary):
         scale = opening.scales[hook] if self.settings.scaling == "norm" else 1.0
         plan = self._plan(source, hook)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        training = Training(plan, source.batch_tokens, scale, device)
+        training = Training(plan, source.batch_tokens, scale, device=device)
         broken = train_all([training], source, checkpoint_every_steps=None, progress=progress)
         for error in broken.values():
             raise error
@@ -108,7 +101,7 @@ class Control(PlainDictionary):
             "fvu": fvu_of(probe, acts @ weights["W_dec"] + weights["b_dec"]),
             "dead_fraction": dead,
         }
-        check_alive(plan, reached)
+        check_alive(self.arch, self.settings, reached)
         self.facts |= {"input_scale": scale, "n_tokens": training.n_tokens, **reached}
         return weights
 

@@ -24,16 +24,15 @@ from lmmono.dictionary.architectures import read_inference, write_inference
 from lmmono.dictionary.checkpoint import remove_checkpoint
 from lmmono.dictionary.curves import read_curves, write_curves
 from lmmono.dictionary.estimator import Dictionary, load_dictionary
-from lmmono.dictionary.training import (
+from lmmono.dictionary.soundness import (
     Opening,
-    Plan,
-    Training,
     check_alive,
     check_enough,
     fvu_of,
     open_vectors,
-    train_all,
 )
+from lmmono.dictionary.sparse_step import Scratch
+from lmmono.dictionary.training import Plan, Training, train_all
 from lmmono.dictionary.vectors import Vectors, as_vectors
 from lmmono.durable import locked
 from lmmono.errors import DictionaryError, nearest
@@ -250,7 +249,8 @@ def _fit_jobs(
         if not left:
             return {}
         opening = open_vectors(source)
-        trainings = {job.name: _start(job, source, opening, device) for job in left}
+        scratch = Scratch()
+        trainings = {job.name: _start(job, source, opening, device, scratch) for job in left}
         broken = train_all(
             list(trainings.values()),
             source,
@@ -268,11 +268,15 @@ def _fit_jobs(
         return broken
 
 
-def _start(job: _Job, source: Vectors, opening: Opening, device: str | None) -> Training:
+def _start(
+    job: _Job, source: Vectors, opening: Opening, device: str | None, scratch: Scratch
+) -> Training:
     """Return the training of a job, at its first step or where a checkpoint left it."""
     scale = opening.scales[job.hook] if job.sae.settings.scaling == "norm" else 1.0
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    training = Training(job.plan(source), source.batch_tokens, scale, chosen)
+    training = Training(
+        job.plan(source), source.batch_tokens, scale, device=chosen, scratch=scratch
+    )
     training.resume()
     return training
 
@@ -296,7 +300,7 @@ def _finish(job: _Job, training: Training, probe: Float[Tensor, "n d_in"]) -> No
         "fvu": fvu_of(probe, sae.decode(acts)),
         "dead_fraction": dead,
     }
-    check_alive(training.plan, reached)
+    check_alive(job.name, sae.settings, reached)
     sae.facts |= {
         "fit": training.plan.digest,
         "input_scale": training.scale,

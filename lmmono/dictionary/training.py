@@ -20,6 +20,8 @@ from torch import Tensor
 from lmmono.dictionary.architectures import trainer, training_sae
 from lmmono.dictionary.checkpoint import load_checkpoint, save_checkpoint
 from lmmono.dictionary.curves import Curves
+from lmmono.dictionary.soundness import variation
+from lmmono.dictionary.sparse_step import Scratch, SparseStep, StepResult
 from lmmono.dictionary.vectors import Vectors
 from lmmono.errors import DictionaryError, TrainingStopped
 from lmmono.metrics import fvu
@@ -28,10 +30,6 @@ from lmmono.types import Progress
 
 LOG_ROWS = 100
 """Rows of each curve; reading a loss waits for the device."""
-SCALING_BATCHES = 16
-"""Batches, from the first on, that decide the scale of the input."""
-MOST_EPOCHS = 1_000
-"""A fit that would see each vector more often is refused."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,22 @@ class Training:
         curves: What was logged.
     """
 
-    def __init__(self, plan: Plan, batch_tokens: int, scale: float, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        batch_tokens: int,
+        scale: float,
+        *,
+        device: str = "cpu",
+        scratch: Scratch | None = None,
+    ) -> None:
         self.plan, self.scale = plan, scale
         self.sae = training_sae(plan.settings, plan.d_in, plan.d_sae, plan.seed, plan.about)
         self.sae.to(device)
         self._trainer = trainer(plan.settings, self.sae, batch_tokens)
         self._trainer.activation_scaler.scaling_factor = scale
+        is_sparse = getattr(plan.settings, "sparse_step", False) and device == "cpu"
+        self._sparse = SparseStep(self._trainer, scratch or Scratch()) if is_sparse else None
         self.seconds, self.curves = 0.0, Curves()
         self._log_every = max(1, plan.settings.steps // LOG_ROWS)
 
@@ -103,11 +111,11 @@ class Training:
         if self.step == settings.steps - self._window:  # sae-lens reports L0 of this last window
             self._trainer.act_freq_scores.zero_()
             self._trainer.n_frac_active_samples = 0
-        output = self._trainer.step(x)
+        output = self._sparse.take(x) if self._sparse else self._trainer.step(x)
         self._trainer.n_training_steps += 1
         self.seconds += time.monotonic() - began
         if self.step % self._log_every == 0 or self.is_done:
-            self._log(output, progress)
+            self._log(output if isinstance(output, StepResult) else _measured(output), progress)
 
     @property
     def _window(self) -> int:
@@ -119,13 +127,12 @@ class Training:
         window = min(self._window, self.step)
         return float((self._trainer.n_forward_passes_since_fired >= window).float().mean())
 
-    @torch.no_grad()
-    def _log(self, output: Any, progress: Progress) -> None:
-        x, n = output.sae_in, len(output.sae_in)
+    def _log(self, result: StepResult, progress: Progress) -> None:
+        n = len(result.x)
         values = {
-            "loss": float(output.loss),
-            "l0": float(output.feature_acts.count_nonzero()) / n,
-            "fvu": fvu_of(x, output.sae_out),
+            "loss": result.loss,
+            "l0": result.n_active / n,
+            "fvu": fvu(result.squared_error, variation(result.x)),
             "dead_fraction": self.dead_fraction,
         }
         if not math.isfinite(values["loss"]):
@@ -160,6 +167,8 @@ class Training:
     def fold(self) -> None:
         """Fold the scale into the weights, so that they take vectors in the hook's own units."""
         self._trainer.set_final_sae_metadata()
+        if self._sparse:
+            self.sae.W_enc.data = self.sae.W_enc.data.contiguous()
         self.sae.fold_activation_norm_scaling_factor(self.scale)
         self._trainer.activation_scaler.scaling_factor = None
 
@@ -186,6 +195,7 @@ class Training:
             **{name: getattr(made, name) for name in _NUMBERS},
         }
 
+    @torch.no_grad()
     def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         made = self._trainer
         device = self.sae.device
@@ -194,8 +204,10 @@ class Training:
             {k.removeprefix("weights/"): v for k, v in named.items() if k.startswith("weights/")}
         )
         for name, parameter in self.sae.named_parameters():
+            moments = {k: named[f"adam/{name}/{k}"] for k in ("exp_avg", "exp_avg_sq")}
             made.optimizer.state[parameter] = {
-                key: named[f"adam/{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                "step": named[f"adam/{name}/step"],  # moments lie in memory as their parameter does
+                **{k: torch.empty_like(parameter).copy_(v) for k, v in moments.items()},
             }
         for name in _COUNTERS:
             setattr(made, name, named[f"trainer/{name}"])
@@ -207,6 +219,14 @@ class Training:
         made.optimizer.param_groups[0]["lr"] = facts["lr"]
         self.scale = made.activation_scaler.scaling_factor = facts["scale"]
         self.seconds = facts["seconds"]
+
+
+@torch.no_grad()
+def _measured(output: Any) -> StepResult:
+    """Return what sae-lens' own step says of its batch."""
+    error = float((output.sae_in - output.sae_out).double().square().sum())
+    n_active = int(output.feature_acts.count_nonzero())
+    return StepResult(output.sae_in, float(output.loss), error, n_active)
 
 
 _COUNTERS = ("act_freq_scores", "n_forward_passes_since_fired")
@@ -274,91 +294,3 @@ def _save_where_due(
             + ("all is saved, the same call goes on from here" if kept else "nothing is saved, ")
             + ("" if kept else "because no folder was given")
         )
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What the first batches say, before any step is taken."""
-
-    scales: dict[str, float]
-    """By hook: sqrt(d_in) over the mean norm."""
-    probes: dict[str, Tensor]
-    """By hook: the first batch."""
-
-
-def open_vectors(source: Vectors) -> Opening:
-    """Read the first batches of the seeded order.
-
-    Raises:
-        DictionaryError: All vectors of a hook are zero, NaN or infinite.
-    """
-    n_batches = min(SCALING_BATCHES, -(-source.n_tokens // source.batch_tokens))
-    sums, n = dict.fromkeys(source.widths, 0.0), 0
-    probes: dict[str, Tensor] = {}
-    for number, batch in enumerate(source.batches()):
-        if number == n_batches:
-            break
-        probes = probes or {hook: x.clone() for hook, x in batch.items()}
-        n += len(next(iter(batch.values())))
-        for hook, x in batch.items():
-            sums[hook] += float(x.norm(dim=-1).double().sum())
-    for hook, total in sums.items():
-        if total == 0.0:
-            raise DictionaryError(f"{hook or 'vectors'}: the first {n} vectors are all zero")
-    scales = {hook: math.sqrt(d) * n / sums[hook] for hook, d in source.widths.items()}
-    return Opening(scales, probes)
-
-
-def check_enough(source: Vectors, name: str, steps: int, d_sae: int) -> None:
-    """Check that there are vectors enough to learn from.
-
-    Raises:
-        DictionaryError: There are fewer than one per latent, or the steps repeat each more than
-            `MOST_EPOCHS` times.
-    """
-    n, wanted = source.n_tokens, steps * source.batch_tokens
-    if n < d_sae:
-        raise DictionaryError(
-            f"{name}: {n:,} different vectors for {d_sae:,} latents; want at least one per latent: "
-            "capture more tokens, or lower d_sae"
-        )
-    if wanted > MOST_EPOCHS * n:
-        raise DictionaryError(
-            f"{name}: {steps:,} steps of {source.batch_tokens:,} vectors go {wanted / n:,.0f} "
-            f"times over the {n:,} vectors there are (one epoch); want at most {MOST_EPOCHS:,} "
-            "epochs: capture more tokens, or take at most "
-            f"{MOST_EPOCHS * n // source.batch_tokens:,} steps"
-        )
-
-
-def fvu_of(x: Float[Tensor, "n d"], reconstruction: Float[Tensor, "n d"]) -> float:
-    """Return the fraction of variance unexplained over a set of vectors; NaN without variance."""
-    error = float((x - reconstruction).double().square().sum())
-    variance = float((x.double() - x.double().mean(0)).square().sum())
-    return fvu(error, variance)
-
-
-def check_alive(plan: Plan, reached: dict[str, float]) -> None:
-    """Check that a fit came to something.
-
-    Raises:
-        DictionaryError: All latents are dead, or the reconstruction is worse than the mean vector.
-    """
-    settings = plan.settings
-    fault = None
-    if reached["dead_fraction"] == 1.0 or reached["l0"] == 0.0:
-        fault = "all latents are dead"
-    elif not reached["fvu"] <= 1.0:
-        fault = f"FVU is {reached['fvu']:.3g}: worse than the mean vector"
-    if fault is None:
-        return
-    advice = [f"more steps (now {settings.steps:,})", f"another lr (now {settings.lr:g})"]
-    if getattr(settings, "coefficient", None):
-        advice.append(f"a smaller coefficient (now {settings.coefficient:g})")
-    if getattr(settings, "k", None):
-        advice.append(f"a larger k (now {settings.k})")
-    if getattr(settings, "target_l0", None):
-        advice.append(f"a larger target_l0 (now {settings.target_l0:g})")
-    if settings.scaling == "none":
-        advice.append("scaling='norm'")
-    raise DictionaryError(f"{plan.name}: after the fit {fault}; try {', '.join(advice)}")
