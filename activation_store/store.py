@@ -320,8 +320,13 @@ class Store:
         seed: int = 0,
         commit_tokens: int = 1_000_000,
         model_digest: str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> "Writer":
         """Return a writer of activations; use it as a context manager.
+
+        Several processes capture together where each makes a writer of its own `rank`, below
+        `world_size`, and gives it sequences of its own.
 
         Raises:
             StoreError: the store is open for reading.
@@ -337,6 +342,8 @@ class Store:
             seed=seed,
             commit_tokens=commit_tokens,
             model_digest=model_digest,
+            rank=rank,
+            world_size=world_size,
         )
 
     def verify(self, repair: bool = False) -> Report:

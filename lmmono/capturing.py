@@ -4,7 +4,10 @@
 run folder as its recipe says, and takes up an interrupted capture where its last commit ended.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,9 +23,13 @@ from lmmono.errors import RunError
 from lmmono.latents import Code, Latents, claim_all, latent_rows
 from lmmono.manifest import STAGES
 from lmmono.models.hooks import hook_width, match_hooks, recording
+from lmmono.processes import Processes, current
 from lmmono.recipe.sections import Capture
 from lmmono.run import Run
 from lmmono.types import Progress, silent
+
+ALONE = Processes(0, 1)
+"""A capture that shares its rows with nobody."""
 
 
 def capture(
@@ -72,12 +79,16 @@ def capture(
     parts = [tokens] if isinstance(tokens, TokenRows) else list(tokens)
     latents = claim_all(into, dictionaries, halves, lambda hook: hook_width(model, hook))
     limited = [part.limit(max_tokens) for part in parts]
+    _add_words(into, limited)
     _stream(model, limited, chosen, into, seed, progress, latents)
     return into
 
 
 def capture_run(run: Run, *, progress: Progress = silent) -> Run:
     """Capture what a run's recipe asks for into its store, unless that is done already.
+
+    Works alone and under `accelerate launch`: each process takes a share of the rows, and one that
+    is killed costs what it had not committed.
 
     Raises:
         RunError: the run is not trained yet, or another process works on it.
@@ -87,14 +98,29 @@ def capture_run(run: Run, *, progress: Progress = silent) -> Run:
     digest = recipe.digest(*STAGES["capture"].sections)
     if run.is_finished("capture", digest):
         return run
-    mode: Literal["a", "w"] = "a" if run.store_path.exists() else "w"
-    with run.stage("capture", digest) as stage, astore.open(run.store_path, mode) as store:
-        parts = [run.tokens(split).limit(settings.max_tokens) for split in settings.splits]
-        store.add_run(_run_row(run))
-        _stream(_on_device(run.model), parts, settings, store, recipe.seed, progress)
-        info = store.info()
-        stage.facts.update(n_tokens=info.n_tokens, n_acts=info.n_acts, n_bytes=info.n_bytes)
+    here = current()
+    with run.stage("capture", digest) if here.is_main else nullcontext() as stage:
+        with here.main_first():
+            parts = [run.tokens(split).limit(settings.max_tokens) for split in settings.splits]
+            store = _opened(run, parts, here)
+        with store:
+            model = _on_device(run.model)
+            _stream(model, parts, settings, store, recipe.seed, progress, here=here)
+            here.wait()
+            if stage is not None:
+                info = store.info()
+                stage.facts.update(n_tokens=info.n_tokens, n_acts=info.n_acts, n_bytes=info.n_bytes)
     return run
+
+
+def _opened(run: Run, parts: Sequence[TokenRows], here: Processes) -> astore.Store:
+    """Open a run's store to add to it; the main process makes it and says what it is of."""
+    mode: Literal["a", "w"] = "a" if run.store_path.exists() else "w"
+    store = astore.open(run.store_path, mode)
+    if here.is_main:
+        store.add_run(_run_row(run))
+        _add_words(store, parts)
+    return store
 
 
 def _run_row(run: Run) -> dict[str, Any]:
@@ -125,11 +151,12 @@ def _stream(
     seed: int,
     progress: Progress,
     latents: Sequence[Latents] = (),
+    here: Processes = ALONE,
 ) -> None:
-    """Run the model over all parts and hand every batch to the store's writer."""
+    """Run the model over this process' share of all parts, batch by batch, into the store."""
+    parts = [_share(part, here) for part in parts]
     names = match_hooks(model, settings.hooks) if settings.hooks else []
     dense = match_hooks(model, settings.vectors) if settings.vectors else []
-    _add_words(store, parts)
     n_ctx, total = parts[0].n_ctx, sum(part.ids.size for part in parts)
     batch_rows = max(1, settings.batch_tokens // n_ctx)
     was_training = model.training
@@ -142,6 +169,8 @@ def _stream(
             n_ctx=n_ctx,
             seed=seed,
             model_digest=weights_digest(model),
+            rank=here.rank,
+            world_size=here.n,
         ) as writer,
         recording(model, [*names, *dense, *(each.source for each in latents)]) as acts,
         torch.inference_mode(),
@@ -160,8 +189,16 @@ def _stream(
 
 
 def _on_device(model: nn.Module) -> nn.Module:
-    """Move a model to the GPU, where there is one."""
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    """Move a model to the GPU, where there is one; under a launcher to that of this process."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return model.to(gpu if torch.cuda.is_available() else "cpu")
+
+
+def _share(part: TokenRows, here: Processes) -> TokenRows:
+    """Return the rows that this process captures: as many as the others', one after the other."""
+    first, last = (len(part) * rank // here.n for rank in (here.rank, here.rank + 1))
+    ids, doc_ids = part.ids[first:last], part.doc_ids[first:last]
+    return replace(part, ids=ids, doc_ids=doc_ids, first_seq_id=part.first_seq_id + first)
 
 
 def _add_words(store: astore.Store, parts: Sequence[TokenRows]) -> None:

@@ -105,7 +105,9 @@ def schema(
 @app.command("ls")
 def list_(
     what: Annotated[Listed, typer.Argument(help="What to list.")],
-    where: Annotated[Path | None, typer.Argument(help="A folder, or a run for the last two.")] = None,
+    where: Annotated[
+        Path | None, typer.Argument(help="A folder, or a run for the last two.")
+    ] = None,
 ) -> None:
     """List recipes, runs, stores, or the hooks of a run's model, or its dictionaries."""
     from lmmono import listing
@@ -137,8 +139,12 @@ def train(target: RecipeOrRun, overrides: Overrides = None) -> None:
 @app.command()
 def capture(target: RecipeOrRun, overrides: Overrides = None) -> None:
     """Stream activations of trained models into their stores."""
+    from lmmono.processes import current
+
     for recipe in _runs_of(target, overrides):
-        _say(_captured(_created(recipe)))
+        with current().main_first():
+            run = _created(recipe)
+        _say(_captured(run))
 
 
 @app.command()
@@ -340,6 +346,8 @@ def _captured(run: "Run") -> "Run":
     from lmmono.capturing import capture_run
     from lmmono.terminal import shown_progress
 
+    if not _speaks():
+        return capture_run(run)
     with shown_progress() as progress:
         return capture_run(run, progress=progress)
 
