@@ -82,7 +82,7 @@ def scan(
         auroc[:, part] = above / np.maximum(n_there * (n - n_there), 1.0)
     defined = size > 0
     correlation = correlation / np.where(defined, size, 1.0)
-    return tuple(np.where(defined, each, np.nan) for each in (correlation, auroc))
+    return np.where(defined, correlation, np.nan), np.where(defined, auroc, np.nan)
 
 
 def choose(

@@ -166,11 +166,31 @@ class SAEReport:
 
 @overload
 def evaluate(
-    dictionary: Dictionary, model: nn.Module, rows: TokenRows, **options: Any
+    dictionary: Dictionary,
+    model: nn.Module,
+    rows: TokenRows,
+    *,
+    hook: str | None = None,
+    max_tokens: int | None = None,
+    batch_tokens: int = 2048,
+    seed: int = 0,
+    n_resamples: int = 1000,
+    level: float = 0.95,
+    progress: Progress = silent,
 ) -> SAEReport: ...
 @overload
 def evaluate(
-    dictionary: Sequence[Dictionary], model: nn.Module, rows: TokenRows, **options: Any
+    dictionary: Sequence[Dictionary],
+    model: nn.Module,
+    rows: TokenRows,
+    *,
+    hook: str | None = None,
+    max_tokens: int | None = None,
+    batch_tokens: int = 2048,
+    seed: int = 0,
+    n_resamples: int = 1000,
+    level: float = 0.95,
+    progress: Progress = silent,
 ) -> list[SAEReport]: ...
 def evaluate(
     dictionary: Dictionary | Sequence[Dictionary],

@@ -185,7 +185,8 @@ def _report(
         raise DictionaryError("stability: one of the fits has no latent to match: all are dead")
     matched = [matched_cosines(directions[i], directions[j], signed) for i, j in places]
     random = np.random.default_rng(draws.seed)
-    floor = [matched_cosines(*(_random(random, each) for each in directions[:2]), signed)]
+    one, other = (_random(random, each) for each in directions[:2])
+    floor = [matched_cosines(one, other, signed)]
     found = [each > threshold for each in matched]
     pairs = {
         "first": [i for i, _ in places],
