@@ -1,11 +1,13 @@
 """Asking a language model: one protocol for local models, servers and the replay cache.
 
-Holds the words of the protocol only; `client_local.py`, `client_server.py` and `client_replay.py`
-hold the clients. A call that fails is a value, so that one bad answer costs one item.
+Holds the words of the protocol only; `local`, `server` and `replay` hold the clients. A call that
+fails is a value, so that one bad answer costs one item.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from lmmono.explaining.explanation import Failure, Usage
@@ -30,6 +32,11 @@ class Prompt:
     text: str = ""
     """Bare text, for base models."""
 
+    @property
+    def sha256(self) -> str:
+        """Hash of all that is said."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -38,25 +45,42 @@ class Answer:
     text: str | None
     """The completion; None where it failed."""
     failure: Failure | None = None
-    """Why there is none."""
+    """Why there is none. no_answer: the server failed after retries, or said nothing. unparsed:
+    it said what no client can read. refused: a limit is reached, or replay has no such answer."""
+    detail: str = ""
+    """What went wrong, for people; never holds a key."""
+    tokens: tuple[str, ...] = ()
+    """Tokens of the completion, where alternatives were asked for."""
     alternatives: tuple[dict[str, float], ...] = ()
-    """Per token of the completion: the likeliest tokens and their log-probabilities."""
+    """Per token of the completion: the likeliest tokens and their log-probabilities, in nats."""
     usage: Usage = field(default_factory=Usage)
     """What it took."""
 
 
 @dataclass(frozen=True, slots=True)
-class PromptTokens:
+class Reading:
     """The tokens of a bare text and what the model expected instead of each."""
 
-    tokens: tuple[str, ...]
-    """Strings that join to the text."""
-    logprobs: tuple[float | None, ...]
-    """Log-probability of each token after those before it; None for the first."""
-    alternatives: tuple[dict[str, float], ...]
-    """Per position: the likeliest tokens there and their log-probabilities."""
+    tokens: tuple[str, ...] = ()
+    """Strings that join to the text; a character of several tokens is in the last of them."""
+    logprobs: tuple[float | None, ...] = ()
+    """Log-probability of each token after those before it, in nats; None for the first."""
+    alternatives: tuple[dict[str, float], ...] = ()
+    """Per position: the likeliest tokens there and their log-probabilities; empty for the first."""
+    failure: Failure | None = None
+    """Why there is nothing; as for an answer."""
+    detail: str = ""
+    """What went wrong, for people; never holds a key."""
     usage: Usage = field(default_factory=Usage)
     """What it took."""
+
+
+Heard = Callable[[int, Answer], None]
+"""Called with the place of a prompt and its answer as soon as it is there, from any thread, one
+call at a time."""
+
+Read = Callable[[int, Reading], None]
+"""As `Heard`, for texts that are read."""
 
 
 @runtime_checkable
@@ -76,8 +100,18 @@ class Client(Protocol):
         temperature: float = 0.0,
         seed: int = 0,
         n_alternatives: int = 0,
+        on_answer: Heard | None = None,
     ) -> list[Answer]:
         """Return an answer for each prompt, in order.
+
+        Args:
+            prompts: What is asked.
+            max_tokens: Most tokens of an answer.
+            temperature: 0 takes the likeliest token; above 0 samples.
+            seed: Seed of the sampling; the same prompt and seed give the same answer, whatever
+                else is asked with it, as far as the model's host keeps to it.
+            n_alternatives: Alternatives wanted at each token.
+            on_answer: Told each answer when it comes.
 
         Raises:
             ClientError: The model cannot be reached at all, or the settings are refused.
@@ -85,11 +119,11 @@ class Client(Protocol):
         ...
 
     def read(
-        self, texts: Sequence[str], *, n_alternatives: int = 0
-    ) -> list[PromptTokens | Failure]:
+        self, texts: Sequence[str], *, n_alternatives: int = 0, on_reading: Read | None = None
+    ) -> list[Reading]:
         """Return, for each bare text, its tokens with log-probabilities; nothing is generated.
 
         Raises:
-            ClientError: The model does not give log-probabilities of its prompt.
+            ClientError: The model cannot be reached, or gives no log-probabilities of its prompt.
         """
         ...

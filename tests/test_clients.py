@@ -1,0 +1,328 @@
+"""Servers and replay: real HTTP on loopback, limits kept, failures typed, nothing paid twice."""
+
+import logging
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llm_server import Calls, Refusal, asked, hosting, said, serving
+from small_clients import CHAT, byte_tokens, reader_of_bytes
+
+import lmmono
+from lmmono.errors import ClientError
+from lmmono.explaining.clients import Answer, Client, Message, Prompt
+from lmmono.explaining.local import LocalClient
+from lmmono.explaining.replay import ReplayClient
+from lmmono.explaining.server import ServerClient
+from lmmono.explaining.server_limits import Limits, Price
+
+KEY = "sk-a-secret-of-ours"
+
+
+def chats(*texts: str) -> list[Prompt]:
+    return [Prompt((Message("user", text),)) for text in texts]
+
+
+def at(calls: Calls, **settings: Any) -> ServerClient:
+    return ServerClient("judge", **{"base_url": calls.base_url, "n_retries": 0, **settings})
+
+
+def echo(_: str, body: dict[str, Any]) -> Any:
+    return said("re: " + asked(body))
+
+
+def test_answers_come_in_the_order_of_prompts_from_no_more_threads_than_allowed() -> None:
+    def slower_first(path: str, body: dict[str, Any]) -> Any:
+        time.sleep(0.1 if asked(body) in "01" else 0.01)
+        return echo(path, body)
+
+    with serving(slower_first) as calls:
+        client = at(calls, n_threads=3)
+        answers = client.complete(chats(*"0123456789"), max_tokens=5)
+    assert [each.text for each in answers] == [f"re: {i}" for i in range(10)]
+    assert 2 <= calls.most_open <= 3
+    assert isinstance(client, Client)
+    assert client.name.startswith("judge@127.0.0.1:")
+    assert (client.spent.n_calls, client.spent.n_prompt_tokens) == (10, 100)
+
+
+def test_every_way_to_fail_is_one_typed_failure_and_costs_one_answer() -> None:
+    over = threading.Event()
+    ways: dict[str, Any] = {
+        "500": lambda: Refusal(500, {"error": {"message": "out of order"}}),
+        "429": lambda: Refusal(429, {"error": {"message": "too fast"}}),
+        "400": lambda: Refusal(400, {"error": {"message": "too long"}}),
+        "time out": lambda: over.wait(30),
+        "not JSON": lambda: b"{not json",
+        "a page": lambda: b"<html>busy</html>",
+        "no choices": lambda: said("x") | {"choices": []},
+        "null": lambda: said(None),
+        "nothing": lambda: said(""),
+        "wrong type": lambda: said("x") | {"choices": "abc"},
+        "wrong usage": lambda: said("x", n_prompt_tokens=-1),
+        "fine": lambda: said("good"),
+    }
+    with serving(lambda _, body: ways[asked(body)]()) as calls:
+        client = at(calls, timeout_seconds=3, n_retries=1, n_threads=12)
+        answers = dict(zip(ways, client.complete(chats(*ways), max_tokens=5), strict=True))
+        over.set()
+    failures = Counter(each.failure for each in answers.values())
+    assert failures == {"no_answer": 7, "unparsed": 4, None: 1}
+    assert answers["fine"].text == "good"
+    assert answers["500"].detail.startswith("HTTP 500")
+    assert "out of order" in answers["500"].detail
+    assert answers["time out"].detail == "no answer within 3 s"
+    assert all(each.text is None and each.detail for each in answers.values() if each.failure)
+    tries = Counter(calls.asked)
+    assert (tries["500"], tries["429"], tries["time out"]) == (2, 2, 2)
+    assert (tries["400"], tries["not JSON"], tries["fine"]) == (1, 1, 1)
+    assert client.spent.n_calls == 12
+
+
+def test_a_reading_that_does_not_line_up_is_a_failure() -> None:
+    lined_up = {"tokens": ["a", " b"], "token_logprobs": [None, -1.0]}
+    best = [None, {" b": -1.0}]
+    ways: dict[str, Any] = {
+        "fine": lined_up | {"top_logprobs": best},
+        "with a beginning": {
+            "tokens": ["<s>", "a", " b", "!"],
+            "token_logprobs": [None, -2.0, -1.0, -0.1],
+            "top_logprobs": [None, {"a": -2.0}, {" b": -1.0}, {"!": -0.1}],
+        },
+        "by offsets": lined_up | {"tokens": ["a", "bytes:\\x20b"], "text_offset": [0, 1]},
+        "wrong length": lined_up | {"top_logprobs": best[:1]},
+        "another text": lined_up | {"tokens": ["a", "c"]},
+        "offsets that go back": lined_up | {"tokens": ["a", "?"], "text_offset": [1, 0]},
+    }
+    names = iter(ways)
+
+    def script(_: str, body: dict[str, Any]) -> Any:
+        assert (body["max_tokens"], body["echo"]) == (0, True)
+        sent = said("a b", 2, 0)
+        sent["choices"][0]["logprobs"] = ways[next(names)]
+        return sent
+
+    with serving(script) as calls:
+        client = at(calls, n_threads=1)
+        found = dict(zip(ways, client.read(["a b"] * 6, n_alternatives=1), strict=True))
+    assert found["fine"].tokens == ("a", " b")
+    assert found["fine"].alternatives == ({}, {" b": -1.0})
+    assert found["with a beginning"].tokens == ("a", " b")
+    assert found["with a beginning"].logprobs == (-2.0, -1.0)
+    assert found["by offsets"].tokens == ("a", " b")
+    assert [each.failure for each in found.values()] == [None] * 3 + ["unparsed"] * 3
+    with serving(lambda *_: said("a b")) as calls, pytest.raises(ClientError, match="LocalClient"):
+        at(calls).read(["a b"])
+
+
+def test_what_is_wrong_with_the_settings_is_told_at_once() -> None:
+    with serving(lambda *_: Refusal(404)) as calls:
+        with pytest.raises(ClientError, match=r"check model= and base_url="):
+            at(calls).complete(chats("a"), max_tokens=5)
+        url = calls.base_url
+    with pytest.raises(ClientError, match="cannot be reached"):
+        ServerClient("judge", base_url=url, n_retries=0).complete(chats("a"), max_tokens=5)
+
+
+def test_the_key_is_sent_and_nowhere_else(tmp_path, monkeypatch, caplog) -> None:
+    def script(_: str, body: dict[str, Any]) -> Any:
+        told = {"error": {"message": f"Incorrect API key provided: {KEY}"}}
+        return {"401": Refusal(401, told), "400": Refusal(400, told)}.get(asked(body), said("x"))
+
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with serving(script) as calls:
+        server = at(calls, key_variable="JUDGE_KEY")
+        with pytest.raises(ClientError, match="environment variable JUDGE_KEY is not set"):
+            server.complete(chats("a"), max_tokens=5)
+        monkeypatch.setenv("JUDGE_KEY", KEY)
+        client = ReplayClient(server, tmp_path / "answers.sqlite")
+        answers = client.complete(chats("a", "400"), max_tokens=5)
+        with pytest.raises(ClientError, match="the key is refused") as caught:
+            client.complete(chats("401"), max_tokens=5)
+        assert [each["Authorization"] for each in calls.headers] == [f"Bearer {KEY}"] * 3
+        at(calls).complete(chats("b"), max_tokens=5)
+        assert KEY not in calls.headers[-1]["Authorization"]
+    said_anywhere = [repr(server), server.name, repr(client), repr(answers), caplog.text]
+    said_anywhere += traceback.format_exception(caught.value)
+    said_anywhere += [repr({k: v for k, v in vars(server).items() if k != "_server"})]
+    assert not [text for text in said_anywhere if KEY in text]
+    assert "***" in answers[1].detail
+    assert KEY.encode() not in (tmp_path / "answers.sqlite").read_bytes()
+
+
+def test_limits_refuse_further_calls_and_keep_what_is_done() -> None:
+    with serving(echo) as calls:
+        client = at(calls, limits=Limits(max_calls=4))
+        answers = client.complete(chats(*"0123456789"), max_tokens=5)
+        assert Counter(each.failure for each in answers) == {None: 4, "refused": 6}
+        assert client.complete(chats("x"), max_tokens=5)[0].failure == "refused"
+    assert len(calls.bodies) == 4
+
+
+@pytest.mark.parametrize("n_threads", [1, 8])
+def test_a_limit_on_cost_is_never_passed(n_threads: int) -> None:
+    prices = {"judge": Price(prompt_usd=10.0, completion_usd=20.0)}
+    text = "t" * 20  # at most 36 tokens with the turn, 5 received: 460e-6; real cost 200e-6
+    with serving(echo) as calls:
+        limits = Limits(max_cost_usd=1e-3)
+        client = at(calls, prices=prices, limits=limits, n_threads=n_threads)
+        answers = client.complete(chats(*[text] * 10), max_tokens=5)
+    spent = client.spent.cost_usd
+    assert spent == pytest.approx(2e-4 * len(calls.bodies))
+    assert spent <= 1e-3
+    if n_threads == 1:  # 0, 200, 400: another 460 fits within 1,000; at 600 it does not
+        assert Counter(each.failure for each in answers) == {None: 3, "refused": 7}
+        assert answers[0].usage.cost_usd == pytest.approx(2e-4)
+    with pytest.raises(ClientError, match="pass prices="):
+        at(calls, limits=Limits(max_cost_usd=1.0))
+
+
+def test_calls_begin_no_faster_than_allowed() -> None:
+    arrived: list[float] = []
+
+    def script(path: str, body: dict[str, Any]) -> Any:
+        arrived.append(time.monotonic())
+        return echo(path, body)
+
+    with serving(script) as calls:
+        at(calls, limits=Limits(calls_per_minute=1200.0)).complete(chats(*"012345"), max_tokens=5)
+    assert arrived[-1] - arrived[0] >= 0.2
+
+
+def test_a_server_gives_what_the_model_behind_it_gives() -> None:
+    local = LocalClient(reader_of_bytes(), byte_tokens(CHAT))
+    turns = [Prompt((Message("system", "be brief"), Message("user", each))) for each in "ab"]
+    prompts = [*turns, Prompt(text="the cat")]
+    with serving(hosting(local)) as calls:
+        served = at(calls)
+        for settings in ({}, {"temperature": 1.0, "seed": 5}, {"n_alternatives": 2}):
+            here = local.complete(prompts, max_tokens=8, **settings)
+            there = served.complete(prompts, max_tokens=8, **settings)
+            assert [each.text for each in there] == [each.text for each in here]
+            assert [each.tokens for each in there] == [each.tokens for each in here]
+        texts = ["the cat", "a dog"]
+        here, there = (each.read(texts, n_alternatives=2) for each in (local, served))
+        for a, b in zip(here, there, strict=True):
+            assert a.tokens == b.tokens
+            assert list(a.logprobs[1:]) == pytest.approx(list(b.logprobs[1:]), abs=1e-4)
+            assert [set(each) for each in a.alternatives] == [set(each) for each in b.alternatives]
+
+
+def test_replay_asks_each_question_once(tmp_path) -> None:
+    path = tmp_path / "answers.sqlite"
+    with serving(echo) as calls:
+        prices = {"judge": Price(1.0, 1.0)}
+        client = ReplayClient(at(calls, prices=prices), path)
+        first = client.complete(chats("a", "b", "a"), max_tokens=5)
+        assert [each.text for each in first] == ["re: a", "re: b", "re: a"]
+        assert [each.usage.n_calls for each in first] == [1, 1, 0]
+        heard: dict[int, Answer] = {}
+        again = client.complete(chats("b", "c", "a"), max_tokens=5, on_answer=heard.__setitem__)
+        assert heard == dict(enumerate(again))
+        assert sorted(calls.asked) == ["a", "b", "c"]
+        assert [each.usage.n_calls for each in again] == [0, 1, 0]
+        assert [each.usage.cost_usd for each in again] == [0.0, pytest.approx(15e-6), 0.0]
+        assert (len(client), client.n_found) == (3, 2)
+        client.complete(chats("a"), max_tokens=6)
+        client.complete(chats("a"), max_tokens=5, temperature=1.0, seed=0)
+        client.complete(chats("a"), max_tokens=5, temperature=1.0, seed=1)
+        client.complete(chats("a"), max_tokens=5, seed=1)  # no sampling, so no new question
+        assert len(calls.bodies) == 6
+        name = client.name
+    offline = ReplayClient(name, path)
+    answers = offline.complete(chats("a", "never asked"), max_tokens=5)
+    assert [each.text for each in answers] == ["re: a", None]
+    assert answers[1].failure == "refused"
+    assert "nothing is asked" in repr(offline)
+
+
+def test_replay_keeps_readings_and_no_failures(tmp_path) -> None:
+    local = LocalClient(reader_of_bytes(), byte_tokens())
+    client = ReplayClient(local, tmp_path / "answers.sqlite")
+    fresh = client.read(["the cat", "é"], n_alternatives=2)
+    before = local.n_tokens_run
+    again = client.read(["the cat", "é"], n_alternatives=2)
+    assert local.n_tokens_run == before
+    for a, b in zip(fresh, again, strict=True):
+        assert (a.tokens, a.logprobs, a.alternatives) == (b.tokens, b.logprobs, b.alternatives)
+    with serving(lambda *_: Refusal(500)) as calls:
+        failing = ReplayClient(at(calls), tmp_path / "failing.sqlite")
+        for _ in range(2):
+            assert failing.complete(chats("a"), max_tokens=5)[0].failure == "no_answer"
+        assert (len(calls.bodies), len(failing)) == (2, 0)
+
+
+def test_replay_files_are_shared_and_others_are_left_alone(tmp_path) -> None:
+    path = tmp_path / "answers.sqlite"
+    with serving(echo) as calls:
+        clients = [ReplayClient(at(calls), path) for _ in range(4)]
+        prompts = chats(*map(str, range(20)))
+        threads = [
+            threading.Thread(target=each.complete, args=(prompts,), kwargs={"max_tokens": 5})
+            for each in clients
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(clients[0]) == 20
+    with sqlite3.connect(path) as file:
+        assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    file.close()
+    foreign = tmp_path / "notes.txt"
+    foreign.write_text("no database " * 100)
+    with pytest.raises(ClientError, match="cannot be used"):
+        ReplayClient("judge", foreign)
+    assert foreign.read_text() == "no database " * 100
+
+
+PROGRAM = """
+import sys
+from lmmono.explaining.clients import Message, Prompt
+from lmmono.explaining.replay import ReplayClient
+from lmmono.explaining.server import ServerClient
+client = ReplayClient(ServerClient("judge", base_url=sys.argv[1], n_threads=3), sys.argv[2])
+client.complete([Prompt((Message("user", str(i)),)) for i in range(20)], max_tokens=5)
+assert "torch" not in sys.modules
+"""
+
+
+def test_after_a_kill_no_answered_call_is_repeated(tmp_path) -> None:
+    held, free = threading.Semaphore(0), threading.Event()
+    answered: list[str] = []
+
+    def script(path: str, body: dict[str, Any]) -> Any:
+        if int(asked(body)) >= 9 and not free.is_set():
+            held.release()
+            free.wait(60)
+            return Refusal(503)  # the client is dead by now
+        answered.append(asked(body))
+        return echo(path, body)
+
+    with serving(script) as calls:
+        command = [sys.executable, "-c", PROGRAM, calls.base_url, str(tmp_path / "a.sqlite")]
+        with subprocess.Popen(command) as process:
+            for _ in range(3):  # each thread keeps an answer before its next call is made
+                assert held.acquire(timeout=60)
+            process.kill()
+        assert sorted(map(int, answered)) == list(range(9))
+        free.set()
+        assert subprocess.run(command, check=False).returncode == 0
+    counts = Counter(answered)
+    assert {int(each) for each in counts} == set(range(20))
+    assert set(counts.values()) == {1}
+
+
+def test_the_clients_are_public() -> None:
+    assert lmmono.LocalClient is LocalClient
+    assert lmmono.ServerClient is ServerClient
+    assert lmmono.ReplayClient is ReplayClient
+    assert Path(lmmono.__file__).parent.name == "lmmono"
