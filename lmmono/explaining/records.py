@@ -181,7 +181,7 @@ class _Choices:
         self._doc_ids = excerpts.doc_ids
 
     def top(self, n: int, _: np.random.Generator, largest: ndarray, *__: ndarray) -> ndarray:
-        n_firing, n_near = np.count_nonzero(largest), 8 * n
+        n_firing, n_near = int(np.count_nonzero(largest)), 8 * n
         while True:
             strongest = _strongest(largest, min(n_near, n_firing))
             _, first = np.unique(self._doc_ids[strongest], return_index=True)

@@ -6,6 +6,7 @@ counting, in one pass and without a sort.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import no_type_check
 
 import numpy as np
 import pyarrow as pa
@@ -133,6 +134,7 @@ def _chunks(n_active: Sequence[int], units_at_once: int) -> Iterator[tuple[int, 
 
 
 @compiled
+@no_type_check
 def _count_sorted(
     unit: ndarray,
     seq: ndarray,
@@ -175,6 +177,7 @@ def _count_sorted(
 
 
 @compiled
+@no_type_check
 def _largest(
     starts: ndarray, cells: ndarray, acts: ndarray, owner: ndarray, largest: ndarray
 ) -> None:
@@ -186,6 +189,7 @@ def _largest(
 
 
 @compiled
+@no_type_check
 def _gather(
     starts: ndarray,
     cells: ndarray,

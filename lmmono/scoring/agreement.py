@@ -6,7 +6,7 @@ addition. The series of a unit is all tokens of all its records, one after the o
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, no_type_check
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -49,6 +49,7 @@ def _ranked(values: ndarray, there: ndarray) -> Float[ndarray, "units records wi
 
 
 @compiled
+@no_type_check
 def _rank_rows(values: ndarray, there: ndarray, ranks: ndarray) -> None:
     """Write the average rank of each value among those there, minus the mean rank; 0 elsewhere."""
     for row in range(len(values)):
