@@ -1,8 +1,12 @@
 """The stage `dictionary` of a run: what it fits, writes and skips, and what a stop leaves."""
 
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ import torch
 
 import activation_store as astore
 import lmmono as lm
+from lmmono.cli import main
 from lmmono.errors import DictionaryError, RunError, TrainingStopped
 from lmmono.recipe import Recipe
 from lmmono.run import Run, open_run
@@ -38,6 +43,7 @@ dictionary:
   max_tokens: 8192
   batch_tokens: 256
   eval_tokens: 1024
+  recovery_tokens: 512
   latents: topk-x2-k4
 """
 NAMES = {
@@ -143,6 +149,40 @@ def test_an_untrained_control_is_judged_at_the_untrained_model(learned):
     )
     assert found == pytest.approx(fvu(x, code.reconstruct(torch.from_numpy(x).float()).numpy()))
     assert low < found < high and control == "untrained"
+
+
+def test_seeds_are_compared_and_planted_features_looked_for(learned):
+    places = [learned.dir / "dictionaries" / HOOK / f"topk-x2-k4-seed{seed}" for seed in (0, 1)]
+    codes = [lm.load_dictionary(place) for place in places]
+    alike = query(
+        learned,
+        """SELECT value FROM scores WHERE metric = 'stability_cosine' AND hook = $hook
+           AND dictionary = 'topk-x2-k4' AND control IS NULL""",
+        hook=HOOK,
+    )
+    assert alike == [(pytest.approx(lm.stability(codes).cosine.value),)]
+    rows = learned.tokens("score").limit(512)
+    found = lm.recovery(codes[1], (learned.model, rows), max_tokens=512)
+    stored = query(
+        learned,
+        """SELECT coalesce(control, 'code'), value FROM scores
+           WHERE metric = 'mcc' AND hook = $hook AND dictionary = 'topk-x2-k4-seed1'""",
+        hook=HOOK,
+    )
+    wanted = {"code": found.code, **found.controls}
+    assert dict(stored) == {name: pytest.approx(each.mcc.value) for name, each in wanted.items()}
+
+
+def test_the_table_shows_results_then_controls_with_what_was_measured(learned):
+    (table,) = [t for t in lm.comparison([learned]) if t.title == "Dictionaries of tiny"]
+    here = [row for row in table.rows if row[0] == HOOK]
+    assert {row[1] for row in here} == NAMES and len(table.rows) == 16
+    assert [row[2] != "" for row in here] == [False] * 2 + [True] * 6
+    cells = dict(zip(table.columns, here[0], strict=True))
+    assert cells["dictionary"] == "topk-x2-k4-seed0" and cells["L0"] == "4 [4, 4]"
+    for head in ("FVU", "CE recovered (zero)", "dead", "MCC", "stability"):
+        assert re.fullmatch(r"[\d.e-]+ \[[\d.e-]+, [\d.e-]+\]", cells[head]), cells[head]
+    assert float(cells["random"]) < 1
 
 
 def test_latents_of_the_named_entry_are_a_hook_that_is_scored_like_neurons(learned):
@@ -262,3 +302,51 @@ def test_vectors_can_come_straight_from_the_model(here):
 def test_a_run_that_is_not_captured_says_what_to_do(here):
     with pytest.raises(RunError, match="not captured yet; run `lmmono capture"):
         lm.dictionary_run(opened("capture.top_k=5"))
+
+
+def call(monkeypatch, *arguments: str) -> int:
+    """Run the command line in this process and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["lmmono", *arguments])
+    try:
+        main()
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0
+
+
+def test_the_command_line_learns_and_lists_dictionaries(here, monkeypatch, capsys):
+    learn = "dictionary.learn=[{arch: identity}, {arch: pca, d_sae: 4}]"
+    overrides = (*ALONE[:1], learn, *ALONE[2:])
+    assert call(monkeypatch, "dictionary", "tiny.yaml", *overrides) == 0
+    assert capsys.readouterr().out.startswith("Run(runs/tiny, ")
+    (here / f"runs/tiny/dictionaries/{HOOK}/begun").mkdir()
+    assert call(monkeypatch, "ls", "dictionaries", "runs/tiny") == 0
+    listed = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[:2] for row in listed if row and row[0] == HOOK] == [
+        [HOOK, "begun"],
+        [HOOK, "identity"],
+        [HOOK, "pca-4"],
+    ]
+    assert call(monkeypatch, "ls", "runs", "runs") == 0
+    assert "vectors finished, dictionary finished" in capsys.readouterr().out
+    assert call(monkeypatch, "dictionary", "tiny.yaml", "dictionary={learn: []}") == 2
+    assert "want a dictionary to learn, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_keeps_its_checkpoint_and_says_so(here, number, code):
+    long = f"dictionary.learn=[{TOPK.replace(str(STEPS), '30000')}]"
+    often = "dictionary.checkpoint_every_steps=20"
+    command = ["dictionary", "tiny.yaml", ALONE[0], long, *ALONE[2:], often]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-m", "lmmono.cli", *command], **pipes)
+    checkpoint = here / f"runs/tiny/dictionaries/{HOOK}/topk-x2-k4/checkpoint.safetensors"
+    deadline = time.monotonic() + 90
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err and "goes on from" in err
+    assert checkpoint.exists()
+    assert open_run("runs/tiny").manifest.stages["dictionary"].state == "begun"

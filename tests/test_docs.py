@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = BLOCK.findall((ROOT / "README.md").read_text())
+GUIDE_BLOCKS = BLOCK.findall((ROOT / "docs" / "dictionaries.md").read_text())
 STORE_BLOCKS = BLOCK.findall((ROOT / "activation_store" / "README.md").read_text())
 RUNS = "runs/quickstart/crate"
 SMALL = {
@@ -25,6 +26,18 @@ SMALL = {
     "model": {"arch": "crate", "n_layers": 2, "d_model": 16, "n_heads": 2},
     "train": {"steps": 20, "batch_tokens": 512, "warmup_steps": 5, "eval_tokens": 1024},
     "capture": {"max_tokens": 4096, "max_density": 1.0},
+    "dictionary": {
+        "hooks": ["blocks.1.hook_resid_post"],
+        "learn": [
+            {"arch": "topk", "d_sae": 32, "k": 8, "steps": 60, "lr": 0.02},
+            {"arch": "identity", "k": 8},
+        ],
+        "seeds": [0, 1],
+        "max_tokens": 8192,
+        "batch_tokens": 256,
+        "eval_tokens": 1024,
+        "latents": "topk-32-k8",
+    },
     # so small a CRATE stays dense at the default sparsity, and dense codes are refused as rows
     "arms": {
         "crate": {"model.arch": "crate", "model.sparsity": 1.0},
@@ -98,6 +111,20 @@ def test_every_block_of_the_readme_does_what_it_says(folder):
     assert counted["lmmono"] >= 5 and counted["make"] >= 2
     names = [words.split()[0] for _, block in BLOCKS for words in block.splitlines() if words]
     assert counted["lmmono"] == names.count("lmmono"), "a line was passed over"
+
+
+def test_the_guide_to_dictionaries_does_what_it_says(folder):
+    counted: Counter[str] = Counter()
+    for language, block in GUIDE_BLOCKS:
+        if language == "yaml":
+            (folder / "guide.yaml").write_text(
+                "name: guide\nseed: 0\nmodel: {arch: crate}\n" + block
+            )
+            counted += run_bash("lmmono check guide.yaml", folder)
+        else:
+            counted += {"bash": run_bash, "python": run_python}[language](block, folder)
+    assert counted == {"lmmono": 4, "python": 1}
+    assert (folder / "pareto.svg").is_file()
 
 
 def test_the_python_tour_finds_features_better_than_its_control(folder):

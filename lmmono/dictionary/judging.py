@@ -8,15 +8,21 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 import activation_store as astore
 from lmmono.dictionary.evaluation import SAEReport, evaluate
 from lmmono.dictionary.fitting import Fit, Sources
+from lmmono.dictionary.recovery import recovery
 from lmmono.dictionary.stability import stability
 from lmmono.errors import DictionaryError
 from lmmono.metrics import METRICS
 from lmmono.recipe.dictionaries import SIGNED
 from lmmono.run import Run
 from lmmono.types import Progress
+
+Known = dict[tuple[str, str], dict[str, Any]]
+"""Rows of table `dictionaries` by hook and name."""
 
 
 def judge(
@@ -32,33 +38,40 @@ def judge(
     Raises:
         DictionaryError: The store holds latents of another dictionary under the same name.
     """
-    settings, rows = run.recipe.dictionary, run.tokens("score")
     known = _known(store)
     finished = [fit for fit in fits if fit.is_finished]
     left = [fit for fit in finished if not _is_judged(fit, known)]
-    for control in (None, *settings.controls):
-        for hook in dict.fromkeys(fit.hook for fit in left):
-            part = [f for f in left if f.hook == hook and f.planned.control == control]
-            if not part:
-                continue
-            reports = evaluate(
-                [fit.load() for fit in part],
-                sources.model(control),
-                rows,
-                max_tokens=settings.eval_tokens,
-                seed=run.recipe.seed,
-                progress=progress,
-            )
-            for fit, report in zip(part, reports, strict=True):
-                _save(fit, report, store, known)
+    together: dict[tuple[str, str | None], list[Fit]] = {}
+    for fit in left:
+        together.setdefault((fit.hook, fit.planned.control), []).append(fit)
+    for (_, control), part in together.items():
+        _judge_together(part, sources.model(control), run, store, known, progress)
     for alike in _with_other_seeds(finished):
         if any(fit in left for fit in alike):
             store.append("scores", _stability(alike, run.recipe.seed))
     store.append("scores", [_failed(fit, text, run.recipe.seed) for fit, text in failures.items()])
 
 
-Known = dict[tuple[str, str], dict[str, Any]]
-"""Rows of table `dictionaries` by hook and name."""
+def _judge_together(
+    fits: Sequence[Fit],
+    model: nn.Module,
+    run: Run,
+    store: astore.Store,
+    known: Known,
+    progress: Progress,
+) -> None:
+    """Judge dictionaries of one hook in one pass."""
+    seed, codes = run.recipe.seed, [fit.load() for fit in fits]
+    settings, planted = run.recipe.dictionary, run.recipe.data.corpus.kind == "planted"
+    rows = run.tokens("score").limit(settings.eval_tokens)
+    reports = evaluate(codes, model, rows, seed=seed, progress=progress)
+    for n_done, (fit, code, report) in enumerate(zip(fits, codes, reports, strict=True), start=1):
+        scores = report.rows(fit.planned.name)
+        if planted and settings.recovery_tokens is not None:
+            found = recovery(code, (model, rows), max_tokens=settings.recovery_tokens, seed=seed)
+            scores += found.rows(fit.planned.name)
+            progress("recovery", n_done, len(fits))
+        _save(fit, report, scores, store, known)
 
 
 def _known(store: astore.Store) -> Known:
@@ -71,7 +84,13 @@ def _is_judged(fit: Fit, known: Known) -> bool:
     return row.get("l0") is not None and row["digest"] == fit.load().digest
 
 
-def _save(fit: Fit, report: SAEReport, store: astore.Store, known: Known) -> None:
+def _save(
+    fit: Fit,
+    report: SAEReport,
+    scores: Sequence[Mapping[str, Any]],
+    store: astore.Store,
+    known: Known,
+) -> None:
     """Write a report; what the store says of other weights of the same name is replaced."""
     name = fit.planned.name
     path = os.path.relpath(fit.folder, store.path.parent)
@@ -83,8 +102,9 @@ def _save(fit: Fit, report: SAEReport, store: astore.Store, known: Known) -> Non
             f"{fit.hook}: the store holds latents of another dictionary {name}, as hook "
             f"{before['latents_hook']}; give this one another name in dictionary.learn"
         )
-    scores = [{**each, "control": fit.planned.control} for each in report.rows(name)]
-    store.append("scores", scores)  # first: what has its measures has its scores
+    control = fit.planned.control
+    named = [{**each, "control": each.get("control") or control} for each in scores]
+    store.append("scores", named)  # first: what has its measures has its scores
     store.append("dictionaries", [row])
 
 

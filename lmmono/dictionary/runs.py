@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Literal
 
+import torch
+
 import activation_store as astore
 from lmmono.capturing import capture
 from lmmono.dictionary.estimator import Dictionary
@@ -44,6 +46,7 @@ def dictionary_run(run: Run, *, progress: Progress = silent) -> Run:
         return run
     if not run.is_done("capture"):
         raise RunError(f"{run.dir}: not captured yet; run `lmmono capture {run.dir}` first")
+    run.model.to("cuda" if torch.cuda.is_available() else "cpu")
     hooks = match_hooks(run.model, settings.hooks)
     vectors = _vectors(run, hooks, progress) if settings.source == "store" else None
     with run.stage("dictionary", digest) as stage, _terminable():
@@ -81,7 +84,10 @@ def _store_latents(run: Run, fits: Sequence[Fit], store: astore.Store, progress:
         return
     codes: Mapping[str, Dictionary] = {fit.hook: fit.load() for fit in chosen}
     given = run.recipe.capture
-    parts = [run.tokens(split).limit(given.max_tokens) for split in given.splits]
+    parts = [
+        run.tokens(split).limit(given.max_tokens).limit(settings.latents_tokens)
+        for split in given.splits
+    ]
     kept = given.model_dump(exclude={"hooks", "vectors", "splits", "max_tokens"})
     capture(
         run.model,

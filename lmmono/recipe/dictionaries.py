@@ -66,6 +66,8 @@ class TopKSae(Trained):
     """Latents that stay active per token."""
     aux_coefficient: Annotated[float, Field(ge=0.0)] = 1.0
     """Weight of the loss that lets dead latents model the residual error."""
+    sparse_step: bool = True
+    """On a CPU, compute active latents only; false takes sae-lens' own step, equal to rounding."""
 
 
 class MatryoshkaSae(Trained):
@@ -286,10 +288,14 @@ class Dictionaries(Section):
     """Vectors per step."""
     eval_tokens: Count | None = 100_000
     """Tokens of `score` to judge on, whole rows; null takes all."""
+    recovery_tokens: Count | None = 10_000
+    """Tokens of `score` on which features of a planted corpus are looked for; null skips that."""
     checkpoint_every_steps: Count | None = 1000
     """Steps between checkpoints of a fit; null keeps only an interrupted fit's last one."""
     latents: str | None = None
     """Name of the entry whose latents, with the first seed, go into the store; null for none."""
+    latents_tokens: Count | None = None
+    """Tokens per captured split whose latents are stored, whole rows; null takes all captured."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -25,7 +25,9 @@ _MEASURES = """
 SELECT d.hook, d.name, d.arch, s.control, s.metric, s.preset, s.value, s.ci_low, s.ci_high
 FROM dictionaries d
 JOIN scores s ON s.hook = d.hook AND s.dictionary = d.name
-WHERE s.unit IS NULL AND s.split = 'score' ORDER BY ALL
+WHERE s.unit IS NULL AND s.split = 'score'
+    AND (s.control IS NULL OR s.control IN ('shuffled', 'untrained'))
+ORDER BY ALL
 """
 
 _STABILITIES = """

@@ -72,12 +72,17 @@ def _dictionary_table(run: Run) -> Table:
         alike, floor = stabilities(store), stabilities(store, "random_directions")
     found.sort(key=lambda each: (each.hook, each.control is not None))
     nothing = (math.nan,) * 3
+    columns = {
+        head: measure
+        for head, measure in _DICTIONARY_COLUMNS.items()
+        if any(measure in each.measures for each in found)
+    }
     rows = [
         (
             each.hook,
             each.name,
             each.control or "",
-            *(_number(each.get(measure)) for measure in _DICTIONARY_COLUMNS.values()),
+            *(_number(each.get(measure)) for measure in columns.values()),
             _number(alike.get((each.hook, planned[each.name]), nothing)),
             f"{floor.get((each.hook, planned[each.name]), nothing)[0]:.3g}".replace("nan", "-"),
         )
@@ -85,15 +90,16 @@ def _dictionary_table(run: Run) -> Table:
     ]
     return Table(
         title=f"Dictionaries of {run.name}",
-        columns=("hook", "dictionary", "control", *_DICTIONARY_COLUMNS, "stability", "random"),
+        columns=("hook", "dictionary", "control", *columns, "stability", "random"),
         rows=tuple(rows),
         note=(
             "On documents of the split score, with 95 % intervals over documents. L0: latents that "
             "are not zero per token. FVU: share of variance left unexplained. CE recovered: share "
             "of the loss that the ablation in brackets costs and the reconstruction does not; - "
             "where the ablation does no clear harm. dead: latents that were zero on all these "
-            "tokens. stability: mean cosine of latents matched one-to-one between seeds, and that "
-            "of as many random directions. untrained: learned and judged on the untrained model."
+            "tokens. MCC: mean correlation of planted features with latents matched one-to-one. "
+            "stability: mean cosine of latents matched one-to-one between seeds, beside that of as "
+            "many random directions. untrained: learned and judged on the untrained model."
         ),
     )
 
@@ -104,6 +110,7 @@ _DICTIONARY_COLUMNS = {
     "CE recovered (mean)": "ce_loss_recovered (mean)",
     "CE recovered (zero)": "ce_loss_recovered (zero)",
     "dead": "dead_fraction (nonzero)",
+    "MCC": "mcc",
 }
 
 
