@@ -114,20 +114,19 @@ def store_latents(
     """Encode the stored vectors of a dictionary's hook and store the latents as a hook.
 
     The store then holds what a capture with `dictionaries=[dictionary]` would have given, up to the
-    rounding of the stored vectors: rows, statistics and exemplars, for the same tokens in the same
-    order. A token whose vector is not stored counts as NaN at every latent.
+    rounding of the stored vectors. A token whose vector is not stored is NaN at every latent.
 
-    One commit at the end makes all of it part of the store: a process that is killed leaves the
-    store without the hook. With `commit_tokens` there is a commit after every so many tokens, and
-    the same call goes on after the last one. Called again, it does nothing more.
+    One commit at the end makes all of it part of the store: a process that is killed leaves it
+    without the hook. With `commit_tokens` the same call goes on after the last commit. Called once
+    more, it does nothing.
 
     Args:
         store: Open with mode "a" or "w"; holds vectors of `dictionary.hook`.
         dictionary: Any fitted dictionary.
-        name: Of the dictionary in table `dictionaries`; by default made of kind, width and digest.
-        max_tokens: Encode at most so many vectors, whole sequences; None takes all.
-        halves: Store a signed code as two halves: units 0..d_sae-1 hold max(code, 0), units
-            d_sae..2 d_sae-1 hold max(-code, 0). Without it a negative code is refused.
+        name: In table `dictionaries`; by default made of kind, width and digest.
+        max_tokens: Vectors to encode at most, whole sequences; None takes all.
+        halves: Store a signed code as two halves: unit u < d_sae holds max(code, 0), unit
+            d_sae + u holds max(-code, 0). Without it a negative code is refused.
         commit_tokens: Tokens between commits; None commits once, at the end.
         seed: Seed of the random exemplars.
         progress: Called with tokens done.
@@ -138,15 +137,13 @@ def store_latents(
         The name of the hook that holds the latents.
 
     Raises:
-        DictionaryError: It is not fitted, its hook is not known, its code is negative, or the name
-            belongs to other weights.
-        StoreError: The store is read-only, has no vectors of the hook, or the latents are denser
-            than max_density.
+        DictionaryError: It is not fitted, of another width or of no known hook, its code is
+            negative, or the name belongs to other weights.
+        StoreError: The store is read-only or has no vectors of the hook, or the code is too dense.
     """
     rows = _checked(settings)
-    source = named_hook(dictionary)
-    replay = Replay(store, source)
-    latents = claim(store, dictionary, source, replay.d, name=name, halves=halves)
+    replay = Replay(store, named_hook(dictionary))
+    latents = claim(store, dictionary, replay.hook, replay.d, name=name, halves=halves)
     at_once = min(8192, CODE_BYTES // (4 * latents.n_units))
     total = replay.n_tokens if max_tokens is None else min(max_tokens, replay.n_tokens)
     done = 0
