@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from lmmono.dictionary.stability import stability
     from lmmono.errors import LmmonoError
     from lmmono.explaining.explanations import Explanations, explain
+    from lmmono.explaining.local import LocalClient
     from lmmono.explaining.records import Counts
+    from lmmono.explaining.replay import ReplayClient
     from lmmono.explaining.sampling import Sample, sample
+    from lmmono.explaining.server import ServerClient
+    from lmmono.explaining.server_limits import Limits, Price
     from lmmono.generation import generate
     from lmmono.latents import store_latents
     from lmmono.models.build import build_model
@@ -55,13 +59,18 @@ __all__ = [
     "Dictionary",
     "Edit",
     "Explanations",
+    "Limits",
     "LmmonoError",
+    "LocalClient",
+    "Price",
     "Recipe",
+    "ReplayClient",
     "Run",
     "SAE",
     "SAEReport",
     "Sample",
     "Scores",
+    "ServerClient",
     "TokenCorpus",
     "TokenRows",
     "build_model",
@@ -116,8 +125,12 @@ _HOMES = {
     "dictionary.stability": ("stability",),
     "errors": ("LmmonoError",),
     "explaining.explanations": ("Explanations", "explain"),
+    "explaining.local": ("LocalClient",),
     "explaining.records": ("Counts",),
+    "explaining.replay": ("ReplayClient",),
     "explaining.sampling": ("Sample", "sample"),
+    "explaining.server": ("ServerClient",),
+    "explaining.server_limits": ("Limits", "Price"),
     "generation": ("generate",),
     "latents": ("store_latents",),
     "models.build": ("build_model",),
