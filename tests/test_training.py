@@ -101,7 +101,9 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(recipe_file: Path) -
 @pytest.mark.slow
 def test_two_processes_match_one_at_the_same_global_batch(recipe_file: Path) -> None:
     whole = train(Recipe.load(recipe_file, "name=one", "train.steps=20"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+    # with --cpu the launcher starts one process, whatever number it is told
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += ["--num_processes=2"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     command += ["--main_process_port=0", "-m", "lmmono.cli", "train", str(recipe_file)]
     command += ["name=two", "train.steps=20"]
@@ -109,7 +111,9 @@ def test_two_processes_match_one_at_the_same_global_batch(recipe_file: Path) -> 
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    both = weights(Run.create(Recipe.load(recipe_file, "name=two", "train.steps=20")))
+    run = Run.create(Recipe.load(recipe_file, "name=two", "train.steps=20"))
+    assert run.manifest.stages["train"].facts["n_processes"] == 2
+    both = weights(run)
     for name, one in weights(whole).items():
         torch.testing.assert_close(both[name], one, atol=1e-5, rtol=0)
 

@@ -90,6 +90,8 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         and torch.cuda.is_bf16_supported()
     )
     accelerator = Accelerator(
+        # processes without accelerators see each other only if told that there are none
+        cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if bf16 else "no",
         log_with=list(settings.trackers) or None,
         project_dir=recipe.dir,
@@ -282,6 +284,7 @@ class _Loop:
             "val_tokens": result.n_tokens,
             "train_tokens": settings.steps * settings.batch_tokens,
             "n_parameters": sum(p.numel() for p in self.bare.parameters()),
+            "n_processes": self.accelerator.num_processes,
         }
         if settings.minimal_pairs:
             pairs = read_minimal_pairs(settings.minimal_pairs)
