@@ -66,7 +66,7 @@ def serving(script: Script) -> Generator[Calls, None, None]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
                 calls.bodies.append(body)
-                calls.headers.append(dict(self.headers))
+                calls.headers.append({k.lower(): v for k, v in self.headers.items()})
                 calls.n_open += 1
                 calls.most_open = max(calls.most_open, calls.n_open)
             sent = script(self.path.removeprefix("/v1"), body)

@@ -49,7 +49,7 @@ def test_answers_come_in_the_order_of_prompts_from_no_more_threads_than_allowed(
     assert [each.text for each in answers] == [f"re: {i}" for i in range(10)]
     assert 2 <= calls.most_open <= 3
     assert isinstance(client, Client)
-    assert client.name.startswith("judge@127.0.0.1:")
+    assert client.name == "judge@127.0.0.1"
     assert (client.spent.n_calls, client.spent.n_prompt_tokens) == (10, 100)
 
 
@@ -70,7 +70,7 @@ def test_every_way_to_fail_is_one_typed_failure_and_costs_one_answer() -> None:
         "fine": lambda: said("good"),
     }
     with serving(lambda _, body: ways[asked(body)]()) as calls:
-        client = at(calls, timeout_seconds=3, n_retries=1, n_threads=12)
+        client = at(calls, timeout_seconds=3.0, n_retries=1, n_threads=12)
         answers = dict(zip(ways, client.complete(chats(*ways), max_tokens=5), strict=True))
         over.set()
     failures = Counter(each.failure for each in answers.values())
@@ -147,9 +147,9 @@ def test_the_key_is_sent_and_nowhere_else(tmp_path, monkeypatch, caplog) -> None
         answers = client.complete(chats("a", "400"), max_tokens=5)
         with pytest.raises(ClientError, match="the key is refused") as caught:
             client.complete(chats("401"), max_tokens=5)
-        assert [each["Authorization"] for each in calls.headers] == [f"Bearer {KEY}"] * 3
+        assert [each["authorization"] for each in calls.headers] == [f"Bearer {KEY}"] * 3
         at(calls).complete(chats("b"), max_tokens=5)
-        assert KEY not in calls.headers[-1]["Authorization"]
+        assert KEY not in calls.headers[-1]["authorization"]
     said_anywhere = [repr(server), server.name, repr(client), repr(answers), caplog.text]
     said_anywhere += traceback.format_exception(caught.value)
     said_anywhere += [repr({k: v for k, v in vars(server).items() if k != "_server"})]
@@ -186,15 +186,11 @@ def test_a_limit_on_cost_is_never_passed(n_threads: int) -> None:
 
 
 def test_calls_begin_no_faster_than_allowed() -> None:
-    arrived: list[float] = []
-
-    def script(path: str, body: dict[str, Any]) -> Any:
-        arrived.append(time.monotonic())
-        return echo(path, body)
-
-    with serving(script) as calls:
-        at(calls, limits=Limits(calls_per_minute=1200.0)).complete(chats(*"012345"), max_tokens=5)
-    assert arrived[-1] - arrived[0] >= 0.2
+    with serving(echo) as calls:
+        client = at(calls, limits=Limits(calls_per_minute=1200.0))
+        began = time.monotonic()
+        client.complete(chats(*"012345"), max_tokens=5)
+        assert time.monotonic() - began >= 5 * 0.05
 
 
 def test_a_server_gives_what_the_model_behind_it_gives() -> None:

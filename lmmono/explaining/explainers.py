@@ -1,6 +1,15 @@
 """The explainers that there are; adding one is adding an entry."""
 
+from typing import Any
+
 from lmmono.explaining.registry import EXPLAINERS, Explainer
+
+_ASKED: dict[str, Any] = {
+    "n_candidates": 1,
+    "temperature": 0.0,
+    "max_tokens": 60,
+    "rank_by": "simulation",
+}
 
 for explainer in (
     Explainer(
@@ -22,6 +31,33 @@ for explainer in (
         "controls:explain_by_a_constant",
         citation="control",
         about="the mean activation over the records, on every token",
+    ),
+    Explainer(
+        "llm_token_act_pair",
+        "llm_explainers:explain_by_pairs",
+        citation="Bills et al. 2023, token and activation pairs; own prompt and examples",
+        about="a phrase by a language model that sees tokens with their activations, line by line",
+        shown={"top": 5},
+        needs=("client",),
+        settings=_ASKED,
+    ),
+    Explainer(
+        "llm_max_act",
+        "llm_explainers:explain_by_max_act",
+        citation="Paulo et al. 2024, Automatically interpreting millions of features; own prompt",
+        about="a phrase by a language model that sees excerpts with the tokens that fire marked",
+        shown={"top": 10},
+        needs=("client",),
+        settings=_ASKED,
+    ),
+    Explainer(
+        "llm_contrastive",
+        "llm_explainers:explain_by_contrast",
+        citation="delphi's contrastive explainer (Paulo et al. 2024); own prompt",
+        about="a phrase by a language model that sees excerpts that fire beside near misses",
+        shown={"top": 10, "near_miss": 5, "random": 5},
+        needs=("client",),
+        settings=_ASKED,
     ),
 ):
     EXPLAINERS[explainer.name] = explainer

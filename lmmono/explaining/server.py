@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import Lock
 from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
 
 from lmmono.errors import ClientError
 from lmmono.explaining.clients import Answer, Heard, Prompt, Read, Reading
@@ -79,9 +80,8 @@ class ServerClient:
 
     @property
     def name(self) -> str:
-        """Model and server, without anything secret."""
-        host = self._base_url.partition("://")[2].rpartition("@")[2].partition("/")[0]
-        return f"{self._model}@{host}"
+        """Model and host; a server may come back on another port as the same judge."""
+        return f"{self._model}@{urlsplit(self._base_url).hostname}"
 
     @property
     def spent(self) -> Usage:

@@ -37,7 +37,11 @@ Simulator = Callable[
 ]
 """Predicts for each explanation the activations on its tokens; 0 on padding."""
 
-SIMULATORS: dict[str, str] = {"program": "simulation:run_programs"}
+SIMULATORS: dict[str, str] = {
+    "program": "simulation:run_programs",
+    "llm": "judged_simulation:simulate_by_reading",
+    "llm_calibrated": "judged_simulation:simulate_calibrated",
+}
 """`module:function` under `lmmono.scoring` by the name that setting `simulator` takes."""
 
 
