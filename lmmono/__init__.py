@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lmmono.dictionary.stability import stability
     from lmmono.errors import LmmonoError
     from lmmono.explaining.explanations import Explanations, explain
+    from lmmono.explaining.llm_ranking import Ranking
     from lmmono.explaining.local import LocalClient
     from lmmono.explaining.records import Counts
     from lmmono.explaining.replay import ReplayClient
@@ -63,6 +64,7 @@ __all__ = [
     "LmmonoError",
     "LocalClient",
     "Price",
+    "Ranking",
     "Recipe",
     "ReplayClient",
     "Run",
@@ -125,6 +127,7 @@ _HOMES = {
     "dictionary.stability": ("stability",),
     "errors": ("LmmonoError",),
     "explaining.explanations": ("Explanations", "explain"),
+    "explaining.llm_ranking": ("Ranking",),
     "explaining.local": ("LocalClient",),
     "explaining.records": ("Counts",),
     "explaining.replay": ("ReplayClient",),
