@@ -128,6 +128,25 @@ def test_intervals_of_held_out_numbers_cover_the_truth():
     assert all(0.88 <= hits[name] / repeats <= 0.985 for name in names), hits
 
 
+def with_a_rare_feature(random: np.random.Generator, n_documents: int) -> tuple[np.ndarray, ...]:
+    """Return acts, truth and documents of two features, one of them in every eighth document."""
+    documents = np.repeat(np.arange(n_documents), 20)
+    rate = np.stack([random.beta(2, 3, n_documents), 0.4 * (random.random(n_documents) < 0.12)], 1)
+    truth = random.random((len(documents), 2)) < rate[documents]
+    acts = truth * [1.0, 3.0] + 0.7 * random.standard_normal((len(documents), 2))
+    return acts, truth, documents
+
+
+def test_the_interval_of_the_mean_over_features_covers_though_redraws_lack_one():
+    random, repeats, hits = np.random.default_rng(0), 150, 0
+    large = recovery_of(*with_a_rare_feature(random, 8000), n_resamples=1).code.mcc.value
+    for seed in range(repeats):
+        acts, truth, documents = with_a_rare_feature(random, 80)
+        found = recovery_of(acts, truth, documents, n_resamples=200, seed=seed).code.mcc
+        hits += found.low <= large <= found.high
+    assert 0.86 <= hits / repeats <= 0.99, hits
+
+
 def test_features_that_a_half_does_not_show_are_left_out_and_counted():
     codes, truth = sparse_codes(200, 5), some_truth(200, 4)
     truth[:, 1] = False

@@ -71,9 +71,9 @@ class SAEReport:
     loss_mean: Estimate
     """Loss with the mean vector of these rows in place."""
     ce_loss_recovered_zero: Estimate
-    """(loss_zero - loss_spliced) / (loss_zero - loss_clean). In a model whose blocks have no skip
-    (CRATE's ISTA) zeros cut everything off, so this is near 1 for almost any reconstruction there;
-    compare models by the mean ablation, or by the losses themselves."""
+    """(loss_zero - loss_spliced) / (loss_zero - loss_clean). Where a block has no skip (CRATE's
+    ISTA), an ablated output leaves nothing of the stream; zeros and the mean then cost unlike
+    amounts, and either may cost more. Compare models by one of them, or by the losses."""
     ce_loss_recovered_mean: Estimate
     """(loss_mean - loss_spliced) / (loss_mean - loss_clean)."""
     kl: Estimate

@@ -267,17 +267,19 @@ def _found(
 
 
 def _means(found: Detection, draws: Draws) -> Recovered:
-    """Return means over the features that are defined on all documents of the half."""
+    """Return means over the features that are defined on all documents of the half.
+
+    A redraw that lacks a rare feature keeps its number: without it the mean would be of other,
+    more common features.
+    """
 
     def mean(values: Float[ndarray, "draws features"]) -> Estimate:
-        defined = ~np.isnan(values[0])
-        n = int(defined.sum())
+        known = values[:, ~np.isnan(values[0])]
+        n, n_features = known.shape[1], values.shape[1]
         if n == 0:
             return draws.estimate(np.full(1, np.nan), n=0, nan_fraction=1.0)
-        there = ~np.isnan(values[:, defined])
-        sums = np.where(there, values[:, defined], 0.0).sum(axis=1)
-        means = sums / np.maximum(there.sum(axis=1), 1)
-        return draws.estimate(means, n=n, nan_fraction=1 - n / len(defined))
+        means = np.where(np.isnan(known), known[0], known).mean(axis=1)
+        return draws.estimate(means, n=n, nan_fraction=1 - n / n_features)
 
     return Recovered(mean(found.correlation), mean(found.auroc), mean(found.f1))
 

@@ -201,7 +201,7 @@ def _report(
         threshold=threshold,
         signed=signed,
         cosine=_estimate(matched, places, draws),
-        share=_estimate([each.astype(np.float64) for each in found], places, draws),
+        share=_estimate([each.astype(np.float64) for each in found], places, draws, lowest=0.0),
         floor_cosine=_estimate(floor, places[:1], draws),
         floor_share=_estimate([(floor[0] > threshold).astype(np.float64)], places[:1], draws),
         pairs=pa.table(pairs),
@@ -214,7 +214,10 @@ def _random(random: np.random.Generator, like: Directions) -> Directions:
 
 
 def _estimate(
-    values: list[Float[ndarray, " matched"]], places: list[tuple[int, int]], draws: Draws
+    values: list[Float[ndarray, " matched"]],
+    places: list[tuple[int, int]],
+    draws: Draws,
+    lowest: float = -1.0,
 ) -> Estimate:
     """Return the mean over pairs of the mean over latents, with its interval."""
     n = sum(len(each) for each in values)
@@ -229,5 +232,5 @@ def _estimate(
     value = float(means.mean())
     low, high = jackknife(value, np.array(without), draws.level)
     return Estimate(
-        value, max(low, -1.0), min(high, 1.0), draws.level, "jackknife over seeds", n, 0, 0
+        value, max(low, lowest), min(high, 1.0), draws.level, "jackknife over seeds", n, 0, 0
     )
