@@ -14,7 +14,7 @@ from lmmono.errors import ExplainError
 from lmmono.explaining.explanation import Usage
 from lmmono.explaining.llm_simulation import Simulation, simulate
 from lmmono.explaining.reader import RecordReader
-from lmmono.explaining.records import Counts, Records
+from lmmono.explaining.records import Counts, Kind, Records
 from lmmono.explaining.registry import Task
 
 N_TOP, N_RANDOM = 5, 5
@@ -76,7 +76,8 @@ def _places(records: Records, i: int) -> set[tuple[int, int]]:
 
 def _unseen(records: Records, i: int, seen: set[tuple[int, int]]) -> HeldOut:
     excerpts, taken = records.excerpts, list[int]()
-    for kind, n in (("top", N_TOP), ("random", N_RANDOM)):
+    wanted: dict[Kind, int] = {"top": N_TOP, "random": N_RANDOM}
+    for kind, n in wanted.items():
         free: list[int] = []
         for column in records.columns(kind):
             excerpt = int(records.index[i, column])

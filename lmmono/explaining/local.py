@@ -79,7 +79,9 @@ class LocalClient:
         digest.update(json.dumps(self._tokenizer.chat_template).encode())
         for name, weight in sorted(self._model.named_parameters()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(
+                weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            )
         return f"{self._label}@{digest.hexdigest()[:12]}"
 
     @property

@@ -214,8 +214,9 @@ def _answer(values: dict[str, Any]) -> Answer:
 
 
 def _reading(values: dict[str, Any]) -> Reading:
-    columns = [tuple(values[name]) for name in ("tokens", "logprobs", "alternatives")]
-    return Reading(*columns, usage=Usage(**values["usage"]))
+    tokens, logprobs = tuple(values["tokens"]), tuple(values["logprobs"])
+    usage = Usage(**values["usage"])
+    return Reading(tokens, logprobs, tuple(values["alternatives"]), usage=usage)
 
 
 def _free(answer: T) -> T:

@@ -13,8 +13,8 @@ class MissingLogprobs(Exception):
 
 
 class _Usage(BaseModel):
-    prompt_tokens: int = Field(0, ge=0)
-    completion_tokens: int | None = Field(0, ge=0)
+    prompt_tokens: int = Field(default=0, ge=0)
+    completion_tokens: int | None = Field(default=0, ge=0)
 
 
 class _Alternative(BaseModel):

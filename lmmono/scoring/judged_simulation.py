@@ -14,6 +14,7 @@ from numpy import ndarray
 from lmmono.errors import ExplainError
 from lmmono.explaining.explanation import Explanation, Failure
 from lmmono.explaining.llm_simulation import Simulation, simulate
+from lmmono.explaining.protocols import Ranks
 from lmmono.explaining.stored import read_vocabulary
 from lmmono.scoring.registry import Job
 
@@ -43,7 +44,7 @@ def simulate_calibrated(
         ClientError: The client gives no log-probabilities of its prompt.
     """
     units = sorted({explanation.unit for explanation in explanations})
-    ranks = {"top": tuple(range(N_TOP)), "random": tuple(range(N_RANDOM))}
+    ranks: Ranks = {"top": tuple(range(N_TOP)), "random": tuple(range(N_RANDOM))}
     window = token_ids.shape[2]
     records = job.reader.ranked(job.hook, "explain", ranks, window=window, units=units)
     row_of = {unit: row for row, unit in enumerate(units)}
