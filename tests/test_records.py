@@ -12,8 +12,8 @@ from explained_store import (
     TWO_DOCUMENTS,
     planted_store,
 )
-from small_store import D, small_store
 from small_store import HOOK as SMALL_HOOK
+from small_store import D, small_store
 
 import activation_store as astore
 from lmmono.errors import ExplainError

@@ -46,7 +46,7 @@ def explain_by_a_constant(task: Task) -> list[Explanation]:
     there = records.all_token_ids() >= 0
     means = records.acts.sum(axis=(1, 2)) / np.maximum(there.sum(axis=(1, 2)), 1)
     return [
-        task.refused(i) or task.explained(i, "every token", Constant(float(mean)), complexity=1)
+        task.refused(i) or task.explained(i, "every token", Constant(float(mean)), complexity=1.0)
         for i, mean in enumerate(means)
     ]
 

@@ -19,6 +19,19 @@ for explainer in (
         about="mean activation per token over the records, shrunk towards the mean of all tokens",
     ),
     Explainer(
+        "context_rules",
+        "rules:explain_by_rules",
+        citation="own; greedy forward selection of rules, sets of keys as in CART (Breiman 1984)",
+        about="a few rules over the token, those before it, their character classes and the place",
+        settings={"max_rules": 8, "max_terms": 12},
+    ),
+    Explainer(
+        "context_boosted",
+        "boosted:explain_by_all_contexts",
+        citation="own; boosting with random-effect means per context, an upper bound",
+        about="a weight for every context that the records hold",
+    ),
+    Explainer(
         "random_explanation",
         "controls:explain_by_others",
         citation="control: Heap et al. 2025 (arXiv 2501.17727) and the floors of Bills et al. 2023",

@@ -116,7 +116,7 @@ def _explained(task: Task, i: int, token_ids: ndarray) -> Explanation:
     means = shrink(n, np.bincount(group, acts), float(np.square(acts).sum()))
     program = Lookup(tokens, rounded(means.shrunk), float(rounded(np.array([means.mean]))[0]))
     text = lookup_text(program, task.vocabulary)
-    return task.explained(i, text, program, complexity=len(tokens))
+    return task.explained(i, text, program, complexity=float(len(tokens)))
 
 
 def rounded(values: Float[ndarray, " n"]) -> Float[ndarray, " n"]:
@@ -133,12 +133,9 @@ def lookup_text(program: Lookup, vocabulary: tuple[str, ...]) -> str:
     strongest = program.acts[order[0]] if len(order) else 0.0
     if strongest <= max(program.otherwise, 0.0):
         return "no token in particular"
-    named = [at for at in order if _stands_out(program.acts[at], strongest, program.otherwise)]
-    return "tokens " + ", ".join(quoted(program.tokens[at], vocabulary) for at in named)
-
-
-def _stands_out(act: float, strongest: float, otherwise: float) -> bool:
-    return act - otherwise >= SHOWN_SHARE * (strongest - otherwise)
+    least = program.otherwise + SHOWN_SHARE * (strongest - program.otherwise)
+    named = program.tokens[order[program.acts[order] >= least]]
+    return "tokens " + ", ".join(quoted(int(token_id), vocabulary) for token_id in named)
 
 
 def quoted(token_id: int, vocabulary: tuple[str, ...]) -> str:

@@ -9,6 +9,7 @@ from lmmono.explaining.explanation import Program
 PROGRAMS: dict[str, str] = {
     "token_lookup": "lookup:Lookup",
     "constant": "controls:Constant",
+    "context": "contexts:Context",
 }
 """`module:class` under `lmmono.explaining` of each kind of program."""
 
