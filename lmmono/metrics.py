@@ -53,6 +53,36 @@ _SIMULATED = (
     ("simulation_random", "random records, firing or not"),
 )
 
+
+def _classified(name: str, contrast: str) -> list[Metric]:
+    """Return the measures of a classification scorer, and their means over units that have one."""
+    formulas = {
+        "": "mean of the shares of each class that the judge gets right, unanswered by half",
+        "_auroc": "P(score of a firing record > score of another), ties and unanswered by half",
+        "_average_precision": "sum (R_k - R_{k-1}) P_k over thresholds, unanswered last",
+    }
+    metrics = [
+        Metric(name + end, 1, "[0, 1]", "higher", f"{formula}; {contrast}; chance if not defined")
+        for end, formula in formulas.items()
+    ]
+    return _with_defined(metrics)
+
+
+def _with_defined(metrics: list[Metric]) -> list[Metric]:
+    """Return metrics and, after them, their means over the units where they are defined."""
+    return metrics + [
+        Metric(f"{each.name}_defined", 1, each.unit, each.better, f"mean of {each.name} if defined")
+        for each in metrics
+    ]
+
+
+_CLASSIFIED = (
+    ("detection", "records that fire against silent ones"),
+    ("detection_near_miss", "records that fire against silent ones with the favourite token"),
+    ("fuzz", "firing tokens marked against marks in silent records"),
+    ("fuzz_active", "firing tokens marked against other tokens of firing records"),
+)
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -82,8 +112,82 @@ METRICS: dict[str, Metric] = {
         Metric("mcc", 1, "[-1, 1]", "higher", "mean correlation of matched units, held out"),
         Metric("feature_auroc", 1, "[0, 1]", "higher", "mean AUROC of best units, held out"),
         Metric("feature_f1", 1, "[0, 1]", "higher", "mean F1 of best units, held out"),
+        Metric("unit_density", 1, "[0, 1]", "neither", "share of tokens with act > threshold"),
+        Metric("unit_kurtosis", 1, ">= 1", "neither", "m4 / m2^2 of one unit (normal: 3)"),
+        Metric("token_entropy", 1, "nats", "lower", "H(token | act), tokens weighted by act"),
+        Metric(
+            "token_purity",
+            1,
+            "[0, 1]",
+            "higher",
+            "share of strong acts (>= half the maximum) on the token chosen on other documents",
+        ),
+        Metric(
+            "ngram_consistency",
+            1,
+            "[0, 1]",
+            "higher",
+            "share of strong acts that end the n-gram chosen on other documents",
+        ),
+        Metric(
+            "monosemanticity_scale",
+            1,
+            ">= 0",
+            "higher",
+            "mean of (z - mean)^2 / variance over the 1 % of tokens with the largest z "
+            "(arXiv 2312.11560, there per token)",
+        ),
+        Metric(
+            "feature_decorrelation",
+            1,
+            "[0, 2]",
+            "higher",
+            "1 - mean cosine of the activations of two tokens of different documents",
+        ),
+        Metric("unit_correlation", 1, "[0, 1]", "lower", "mean r^2 over tokens of two units"),
+        Metric(
+            "class_selectivity",
+            1,
+            "[-1, 1]",
+            "higher",
+            "(mean act with the concept - without) / (with + without); chosen on other documents",
+        ),
+        *(
+            Metric(f"semantic_consistency{name}", 1, scale, "higher", f"{formula}; {items}")
+            for name, items in (("", "items where act > 0"), ("_top", "the top 1 % of items"))
+            for name, scale, formula in (
+                (name, "<= 1", "(SC - E) / (1 - E), E the mean SC of shuffled labels"),
+                (f"{name}_raw", "[0, 1]", "SC: largest share of a concept"),
+            )
+        ),
+        *(
+            Metric(
+                f"sparse_probing_auc_{k}",
+                1,
+                "[0, 1]",
+                "higher",
+                f"mean over concepts of the AUROC of a probe on the best {k} units, held out",
+            )
+            for k in (1, 2, 5)
+        ),
+        Metric("fms", 1, "[0, 1]", "higher", "mean over concepts of acc (local + global) / 2"),
+        Metric("fms_corrected", 1, "[0, 1]", "higher", "FMS with 2 acc - 1 for acc: 0 at chance"),
+        *_with_defined(
+            [
+                Metric("intruder", 1, "[0, 1]", "higher", "share of trials, by a language model"),
+                Metric("intruder_program", 1, "[0, 1]", "higher", "share of trials, by a program"),
+                Metric(
+                    "anthropic_intervals",
+                    1,
+                    "[-1, 1]",
+                    "higher",
+                    "Spearman over 60 examples of 9 tokens; 0 where not defined",
+                ),
+            ]
+        ),
         Metric("token_selectivity", 1, "[0, 1]", "higher", "1 - H(token | act) / H(token)"),
         *(metric for scorer, records in _SIMULATED for metric in _simulated(scorer, records)),
+        *(metric for name, contrast in _CLASSIFIED for metric in _classified(name, contrast)),
     )
 }
 

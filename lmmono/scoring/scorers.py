@@ -17,6 +17,14 @@ _PAPERS: dict[str, dict[str, Any]] = {
     "openai_crate": {"protocol": "openai_crate"},
 }
 
+_CLASSES: dict[str, Any] = {"n": 50, "window": 32, "ranked": False, "batch": 5}
+
+_RANKED: dict[str, dict[str, Any]] = {"ranked": {"ranked": True}}
+
+_TRIALS: dict[str, Any] = {"trials": 20, "size": 5, "window": 32, "ranked": False}
+
+_RATES = ("", "_auroc", "_average_precision")
+
 _MEASURES = ("", "_spearman", "_r2", "_uncentred_r2", "_deviation")
 
 for scorer in (
@@ -51,6 +59,127 @@ for scorer in (
         about="agreement of simulated and true activations on random records, firing or not",
         settings=_SIMULATION,
         presets=_PAPERS,
+    ),
+    Scorer(
+        "detection",
+        tuple(f"{name}{end}" for name in ("detection", "detection_near_miss") for end in _RATES),
+        "classification:detect",
+        needs=("explanation",),
+        chance=0.5,
+        citation="Paulo et al. 2024 (arXiv 2410.13928); near misses: own",
+        about="telling records in which the unit fires from silent ones by its explanation",
+        settings=_CLASSES,
+        presets=_RANKED,
+    ),
+    Scorer(
+        "fuzz",
+        tuple(f"{name}{end}" for name in ("fuzz", "fuzz_active") for end in _RATES),
+        "classification:fuzz",
+        needs=("explanation",),
+        chance=0.5,
+        citation="Paulo et al. 2024 (arXiv 2410.13928)",
+        about="telling by the explanation whether marked tokens are those on which the unit fires",
+        settings=_CLASSES,
+        presets=_RANKED,
+    ),
+    Scorer(
+        "unit_statistics",
+        (
+            "unit_kurtosis",
+            "unit_density",
+            "monosemanticity_scale",
+            "token_entropy",
+            "token_purity",
+            "ngram_consistency",
+        ),
+        "unit_statistics:score_statistics",
+        needs=(),
+        chance=None,
+        citation="moments: textbook; scale: arXiv 2312.11560; tokens and n-grams: own",
+        about="how rarely a unit fires, how far it stands out, and on how few tokens and n-grams",
+        settings={"ngram": 2},
+        seeded=False,
+    ),
+    Scorer(
+        "feature_decorrelation",
+        ("feature_decorrelation", "unit_correlation"),
+        "decorrelation:score_decorrelation",
+        needs=(),
+        chance=None,
+        citation="Yan et al. 2024 (arXiv 2406.17969); units: Zbontar et al. 2021, Barlow Twins",
+        about="how little the activations of different tokens, and different units, are alike",
+        settings={"tokens": 4096},
+        per="hook",
+    ),
+    Scorer(
+        "labelled",
+        (
+            "semantic_consistency",
+            "semantic_consistency_raw",
+            "semantic_consistency_top",
+            "semantic_consistency_top_raw",
+            "class_selectivity",
+        ),
+        "labelled:score_labelled",
+        needs=("labels",),
+        chance=0.0,
+        citation="arXiv 2410.21331; chance correction: own; Morcos et al. 2018 (arXiv 1803.06959)",
+        about="how well a unit keeps to one concept of given labels, raw and beyond chance",
+        settings={"items": 20_000, "permutations": 20, "top_share": 0.01},
+    ),
+    Scorer(
+        "sparse_probing",
+        ("sparse_probing_auc_1", "sparse_probing_auc_2", "sparse_probing_auc_5"),
+        "probing:score_probes",
+        needs=("labels",),
+        chance=0.5,
+        citation="Gurnee et al. 2023 (arXiv 2305.01610)",
+        about="how much of a concept the best 1, 2 or 5 units of a hook hold",
+        settings={"items": 20_000},
+        per="hook",
+    ),
+    Scorer(
+        "fms",
+        ("fms", "fms_corrected"),
+        "probing:score_fms",
+        needs=("labels",),
+        chance=None,
+        citation="Härle et al. 2025 (arXiv 2506.19382)",
+        about="whether one unit holds a concept, and nothing but that unit does",
+        settings={"items": 20_000, "per_class": 500, "depth": 4},
+        per="hook",
+    ),
+    Scorer(
+        "intruder",
+        ("intruder",),
+        "intruder:score_by_client",
+        needs=("client",),
+        chance=0.2,
+        citation="Paulo et al. 2024 (arXiv 2410.13928)",
+        about="whether a language model finds the one record of five that has no true marks",
+        settings=_TRIALS,
+        presets=_RANKED,
+    ),
+    Scorer(
+        "intruder_program",
+        ("intruder_program",),
+        "intruder:score_by_programs",
+        needs=("program",),
+        chance=0.2,
+        citation="Paulo et al. 2024 (arXiv 2410.13928), with a program for the judge",
+        about="whether an explanation's program predicts least for the one record of five",
+        settings=_TRIALS,
+        presets=_RANKED,
+    ),
+    Scorer(
+        "anthropic_intervals",
+        ("anthropic_intervals",),
+        "anthropic:score_intervals",
+        needs=("explanation",),
+        chance=0.0,
+        citation="Bricken et al. 2023, Towards Monosemanticity",
+        about="rank agreement of predicted and true activations on examples of all levels",
+        settings={"simulator": "program"},
     ),
 ):
     SCORERS[scorer.name] = scorer
