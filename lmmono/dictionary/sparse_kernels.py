@@ -39,7 +39,7 @@ def choose_in_rows(
     """
     d_sae = pre.shape[1]
     lanes = 16
-    while lanes < 4 * k and lanes < d_sae:
+    while (lanes < 4 * k or lanes * lanes < k * d_sae) and lanes < d_sae:
         lanes *= 2
     deep = (d_sae + lanes - 1) // lanes
     row = np.full(deep * lanes, -np.inf, np.float32)
@@ -52,17 +52,15 @@ def choose_in_rows(
         for r in range(1, deep):
             for lane in range(lanes):
                 top[lane] = max(top[lane], row[r * lanes + lane])
-        least = np.partition(top, lanes - k)[lanes - k]
+        least = _reached_by(top[: min(lanes, d_sae)], k, 12)
         n = 0
         for lane in range(lanes):
             if top[lane] >= least:
                 for r in range(deep):
-                    if row[r * lanes + lane] >= least:
-                        found[n], at[n] = row[r * lanes + lane], r * lanes + lane
-                        n += 1
-        if n > k:
-            least = np.partition(found[:n], n - k)[n - k]
-        kept = _keep(found, at, n, least, k, latents[i])
+                    # written in any case and kept if it counts: faster than a branch
+                    found[n], at[n] = row[r * lanes + lane], r * lanes + lane
+                    n += found[n] >= least
+        kept = _keep(found, at, n, _reached_by(found[:n], k, 200), k, latents[i])
         latents[i, kept:], values[i, kept:] = 0, 0.0  # NaN is not larger than anything
         for p in range(kept):
             j = latents[i, p]
@@ -71,19 +69,40 @@ def choose_in_rows(
 
 @_compiled
 @no_type_check
+def _reached_by(values: np.ndarray, k: int, halvings: int) -> float:
+    """Return a number that at least k values reach; with halvings enough, the largest such."""
+    low, high = np.float32(np.inf), np.float32(-np.inf)
+    for c in range(len(values)):
+        low, high = min(low, values[c]), max(high, values[c])
+    for _ in range(halvings):
+        middle = np.float32(0.5) * (low + high)
+        if not low < middle < high:
+            break
+        n = np.int32(0)
+        for c in range(len(values)):
+            n += np.int32(values[c] >= middle)
+        if n < k:
+            high = middle
+        else:
+            low = middle
+            if n == k:
+                break
+    return low
+
+
+@_compiled
+@no_type_check
 def _keep(
     found: np.ndarray, at: np.ndarray, n: int, least: float, k: int, latents: np.ndarray
 ) -> int:
-    """Write the k places whose values are at least the k-th largest, `least`; return how many."""
+    """Write k places whose values reach `least`, those above it first; return how many."""
     kept = 0
     for c in range(n):
-        if found[c] > least:
+        if found[c] > least and kept < k:
             latents[kept] = at[c]
             kept += 1
     for c in range(n):
-        if kept == k:
-            break
-        if found[c] == least:
+        if found[c] == least and kept < k:
             latents[kept] = at[c]
             kept += 1
     return kept
