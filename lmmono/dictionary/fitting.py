@@ -59,7 +59,7 @@ class Fit:
         """Say whether its latents go into the store."""
         planned = self.planned
         wanted = planned.entry_name == settings.latents and planned.control is None
-        return wanted and planned.seed == settings.seeds[0]
+        return wanted and planned.seed == settings.first_seed
 
     def is_in(self, folder: Path, digest: str) -> bool:
         """Say whether a folder holds this dictionary, fitted on the vectors of a digest."""
@@ -131,7 +131,8 @@ def fit_all(
         TrainingStopped: SIGTERM arrived; everything is saved.
     """
     failures: dict[Fit, str] = {}
-    for control in (None, *settings.controls):
+    kinds: tuple[TrainedControl | None, ...] = (None, *settings.controls)
+    for control in kinds:
         group = [fit for fit in fits if fit.planned.control == control]
         hooks = list(dict.fromkeys(fit.hook for fit in group))
         for together in sources.passes(control, hooks):

@@ -17,7 +17,7 @@ from lmmono.dictionary.recovery import recovery
 from lmmono.dictionary.stability import stability
 from lmmono.errors import DictionaryError
 from lmmono.metrics import METRICS
-from lmmono.recipe.dictionaries import SIGNED
+from lmmono.recipe.dictionaries import SIGNED, TrainedControl
 from lmmono.run import Run
 from lmmono.types import Progress
 
@@ -41,7 +41,7 @@ def judge(
     known = _known(store)
     finished = [fit for fit in fits if fit.is_finished]
     left = [fit for fit in finished if not _is_judged(fit, known)]
-    together: dict[tuple[str, str | None], list[Fit]] = {}
+    together: dict[tuple[str, TrainedControl | None], list[Fit]] = {}
     for fit in left:
         together.setdefault((fit.hook, fit.planned.control), []).append(fit)
     for (_, control), part in together.items():

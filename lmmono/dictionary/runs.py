@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Literal
 
 import torch
+from torch import nn
 
 import activation_store as astore
 from lmmono.capturing import capture
@@ -46,8 +47,7 @@ def dictionary_run(run: Run, *, progress: Progress = silent) -> Run:
         return run
     if not run.is_done("capture"):
         raise RunError(f"{run.dir}: not captured yet; run `lmmono capture {run.dir}` first")
-    run.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    hooks = match_hooks(run.model, settings.hooks)
+    hooks = match_hooks(_on_device(run.model), settings.hooks)
     vectors = _vectors(run, hooks, progress) if settings.source == "store" else None
     with run.stage("dictionary", digest) as stage, _terminable():
         fits, sources = fits_of(run, hooks), Sources(run, vectors)
@@ -60,6 +60,11 @@ def dictionary_run(run: Run, *, progress: Progress = silent) -> Run:
             raise DictionaryError("\n".join(dict.fromkeys(serious)))
         stage.facts.update(n_dictionaries=len(fits) - len(failures), n_failed=len(failures))
     return run
+
+
+def _on_device(model: nn.Module) -> nn.Module:
+    """Move a model to the GPU, where there is one."""
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _vectors(run: Run, hooks: Sequence[str], progress: Progress) -> astore.Store:

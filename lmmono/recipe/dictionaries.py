@@ -245,6 +245,7 @@ SEEDLESS = ("identity", "pca")
 """Kinds in which nothing is random: fitted once, whatever the seeds."""
 
 TrainedControl = Literal["shuffled", "untrained"]
+FitSeed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +276,7 @@ class Dictionaries(Section):
     """Hook names or globs; every entry of `learn` is fitted on each."""
     learn: tuple[Annotated[AnyEntry, Field(discriminator="arch")], ...] = ()
     """The dictionaries, by their `arch`; none makes the stage empty."""
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[FitSeed, ...] = Field(default=(0,), min_length=1)
     """Every entry is fitted once with each; two or more give rows on stability."""
     controls: tuple[TrainedControl, ...] = ()
     """For each SAE, with the first seed, also train one on shuffled vectors, or on those of the
@@ -311,12 +312,17 @@ class Dictionaries(Section):
             for each in self._planned(entry, name)
         )
 
+    @property
+    def first_seed(self) -> int:
+        """Seed of what is fitted once: controls, and the dictionary whose latents are stored."""
+        return next(iter(self.seeds))
+
     def _planned(self, entry: AnyEntry, name: str) -> Iterator[Planned]:
         seeded = len(self.seeds) > 1 and entry.arch not in SEEDLESS
         for seed in self.seeds if seeded else self.seeds[:1]:
             yield Planned(entry, name, f"{name}-seed{seed}" if seeded else name, seed)
         for control in self.controls if isinstance(entry, SaeEntry) else ():
-            yield Planned(entry, name, f"{name}-{control}", self.seeds[0], control)
+            yield Planned(entry, name, f"{name}-{control}", self.first_seed, control)
 
     @model_validator(mode="after")
     def _check_names(self) -> "Dictionaries":
@@ -355,5 +361,7 @@ def _parts(entry: AnyEntry) -> Iterator[str]:
     for field, letter in (("d_sae", ""), ("expansion", "x"), ("k", "k"), ("target_l0", "l0_")):
         if (value := getattr(entry, field, None)) is not None:
             yield f"{letter}{value:g}"
-    if getattr(entry, "target_l0", None) is None and hasattr(entry, "coefficient"):
+    if isinstance(entry, PenaltyEntry) or (
+        isinstance(entry, JumpReluEntry) and entry.target_l0 is None
+    ):
         yield f"c{entry.coefficient:g}"

@@ -120,8 +120,11 @@ def _draw(axes: "Axes", points: Sequence[Measured], x: str, y: str) -> None:
         )
     best = front(points, x, y)
     axes.plot([p.get(x)[0] for p in best], [p.get(y)[0] for p in best], color="0.3", linewidth=0.8)
-    if x == "l0":
+    along = [each.get(x)[0] for each in points]
+    if x == "l0" and max(along) >= 4 * min(along) > 0:
         axes.set_xscale("log")
+    elif x == "l0":  # one L0 aimed at: what they missed it by is not the figure's subject
+        axes.set_xlim(0.5 * min(along), 1.5 * max(along))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.legend(fontsize=8)

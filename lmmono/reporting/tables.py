@@ -71,7 +71,7 @@ def _dictionary_table(run: Run) -> Table:
     with astore.open(run.store_path) as store:
         alike, floor = stabilities(store), stabilities(store, "random_directions")
     found.sort(key=lambda each: (each.hook, each.control is not None))
-    nothing = (math.nan,) * 3
+    nothing = (math.nan, math.nan, math.nan)
     columns = {
         head: measure
         for head, measure in _DICTIONARY_COLUMNS.items()
