@@ -1,12 +1,14 @@
-"""The one door to records: reads a store once per hook and split, whoever asks how often."""
+"""The one door to what explains and scores: reads a store once per hook, whoever asks how often."""
 
 from collections.abc import Sequence
 from functools import cache
 
 import activation_store as astore
 from lmmono.explaining.excerpts import Excerpts, read_excerpts
+from lmmono.explaining.explanation import Explanation
 from lmmono.explaining.protocols import Ranks, counts_for
 from lmmono.explaining.records import KINDS, Counts, Records, read_records
+from lmmono.explaining.stored import read_explanations
 from lmmono.explaining.token_windows import read_token_windows
 from lmmono.types import Split
 
@@ -24,6 +26,7 @@ class RecordReader:
         self._excerpts = cache(self._read_excerpts)
         self._hook = ""
         self._records: dict[tuple[object, ...], Records] = {}
+        self._explanations: dict[str, dict[int, Explanation]] = {}
 
     def excerpts(self, split: Split, window: int = 64) -> Excerpts:
         """Return the excerpts of a split.
@@ -49,8 +52,7 @@ class RecordReader:
             ExplainError: The split has no excerpts, or the hook no such units.
         """
         asked = (split, counts, window, None if units is None else tuple(units), token_centred)
-        if hook != self._hook:
-            self._hook, self._records = hook, {}
+        self._turn_to(hook)
         if asked not in self._records:
             excerpts = self.excerpts(split, window)
             given = {"units": units, "seed": self.seed}
@@ -71,6 +73,22 @@ class RecordReader:
                 columns = records.columns(kind)
                 wanted += [int(columns[rank]) for rank in ranks[kind]]
         return records if wanted == list(range(counts.total())) else records.take(wanted)
+
+    def explanations(self, hook: str, explainer: str) -> dict[int, Explanation]:
+        """Return the best explanation of each unit; see `stored.read_explanations`.
+
+        Raises:
+            ExplainError: There are none.
+        """
+        self._turn_to(hook)
+        if explainer not in self._explanations:
+            found = read_explanations(self.store, hook, explainer, self.seed)
+            self._explanations[explainer] = found
+        return self._explanations[explainer]
+
+    def _turn_to(self, hook: str) -> None:
+        if hook != self._hook:
+            self._hook, self._records, self._explanations = hook, {}, {}
 
     def _read_excerpts(self, split: Split, window: int) -> Excerpts:
         return read_excerpts(self.store, split, window=window)

@@ -9,6 +9,17 @@ from lmmono.errors import ExplainError, nearest
 from lmmono.explaining.explanation import Explanation
 from lmmono.explaining.programs import program_from_json
 
+_COLUMNS = (
+    "text",
+    "failure",
+    "split",
+    "n_records",
+    "complexity",
+    "rank",
+    "model",
+    "prompt_hash",
+)
+
 
 def match_stored_hooks(store: astore.Store, patterns: str | Sequence[str] | None) -> list[str]:
     """Return the hooks stored as rows that match any of the names or globs; None matches all.
@@ -43,6 +54,19 @@ def read_densities(store: astore.Store, hook: str) -> dict[int, float]:
     return dict(store.sql(query, hook=hook).fetchall())
 
 
+def explained_units(store: astore.Store, hook: str, explainer: str, seed: int | None) -> list[int]:
+    """Return the units that an explainer has rows of, failures included, ascending.
+
+    Raises:
+        ExplainError: There are none.
+    """
+    seed = _stored_seed(store, hook, explainer, seed)
+    query = """SELECT DISTINCT unit FROM explanations WHERE hook = $hook
+        AND explainer = $explainer AND seed IS NOT DISTINCT FROM $seed ORDER BY unit"""
+    rows = store.sql(query, hook=hook, explainer=explainer, seed=seed).fetchall()
+    return [int(unit) for (unit,) in rows]
+
+
 def read_explanations(
     store: astore.Store, hook: str, explainer: str, seed: int | None
 ) -> dict[int, Explanation]:
@@ -57,28 +81,29 @@ def read_explanations(
     Raises:
         ExplainError: There are none; says what there is, and how to make some.
     """
-    query = """SELECT seed, unit, text, program, failure, split, n_records, complexity, rank, model,
-            prompt_hash
-        FROM explanations WHERE hook = $hook AND explainer = $explainer
-        ORDER BY seed, unit, rank DESC NULLS FIRST"""
-    rows = store.sql(query, hook=hook, explainer=explainer).fetchall()
-    seeds = {row[0] for row in rows}
-    if seed not in seeds and len(seeds) == 1:
-        (seed,) = seeds
-    if seed not in seeds:
-        raise ExplainError(_missing(store, hook, explainer, seed, seeds))
-    columns = ("text", "failure", "split", "n_records", "complexity", "rank", "model")
-    at = {"text": 2, "failure": 4, "split": 5, "n_records": 6, "complexity": 7, "rank": 8}
-    at |= {"model": 9, "prompt_hash": 10}
+    seed = _stored_seed(store, hook, explainer, seed)
+    query = """SELECT unit, program, {} FROM explanations
+        WHERE hook = $hook AND explainer = $explainer AND seed IS NOT DISTINCT FROM $seed
+        ORDER BY unit, rank DESC NULLS FIRST""".format(", ".join(_COLUMNS))
     found: dict[int, Explanation] = {}
-    for row in rows:
-        if row[0] == seed:
-            program = None if row[3] is None else program_from_json(json.loads(row[3]))
-            facts = {name: row[at[name]] for name in (*columns, "prompt_hash")}
-            found[row[1]] = Explanation(
-                hook=hook, unit=row[1], explainer=explainer, program=program, seed=seed, **facts
-            )
+    rows = store.sql(query, hook=hook, explainer=explainer, seed=seed).fetchall()
+    for unit, described, *values in rows:
+        program = None if described is None else program_from_json(json.loads(described))
+        facts = dict(zip(_COLUMNS, values, strict=True))
+        found[unit] = Explanation(
+            hook=hook, unit=unit, explainer=explainer, program=program, seed=seed, **facts
+        )
     return found
+
+
+def _stored_seed(store: astore.Store, hook: str, explainer: str, seed: int | None) -> int | None:
+    query = "SELECT DISTINCT seed FROM explanations WHERE hook = $hook AND explainer = $explainer"
+    seeds = {each for (each,) in store.sql(query, hook=hook, explainer=explainer).fetchall()}
+    if seed in seeds:
+        return seed
+    if len(seeds) == 1:
+        return seeds.pop()
+    raise ExplainError(_missing(store, hook, explainer, seed, seeds))
 
 
 def _missing(

@@ -5,7 +5,7 @@ from typing import Any
 from lmmono.errors import ExplainError
 from lmmono.explaining.controls import other_units
 from lmmono.explaining.explanation import Explanation, Failure, Program, Usage
-from lmmono.explaining.stored import read_densities, read_explanations
+from lmmono.explaining.stored import read_densities
 from lmmono.scoring.registry import Job
 
 UNSCORED: tuple[Failure, ...] = ("unparsed", "refused", "no_answer")
@@ -22,7 +22,7 @@ def explanations_of(job: Job, units: list[int]) -> dict[str | None, list[Explana
         ExplainError: The units are not explained, or fewer than two are and controls are wanted.
     """
     assert job.explainer is not None
-    stored = read_explanations(job.store, job.hook, job.explainer, job.seed)
+    stored = job.reader.explanations(job.hook, job.explainer)
     found: dict[str | None, list[Explanation]] = {None: [stored[unit] for unit in units]}
     if job.controls:
         good = sorted(unit for unit, each in stored.items() if each.failure is None)

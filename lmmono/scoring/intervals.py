@@ -65,7 +65,9 @@ def unit_intervals(
     freedom = np.maximum(variance**2 / np.maximum(weight, 1e-300), 1.0)
     half = student_t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(variance)
     centre = agreement.straight(np.nan_to_num(value))
-    low, high = agreement.back(centre - half), agreement.back(centre + half)
+    # the straightened scale ends just before 1, so a perfect value would lie outside
+    low = np.minimum(agreement.back(centre - half), value)
+    high = np.maximum(agreement.back(centre + half), value)
     return np.where(enough, low, np.nan), np.where(enough, high, np.nan)
 
 
@@ -76,7 +78,7 @@ def unit_method(n_fewest: int) -> str:
 
 
 def mean_interval(
-    groups: list[Float[ndarray, " units"]],
+    groups: list[Float[ndarray, " _"]],
 ) -> tuple[float, float, float]:
     """Return the mean over groups of their means, and its interval over units within groups.
 

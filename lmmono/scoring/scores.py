@@ -12,7 +12,7 @@ from lmmono.explaining.explanations import units_of
 from lmmono.explaining.protocols import variant
 from lmmono.explaining.reader import RecordReader
 from lmmono.explaining.sampling import Units
-from lmmono.explaining.stored import match_stored_hooks, read_explanations
+from lmmono.explaining.stored import explained_units, match_stored_hooks
 from lmmono.scoring.registry import Job, Scorer, find_scorer
 from lmmono.scoring.summaries import Origin, summary_rows
 from lmmono.types import Progress, silent
@@ -225,7 +225,7 @@ class _Plan:
         if not self._explained:
             return wanted
         assert self.explainer is not None
-        explained = read_explanations(store, hook, self.explainer, given.seed)
+        explained = set(explained_units(store, hook, self.explainer, given.seed))
         missing = [unit for unit in wanted if unit not in explained]
         if missing and given.units is not None:
             raise ExplainError(
