@@ -177,6 +177,29 @@ METRICS: dict[str, Metric] = {
                 Metric("intruder", 1, "[0, 1]", "higher", "share of trials, by a language model"),
                 Metric("intruder_program", 1, "[0, 1]", "higher", "share of trials, by a program"),
                 Metric(
+                    "intervention",
+                    1,
+                    "[-1, 1]",
+                    "higher",
+                    "Pearson of logit changes at matched KL with ln p(v | unit's tokens) / p(v)",
+                ),
+                Metric(
+                    "intervention_own",
+                    1,
+                    "[-1, 1]",
+                    "higher",
+                    "Pearson of logit changes at matched KL with the program's act on each token",
+                ),
+                *(
+                    Metric(name, 1, "[0, 1]", "higher", f"AUROC of the {what} of records that fire")
+                    for name, what in (
+                        ("embedding", "cosine with the explanation"),
+                        ("embedding_near_miss", "cosine with it, against near misses,"),
+                        ("surprisal", "gain in mean log-probability by the explanation"),
+                        ("surprisal_near_miss", "gain by it, against near misses,"),
+                    )
+                ),
+                Metric(
                     "anthropic_intervals",
                     1,
                     "[-1, 1]",
@@ -185,6 +208,9 @@ METRICS: dict[str, Metric] = {
                 ),
             ]
         ),
+        Metric("ablation_kl", 1, "nats", "neither", "KL(clean || act = 0) where the unit fires"),
+        Metric("steering_kl", 1, "nats", "neither", "KL(clean || act + the unit's maximum)"),
+        Metric("steering_strength", 1, "maxima", "neither", "what to add for a KL of the target"),
         Metric("token_selectivity", 1, "[0, 1]", "higher", "1 - H(token | act) / H(token)"),
         *(metric for scorer, records in _SIMULATED for metric in _simulated(scorer, records)),
         *(metric for name, contrast in _CLASSIFIED for metric in _classified(name, contrast)),

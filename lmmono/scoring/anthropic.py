@@ -8,18 +8,19 @@ examples is not defined. Here the examples come from other documents than the ex
 cross a document, and no text is shown twice.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from lmmono.explaining.explanation import Explanation
+from lmmono.explaining.explanation import Explanation, Usage
 from lmmono.explaining.grid import PADDING, TokenGrid, read_grid
+from lmmono.explaining.llm_simulation import Simulation
 from lmmono.explaining.unit_rows import UnitRows, checked_units, read_unit_rows
 from lmmono.scoring.agreement import AGREEMENTS, record_sums
-from lmmono.scoring.explained import explanations_of, undefined
+from lmmono.scoring.explained import explanations_of, spent, undefined
 from lmmono.scoring.intervals import unit_intervals, unit_method
 from lmmono.scoring.registry import Job, Row
 from lmmono.scoring.simulation import SIMULATORS
@@ -146,33 +147,50 @@ def score_intervals(job: Job) -> list[Row]:
     units = examples.units.tolist()
     rows: list[Row] = []
     for control, explanations in explanations_of(job, units).items():
-        predicted, failures = _predicted(job, explanations, examples.token_ids)
-        rows += _rows(job, grid, examples, predicted, failures, control)
+        predicted, failures, usages = _predicted(job, explanations, examples.token_ids)
+        mine = _rows(job, grid, examples, predicted, failures, control)
+        rows += [row | spent(usage) for row, usage in zip(mine, usages, strict=True)]
         if control is None and job.controls:
-            other = examples.acts.copy()
-            for kind in np.unique(KINDS):
-                mine = np.flatnonzero(kind == KINDS)
-                other[:, mine] = other[:, np.roll(mine, 1)]
-            moved = Examples(examples.units, examples.cells, examples.token_ids, other)
+            moved = replace(examples, acts=_misplaced(examples.acts, job.seed))
             rows += _rows(job, grid, moved, predicted, failures, "shuffled_pairing")
+            centre = np.zeros(predicted.shape)
+            centre[..., HALF] = 1.0
+            nothing: list[str | None] = [None] * len(units)
+            rows += _rows(job, grid, examples, centre, nothing, "centre_token")
     return rows
+
+
+def _misplaced(
+    acts: Float[ndarray, "units examples window"], seed: int
+) -> Float[ndarray, "units examples window"]:
+    """Return the activations of other examples, moved round by 1 to 8 tokens.
+
+    Examples are centred on tokens that fire, so another example alone would be partly right.
+    """
+    rng = np.random.default_rng((seed, 59))
+    order, shifts = rng.permutation(len(KINDS)), rng.integers(1, WINDOW, len(KINDS))
+    rolled = [np.roll(acts[:, at], shift, axis=1) for at, shift in zip(order, shifts, strict=True)]
+    return np.stack(rolled, axis=1)
 
 
 def _predicted(
     job: Job, explanations: list[Explanation], token_ids: Int[ndarray, "units examples window"]
-) -> tuple[Float[ndarray, "units examples window"], list[str | None]]:
+) -> tuple[Float[ndarray, "units examples window"], list[str | None], list[Usage]]:
     module, _, name = SIMULATORS[job.settings["simulator"]].partition(":")
     simulate = getattr(import_module(f"lmmono.scoring.{module}"), name)
     failures: list[str | None] = [each.failure for each in explanations]
     good = [i for i, failure in enumerate(failures) if failure is None]
+    usages = [Usage() for _ in explanations]
     predicted = np.zeros(token_ids.shape)
     answers = simulate(job, [explanations[i] for i in good], token_ids[good])
     for i, answer in zip(good, answers, strict=True):
         if isinstance(answer, str):
             failures[i] = answer
+        elif isinstance(answer, Simulation):
+            predicted[i], failures[i], usages[i] = answer.acts, answer.failure, answer.usage
         else:
             predicted[i] = answer
-    return predicted, failures
+    return predicted, failures, usages
 
 
 def _rows(

@@ -15,7 +15,6 @@ from numpy import ndarray
 
 from lmmono.explaining.clients import Answer, Client, Message, Prompt
 from lmmono.explaining.explanation import Explanation, Failure, Program, Usage
-from lmmono.scoring.explained import UNSCORED
 
 N_ALTERNATIVES = 5
 """Alternatives asked for at each token, for the probability of a 1."""
@@ -212,8 +211,3 @@ def _probabilities(answer: Answer) -> Float[ndarray, " digits"]:
             total = mass["0"] + mass["1"]
             found.append(mass["1"] / total if total > 0 else float(token.strip(" [],")))
     return np.array(found)
-
-
-def is_unscored(failure: str | None) -> bool:
-    """Return whether a failure is a judge's, so that there is no score at all."""
-    return failure in UNSCORED

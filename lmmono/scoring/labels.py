@@ -78,7 +78,7 @@ def read_labelled(job: Job, split: Split) -> Labelled:
     if isinstance(job.labels, Mapping):
         return _of_documents(job, split, job.labels)
     raise ExplainError(
-        f"labels: want lm.TokenLabels or a mapping of doc_id to class, got "
+        f"labels: want a TokenLabels or a mapping of doc_id to class, got "
         f"{type(job.labels).__name__}"
     )
 

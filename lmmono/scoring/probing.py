@@ -7,6 +7,7 @@ the first one saw.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -30,17 +31,20 @@ METHOD = "Student t over concepts; one draw of items"
 
 def score_probes(job: Job) -> list[Row]:
     """Score a hook by the AUROC of logistic probes on the best units, the mean over concepts."""
-    learned, known = read_labelled(job, "explain"), read_labelled(job, "score")
+    sides = read_labelled(job, "explain"), read_labelled(job, "score")
     rows: list[Row] = []
-    for control, labels in _with_control(job, learned):
+    for control, learned, known in _with_control(job, *sides):
         found: dict[int, dict[str, float]] = {k: {} for k in SIZES}
-        differences = mean_differences(learned.acts, labels)
+        differences = mean_differences(learned.acts, learned.labels)
         for concept in _usable(learned, known):
             order = np.argsort(-np.abs(differences[concept]), kind="stable")
             for k in SIZES:
-                sides = learned.acts[:, order[:k]], known.acts[:, order[:k]]
-                area = _probed(*sides, labels[:, concept], known.labels[:, concept])
-                found[k][known.names[concept]] = area
+                found[k][known.names[concept]] = _probed(
+                    learned.acts[:, order[:k]],
+                    known.acts[:, order[:k]],
+                    learned.labels[:, concept],
+                    known.labels[:, concept],
+                )
         for k, areas in found.items():
             row = _row(job, f"sparse_probing_auc_{k}", control, list(areas.values()), known)
             rows.append(row | {"details": areas})
@@ -49,17 +53,17 @@ def score_probes(job: Job) -> list[Row]:
 
 def score_fms(job: Job) -> list[Row]:
     """Score a hook by FMS, the mean over concepts; details say its parts for each."""
-    learned, known = read_labelled(job, "explain"), read_labelled(job, "score")
+    sides = read_labelled(job, "explain"), read_labelled(job, "score")
     rows: list[Row] = []
-    for control, labels in _with_control(job, learned):
+    for control, learned, known in _with_control(job, *sides):
         details: dict[str, dict[str, float]] = {}
         for concept in _usable(learned, known):
             rng = np.random.default_rng((job.seed, 29, int(concept)))
             most = int(job.settings["per_class"])
-            train = _balanced(labels[:, concept], most, rng)
+            train = _balanced(learned.labels[:, concept], most, rng)
             test = _balanced(known.labels[:, concept], most, rng)
             details[known.names[concept]] = _parts(
-                (learned.acts[train], labels[train, concept]),
+                (learned.acts[train], learned.labels[train, concept]),
                 (known.acts[test], known.labels[test, concept]),
                 int(job.settings["depth"]),
             )
@@ -81,12 +85,14 @@ def monosemanticity(best: float, without: float, deeper: Sequence[float]) -> flo
 
 
 def _with_control(
-    job: Job, learned: Labelled
-) -> list[tuple[str | None, Bool[ndarray, "items concepts"]]]:
-    found: list[tuple[str | None, Bool[ndarray, "items concepts"]]] = [(None, learned.labels)]
+    job: Job, learned: Labelled, known: Labelled
+) -> list[tuple[str | None, Labelled, Labelled]]:
+    """Return both sides, and for the control both with labels that are shuffled by documents."""
+    found: list[tuple[str | None, Labelled, Labelled]] = [(None, learned, known)]
     if job.controls:
         rng = np.random.default_rng((job.seed, 31))
-        found.append(("shuffled_labels", learned.shuffled(rng)))
+        sides = [replace(side, labels=side.shuffled(rng)) for side in (learned, known)]
+        found.append(("shuffled_labels", sides[0], sides[1]))
     return found
 
 

@@ -21,7 +21,11 @@ _CLASSES: dict[str, Any] = {"n": 50, "window": 32, "ranked": False, "batch": 5}
 
 _RANKED: dict[str, dict[str, Any]] = {"ranked": {"ranked": True}}
 
+_TEXTS: dict[str, Any] = {"n": 50, "window": 32, "ranked": False}
+
 _TRIALS: dict[str, Any] = {"trials": 20, "size": 5, "window": 32, "ranked": False}
+
+_STEERED: dict[str, Any] = {"prompts": 8, "prompt": 32, "kl": 0.5}
 
 _RATES = ("", "_auroc", "_average_precision")
 
@@ -180,6 +184,48 @@ for scorer in (
         citation="Bricken et al. 2023, Towards Monosemanticity",
         about="rank agreement of predicted and true activations on examples of all levels",
         settings={"simulator": "program"},
+    ),
+    Scorer(
+        "effect",
+        ("ablation_kl", "steering_kl", "steering_strength"),
+        "intervention:score_effects",
+        needs=("model",),
+        chance=None,
+        citation="Paulo et al. 2024 (arXiv 2410.13928); strength by matched KL",
+        about="how much a unit changes the next token, and which tokens it promotes",
+        settings=_STEERED,
+    ),
+    Scorer(
+        "intervention",
+        ("intervention", "intervention_own"),
+        "intervention:score_interventions",
+        needs=("program", "model"),
+        chance=0.0,
+        citation="after Paulo et al. 2024 (arXiv 2410.13928), with a program for the reader",
+        about="whether steering a unit promotes the tokens that its explanation predicts",
+        settings=_STEERED,
+    ),
+    Scorer(
+        "embedding",
+        ("embedding", "embedding_near_miss"),
+        "embedding:score_embedding",
+        needs=("explanation", "encoder"),
+        chance=0.5,
+        citation="Paulo et al. 2024 (arXiv 2410.13928)",
+        about="whether the explanation lies nearer to texts in which the unit fires",
+        settings={**_TEXTS, "encoder": "sentence-transformers/all-MiniLM-L6-v2"},
+        presets=_RANKED,
+    ),
+    Scorer(
+        "surprisal",
+        ("surprisal", "surprisal_near_miss"),
+        "surprisal:score_surprisal",
+        needs=("explanation", "client"),
+        chance=0.5,
+        citation="Paulo et al. 2024 (arXiv 2410.13928)",
+        about="whether the explanation makes a model expect texts in which the unit fires",
+        settings={**_TEXTS, "n": 20},
+        presets=_RANKED,
     ),
 ):
     SCORERS[scorer.name] = scorer

@@ -1,0 +1,136 @@
+"""Statistics of units against dense arrays, SciPy, scikit-learn and planted meanings."""
+
+import numpy as np
+import pytest
+from explained_store import (
+    CAT,
+    D_VOCAB,
+    DENSE,
+    HOOK,
+    NOISE,
+    ON_CAT,
+    ON_PAIR,
+    PAIR_THEN,
+    SILENT,
+    planted_store,
+)
+from scipy import stats
+
+import activation_store as astore
+import lmmono as lm
+from lmmono.explaining.reader import RecordReader
+from lmmono.scoring.decorrelation import tokens_apart, units_alike
+from lmmono.scoring.registry import Job, find_scorer
+from lmmono.scoring.unit_statistics import jackknife, read_corpus
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    return planted_store(tmp_path_factory.mktemp("statistics") / "run", n_rows=60)
+
+
+@pytest.fixture
+def store(planted):
+    with astore.open(planted.path, mode="a") as store:
+        yield store
+
+
+def rows_of(store, scorer, labels=None, units=None, **settings):
+    settings = {**find_scorer(scorer).settings, **settings}
+    job = Job(store, HOOK, RecordReader(store), units, settings, labels=labels)
+    rows = find_scorer(scorer).load()(job)
+    return {(row["metric"], row["unit"], row["control"]): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def found(planted):
+    with astore.open(planted.path) as store:
+        return rows_of(store, "unit_statistics")
+
+
+def test_density_and_kurtosis_are_those_of_the_dense_array(planted, found):
+    acts = planted.acts[planted.rows("score")].astype(np.float64)
+    for unit in (ON_CAT, NOISE, DENSE):
+        mine = acts[..., unit].reshape(-1)
+        assert found["unit_density", unit, None]["value"] == pytest.approx((mine > 0).mean())
+        wanted = stats.kurtosis(mine, fisher=False)
+        row = found["unit_kurtosis", unit, None]
+        assert row["value"] == pytest.approx(wanted, rel=1e-5)
+        assert row["ci_low"] <= row["value"] <= row["ci_high"]
+    assert found["unit_kurtosis", SILENT, None]["failure"] == "silent"
+
+
+def test_kurtosis_agrees_with_the_table_of_statistics_up_to_the_other_split(store, found):
+    query = "SELECT kurtosis FROM unit_stats WHERE hook = $hook AND unit = $unit"
+    (both,) = store.sql(query, hook=HOOK, unit=NOISE).fetchone()
+    row = found["unit_kurtosis", NOISE, None]
+    assert row["ci_low"] < both < row["ci_high"]
+
+
+def test_token_entropy_is_that_of_scipy_and_shuffled_tokens_have_more(planted, found):
+    mine = planted.rows("score")
+    for unit in (ON_CAT, NOISE, DENSE):
+        mass = np.bincount(
+            planted.token_ids[mine].reshape(-1), planted.acts[mine, :, unit].reshape(-1), D_VOCAB
+        )
+        wanted = stats.entropy(mass)
+        assert found["token_entropy", unit, None]["value"] == pytest.approx(wanted, abs=1e-6)
+    assert found["token_entropy", ON_CAT, "shuffled"]["value"] > 2.5
+    assert found["token_entropy", ON_CAT, None]["value"] == pytest.approx(0, abs=1e-12)
+
+
+def test_purity_and_ngrams_know_the_planted_token_and_pair(found):
+    assert found["token_purity", ON_CAT, None]["value"] == 1.0
+    assert found["token_purity", ON_PAIR, None]["value"] == 1.0
+    assert found["ngram_consistency", ON_PAIR, None]["value"] == 1.0
+    for metric, unit in (("ngram_consistency", ON_CAT), ("token_purity", NOISE)):
+        assert found[metric, unit, None]["value"] < 0.2
+    assert found["token_purity", ON_CAT, "shuffled"]["value"] < 0.2
+    assert CAT != PAIR_THEN
+
+
+def test_the_monosemanticity_scale_is_the_mean_squared_z_of_the_top_percent(planted, found):
+    acts = planted.acts[planted.rows("score")].astype(np.float64)
+    for unit in (ON_CAT, NOISE):
+        z = np.sort(acts[..., unit].reshape(-1))[::-1]
+        top = z[: int(np.ceil(0.01 * len(z)))]
+        wanted = np.square(top - z.mean()).mean() / z.var()
+        assert found["monosemanticity_scale", unit, None]["value"] == pytest.approx(wanted)
+
+
+def test_the_interval_leaves_out_groups_of_documents_in_turn(planted, store, found):
+    corpus = read_corpus(Job(store, HOOK, RecordReader(store)), "score")
+    acts = planted.acts[planted.rows("score"), :, NOISE].reshape(-1) > 0
+    left = [acts[corpus.groups != group].mean() for group in range(10)]
+    n, half = 10, stats.t.ppf(0.975, 9) * np.sqrt(9 / 10 * np.square(left - np.mean(left)).sum())
+    row = found["unit_density", NOISE, None]
+    assert len(left) == n
+    assert row["ci_high"] - row["value"] == pytest.approx(half)
+    low, high = jackknife(np.array([[0.5, 0.5]]))
+    assert np.isnan([low[0], high[0]]).all(), "one group of documents gives no interval"
+
+
+def test_statistics_are_stored_and_found_again(store):
+    first = lm.score(store, HOOK, scorer="unit_statistics")
+    assert (first.n_units, first.n_found) == (6, 0)
+    assert lm.score(store, HOOK, scorer="unit_statistics").n_found == 6
+
+
+def test_decorrelation_is_that_of_dense_matrices():
+    rng = np.random.default_rng(0)
+    acts, groups = rng.normal(size=(30, 5)).astype(np.float32), np.arange(30) % 3
+    unit = acts / np.linalg.norm(acts, axis=1, keepdims=True)
+    apart = groups[:, None] != groups
+    assert tokens_apart(acts, groups) == pytest.approx(1 - (unit @ unit.T)[apart].mean(), abs=1e-6)
+    r2 = np.square(np.corrcoef(acts.T))[~np.eye(5, dtype=bool)].mean()
+    assert units_alike(acts) == pytest.approx(r2, abs=1e-6)
+    twice = np.repeat(acts[:, :1], 4, axis=1)
+    assert units_alike(twice) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_hook_has_one_row_of_each_and_shuffled_units_are_less_alike(store):
+    rows = rows_of(store, "feature_decorrelation", tokens=2000)
+    assert rows["unit_correlation", None, "shuffled"]["value"] < 0.01
+    assert 0 < rows["feature_decorrelation", None, None]["value"] < 1
+    lm.score(store, HOOK, scorer="feature_decorrelation")
+    assert lm.score(store, HOOK, scorer="feature_decorrelation").n_units == 0
