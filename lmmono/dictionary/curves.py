@@ -29,7 +29,7 @@ class Curves:
 
     def add(self, step: int, values: dict[str, float], n_tokens: int, seconds: float) -> None:
         """Append what was measured after a step on `n_tokens` vectors; NaN is left out."""
-        self._rows += [
+        fresh: list[dict[str, object]] = [
             {
                 "step": step,
                 "metric": name,
@@ -41,6 +41,7 @@ class Curves:
             for name, value in values.items()
             if value == value
         ]
+        self._rows += fresh
 
     def table(self) -> pa.Table:
         """Return all rows as a table with the columns of `SCHEMA`."""

@@ -26,9 +26,12 @@ from lmmono.types import Progress, silent
 FORMAT = 1
 """Version of `dictionary.json`; a folder of a newer one is refused."""
 
-_HOMES = {"sae": ("sae", "SAE"), "classical": ("classical", "Classical")}
-_HOMES |= {"control": ("controls", "Control"), "imported": ("interchange", "Imported")}
-
+_HOMES = {
+    "sae": ("sae", "SAE"),
+    "classical": ("classical", "Classical"),
+    "control": ("controls", "Control"),
+    "imported": ("interchange", "Imported"),
+}
 
 T = TypeVar("T", bound="Dictionary")  # not Self: beartype checks methods, not this class
 
