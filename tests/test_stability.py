@@ -55,7 +55,7 @@ def test_fits_that_share_half_their_directions_have_half_in_common():
         fits.append(with_directions(own[random.permutation(80)], seed))
     report = lm.stability(fits)
     assert report.share.value == pytest.approx(0.5)
-    assert report.floor_share.value == 0.0 and 0.0 <= report.share.low
+    assert report.floor_share.value == 0.0 and report.share.low >= 0.0
     assert report.cosine.value == pytest.approx(np.mean(report.pairs["cosine"].to_numpy()))
     # random directions match about as well as the half that is not shared
     rest = 2 * report.cosine.value - 1
