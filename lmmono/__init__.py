@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lmmono.explaining.local import LocalClient
     from lmmono.explaining.records import Counts
     from lmmono.explaining.replay import ReplayClient
+    from lmmono.explaining.runs import explain_run
     from lmmono.explaining.sampling import Sample, sample
     from lmmono.explaining.server import ServerClient
     from lmmono.explaining.server_limits import Limits, Price
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from lmmono.reporting.figures import pareto
     from lmmono.reporting.tables import comparison
     from lmmono.run import Run, open_run
+    from lmmono.scoring.differences import Difference, compare
+    from lmmono.scoring.runs import score_run
     from lmmono.scoring.scores import Scores, score
     from lmmono.training import train
 
@@ -58,6 +61,7 @@ __all__ = [
     "CrateConfig",
     "CrateForCausalLM",
     "Dictionary",
+    "Difference",
     "Edit",
     "Explanations",
     "Limits",
@@ -78,10 +82,12 @@ __all__ = [
     "build_model",
     "capture",
     "capture_run",
+    "compare",
     "comparison",
     "dictionary_run",
     "evaluate",
     "explain",
+    "explain_run",
     "export_dictionary",
     "fit_together",
     "generate",
@@ -103,6 +109,7 @@ __all__ = [
     "run_with_sae",
     "sample",
     "score",
+    "score_run",
     "shuffled",
     "stability",
     "store_latents",
@@ -131,6 +138,7 @@ _HOMES = {
     "explaining.local": ("LocalClient",),
     "explaining.records": ("Counts",),
     "explaining.replay": ("ReplayClient",),
+    "explaining.runs": ("explain_run",),
     "explaining.sampling": ("Sample", "sample"),
     "explaining.server": ("ServerClient",),
     "explaining.server_limits": ("Limits", "Price"),
@@ -152,6 +160,8 @@ _HOMES = {
     "reporting.figures": ("pareto",),
     "reporting.tables": ("comparison",),
     "run": ("Run", "open_run"),
+    "scoring.runs": ("score_run",),
+    "scoring.differences": ("Difference", "compare"),
     "scoring.scores": ("Scores", "score"),
     "training": ("train",),
 }

@@ -43,6 +43,8 @@ class Listed(StrEnum):
     stores = "stores"
     hooks = "hooks"
     dictionaries = "dictionaries"
+    explainers = "explainers"
+    scorers = "scorers"
 
 
 RunOrStore = Annotated[
@@ -106,10 +108,10 @@ def schema(
 def list_(
     what: Annotated[Listed, typer.Argument(help="What to list.")],
     where: Annotated[
-        Path | None, typer.Argument(help="A folder, or a run for the last two.")
+        Path | None, typer.Argument(help="A folder; a run for hooks and dictionaries.")
     ] = None,
 ) -> None:
-    """List recipes, runs, stores, or the hooks of a run's model, or its dictionaries."""
+    """List recipes, runs, stores; hooks, dictionaries of a run; or explainers, scorers."""
     from lmmono import listing
     from lmmono.terminal import show_table
 
@@ -154,6 +156,23 @@ def dictionary(target: RecipeOrRun, overrides: Overrides = None) -> None:
         if not recipe.dictionary.learn:
             raise RecipeError([f"{target}: dictionary.learn: want a dictionary to learn, got none"])
         _say(_learned(_created(recipe)))
+
+
+@app.command()
+def explain(target: RecipeOrRun, overrides: Overrides = None) -> None:
+    """Explain the units of captured runs, from documents that no score will see."""
+    for recipe in _runs_of(target, overrides):
+        if not recipe.explain.explainers:
+            message = "want an explainer; see `lmmono ls explainers`"
+            raise RecipeError([f"{target}: explain.explainers: {message}"])
+        _say(_explained(_created(recipe)))
+
+
+@app.command()
+def score(target: RecipeOrRun, overrides: Overrides = None) -> None:
+    """Score the units of captured runs, and what was said of them; controls beside them."""
+    for recipe in _runs_of(target, overrides):
+        _say(_scored(_created(recipe)))
 
 
 @app.command()
@@ -363,6 +382,17 @@ def _learned(run: "Run") -> "Run":
         return dictionary_run(run, progress=progress)
 
 
+def _explained(run: "Run") -> "Run":
+    """Explain, unless that is done or nothing is asked for: then nothing heavy is imported."""
+    if run.is_done("explain") or not run.recipe.explain.explainers:
+        return run
+    from lmmono.explaining.runs import explain_run
+    from lmmono.terminal import shown_progress
+
+    with shown_progress() as progress:
+        return explain_run(run, progress=progress)
+
+
 def _scored(run: "Run") -> "Run":
     """Score, unless that is done: then nothing heavy is imported."""
     if run.is_done("score"):
@@ -375,7 +405,7 @@ def _scored(run: "Run") -> "Run":
 
 
 def _finish(recipe: "Recipe") -> "list[Run]":
-    return [_scored(_learned(_captured(_trained(single)))) for single in recipe.runs()]
+    return [_scored(_explained(_learned(_captured(_trained(one))))) for one in recipe.runs()]
 
 
 def _say(run: "Run") -> None:

@@ -1,4 +1,4 @@
-"""What lies around: recipes, runs, stores, hook names and dictionaries, as rows of a table."""
+"""What lies around: recipes, runs, stores, hook names, dictionaries and instruments, as rows."""
 
 import json
 from dataclasses import dataclass
@@ -77,6 +77,25 @@ def list_dictionaries(path: Path) -> Listing:
         else:
             rows.append((place.parent.name, place.name, "not finished", None, str(place)))
     return Listing(("hook", "dictionary", "widths", "seed", "folder"), tuple(rows))
+
+
+def list_explainers(_: Path) -> Listing:
+    """List what explains units, with what each needs besides a store."""
+    from lmmono.explaining.explainers import EXPLAINERS
+
+    rows = ((each.name, ", ".join(each.needs), each.about) for each in EXPLAINERS.values())
+    return Listing(("explainer", "needs", "about"), tuple(rows))
+
+
+def list_scorers(_: Path) -> Listing:
+    """List what scores units, with what each needs besides a store, and what guessing gets."""
+    from lmmono.scoring.scorers import SCORERS
+
+    rows = (
+        (each.name, ", ".join(each.needs), each.chance, ", ".join(each.presets), each.about)
+        for each in SCORERS.values()
+    )
+    return Listing(("scorer", "needs", "chance", "presets", "about"), tuple(rows))
 
 
 def _megabytes(path: Path) -> float:

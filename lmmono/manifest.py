@@ -40,7 +40,9 @@ STAGES = {
         ("vectors.duckdb", "vectors.duckdb.wal", "vectors"),
     ),
     "dictionary": Stage((*_MODEL, "capture", "dictionary"), ("dictionaries",)),
-    "score": Stage((*_MODEL, "capture"), ()),  # rows in the store that capture makes
+    # rows in the store that capture makes
+    "explain": Stage((*_MODEL, "capture", "explain"), ()),
+    "score": Stage((*_MODEL, "capture", "explain", "score"), ()),
 }
 """The stages in their order."""
 

@@ -104,7 +104,8 @@ def _store_latents(run: Run, fits: Sequence[Fit], store: astore.Store, progress:
         progress=progress,
         **kept,
     )
-    run.reopen("score")  # there are units that it has not seen
+    for stage in ("explain", "score"):
+        run.reopen(stage)  # there are units that it has not seen
 
 
 @contextmanager

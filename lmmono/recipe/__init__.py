@@ -1,7 +1,20 @@
 """Recipes: what a run does, as YAML that is checked whole before anything starts."""
 
 from lmmono.recipe.dictionaries import Dictionaries
+from lmmono.recipe.explaining import Explain, Score, Scoring
 from lmmono.recipe.recipe import SECTIONS, Recipe
 from lmmono.recipe.sections import Capture, Data, Model, Section, Train
 
-__all__ = ["SECTIONS", "Capture", "Data", "Dictionaries", "Model", "Recipe", "Section", "Train"]
+__all__ = [
+    "SECTIONS",
+    "Capture",
+    "Data",
+    "Dictionaries",
+    "Explain",
+    "Model",
+    "Recipe",
+    "Score",
+    "Scoring",
+    "Section",
+    "Train",
+]

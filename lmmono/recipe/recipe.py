@@ -12,9 +12,10 @@ from pydantic_core import PydanticCustomError
 
 from lmmono.errors import RecipeError
 from lmmono.recipe.dictionaries import Dictionaries
+from lmmono.recipe.explaining import Explain, Score, unexplained_clash
 from lmmono.recipe.sections import Capture, Data, Model, Section, Train, clash
 
-SECTIONS = ("data", "model", "train", "capture", "dictionary")
+SECTIONS = ("data", "model", "train", "capture", "dictionary", "explain", "score")
 """Keys that arms may change and digests may cover, in the order of the stages."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -53,6 +54,10 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
     """What goes into the store."""
     dictionary: Dictionaries = Dictionaries()
     """Dictionaries to learn; none by default."""
+    explain: Explain = Explain()
+    """Explanations of units; none by default."""
+    score: Score = Score()
+    """Scores of units and of their explanations."""
     arms: dict[Name, dict[str, Any]] = {}
     """Named changes, one run each: dotted keys (`model.arch: gpt2`) or whole sections."""
     arm: Name | None = None
@@ -71,6 +76,8 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
     @model_validator(mode="after")
     def _fit_rows(self) -> "Recipe":
         if fault := row_clash(self.data, self.train):
+            raise fault
+        if fault := unexplained_clash(self.explain, self.score):
             raise fault
         if len(set(self.seeds)) < len(self.seeds):
             raise clash("want every seed once", "seeds")

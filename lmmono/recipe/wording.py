@@ -78,7 +78,10 @@ def want(schema: Schema, root: Schema) -> str:
         least = f"at least {schema['minItems']} " if schema.get("minItems") else ""
         item = want(schema["items"], root)
         return f"a list of {least}" + (f"({item})" if " " in item else item)
-    return _NOUNS[schema.get("type", "object")] + _bounds(schema)
+    kinds = schema.get("type", "object")
+    if isinstance(kinds, list):
+        return " or ".join(_NOUNS[kind] for kind in kinds)
+    return _NOUNS[kinds] + _bounds(schema)
 
 
 def literals(schema: Schema) -> list[str]:

@@ -1,0 +1,45 @@
+"""The explanations of a run: what its recipe says of its units, in table `explanations`."""
+
+import activation_store as astore
+from lmmono.errors import RunError
+from lmmono.explaining.explanations import explain
+from lmmono.explaining.sampling import sample
+from lmmono.manifest import STAGES
+from lmmono.run import Run
+from lmmono.types import Progress, silent
+
+
+def explain_run(run: Run, *, progress: Progress = silent) -> Run:
+    """Explain the units that a run's recipe names, unless that is done or it names no explainer.
+
+    Units that have a row already are left as they are, so the same call goes on where it stopped.
+
+    Raises:
+        RunError: The run is not captured yet, or another process works on it.
+        ExplainError: A hook is not stored as rows, or split `explain` was not captured.
+        StoreError: The store cannot be read or written.
+    """
+    settings = run.recipe.explain
+    if not settings.explainers or run.is_done("explain"):
+        return run
+    if not run.is_done("capture"):
+        raise RunError(f"{run.dir}: not captured yet; run `lmmono capture {run.dir}` first")
+    seed, facts = run.recipe.seed, dict[str, int]()
+    units = None if settings.units is None else sample(settings.units, seed=seed)
+    digest = run.recipe.digest(*STAGES["explain"].sections)
+    with run.stage("explain", digest) as stage, astore.open(run.store_path, mode="a") as store:
+        for explainer in settings.explainers:
+            for preset in (None, *settings.presets):
+                made = explain(
+                    store,
+                    settings.hooks,
+                    units=units,
+                    explainer=explainer,
+                    preset=preset,
+                    window=settings.window,
+                    seed=seed,
+                    progress=progress,
+                )
+                facts[made.explainer] = made.n_explained
+        stage.facts.update(n_explained=facts)
+    return run
