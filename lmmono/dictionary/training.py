@@ -206,7 +206,8 @@ class Training:
         for name, parameter in self.sae.named_parameters():
             moments = {k: named[f"adam/{name}/{k}"] for k in ("exp_avg", "exp_avg_sq")}
             made.optimizer.state[parameter] = {
-                "step": named[f"adam/{name}/step"],  # moments lie in memory as their parameter does
+                "step": tensors[f"adam/{name}/step"],  # on the CPU wherever the SAE is
+                # laid out in memory as their parameter is
                 **{k: torch.empty_like(parameter).copy_(v) for k, v in moments.items()},
             }
         for name in _COUNTERS:
