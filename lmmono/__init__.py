@@ -49,12 +49,14 @@ if TYPE_CHECKING:
     from lmmono.reporting.figures import pareto
     from lmmono.reporting.tables import comparison
     from lmmono.run import Run, open_run
+    from lmmono.scoring.audit import Audit, audit_scorer
     from lmmono.scoring.differences import Difference, compare
     from lmmono.scoring.runs import score_run
     from lmmono.scoring.scores import Scores, score
     from lmmono.training import train
 
 __all__ = [
+    "Audit",
     "Classical",
     "Control",
     "Counts",
@@ -79,6 +81,7 @@ __all__ = [
     "ServerClient",
     "TokenCorpus",
     "TokenRows",
+    "audit_scorer",
     "build_model",
     "capture",
     "capture_run",
@@ -160,6 +163,7 @@ _HOMES = {
     "reporting.figures": ("pareto",),
     "reporting.tables": ("comparison",),
     "run": ("Run", "open_run"),
+    "scoring.audit": ("Audit", "audit_scorer"),
     "scoring.runs": ("score_run",),
     "scoring.differences": ("Difference", "compare"),
     "scoring.scores": ("Scores", "score"),

@@ -175,6 +175,23 @@ def score(target: RecipeOrRun, overrides: Overrides = None) -> None:
         _say(_scored(_created(recipe)))
 
 
+@app.command("audit-scorer")
+def audit_scorer(
+    name: Annotated[str, typer.Argument(help="A scorer; see `lmmono ls scorers`.")],
+    n_documents: Annotated[int, typer.Option(min=100, help="Documents, half for scores.")] = 600,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of text, noise and lies.")] = 0,
+) -> None:
+    """Say how often a scorer ranks true explanations of planted units above false ones."""
+    from lmmono.scoring.audit import audit_scorer
+    from lmmono.terminal import show_table, shown_progress
+
+    with shown_progress() as progress:
+        found = audit_scorer(name, n_documents=n_documents, seed=seed, progress=progress)
+    show_table(
+        tuple(found.rows[0]), [tuple(row.values()) for row in found.rows], title=found.metric
+    )
+
+
 @app.command()
 def sql(
     stores: Annotated[
