@@ -173,6 +173,29 @@ def test_classes_are_what_they_say_and_share_no_record(planted, store):
     assert (contrasts.index[5, 1] == -1).all()
 
 
+def test_tokens_that_changed_places_in_the_score_split_leave_chance(tmp_path, planted):
+    rng, mine = np.random.default_rng(0), planted.rows("score")
+    ids = planted.token_ids.copy()
+    ids[mine] = rng.permutation(ids[mine].reshape(-1)).reshape(ids[mine].shape)
+    with astore.open(tmp_path / "run", mode="w") as store:
+        rows = [astore.Rows(HOOK, 6, max_density=1.0)]
+        with store.writer(rows=rows, n_ctx=ids.shape[1]) as writer:
+            for split in ("explain", "score"):
+                here = planted.rows(split)
+                acts = {HOOK: planted.acts[here]}
+                seq = np.arange(here.start, here.stop)
+                writer.add(seq, ids[here], planted.doc_ids[here], split, acts)
+        lm.explain(store, HOOK, units=KNOWN)
+        for scorer, metrics in (
+            ("detection", ("detection", "detection_auroc")),
+            ("fuzz", ("fuzz", "fuzz_auroc", "fuzz_active", "fuzz_active_auroc")),
+        ):
+            found = rows_of(store, scorer, n=50)
+            for metric in metrics:
+                row = found[metric, ON_CAT, None]
+                assert row["ci_low"] < 0.5 < row["ci_high"], metric
+
+
 def test_rows_are_stored_and_summed_up_with_the_share_not_defined(store):
     found = lm.score(store, HOOK, scorer=["detection", "fuzz"], units=KNOWN, **SETTINGS)
     summary = {(row["metric"], row["control"]): row for row in found.summary}

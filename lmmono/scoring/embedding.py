@@ -14,10 +14,12 @@ from numpy import ndarray
 from lmmono.errors import ExplainError
 from lmmono.explaining.stored import read_vocabulary
 from lmmono.scoring.areas import area_row, present_classes
-from lmmono.scoring.contrasts import read_contrasts
+from lmmono.scoring.contrasts import Class, read_contrasts
 from lmmono.scoring.explained import explanations_of
 from lmmono.scoring.judging import shown_text
 from lmmono.scoring.registry import Job, Row
+
+CLASSES: tuple[Class, ...] = ("firing", "silent", "near_miss")
 
 QUERY = "A text that fits this description: {}"
 """What is said before the explanation."""
@@ -66,8 +68,7 @@ def score_embedding(job: Job) -> list[Row]:
     contrasts = read_contrasts(
         job, "score", int(settings["n"]), int(settings["window"]), bool(settings["ranked"])
     )
-    units, classes = contrasts.units.tolist(), ("firing", "silent", "near_miss")
-    index = contrasts.of(classes)
+    units, index = contrasts.units.tolist(), contrasts.of(CLASSES)
     used = np.unique(index[index >= 0])
     words = read_vocabulary(job.store)
     texts = [shown_text(contrasts.excerpts.token_ids[i], None, words) for i in used]
@@ -84,7 +85,7 @@ def score_embedding(job: Job) -> list[Row]:
                 there = index[i] >= 0
                 at = np.searchsorted(used, index[i][there])
                 scores[there] = vectors[at] @ placed[explanation.text]
-            sides = present_classes(index[i], len(classes))
+            sides = present_classes(index[i], len(CLASSES))
             for metric, other in (("embedding", 1), ("embedding_near_miss", 2)):
                 named = {"control": control, "details": {"encoder": encoder.name}}
                 both = scores[sides[0]], scores[sides[other]]

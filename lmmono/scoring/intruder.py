@@ -191,7 +191,7 @@ def _row(
     unanswered = int(np.isnan(right).sum())
     total = float(np.nansum(right)) + unanswered * chance
     low, high = wilson(total, n)
-    columns = {"value": total / n, "ci_low": low, "ci_high": high, "ci_method": METHOD}
+    columns: Row = {"value": total / n, "ci_low": low, "ci_high": high, "ci_method": METHOD}
     details = {"right": float(np.nansum(right)), "unanswered": unanswered, "chance": chance}
     return job.row(
         metric, unit, **known, **columns, nan_fraction=0.0, n_failures=unanswered, details=details

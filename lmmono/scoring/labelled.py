@@ -86,7 +86,7 @@ class _Measured:
 def score_labelled(job: Job) -> list[Row]:
     """Score units by selectivity and consistency, raw and corrected; control `shuffled_labels`."""
     known, learned = read_labelled(job, "score"), read_labelled(job, "explain")
-    found = {None: _measure(job, known, known.labels, learned)}
+    found: dict[str | None, _Measured] = {None: _measure(job, known, known.labels, learned)}
     if job.controls:
         labels = known.shuffled(np.random.default_rng((job.seed, 19)))
         found["shuffled_labels"] = _measure(job, known, labels, learned)

@@ -97,7 +97,7 @@ def _with_control(
 
 
 def _usable(learned: Labelled, known: Labelled) -> Int[ndarray, " concepts"]:
-    """Return the concepts with enough items.
+    """Return the concepts with enough items; of two classes the first.
 
     Raises:
         ExplainError: No concept has.
@@ -111,7 +111,8 @@ def _usable(learned: Labelled, known: Labelled) -> Int[ndarray, " concepts"]:
             f"labels: no concept has {MIN_ITEMS} items with it and without it in both splits; "
             f"take more items"
         )
-    return np.flatnonzero(enough)
+    is_yes_or_no = learned.labels.shape[1] == 2 and bool((learned.labels.sum(axis=1) == 1).all())
+    return np.flatnonzero(enough)[: 1 if is_yes_or_no else None]  # the other says the same
 
 
 def _probed(

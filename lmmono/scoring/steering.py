@@ -6,7 +6,8 @@ target: units and random directions are compared at the same size of effect.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmmono.errors import ExplainError
 from lmmono.explaining.grid import TokenGrid, read_grid
@@ -74,6 +75,7 @@ class Steering:
         self.prompts = self._ids(ends)
         self.n_documents = len(np.unique(self.grid.doc_ids[ends]))
         self._clean = self._logits(self.prompts, None)
+        self._past: tuple[int, Any] | None = None
 
     def _possible_ends(self, grid: TokenGrid) -> Int[ndarray, " cells"]:
         """Return the cells with a whole prompt of one document up to them."""
@@ -90,7 +92,7 @@ class Steering:
         return torch.from_numpy(self.grid.token_ids[cells].astype(np.int64))
 
     def _logits(
-        self, ids: Int[Tensor, "batch prompt"], change: Change | None
+        self, ids: Int[Tensor, "batch tokens"], change: Change | None, past: Any = None
     ) -> Float[Tensor, "batch d_vocab"]:
         """Return float32 logits after the last token, with its activations changed."""
 
@@ -103,14 +105,11 @@ class Steering:
         model = self._model
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         extra: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
-        was_training = model.training
-        model.eval()
-        try:
-            device = next(model.parameters()).device
-            with torch.no_grad(), attached(model, {} if change is None else {self._hook: watch}):
-                return model(ids.to(device), **extra).logits[:, -1].float().cpu()
-        finally:
-            model.train(was_training)
+        extra |= {} if past is None else {"past_key_values": past, "use_cache": True}
+        device = next(model.parameters()).device
+        watches = {} if change is None else {self._hook: watch}
+        with _at_rest(model), attached(model, watches):
+            return model(ids.to(device), **extra).logits[:, -1].float().cpu()
 
     def steered(self, random: bool = False) -> Iterator[Steered]:
         """Yield what steering each unit that ever fires does; or a random direction for each."""
@@ -155,15 +154,30 @@ class Steering:
     def _at(
         self, directions: Float[Tensor, "units d"], strength: Float[Tensor, " units"]
     ) -> tuple[Float[Tensor, "units prompts d_vocab"], Float[Tensor, "units prompts"]]:
-        """Return changes of logits and KL of all prompts at a strength for each direction."""
-        n = len(self.prompts)
-        added = (directions * strength[:, None]).repeat_interleave(n, dim=0)
-        ids = self.prompts.repeat(len(directions), 1)
-        logits = self._logits(ids, lambda acts: acts + added.to(acts))
-        clean = self._clean.repeat(len(directions), 1)
-        changes = logits - clean
-        changes = changes - changes.mean(dim=1, keepdim=True)
-        return changes.view(len(directions), n, -1), divergence(clean, logits).view(-1, n)
+        """Return changes of logits and KL of all prompts at a strength for each direction.
+
+        All but the last token of the prompts is run once; see `_before`.
+        """
+        n, n_units = len(self.prompts), len(directions)
+        added = (directions * strength[:, None]).repeat(n, 1)
+        past = self._before(n_units)
+        last = self.prompts[:, -1:].repeat_interleave(n_units, dim=0)
+        logits = self._logits(last, lambda acts: acts + added.to(acts), past)
+        past.crop(-1)
+        clean = self._clean.repeat_interleave(n_units, dim=0)
+        changes = (logits - clean).view(n, n_units, -1).transpose(0, 1)
+        kl = divergence(clean, logits).view(n, n_units).T
+        return changes - changes.mean(dim=2, keepdim=True), kl
+
+    def _before(self, n_units: int) -> Any:
+        """Return keys and values of all tokens but the last, each prompt once for each unit."""
+        if self._past is None or self._past[0] != n_units:
+            ids = self.prompts[:, :-1].to(next(self._model.parameters()).device)
+            with _at_rest(self._model):
+                past = self._model(ids, use_cache=True).past_key_values
+            past.batch_repeat_interleave(n_units)
+            self._past = n_units, past
+        return self._past[1]
 
     def natural(self, units: list[int]) -> Float[ndarray, "units prompts"]:
         """Return KL(clean || steered) in nats when the unit's maximum is added."""
@@ -190,6 +204,18 @@ class Steering:
             return np.zeros(0, np.float32)
         ids = self._ids(cells)
         return divergence(self._logits(ids, None), self._logits(ids, silence)).numpy()
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Generator[None]:
+    """Run in eval mode and without gradients."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def divergence(

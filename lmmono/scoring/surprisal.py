@@ -16,7 +16,7 @@ from lmmono.explaining.clients import Prompt, Reading
 from lmmono.explaining.explanation import Explanation, Usage
 from lmmono.explaining.stored import read_vocabulary
 from lmmono.scoring.areas import area_row, present_classes
-from lmmono.scoring.contrasts import Contrasts, read_contrasts
+from lmmono.scoring.contrasts import Class, Contrasts, read_contrasts
 from lmmono.scoring.explained import explanations_of, spent
 from lmmono.scoring.judging import joined_hash, shown_text
 from lmmono.scoring.registry import Job, Row
@@ -27,7 +27,7 @@ WITH = "The following text has to do with this: {}\n\n"
 WITHOUT = "The following text is an ordinary one:\n\n"
 """What is read before a text, without one."""
 
-CLASSES = ("firing", "silent", "near_miss")
+CLASSES: tuple[Class, ...] = ("firing", "silent", "near_miss")
 
 
 def mean_logprob(reading: Reading, before: str) -> float:

@@ -282,7 +282,7 @@ def _rows(
         ends = [np.clip(end, *_BOUNDS[metric]) for end in jackknife(parts)]
         for i, unit in enumerate(rows.units.tolist()):
             columns = columns_of(parts[i, 0], ends[0][i], ends[1][i], METHOD)
-            counts = {"n": int(n_active[i]), "n_tokens": int(corpus.n_tokens.sum())}
+            counts: Row = {"n": int(n_active[i]), "n_tokens": int(corpus.n_tokens.sum())}
             counts |= {"n_documents": corpus.n_documents, "control": control, "seed": None}
             found.append(job.row(metric, unit, **columns, **counts))
     return found
