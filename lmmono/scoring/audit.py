@@ -274,7 +274,7 @@ def _alike(values: ndarray, quality: ndarray) -> float:
     there = ~np.isnan(quality)
     values, quality = values[there], quality[there]
     constant = np.ptp(values) == 0 or np.ptp(quality) == 0
-    return 0.0 if constant else float(spearmanr(values, quality).statistic)
+    return 0.0 if constant else float(spearmanr(values, quality)[0])  # pyright: ignore[reportArgumentType]
 
 
 def _ranking(wins: Float[ndarray, " units"]) -> dict[str, float | None]:
