@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lmmono import stages
 from lmmono.errors import LmmonoError, RecipeError, TrainingStopped
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def capture(target: RecipeOrRun, overrides: Overrides = None) -> None:
     for recipe in _runs_of(target, overrides):
         with current().main_first():
             run = _created(recipe)
-        _say(_captured(run))
+        _say(stages.captured(run))
 
 
 @app.command()
@@ -155,7 +156,7 @@ def dictionary(target: RecipeOrRun, overrides: Overrides = None) -> None:
     for recipe in _runs_of(target, overrides):
         if not recipe.dictionary.learn:
             raise RecipeError([f"{target}: dictionary.learn: want a dictionary to learn, got none"])
-        _say(_learned(_created(recipe)))
+        _say(stages.learned(_created(recipe)))
 
 
 @app.command()
@@ -165,14 +166,14 @@ def explain(target: RecipeOrRun, overrides: Overrides = None) -> None:
         if not recipe.explain.explainers:
             message = "want an explainer; see `lmmono ls explainers`"
             raise RecipeError([f"{target}: explain.explainers: {message}"])
-        _say(_explained(_created(recipe)))
+        _say(stages.explained(_created(recipe)))
 
 
 @app.command()
 def score(target: RecipeOrRun, overrides: Overrides = None) -> None:
     """Score the units of captured runs, and what was said of them; controls beside them."""
     for recipe in _runs_of(target, overrides):
-        _say(_scored(_created(recipe)))
+        _say(stages.scored(_created(recipe)))
 
 
 @app.command("audit-scorer")
@@ -364,7 +365,7 @@ def _created(recipe: "Recipe") -> "Run":
 
 def _trained(recipe: "Recipe") -> "Run":
     """Train, unless that is done: then nothing heavy is imported."""
-    if _speaks():
+    if stages.speaks():
         run = _created(recipe)
         if run.is_done("train") and "RANK" not in os.environ:
             return run
@@ -375,64 +376,16 @@ def _trained(recipe: "Recipe") -> "Run":
         return train(recipe, progress=progress)
 
 
-def _captured(run: "Run") -> "Run":
-    """Capture, unless that is done: then nothing heavy is imported."""
-    if run.is_done("capture"):
-        return run
-    from lmmono.capturing import capture_run
-    from lmmono.terminal import shown_progress
-
-    if not _speaks():
-        return capture_run(run)
-    with shown_progress() as progress:
-        return capture_run(run, progress=progress)
-
-
-def _learned(run: "Run") -> "Run":
-    """Learn dictionaries, unless that is done or there are none: then nothing heavy is imported."""
-    if run.is_done("dictionary") or not run.recipe.dictionary.learn:
-        return run
-    from lmmono.dictionary.runs import dictionary_run
-    from lmmono.terminal import shown_progress
-
-    with shown_progress() as progress:
-        return dictionary_run(run, progress=progress)
-
-
-def _explained(run: "Run") -> "Run":
-    """Explain, unless that is done or nothing is asked for: then nothing heavy is imported."""
-    if run.is_done("explain") or not run.recipe.explain.explainers:
-        return run
-    from lmmono.explaining.runs import explain_run
-    from lmmono.terminal import shown_progress
-
-    with shown_progress() as progress:
-        return explain_run(run, progress=progress)
-
-
-def _scored(run: "Run") -> "Run":
-    """Score, unless that is done: then nothing heavy is imported."""
-    if run.is_done("score"):
-        return run
-    from lmmono.scoring.runs import score_run
-    from lmmono.terminal import shown_progress
-
-    with shown_progress() as progress:
-        return score_run(run, progress=progress)
-
-
 def _finish(recipe: "Recipe") -> "list[Run]":
-    return [_scored(_explained(_learned(_captured(_trained(one))))) for one in recipe.runs()]
+    return [
+        stages.scored(stages.explained(stages.learned(stages.captured(_trained(one)))))
+        for one in recipe.runs()
+    ]
 
 
 def _say(run: "Run") -> None:
-    if _speaks():
+    if stages.speaks():
         print(run)
-
-
-def _speaks() -> bool:
-    """Say whether this process speaks for all that `accelerate launch` has started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

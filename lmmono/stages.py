@@ -1,0 +1,60 @@
+"""The stages of a run, each done if it is not yet: what is done imports nothing heavy."""
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmmono.run import Run
+else:  # for annotations only
+    Run = object
+
+
+def captured(run: Run) -> Run:
+    """Capture, unless that is done: then nothing heavy is imported."""
+    if run.is_done("capture"):
+        return run
+    from lmmono.capturing import capture_run
+    from lmmono.terminal import shown_progress
+
+    if not speaks():
+        return capture_run(run)
+    with shown_progress() as progress:
+        return capture_run(run, progress=progress)
+
+
+def learned(run: Run) -> Run:
+    """Learn dictionaries, unless that is done or there are none: then nothing heavy is imported."""
+    if run.is_done("dictionary") or not run.recipe.dictionary.learn:
+        return run
+    from lmmono.dictionary.runs import dictionary_run
+    from lmmono.terminal import shown_progress
+
+    with shown_progress() as progress:
+        return dictionary_run(run, progress=progress)
+
+
+def explained(run: Run) -> Run:
+    """Explain, unless that is done or nothing is asked for: then nothing heavy is imported."""
+    if run.is_done("explain") or not run.recipe.explain.explainers:
+        return run
+    from lmmono.explaining.runs import explain_run
+    from lmmono.terminal import shown_progress
+
+    with shown_progress() as progress:
+        return explain_run(run, progress=progress)
+
+
+def scored(run: Run) -> Run:
+    """Score, unless that is done: then nothing heavy is imported."""
+    if run.is_done("score"):
+        return run
+    from lmmono.scoring.runs import score_run
+    from lmmono.terminal import shown_progress
+
+    with shown_progress() as progress:
+        return score_run(run, progress=progress)
+
+
+def speaks() -> bool:
+    """Say whether this process speaks for all that `accelerate launch` has started."""
+    return os.environ.get("RANK", "0") == "0"
