@@ -55,12 +55,16 @@ class RecordReader:
         self._turn_to(hook)
         if asked not in self._records:
             excerpts = self.excerpts(split, window)
-            given = {"units": units, "seed": self.seed}
-            self._records[asked] = (
-                read_token_windows(self.store, hook, excerpts.grid, counts, window=window, **given)
-                if token_centred
-                else read_records(self.store, hook, excerpts, counts, **given)
-            )
+            if token_centred:
+                grid = excerpts.grid
+                found = read_token_windows(
+                    self.store, hook, grid, counts, window=window, units=units, seed=self.seed
+                )
+            else:
+                found = read_records(
+                    self.store, hook, excerpts, counts, units=units, seed=self.seed
+                )
+            self._records[asked] = found
         return self._records[asked]
 
     def ranked(self, hook: str, split: Split, ranks: Ranks, **settings: object) -> Records:

@@ -44,9 +44,13 @@ class Counts:
     firing: int = 0
     near_miss: int = 0
 
+    def kinds(self) -> tuple[Kind, ...]:
+        """Return the kind of each record of a unit."""
+        return tuple(kind for kind in KINDS for _ in range(getattr(self, kind)))
+
     def total(self) -> int:
         """Return the records per unit."""
-        return sum(getattr(self, kind) for kind in KINDS)
+        return len(self.kinds())
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +142,7 @@ def read_records(
         index[mine] = _choose(excerpts, counts, rows, largest, (seed, *hook.encode()))
         acts[mine] = _gathered(excerpts, rows, index[mine])
         done = mine.stop
-    kinds = tuple(kind for kind in KINDS for _ in range(getattr(counts, kind)))
-    return Records(hook, excerpts, chosen, kinds, index, acts, max_act)
+    return Records(hook, excerpts, chosen, counts.kinds(), index, acts, max_act)
 
 
 def _gathered(
@@ -180,11 +183,11 @@ class _Choices:
         self._excerpts = excerpts
         self._doc_ids = excerpts.doc_ids
 
-    def top(self, n: int, _: np.random.Generator, largest: ndarray, *__: ndarray) -> ndarray:
+    def top(self, n: int, _rng: np.random.Generator, largest: ndarray, *_: ndarray) -> ndarray:
         n_firing, n_near = int(np.count_nonzero(largest)), 8 * n
         while True:
             strongest = _strongest(largest, min(n_near, n_firing))
-            _, first = np.unique(self._doc_ids[strongest], return_index=True)
+            first = np.unique(self._doc_ids[strongest], return_index=True)[1]
             if len(first) >= n or n_near >= n_firing:
                 return strongest[np.sort(first)][:n]
             n_near *= 8

@@ -99,7 +99,7 @@ def find_explainer(name: str) -> Explainer:
     Raises:
         ExplainError: There is none; says which are near.
     """
-    from lmmono.explaining import explainers  # noqa: F401  fills the table
+    import_module("lmmono.explaining.explainers")  # fills the table
 
     if name not in EXPLAINERS:
         raise ExplainError(f"explainer {name!r} is not known; {nearest(name, sorted(EXPLAINERS))}")

@@ -124,10 +124,10 @@ class _Rules:
 
     def text(self, vocabulary: tuple[str, ...]) -> str:
         """Return the rules as a phrase: what raises the prediction, the strongest first."""
-        order = sorted(range(len(self._chosen)), key=lambda i: -self._weights[i])
+        order = np.argsort(-self._weights, kind="stable").tolist()
         said = [
-            ("" if self._weights[i] > 0 else "not ") + _said(*self._chosen[i], vocabulary)
-            for i in order
+            ("" if weight > 0 else "not ") + _said(group, keys, vocabulary)
+            for (group, keys), weight in ((self._chosen[i], self._weights[i]) for i in order)
         ]
         return "; ".join(said) or "no rule"
 

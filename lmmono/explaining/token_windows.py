@@ -51,8 +51,7 @@ def read_token_windows(
         done = mine.stop
     excerpts, index = _excerpts(grid, firsts, centres, window)
     acts[np.where(index[:, :, None] >= 0, excerpts.token_ids[index], PADDING) == PADDING] = 0
-    kinds = tuple(kind for kind in KINDS for _ in range(getattr(counts, kind)))
-    return Records(hook, excerpts, chosen, kinds, index, acts, max_act)
+    return Records(hook, excerpts, chosen, counts.kinds(), index, acts, max_act)
 
 
 def _centres(

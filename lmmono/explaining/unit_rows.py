@@ -106,11 +106,14 @@ def read_unit_rows(
 
 
 def _in_order(table: pa.Table, units: Int[ndarray, " units"], grid: TokenGrid) -> UnitRows:
-    columns = [table[name].to_numpy() for name in ("unit", "seq_id", "pos", "act")]
+    unit, seq, pos, act = (table[name].to_numpy() for name in ("unit", "seq_id", "pos", "act"))
     slots = np.full(int(units[-1] - units[0]) + 1, -1, np.int32)
     slots[units - units[0]] = np.arange(len(units))
     starts, cells, acts = _count_sorted(
-        *columns,
+        unit,
+        seq,
+        pos,
+        act,
         int(units[0]),
         slots,
         len(units),

@@ -116,7 +116,7 @@ def find_scorer(name: str) -> Scorer:
     Raises:
         ExplainError: There is none; says which are near.
     """
-    from lmmono.scoring import scorers  # noqa: F401  fills the table
+    import_module("lmmono.scoring.scorers")  # fills the table
 
     if name not in SCORERS:
         raise ExplainError(f"scorer {name!r} is not known; {nearest(name, sorted(SCORERS))}")

@@ -37,7 +37,8 @@ class Scores:
     n_found: int
     """Units that had a score already."""
     summary: tuple[dict[str, Any], ...]
-    """The headline rows of hooks and models, controls included."""
+    """The headline rows of models and hooks, the score before its controls; where some units have
+    no defined score, the mean of the others too."""
     seconds: float
     """Wall time."""
 
@@ -56,8 +57,8 @@ def _told(row: dict[str, Any]) -> str:
     what = row["metric"] + (f" [{row['control']}]" if row["control"] else "")
     low, high = row["ci_low"], row["ci_high"]
     interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-    undefined = row["nan_fraction"]
-    tail = f", {undefined:.0%} not defined" if undefined else ""
+    undefined = 0 if row["metric"].endswith("_defined") else row["nan_fraction"]
+    tail = f", {undefined:.1%} not defined count as 0" if undefined else ""
     return f"{what:<42} {row['hook']}: {row['value']:.3f}{interval}, n {row['n']:,}{tail}"
 
 
@@ -266,4 +267,11 @@ class _Plan:
         self._given.store.append("scores", rows)
         headline = self._scorer.metrics[0]
         empty = dict.fromkeys(("value", "ci_low", "ci_high", "nan_fraction", "control"))
-        return [empty | row for row in rows if row["metric"] == headline]
+        shown = [
+            empty | row
+            for row in rows
+            if row["metric"] == headline
+            or (row["metric"] == f"{headline}_defined" and row["nan_fraction"])
+        ]
+        # the score before its controls, models before their hooks
+        return sorted(shown, key=lambda row: (row["control"] or "", row["hook"], row["metric"]))

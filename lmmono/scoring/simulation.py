@@ -75,7 +75,7 @@ class Series:
     """Sums of each record; see `agreement.record_sums`."""
     present: Bool[ndarray, "units records"]
     """Which records there are."""
-    answers: list[Simulation | Failure]
+    answers: Sequence[Simulation | Failure]
     """What each unit's simulation took, or why it has none."""
     control: str | None = None
     """Name of the control; None for the score itself."""
@@ -123,8 +123,9 @@ def simulated(job: Job, records: Records) -> Iterator[Series]:
                 both = (ids >= 0) & np.take_along_axis(ids >= 0, partner, axis=1)
                 sums = record_sums(other, predicted, both)
                 # what it took is counted once, with the score itself
-                free = [
-                    each if isinstance(each, str) else Simulation(each.acts) for each in answers
+                free: list[Simulation | Failure] = [
+                    Simulation(each.acts) if isinstance(each, Simulation) else each
+                    for each in answers
                 ]
                 yield Series(mine, sums, present, free, "shuffled_pairing")
 

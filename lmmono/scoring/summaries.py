@@ -98,46 +98,50 @@ def summary_rows(store: astore.Store, hooks: list[str], origin: Origin) -> list[
     """
     rows: list[Row] = []
     for (metric, control), by_hook in read_scores(store, hooks, origin).items():
-        families: dict[str, list[HookScores]] = {}
+        families: dict[str, dict[str, HookScores]] = {}
         for hook, scores in by_hook.items():
             family = re.sub(r"^blocks\.\d+\.", "blocks.*.", hook)
             for name in {hook, family}:
-                families.setdefault(name, []).append(scores)
+                families.setdefault(name, {})[hook] = scores
         for name, groups in families.items():
             known = {"metric": metric, "control": control, "hook": name}
             rows += [known | row for row in _means(metric, groups, origin)]
     return rows
 
 
-def _means(metric: str, groups: list[HookScores], origin: Origin) -> list[Row]:
+def _means(metric: str, by_hook: dict[str, HookScores], origin: Origin) -> list[Row]:
     """Return the row with all units, and where there is a metric for it, the one with defined."""
     shared = {"preset": origin.preset, "explainer": origin.explainer, "judge": origin.judge}
     shared |= {"seed": origin.seed, "split": origin.split, "ci_level": LEVEL}
+    groups = by_hook.values()
     shared |= {"n_records": sum(group.n_records for group in groups)}
     shared |= {"n_tokens": sum(group.n_tokens for group in groups)}
     shared |= {"n_failures": sum(group.n_failed for group in groups)}
-    rows = [_mean(metric, [group.values for group in groups], groups)]
+    n_all, n_defined = (sum(map(len, side)) for side in zip(*map(_sides, groups), strict=True))
+    if n_all:
+        shared["nan_fraction"] = 1 - n_defined / n_all
+    rows = [_mean(metric, {hook: group.values for hook, group in by_hook.items()})]
     if f"{metric}_defined" in METRICS:
-        rows.append(_mean(f"{metric}_defined", [group.defined for group in groups], groups))
+        defined = {hook: group.defined for hook, group in by_hook.items()}
+        rows.append(_mean(f"{metric}_defined", defined))
     return [shared | row for row in rows]
 
 
-def _mean(metric: str, values: list[ndarray], groups: list[HookScores]) -> Row:
-    version, n = METRICS[metric].version, sum(len(each) for each in values)
-    n_all = sum(len(group.values) for group in groups)
-    n_defined = sum(len(group.defined) for group in groups)
-    known: Row = {"metric": metric, "metric_version": version, "n": n}
-    if n_all:
-        known["nan_fraction"] = 1 - n_defined / n_all
-    if not all(len(each) for each in values):
+def _sides(group: HookScores) -> tuple[ndarray, ndarray]:
+    return group.values, group.defined
+
+
+def _mean(metric: str, values: dict[str, ndarray]) -> Row:
+    n = sum(map(len, values.values()))
+    known: Row = {"metric": metric, "metric_version": METRICS[metric].version, "n": n}
+    if not all(map(len, values.values())):
         return known | {"failure": "no_defined_unit"}
-    mean, low, high = mean_interval(values)
-    share = float(np.mean([(each > 0.2).mean() for each in values]))
+    mean, low, high = mean_interval(list(values.values()))
     known["value"] = mean
     known["details"] = {
-        "median": float(np.median(np.concatenate(values))),
-        "share_above_0.2": share,
-        "mean_of_each_hook": [float(each.mean()) for each in values],
+        "median": float(np.median(np.concatenate(list(values.values())))),
+        "share_above_0.2": float(np.mean([(each > 0.2).mean() for each in values.values()])),
+        "mean_of_hook": {hook: float(each.mean()) for hook, each in values.items()},
     }
     if np.isnan(low):
         return known
