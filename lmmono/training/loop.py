@@ -77,7 +77,10 @@ def train(recipe: Recipe, *, progress: Progress = silent) -> Run:
         if stage is not None:
             stage.facts.update(facts, data_digest=corpus.digest)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    # not end_training: it also ends the process group, which hangs now and then (the last barrier's
+    # thread waits for the interpreter's lock, whose holder waits for the thread)
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return run
 
 
