@@ -114,24 +114,28 @@ def score(
     found = match_stored_hooks(store, hooks)
     if hooks is None:
         found = [hook for hook in found if all(plan.can_score(hook) for plan in plans)] or found
-    reader, n_units, n_found = RecordReader(store, seed=seed), 0, 0
-    for done, hook in enumerate(found, start=1):
+    reader = RecordReader(store, seed=seed)
+    n_units, n_found = _score_hooks(plans, found, reader, overwrite, progress)
+    summary = tuple(row for plan in plans for row in plan.sum_up(found))
+    chosen, seconds = (plans[0].preset, plans[0].explainer), time.perf_counter() - started
+    return Scores(store, tuple(names), tuple(found), *chosen, n_units, n_found, summary, seconds)
+
+
+def _score_hooks(
+    plans: "Sequence[_Plan]",
+    hooks: Sequence[str],
+    reader: RecordReader,
+    overwrite: bool,
+    progress: Progress,
+) -> tuple[int, int]:
+    """Score hook by hook; return how many units were scored, and how many were already."""
+    n_units, n_found = 0, 0
+    for done, hook in enumerate(hooks, start=1):
         for plan in plans:
             n_new, n_old = plan.score(hook, reader, overwrite, progress)
             n_units, n_found = n_units + n_new, n_found + n_old
-        progress(f"score {', '.join(names)}", done, len(found))
-    summary = tuple(row for plan in plans for row in plan.sum_up(found))
-    return Scores(
-        store,
-        tuple(names),
-        tuple(found),
-        plans[0].preset,
-        plans[0].explainer,
-        n_units,
-        n_found,
-        summary,
-        time.perf_counter() - started,
-    )
+        progress(f"score {hook}", done, len(hooks))
+    return n_units, n_found
 
 
 @dataclass(frozen=True, slots=True)
