@@ -84,9 +84,8 @@ def parsed(con: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
 
 
 def _check(con: duckdb.DuckDBPyConnection, query: str) -> None:
-    row = con.execute("SELECT json_serialize_sql($1)", [query]).fetchone()
-    assert row is not None
-    tree = json.loads(row[0])
+    ((text,),) = con.execute("SELECT json_serialize_sql($1)", [query]).fetchall()
+    tree = json.loads(text)
     if tree["error"]:
         raise QueryError(
             "only SELECT, FROM, WITH, VALUES, DESCRIBE, SUMMARIZE, SHOW and EXPLAIN of these run "

@@ -256,9 +256,8 @@ class Lake:
 
     def info(self) -> Info:
         """Return what the lake holds, in numbers; the bytes are those of its shards."""
-        row = self.sql(_INFO).fetchone()
+        (row,) = self.sql(_INFO).fetchall()
         meta = dict(self.sql("SELECT key, value FROM meta").fetchall())
-        assert row is not None
         n_shards, n_bytes, n_tokens, n_acts, n_vectors, n_documents, hooks = row
         return Info(
             path=self.path,

@@ -66,7 +66,7 @@ class ActsWriter:
         self._parquet = pq.ParquetWriter(
             _Sink(write),
             self._schema,
-            use_dictionary=["hook", "unit"],
+            use_dictionary=["hook", "unit"],  # pyright: ignore[reportArgumentType]
             column_encoding=dict.fromkeys(("seq_id", "pos"), "DELTA_BINARY_PACKED"),
             write_batch_size=_BATCH_ROWS,
             compression="none",

@@ -52,13 +52,13 @@ class Replay:
         self.hook, self._store = hook, store
         self._source = select(store, [hook], None, None).sources[0]
         self.d, self.n_tokens = self._source.d, self._source.n_rows
-        row = store.sql("SELECT value FROM meta WHERE key = 'n_ctx'").fetchone()
-        if row is None:
+        rows = store.sql("SELECT value FROM meta WHERE key = 'n_ctx'").fetchall()
+        if not rows:
             raise ContentError(
                 f"{store.path}: table meta has no n_ctx, which every capture writes; capture the "
                 "hook again."
             )
-        self.n_ctx = int(row[0])
+        self.n_ctx = int(rows[0][0])
 
     def batches(
         self, skip: int = 0, batch_tokens: int = 8192, max_tokens: int | None = None

@@ -84,12 +84,11 @@ def shard_name(kind: Kind, store_id: str, number: int) -> str:
 
 def next_number(con: duckdb.DuckDBPyConnection) -> int:
     """Return the smallest number above those of every listed shard."""
-    row = con.execute(
+    ((number,),) = con.execute(
         "SELECT coalesce(max(CAST(regexp_extract(file, '-(\\d+)\\.parquet$', 1) AS BIGINT)), -1)"
         " + 1 FROM shards"
-    ).fetchone()
-    assert row is not None
-    return int(row[0])
+    ).fetchall()
+    return int(number)
 
 
 def register(con: duckdb.DuckDBPyConnection, shards: Iterable[Shard]) -> None:

@@ -76,8 +76,8 @@ def merge_seen(into: Seen, other: Seen) -> None:
 
 def read(con: duckdb.DuckDBPyConnection, key: str) -> bytes | None:
     """Return what is stored under `key`, or None."""
-    row = con.execute("SELECT value FROM writer_state WHERE key = $1", [key]).fetchone()
-    return None if row is None else bytes(row[0])
+    rows = con.execute("SELECT value FROM writer_state WHERE key = $1", [key]).fetchall()
+    return bytes(rows[0][0]) if rows else None
 
 
 def write(con: duckdb.DuckDBPyConnection, key: str, value: bytes) -> None:

@@ -90,6 +90,9 @@ class Info:
         )
 
 
+# version 2 warns of a copy that it makes there, and has none to make from `sql`
+_ARROW_FROM_CURSOR = duckdb.__version__.startswith("1.")
+
 _INFO = """
 SELECT
     (SELECT count(*) FROM shards), (SELECT count(*) FROM documents),
@@ -256,9 +259,8 @@ class Store:
 
     def info(self) -> Info:
         """Return what the store holds, in numbers."""
-        row = self.sql(_INFO).fetchone()
+        (row,) = self.sql(_INFO).fetchall()
         meta = dict(self.sql("SELECT key, value FROM meta").fetchall())
-        assert row is not None
         shards, documents, n_tokens, n_acts, n_vectors, n_bytes, hooks = row
         return Info(
             path=self.path,
@@ -373,11 +375,14 @@ def _bound(
 ) -> duckdb.DuckDBPyRelation:
     """Return the relation of a query with parameters.
 
-    DuckDB keeps the rows of `sql(..., params=...)` as single values, which take 2 microseconds each
-    to read back; through Arrow the same rows take a fiftieth of that. Arrow's relations refuse two
-    columns of one name, so the second becomes `name_1`.
+    DuckDB 1 keeps the rows of `sql(..., params=...)` as single values, which take 2 microseconds
+    each to read back; through Arrow the same rows take a fiftieth of that. Arrow's relations
+    refuse two columns of one name, so the second becomes `name_1`.
     """
-    table = cursor.execute(statement, dict(params)).to_arrow_table()
+    if _ARROW_FROM_CURSOR:
+        table = cursor.execute(statement, dict(params)).to_arrow_table()
+    else:
+        table = cursor.sql(statement, params=dict(params)).to_arrow_table()
     names: list[str] = table.column_names
     unique = [
         f"{name}_{names[:i].count(name)}" if name in names[:i] else name

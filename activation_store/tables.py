@@ -156,7 +156,7 @@ def replace(con: duckdb.DuckDBPyConnection, table: str, rows: Any) -> int:
         con.execute(f"DELETE FROM {table} t USING incoming i WHERE {same}")
         con.execute(
             f"INSERT INTO {table} BY NAME SELECT * FROM incoming ORDER BY {', '.join(keys)}"
-        )
+        ).fetchall()
     except (duckdb.ConstraintException, duckdb.ConversionException) as fault:
         raise ContentError(f"{table}: {str(fault).splitlines()[0]}") from fault
     finally:
@@ -166,9 +166,10 @@ def replace(con: duckdb.DuckDBPyConnection, table: str, rows: Any) -> int:
 
 def _refuse_twins(con: duckdb.DuckDBPyConnection, table: str) -> None:
     keys = ", ".join(KEYS[table])
-    twin = con.execute(
+    twins = con.execute(
         f"SELECT {keys}, count(*) FROM incoming GROUP BY {keys} HAVING count(*) > 1 LIMIT 1"
-    ).fetchone()
-    if twin is not None:
+    ).fetchall()
+    if twins:
+        twin = twins[0]
         named = ", ".join(f"{k}={v!r}" for k, v in zip(KEYS[table], twin, strict=False))
         raise ContentError(f"{table}: {twin[-1]} of the rows have the same key: {named}.")

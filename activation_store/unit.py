@@ -167,8 +167,8 @@ def read_unit(store: Queried, hook: str, unit: int) -> Unit:
         ContentError: the store has no statistics of that unit; names the hooks it has.
     """
     found = store.sql("FROM unit($hook, $unit)", hook=hook, unit=unit)
-    row = found.fetchone()
-    if row is None:
+    rows = found.fetchall()
+    if not rows:
         known = store.sql(
             "SELECT hook, d FROM hooks WHERE kind = 'rows' ORDER BY hook LIMIT 20"
         ).fetchall()
@@ -176,7 +176,7 @@ def read_unit(store: Queried, hook: str, unit: int) -> Unit:
         raise ContentError(
             f"{store.path}: no unit {unit} of hook {hook!r}; hooks captured as rows: {listing}."
         )
-    return Unit(store, dict(zip(found.columns, row, strict=True)))
+    return Unit(store, dict(zip(found.columns, rows[0], strict=True)))
 
 
 def read_exemplars(

@@ -51,8 +51,7 @@ def build(folder: Path, n_million: int) -> Path:
 def queries(store: astore.Store) -> dict[str, Callable[[], object]]:
     """Return the timed queries, each with units and tokens drawn anew."""
     draw = random.Random(0)
-    bounds = store.sql("SELECT min(seq_id), max(seq_id) FROM token_ids").fetchone()
-    assert bounds is not None
+    bounds = store.sql("SELECT min(seq_id), max(seq_id) FROM token_ids").fetchall()[0]
 
     def ask(query: str, **params: object) -> Callable[[], object]:
         def run() -> object:
@@ -114,8 +113,9 @@ def main() -> None:
             path = build(options.folder or Path(made), n_million)
             with astore.open(path) as store:
                 info = store.info()
-                size = store.sql("SELECT sum(n_bytes) FROM shards WHERE kind = 'acts'").fetchone()
-                assert size is not None
+                size = store.sql("SELECT sum(n_bytes) FROM shards WHERE kind = 'acts'").fetchall()[
+                    0
+                ]
                 print(f"{info.n_acts / 1e6:.1f} M acts, {size[0] / info.n_acts:.2f} bytes each")
                 timed = {**queries(store), "floor: pyarrow reads one unit": floor(store)}
                 for name, run in timed.items():

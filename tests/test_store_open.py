@@ -42,7 +42,7 @@ def n_acts(small) -> int:
 @pytest.mark.parametrize("path", ["run", "run/store.duckdb"])
 def test_a_store_opens_by_its_folder_or_its_file(small, path):
     with astore.open(small.path.parent / path) as store:
-        assert store.sql(COUNT).fetchone() == (n_acts(small),)
+        assert store.sql(COUNT).fetchall() == [(n_acts(small),)]
         assert repr(store).startswith(f"Store({small.path}/store.duckdb")
 
 
@@ -66,7 +66,7 @@ def test_a_store_is_not_overwritten_unless_asked(small):
     old = astore.open(small.path).info().store_id
     with astore.open(small.path, "w", overwrite=True) as store:
         assert store.info().store_id != old
-        assert store.sql(COUNT).fetchone() == (0,)
+        assert store.sql(COUNT).fetchall() == [(0,)]
 
 
 def test_a_folder_that_holds_something_else_is_never_overwritten(tmp_path):
@@ -116,7 +116,7 @@ def test_a_closed_store_says_so(small):
     store = astore.open(small.path)
     rows = store.sql(COUNT)
     store.close()
-    assert rows.fetchone() == (n_acts(small),)
+    assert rows.fetchall() == [(n_acts(small),)]
     with pytest.raises(astore.StoreError, match="closed"):
         store.sql(COUNT)
 
@@ -138,23 +138,23 @@ def test_a_store_can_be_moved_and_read_from_any_folder(small, tmp_path, monkeypa
     small.path.rename(moved)
     monkeypatch.chdir("/")
     with astore.open(moved) as store:
-        assert store.sql(COUNT).fetchone() == (n_acts(small),)
+        assert store.sql(COUNT).fetchall() == [(n_acts(small),)]
     monkeypatch.chdir(moved)
     with astore.open("store.duckdb") as store:
-        assert store.sql(COUNT).fetchone() == (n_acts(small),)
+        assert store.sql(COUNT).fetchall() == [(n_acts(small),)]
 
 
 def test_duckdb_alone_reads_the_store_in_its_folder(small, monkeypatch):
     monkeypatch.chdir(small.path)
     with duckdb.connect("store.duckdb", read_only=True) as con:
-        assert con.sql(COUNT).fetchone() == (n_acts(small),)
+        assert con.sql(COUNT).fetchall() == [(n_acts(small),)]
         found = con.sql(f"FROM exemplars('{HOOK}', 1, 3)").fetchall()
     with astore.open(".") as store:
         assert found == store.sql("FROM exemplars($h, 1, 3)", h=HOOK).fetchall()
     monkeypatch.chdir("/")
     with duckdb.connect(small.path / "store.duckdb", read_only=True) as con:
         con.execute("SET file_search_path = $1", [str(small.path)])
-        assert con.sql(COUNT).fetchone() == (n_acts(small),)
+        assert con.sql(COUNT).fetchall() == [(n_acts(small),)]
 
 
 def test_two_stores_join_when_one_is_attached(small, tmp_path):
@@ -168,10 +168,10 @@ def test_two_stores_join_when_one_is_attached(small, tmp_path):
         ).fetchall()
         shared = store.sql(
             "SELECT count(*) FROM activations JOIN b.activations USING (hook, unit, seq_id, pos)"
-        ).fetchone()
+        ).fetchall()[0]
         excerpts = store.sql("FROM b.exemplars($h, 2, 4)", h=HOSTILE).fetchall()
         pair = store.sql("FROM b.coactivation($h, 1, 2)", h=HOOK).fetchall()
-        assert store.sql(COUNT).fetchone() == (n_acts(small),)
+        assert store.sql(COUNT).fetchall() == [(n_acts(small),)]
     assert both == [
         (u, (small.acts[HOOK][..., u] > 0).mean(), (other.acts[HOOK][..., u] > 0).mean())
         for u in range(D)
@@ -193,7 +193,7 @@ def test_an_attached_store_needs_a_new_plain_name(small, tmp_path, name):
             store.attach(other.path, name)
         with pytest.raises(astore.NotAStoreError):
             store.attach(tmp_path / "nowhere", "c")
-        assert store.sql("SELECT count(*) FROM b.hooks").fetchone() == (3,)
+        assert store.sql("SELECT count(*) FROM b.hooks").fetchall() == [(3,)]
 
 
 def test_a_commit_that_fails_changes_nothing(small):
@@ -230,17 +230,16 @@ def test_two_processes_that_write_at_once_lose_nothing_and_a_reader_is_never_blo
     seen = []
     while any(writer.poll() is None for writer in writers):
         with astore.open(small.path) as store:
-            seen.append(store.sql("SELECT count(*) FROM scores").fetchone()[0])
-            assert store.sql(COUNT).fetchone() == (n_acts(small),)
+            seen.append(store.sql("SELECT count(*) FROM scores").fetchall()[0][0])
+            assert store.sql(COUNT).fetchall() == [(n_acts(small),)]
     for writer in writers:
         assert writer.wait() == 0, writer.stderr.read()
         writer.communicate()
     assert seen == sorted(seen)
     with astore.open(small.path) as store:
-        assert store.sql("SELECT count(*), count(DISTINCT metric) FROM scores").fetchone() == (
-            10,
-            2,
-        )
+        assert store.sql("SELECT count(*), count(DISTINCT metric) FROM scores").fetchall() == [
+            (10, 2)
+        ]
 
 
 HOLDER = """
@@ -281,7 +280,7 @@ def test_threads_of_one_process_take_turns_too(small):
     for thread in threads:
         thread.join()
     with astore.open(small.path) as store:
-        assert store.sql("SELECT count(*) FROM scores").fetchone() == (9,)
+        assert store.sql("SELECT count(*) FROM scores").fetchall() == [(9,)]
 
 
 def test_threads_may_share_a_store(small):
@@ -292,7 +291,7 @@ def test_threads_may_share_a_store(small):
             for _ in range(5):
                 found = store.sql(
                     "SELECT count(*) FROM acts WHERE hook = $h AND unit = $u", h=HOOK, u=unit
-                ).fetchone()
+                ).fetchall()[0]
                 if found != (int((small.acts[HOOK][..., unit] > 0).sum()),):
                     failures.append((unit, found))
 
@@ -337,7 +336,7 @@ def test_what_no_commit_lists_does_not_exist_and_is_swept_by_a_writer(small):
     for path in (stray, half, foreign):
         path.write_bytes(b"PAR1")
     with astore.open(small.path) as store:
-        assert store.sql(COUNT).fetchone() == (n_acts(small),)
+        assert store.sql(COUNT).fetchall() == [(n_acts(small),)]
     assert astore.verify(small.path).left_over == (half.name, stray.name)
     with duckdb.connect(where.file, read_only=True) as con:
         names = {shard.file for shard in shards.listed(con)}
@@ -392,14 +391,14 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(disk):
         assert astore.verify(small.path).ok
         ballast.unlink()
         assert store.append("scores", rows) == 10
-        assert store.sql(COUNT).fetchone() == (n_acts(small),)
+        assert store.sql(COUNT).fetchall() == [(n_acts(small),)]
 
 
 def test_a_read_only_folder_reads_and_refuses_to_be_written(disk):
     small = small_store(disk / "run")
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     with astore.open(small.path, "a") as store:
-        assert store.sql(COUNT).fetchone() == (n_acts(small),)
+        assert store.sql(COUNT).fetchall() == [(n_acts(small),)]
         with pytest.raises(astore.WriteError, match=r"no permission.*intact"):
             store.append("scores", [{"metric": "m", "metric_version": 1}])
     with pytest.raises(astore.WriteError, match="no permission"):

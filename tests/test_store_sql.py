@@ -48,7 +48,7 @@ def test_a_store_that_lost_its_tokens_still_shows_its_acts(tmp_path):
         shard.unlink()
     assert astore.verify(small.path, repair=True).ok
     with astore.open(small.path) as store:
-        found = store.sql("SELECT count(*), count(token) FROM activations").fetchone()
+        found = store.sql("SELECT count(*), count(token) FROM activations").fetchall()[0]
     assert found == (sum(int((acts > 0).sum()) for acts in small.acts.values()), 0)
 
 
@@ -180,7 +180,7 @@ def test_coactivation_counts_tokens_where_both_are_stored(small, store, a, b):
     x, y = (small.acts[HOOK][..., u].reshape(-1).astype(np.float64) for u in (a, b))
     n, n_a, n_b, both, expected, lift, jaccard, cosine = store.sql(
         "FROM coactivation($h, $a, $b)", h=HOOK, a=a, b=b
-    ).fetchone()
+    ).fetchall()[0]
     assert (n, n_a, n_b) == (x.size, (x > 0).sum(), (y > 0).sum())
     assert both == ((x > 0) & (y > 0)).sum()
     assert expected == pytest.approx(n_a * n_b / n)
@@ -229,7 +229,7 @@ def test_a_wrong_query_says_what_is_wrong(store, query, params, told):
 
 
 def test_shards_are_plain_parquet_for_polars_and_pyarrow(small, store):
-    n = store.sql("SELECT count(*), sum(act) FROM acts").fetchone()
+    n = store.sql("SELECT count(*), sum(act) FROM acts").fetchall()[0]
     pattern = small.path / "store" / "acts-*.parquet"
     frame = pl.scan_parquet(pattern).select(pl.len(), pl.col("act").sum()).collect()
     assert frame.row(0) == n
