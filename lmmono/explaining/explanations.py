@@ -122,12 +122,15 @@ class _Explaining:
         self._window = window
         self._counts = Counts(**explainer.shown) if counts is None else counts
         self._settings = {**explainer.settings, **settings}
-        changes: dict[str, object] = {k: v for k, v in settings.items()}
+        defaults = explainer.settings
+        changes: dict[str, object] = {k: v for k, v in settings.items() if defaults.get(k) != v}
         if preset is None:
             changes |= {} if window == 64 else {"window": window}
             shown = {kind: getattr(self._counts, kind) for kind in KINDS}
             default = {kind: explainer.shown.get(kind, 0) for kind in KINDS}
             changes |= {kind: n for kind, n in shown.items() if n != default[kind]}
+        elif counts is not None or window != 64:
+            raise ExplainError(f"preset {preset!r} says counts and window; leave those out")
         self.name = str(variant(explainer.name, preset, changes))
         self._reader = RecordReader(store, seed=seed)
         self._vocabulary = read_vocabulary(store)
