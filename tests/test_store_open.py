@@ -381,7 +381,7 @@ def disk(tmp_path):
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(disk):
     small = small_store(disk / "run")
     ballast = disk / "ballast"
-    ballast.write_bytes(bytes(shutil.disk_usage(disk).free - 1_000_000))
+    ballast.write_bytes(bytes(shutil.disk_usage(disk).free - 100_000))
     rows = [{"metric": "m", "metric_version": 1, "seed": i} for i in range(10)]
     with astore.open(small.path, "a") as store:
         with pytest.raises(astore.WriteError, match=r"disk is full.*intact"):

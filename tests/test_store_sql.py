@@ -1,5 +1,6 @@
 """What views, macros and Python calls answer, against the arrays that the store was made from."""
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -241,9 +242,9 @@ def test_a_filter_on_hook_and_unit_or_on_a_sequence_reaches_the_files(store):
     plan = store.sql(
         "EXPLAIN SELECT act FROM activations WHERE hook = $h AND unit = $u", h=HOOK, u=3
     ).fetchall()[0][1]
-    assert "unit=3" in plan
+    assert re.search("unit ?= ?3", plan)
     assert plan.count("acts-") <= 2  # the shards of one hook; those of the other are dropped
     token = store.sql("EXPLAIN FROM acts WHERE seq_id = $s AND pos = $p", s=3, p=4)
     text = token.fetchall()[0][1]
-    assert "seq_id=3" in text
-    assert "pos=4" in text
+    assert re.search("seq_id ?= ?3", text)
+    assert re.search("pos ?= ?4", text)
