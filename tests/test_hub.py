@@ -25,6 +25,8 @@ HOOK = "blocks.0.hook_resid_post"
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     # the other way up and down is a binary that speaks to storage servers of its own
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    # the server is on this machine: a setting that keeps tests off the network is not about it
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with serving() as served:
         yield served
 
