@@ -1,0 +1,1 @@
+"""Labelled text tasks: the records, where they are read from, and the leakage check."""
