@@ -218,7 +218,7 @@ def test_what_cannot_be_explained_says_why(planted):
             ({"units": [D_VOCAB]}, "want units 0 to 5"),
             ({"max_rules": 3}, "token_lookup: no setting 'max_rules'; it has none"),
             ({"explainer": "context_rules", "max_rule": 3}, "did you mean max_rules"),
-            ({"preset": "openai", "window": 32}, "preset 'openai' says counts and window"),
+            ({"preset": "openai", "counts": lm.Counts(top=3)}, "'openai' says which records"),
         ):
             with pytest.raises(ExplainError, match=said):
                 lm.explain(store, **faulty)

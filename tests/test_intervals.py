@@ -100,7 +100,9 @@ def test_missing_records_and_single_ones_are_not_resampled():
     both = unit_intervals(sums[:, :4], present[:, :4], kinds[:4] * 0, AGREEMENTS["pearson"])
     alone = unit_intervals(sums[1:, :4], present[1:, :4], kinds[:4] * 0, AGREEMENTS["pearson"])
     assert both[0][1] == alone[0][0]
-    assert "approximate" in unit_method(19) and "approximate" not in unit_method(20)
+    assert "approximate" not in unit_method(20, 10)
+    assert "approximate: 19 records of a kind" in unit_method(19, 10)
+    assert "9 fire" in unit_method(20, 9)
 
 
 def planted(rng, n, n_top, n_random):

@@ -140,6 +140,21 @@ def test_controls_stay_low_where_the_score_is_high(store):
         assert rows[DENSE]["value"] < 0.4, control
 
 
+def test_what_is_said_of_another_unit_is_read_on_the_scale_of_the_unit_itself(store):
+    said = {ON_CAT: Lookup(np.array([CAT]), np.array([2.0]), 0.0)}
+    said[DENSE] = Lookup(np.arange(60), 0.1 + np.arange(60) / 40, 0.0)
+    store_programs(store, "two", said)
+    lm.score(store, HOOK, explainer="two", scorer="simulation_random")
+    records = RecordReader(store).records(HOOK, "score", lm.Counts(random=20))
+    ids = records.token_ids(DENSE)
+    (largest,) = store.sql(f"SELECT max_act FROM unit_stats WHERE unit = {DENSE}").fetchone()
+    predicted = said[ON_CAT].simulate(ids)[ids >= 0] * largest / 2.0
+    acts = records.acts[DENSE][ids >= 0].astype(float)
+    rows = unit_rows(store, "two", "simulation_random_deviation", control="random_explanation")
+    wanted = 1 - np.abs(acts - predicted).sum() / acts.sum()
+    assert rows[DENSE]["value"] == pytest.approx(wanted)
+
+
 def test_shuffled_pairing_keeps_a_record_with_others_of_its_kind(store):
     settings = {**find_scorer("simulation_tar").settings, "top": 4, "random": 6}
     job = Job(store, HOOK, RecordReader(store), settings=settings, explainer="token_lookup")

@@ -80,7 +80,7 @@ def explain(
         units: Units of every hook, a `sample`, or None for all.
         explainer: Name of the explainer; see `lmmono ls explainers`.
         preset: Records as in a paper; see `protocols`.
-        window: Most tokens per excerpt.
+        window: Most tokens per excerpt; a preset has its own.
         counts: Records shown; None takes the explainer's own.
         seed: Seed of what is drawn.
         client: Language model, for explainers that ask one.
@@ -129,8 +129,8 @@ class _Explaining:
             shown = {kind: getattr(self._counts, kind) for kind in KINDS}
             default = {kind: explainer.shown.get(kind, 0) for kind in KINDS}
             changes |= {kind: n for kind, n in shown.items() if n != default[kind]}
-        elif counts is not None or window != 64:
-            raise ExplainError(f"preset {preset!r} says counts and window; leave those out")
+        elif counts is not None:
+            raise ExplainError(f"preset {preset!r} says which records; leave counts= out")
         self.name = str(variant(explainer.name, preset, changes))
         self._reader = RecordReader(store, seed=seed)
         self._vocabulary = read_vocabulary(store)

@@ -54,6 +54,12 @@ def read_densities(store: astore.Store, hook: str) -> dict[int, float]:
     return dict(store.sql(query, hook=hook).fetchall())
 
 
+def read_maxima(store: astore.Store, hook: str) -> dict[int, float]:
+    """Return the largest activation of each unit of a hook, in units of the hook."""
+    query = "SELECT unit, coalesce(max_act, 0) FROM unit_stats WHERE hook = $hook"
+    return dict(store.sql(query, hook=hook).fetchall())
+
+
 def explained_units(store: astore.Store, hook: str, explainer: str, seed: int | None) -> list[int]:
     """Return the units that an explainer has rows of, failures included, ascending.
 

@@ -223,6 +223,6 @@ def _rows(
             if not np.isnan(low[i]) and not undefined_here:
                 fewest = int(min(present[i][kind == KINDS].sum() for kind in np.unique(KINDS)))
                 known |= {"ci_low": float(low[i]), "ci_high": float(high[i])}
-                known["ci_method"] = unit_method(fewest)
+                known["ci_method"] = unit_method(fewest, int(firing[i]))
         rows.append(job.row("anthropic_intervals", unit, **known))
     return rows

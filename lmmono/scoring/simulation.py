@@ -17,6 +17,7 @@ from lmmono.explaining.explanation import Explanation, Failure, Usage
 from lmmono.explaining.llm_simulation import Simulation
 from lmmono.explaining.protocols import Protocol, find_protocol
 from lmmono.explaining.records import Records
+from lmmono.explaining.stored import read_maxima
 from lmmono.scoring.agreement import AGREEMENTS, record_sums
 from lmmono.scoring.explained import UNSCORED, explanations_of, program_of, spent
 from lmmono.scoring.intervals import unit_intervals, unit_method
@@ -108,13 +109,18 @@ def simulated(job: Job, records: Records) -> Iterator[Series]:
     """Yield the series of some units at a time: the score's own, then those of the controls."""
     units = [int(unit) for unit in records.units]
     explained = explanations_of(job, units)
+    largest = read_maxima(job.store, job.hook)
     for first in range(0, len(units), UNITS_AT_ONCE):
         mine = np.arange(first, min(first + UNITS_AT_ONCE, len(units)))
         index, truth = records.index[mine], records.acts[mine]
         present = index >= 0
         ids = np.where(present[:, :, None], records.excerpts.token_ids[index], np.int32(-1))
         for control, explanations in explained.items():
-            predicted, answers = _predicted(job, [explanations[i] for i in mine], ids)
+            asked = [explanations[i] for i in mine]
+            predicted, answers = _predicted(job, asked, ids)
+            # what another unit's explanation says is read on the scale of this unit
+            ratio = [largest[units[i]] / (largest[explanations[i].unit] or 1.0) for i in mine]
+            predicted *= np.array(ratio)[:, None, None]
             sums = record_sums(truth, predicted, ids >= 0)
             yield Series(mine, sums, present, answers, control)
             if control is None and job.controls:
@@ -211,7 +217,7 @@ def _facts(records: Records, series: Series, of_kind: Int[ndarray, " records"]) 
     doc_ids = np.sort(np.where(series.present, doc_ids, -1))
     n_documents = (np.diff(doc_ids, axis=1, prepend=-1) != 0).sum(axis=1)
     by_kind = [series.present[:, of_kind == kind].sum(axis=1) for kind in np.unique(of_kind)]
-    fewest = np.min(by_kind, axis=0)
+    fewest, firing = np.min(by_kind, axis=0), (series.sums[..., 7] > 0).sum(axis=1)
     n_records, n_tokens = series.present.sum(axis=1), series.sums[..., 0].sum(axis=1)
     return [
         {
@@ -221,7 +227,7 @@ def _facts(records: Records, series: Series, of_kind: Int[ndarray, " records"]) 
             "n_documents": int(n_documents[i]),
             "n_tokens": int(n_tokens[i]),
             "n_failures": 0,
-            "ci_method": unit_method(int(fewest[i])),
+            "ci_method": unit_method(int(fewest[i]), int(firing[i])),
         }
         for i in range(len(series.mine))
     ]
