@@ -49,6 +49,10 @@ class ClientError(LmmonoError):
     """A language model that cannot be asked, or does not answer."""
 
 
+class RobustnessError(LmmonoError):
+    """Probes, attacks or a robustness study that cannot be fitted or run as asked."""
+
+
 class RunError(LmmonoError):
     """A run folder that is missing, foreign, or holds something else than asked."""
 
