@@ -1,5 +1,6 @@
 """A planted language: its words, its features, and any document by number."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -42,8 +43,16 @@ class PlantedDocument:
     @cached_property
     def truth(self) -> Bool[np.ndarray, "n_words n_features"]:
         """Which features of the language each word has."""
+        return self._detect(self._language.features)
+
+    def having(self, *names: str) -> Bool[np.ndarray, "n_words n_names"]:
+        """Return which words have the features of these names, without working out the others."""
+        known = {feature.name: feature for feature in self._language.features}
+        return self._detect([known[name] for name in names])
+
+    def _detect(self, wanted: Sequence[Feature]) -> Bool[np.ndarray, "n_words n_wanted"]:
         reading = Reading(self._told, self._language.lexicon)
-        return np.stack([feature.detect(reading) for feature in self._language.features], axis=1)
+        return np.stack([feature.detect(reading) for feature in wanted], axis=1)
 
 
 class Language:
