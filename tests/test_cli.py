@@ -106,7 +106,7 @@ def test_check_tells_all_faults_of_all_files_and_writes_nothing(here, capsys):
     assert out == ""
     assert err.splitlines() == [
         "override capture.top_k=0: want an integer >= 1, got 0",
-        "a.yaml:5: train.steps: want an integer >= 1, got 'ten'",
+        "a.yaml:5: train.steps: want an integer >= 0, got 'ten'",
         "b.yaml:4: model.n_head: unknown key; did you mean n_heads?",
     ]
     assert call("check", "tiny.yaml") == 0

@@ -94,7 +94,7 @@ arms:
         "r.yaml:7: data.tokenizer.foo: unknown key; known: kind, d_vocab",
         "r.yaml:10: model.n_layer: unknown key; did you mean n_layers?",
         "r.yaml:11: model.step_size: want a number > 0.0 or lipschitz, got 'fast'",
-        "r.yaml:13: train.steps: want an integer >= 1, got 'ten'",
+        "r.yaml:13: train.steps: want an integer >= 0, got 'ten'",
         "r.yaml:14: train.steps: written twice, first in line 13",
         "r.yaml:15: train.warmup_steps: want an integer >= 0, got -1",
         "r.yaml:16: train.precision: want one of fp32, bf16, auto, got 'bf-16'; did you mean bf16?",
@@ -147,7 +147,7 @@ def test_a_missing_setting_is_told_at_its_section(write):
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("train.steps=ten", "want an integer >= 1, got 'ten'"),
+        ("train.steps=ten", "want an integer >= 0, got 'ten'"),
         ("train.step=9", "unknown key; did you mean steps?"),
         ("tran.steps=9", "tran: unknown key; did you mean train?"),
         ("train.steps=20", "train.warmup_steps: want fewer than train.steps (20), got 50"),
@@ -171,7 +171,7 @@ def test_faults_of_several_overrides_and_of_the_file_come_together(write):
     path = write(TWINS.replace("n_layers: 3", "n_layers: no"))
     assert faults(path, "train.steps=x", "train.lr=[1", "capture.top_k=0") == [
         "override capture.top_k=0: want an integer >= 1, got 0",
-        "override train.steps=x: want an integer >= 1, got 'x'",
+        "override train.steps=x: want an integer >= 0, got 'x'",
         "r.yaml:7: model.n_layers: want an integer >= 1, got 'no'",
         "override train.lr=[1: not YAML: expected ',' or ']', but got '<stream end>'",
     ]

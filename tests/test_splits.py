@@ -17,7 +17,7 @@ TEXTS = [f"document number {i} of many" for i in range(N_TEXTS)]
 
 
 @given(st.floats(0, 0.3), st.floats(0, 0.3), st.floats(0, 0.3))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_each_split_gets_its_share_of_documents(val: float, explain: float, score: float) -> None:
     splits = Splits(val_fraction=val, explain_fraction=explain, score_fraction=score)
     drawn = [split_of(text, splits) for text in TEXTS]

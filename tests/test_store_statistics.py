@@ -84,7 +84,7 @@ def test_active_counts_values_above_the_threshold() -> None:
     kind=st.sampled_from(["relu", "dense", "constant"]),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_merging_equals_a_single_pass(cuts: list[int], n_ctx: int, kind: str, seed: int) -> None:
     x = np.random.default_rng(seed).standard_normal((12, n_ctx, 9)).astype(np.float32)
     x = {"relu": np.maximum(x, 0), "dense": x, "constant": np.full_like(x, 0.3)}[kind]

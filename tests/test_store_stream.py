@@ -12,8 +12,8 @@ from small_store import HOOK, small_store
 import activation_store as astore
 from activation_store import Rows, Vectors
 from activation_store.buffers import Buffers
+from activation_store.gathering import gather
 from activation_store.mixing import Mixing
-from activation_store.scattering import scatter
 
 A, B = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 N, CTX, D = 48, 32, 8
@@ -196,7 +196,7 @@ def test_neighbours_are_spread_over_a_small_buffer_too(store):
     pool=st.integers(1, 200),
     seed=st.integers(0, 2**63),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_sizes_give_a_permutation(n, block, pool, seed):
     epoch = Mixing(n, block, pool, seed, True).epoch(0)
     pools = [epoch.pool(i) for i in range(epoch.n_pools)]
@@ -208,7 +208,7 @@ def test_any_sizes_give_a_permutation(n, block, pool, seed):
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_settings_give_every_token_once_and_resume(store, data):
     batch = data.draw(st.integers(50, N_TOKENS))
     chosen = {
@@ -228,7 +228,7 @@ def test_any_settings_give_every_token_once_and_resume(store, data):
 def test_float16_widens_exactly():
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(1, -1)
     out = np.empty(halves.shape, np.float32)
-    scatter(halves, np.zeros(1, np.int64), out)
+    gather(halves, np.zeros(1, np.int64), out)
     np.testing.assert_array_equal(out, halves.astype(np.float32))
 
 
@@ -246,7 +246,7 @@ def test_batches_that_are_kept_or_changed_stay_as_they_are(store):
 
 
 def test_memory_is_used_again_and_never_while_somebody_holds_it():
-    buffers = Buffers(10, [3], "float32")
+    buffers = Buffers(10, [(3, "float32")], kept=3)
     (first,) = buffers.take(10)
     part, place = first[2:4], first.ctypes.data
     del first

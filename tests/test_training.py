@@ -63,6 +63,18 @@ def stop_at(step: int, number: int):
     return report
 
 
+def test_no_steps_leave_the_untrained_model(recipe_file: Path) -> None:
+    run = train(Recipe.load(recipe_file, "name=untrained", "train.steps=0"))
+    tokenizer, settings = run.tokenizer, run.recipe.model
+    fresh = build_model(
+        settings, d_vocab=len(tokenizer), n_ctx=32, seed=3, eos_token_id=tokenizer.eos_token_id
+    )
+    for name, weight in fresh.state_dict().items():
+        assert torch.equal(run.model.state_dict()[name], weight), name
+    # about the loss of the uniform distribution
+    assert abs(run.val_loss - np.log(len(tokenizer))) < 0.2
+
+
 @pytest.mark.parametrize(
     ("number", "raised"), [(signal.SIGTERM, TrainingStopped), (signal.SIGINT, KeyboardInterrupt)]
 )

@@ -206,8 +206,8 @@ Model = Annotated[CrateModel | Gpt2Model, Field(discriminator="arch")]
 class Train(Section):
     """How the model is trained: AdamW with warm-up and cosine, as the paper's recipe."""
 
-    steps: Count = 1000
-    """Optimizer steps."""
+    steps: Annotated[int, Field(ge=0)] = 1000
+    """Optimizer steps; 0 leaves the model untrained, as a control."""
     batch_tokens: Count = 8192
     """Tokens per optimizer step over all processes; a multiple of `data.n_ctx`."""
     micro_batch_tokens: Count | None = None
@@ -245,7 +245,7 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _leave_steps_after_warmup(self) -> "Train":
-        if self.warmup_steps >= self.steps:
+        if self.steps and self.warmup_steps >= self.steps:
             raise clash(
                 f"want fewer than train.steps ({self.steps}), got {self.warmup_steps}",
                 "warmup_steps",
