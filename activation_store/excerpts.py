@@ -27,6 +27,7 @@ fired AS (
 )
 SELECT
     n.unit, n.kind, n.rank, n.bin, n.act,
+    count(*) FILTER (WHERE n.at_pos < n.pos) AS own,
     list(shown(v.token, n.token_id) ORDER BY n.at_pos) AS tokens,
     list(coalesce(f.act, 0)::DOUBLE ORDER BY n.at_pos) AS acts
 FROM near n
@@ -42,8 +43,8 @@ def records(
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]]:
     """Yield, unit by unit, its row of `unit_stats` and its exemplars by kind, best first.
 
-    An exemplar is a dict of bin, act, tokens and acts: the tokens of its document around it, and
-    the unit's act on each, 0 where none is stored.
+    An exemplar is a dict of bin, act, own, tokens and acts: the tokens of its document around it,
+    the unit's act on each, 0 where none is stored, and which of them is the exemplar's own.
     """
     query = "FROM unit_stats WHERE hook = $hook ORDER BY unit"
     stats = store.sql(query, hook=hook).to_arrow_table().to_pylist()

@@ -45,7 +45,7 @@ _DELPHI_SMALLEST = 1e-5
 
 
 @contextmanager
-def _whole(out: str | os.PathLike[str]) -> Generator[Path]:
+def whole_folder(out: str | os.PathLike[str]) -> Generator[Path]:
     """Give a fresh folder that becomes `out` when the block succeeds, and is removed when not.
 
     Raises:
@@ -85,7 +85,7 @@ def export_parquet(store: Store | Lake, out: str | os.PathLike[str]) -> Path:
     shards = store.sql(
         "SELECT kind, hook, file FROM shards ORDER BY kind, hook, length(file), file"
     ).fetchall()
-    with _whole(out) as folder:
+    with whole_folder(out) as folder:
         (folder / "tables").mkdir()
         for table in _TABLES:
             rows = store.sql(f"FROM {table}").to_arrow_table()
@@ -163,7 +163,7 @@ def export_delphi(
         raise ContentError(f"n_splits: want an integer >= 1, got {n_splits}.")
     widths = _widths(store, hooks)
     seqs, tokens = _token_matrix(store, pad_token_id)
-    with _whole(out) as folder:
+    with whole_folder(out) as folder:
         for hook, d in widths.items():
             at = folder / _folder_name(hook)
             at.mkdir()
@@ -289,8 +289,8 @@ def export_openai(
         WriteError: the machine refused; nothing is left behind.
     """
     _widths(store, hook)
-    number = layer if layer is not None else _layer(hook)
-    with _whole(out) as folder:
+    number = layer if layer is not None else layer_of(hook)
+    with whole_folder(out) as folder:
         at = folder / str(number)
         at.mkdir()
         for stats, found in records(store, hook, before, after):
@@ -299,10 +299,13 @@ def export_openai(
     return Path(out)
 
 
-def _layer(hook: str) -> int:
+def layer_of(hook: str) -> int:
     """Return the layer in the name of a hook.
 
-    >>> _layer("blocks.3.mlp.hook_post")
+    Raises:
+        ContentError: the name has none.
+
+    >>> layer_of("blocks.3.mlp.hook_post")
     3
     """
     found = re.search(r"(?:^|\.)(\d+)\.", hook)

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from lmmono.scoring.runs import score_run
     from lmmono.scoring.scores import Scores, score
     from lmmono.training import train
+    from lmmono.scoring.neuronpedia import export_neuronpedia
+    from lmmono.scoring.openai_results import export_simulations
 
 __all__ = [
     "Audit",
@@ -96,6 +98,8 @@ __all__ = [
     "generate",
     "hook_names",
     "import_dictionary",
+    "export_neuronpedia",
+    "export_simulations",
     "load_dictionary",
     "load_from_hub",
     "load_model",
@@ -175,6 +179,8 @@ def __getattr__(name: str) -> Any:
     """Import the module that holds a public name."""
     for module, names in _HOMES.items():
         if name in names:
+    "scoring.neuronpedia": ("export_neuronpedia",),
+    "scoring.openai_results": ("export_simulations",),
             return getattr(import_module(f"lmmono.{module}"), name)
     raise AttributeError(f"module 'lmmono' has no attribute {name!r}")
 

@@ -279,17 +279,21 @@ def store_compact(place: RunOrStore, data_path: DataPath = None) -> None:
 @store_app.command("export")
 def store_export(
     place: RunOrStore,
-    to: Annotated[str, typer.Option(help="parquet, delphi or openai.")],
+    to: Annotated[
+        str,
+        typer.Option(help="parquet, delphi, openai, openai-simulations or neuronpedia."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
-    hook: Annotated[list[str] | None, typer.Option(help="Hooks; openai takes one.")] = None,
+    hook: Annotated[
+        list[str] | None, typer.Option(help="Hooks; openai and neuronpedia take one.")
+    ] = None,
     data_path: DataPath = None,
 ) -> None:
-    """Write a store in the layout of another tool."""
-    import activation_store as astore
+    """Write a store in the layout of another tool, its explanations and scores too where it can."""
     from lmmono.querying import open_stores
 
     with open_stores([place], data_path) as store:
-        print(astore.export(store, to, out, tuple(hook or ())))
+        print(export_store(store, to, out, tuple(hook or ())))
 
 
 def main() -> None:
@@ -299,6 +303,7 @@ def main() -> None:
     except BaseException as error:
         sys.exit(_exit_code(error))
 
+    from lmmono.scoring.exporting import export_store
 
 def _exit_code(error: BaseException) -> int | str | None:
     """Tell an error that the user can act on; let our own mistakes through with their trace."""

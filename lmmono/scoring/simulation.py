@@ -117,7 +117,7 @@ def simulated(job: Job, records: Records) -> Iterator[Series]:
         ids = np.where(present[:, :, None], records.excerpts.token_ids[index], np.int32(-1))
         for control, explanations in explained.items():
             asked = [explanations[i] for i in mine]
-            predicted, answers = _predicted(job, asked, ids)
+            predicted, answers = predictions(job, asked, ids)
             # what another unit's explanation says is read on the scale of this unit
             ratio = [largest[units[i]] / (largest[explanations[i].unit] or 1.0) for i in mine]
             predicted *= np.array(ratio)[:, None, None]
@@ -136,9 +136,10 @@ def simulated(job: Job, records: Records) -> Iterator[Series]:
                 yield Series(mine, sums, present, free, "shuffled_pairing")
 
 
-def _predicted(
-    job: Job, explanations: list[Explanation], ids: Int[ndarray, "units records window"]
+def predictions(
+    job: Job, explanations: Sequence[Explanation], ids: Int[ndarray, "units records window"]
 ) -> tuple[Float[ndarray, "units records window"], list[Simulation | Failure]]:
+    """Return what each explanation predicts on its tokens, and what that took or why it failed."""
     module, _, name = SIMULATORS[job.settings["simulator"]].partition(":")
     simulate: Simulator = getattr(import_module(f"lmmono.scoring.{module}"), name)
     good = [i for i, each in enumerate(explanations) if each.failure is None]
