@@ -51,11 +51,11 @@ if TYPE_CHECKING:
     from lmmono.run import Run, open_run
     from lmmono.scoring.audit import Audit, audit_scorer
     from lmmono.scoring.differences import Difference, compare
+    from lmmono.scoring.neuronpedia import export_neuronpedia
+    from lmmono.scoring.openai_results import export_simulations
     from lmmono.scoring.runs import score_run
     from lmmono.scoring.scores import Scores, score
     from lmmono.training import train
-    from lmmono.scoring.neuronpedia import export_neuronpedia
-    from lmmono.scoring.openai_results import export_simulations
 
 __all__ = [
     "Audit",
@@ -94,12 +94,12 @@ __all__ = [
     "explain",
     "explain_run",
     "export_dictionary",
+    "export_neuronpedia",
+    "export_simulations",
     "fit_together",
     "generate",
     "hook_names",
     "import_dictionary",
-    "export_neuronpedia",
-    "export_simulations",
     "load_dictionary",
     "load_from_hub",
     "load_model",
@@ -170,6 +170,8 @@ _HOMES = {
     "scoring.audit": ("Audit", "audit_scorer"),
     "scoring.runs": ("score_run",),
     "scoring.differences": ("Difference", "compare"),
+    "scoring.neuronpedia": ("export_neuronpedia",),
+    "scoring.openai_results": ("export_simulations",),
     "scoring.scores": ("Scores", "score"),
     "training": ("train",),
 }
@@ -179,8 +181,6 @@ def __getattr__(name: str) -> Any:
     """Import the module that holds a public name."""
     for module, names in _HOMES.items():
         if name in names:
-    "scoring.neuronpedia": ("export_neuronpedia",),
-    "scoring.openai_results": ("export_simulations",),
             return getattr(import_module(f"lmmono.{module}"), name)
     raise AttributeError(f"module 'lmmono' has no attribute {name!r}")
 

@@ -291,6 +291,7 @@ def store_export(
 ) -> None:
     """Write a store in the layout of another tool, its explanations and scores too where it can."""
     from lmmono.querying import open_stores
+    from lmmono.scoring.exporting import export_store
 
     with open_stores([place], data_path) as store:
         print(export_store(store, to, out, tuple(hook or ())))
@@ -303,7 +304,6 @@ def main() -> None:
     except BaseException as error:
         sys.exit(_exit_code(error))
 
-    from lmmono.scoring.exporting import export_store
 
 def _exit_code(error: BaseException) -> int | str | None:
     """Tell an error that the user can act on; let our own mistakes through with their trace."""
