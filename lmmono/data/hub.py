@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,22 @@ def hub_documents(corpus: HubCorpus) -> Iterator[Document]:
         )
         for i, row in enumerate(_with_column(corpus, iter(rows))):
             yield Document(_text(row[corpus.text_column], f"{name}:{i}"), f"{name}:{i}")
+
+
+def labelled_rows(
+    name: str, config: str | None, split: str, max_rows: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the first rows of a dataset's split as they are, streamed; None yields all.
+
+    Raises:
+        DataError: If the dataset, its configuration or split is not there.
+    """
+    import datasets
+
+    corpus = HubCorpus(kind="hub", name=name, config=config, split=split)
+    with _told_as_data_errors(corpus), _without_progress_bars():
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        yield from islice(iter(rows), max_rows)
 
 
 def hub_fingerprint(corpus: HubCorpus) -> dict[str, Any]:

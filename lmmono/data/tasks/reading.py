@@ -1,0 +1,353 @@
+"""Labelled rows of local files and Hugging Face datasets, as the parts of a task.
+
+A table says which columns hold what, which rows count, and to which part each split goes. Files are
+`.parquet`, `.jsonl` or `.csv`; `datasets` is imported only when a dataset is asked for by name.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmmono.data.files import missing_column, read_rows, source_files
+from lmmono.data.hub import labelled_rows
+from lmmono.data.tasks.leakage import text_key
+from lmmono.data.tasks.task import NO_PARTNER, Labelled, Task
+from lmmono.errors import DataError, nearest
+
+SPLITS: dict[str, str] = {
+    "train": "train",
+    "dev": "val",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+"""Part that each usual name of a split stands for."""
+
+VAL_SHARE, TEST_SHARE = 0.2, 0.2
+"""Shares of training texts that are held out where a set has no such split."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Where labelled rows are and what their columns mean."""
+
+    place: str
+    """Path below the data folder, or a dataset's name on the hub."""
+    config: str | None = None
+    """The dataset's configuration, where it has several."""
+    text: tuple[str, ...] = ("text",)
+    """Columns of the text; several are joined by line breaks."""
+    label: str = "label"
+    """Column of the class: a name, a number, or a number to compare with `threshold`."""
+    labels: Mapping[str, str] | None = None
+    """Class that each value of the label column means; rows of other values are left out."""
+    threshold: float | None = None
+    """Value from which a row is of the class that `labels` gives for `high`, else for `low`."""
+    split: str | None = "split"
+    """Column of the split; None says that every row is of split `train`."""
+    splits: Mapping[str, str] = field(default_factory=lambda: dict(SPLITS))
+    """Part that each split goes to; rows of other splits are left out."""
+    where: Mapping[str, str] = field(default_factory=dict)
+    """Value that a column must have in every row that counts."""
+    noisy: str | None = None
+    """Column of the class that annotators or rules gave, read as `label` is."""
+    pair: str | None = None
+    """Column that is the same number in both texts of a contrast pair."""
+    blanks: bool = False
+    """Leave out rows whose text is blank; they are refused otherwise."""
+    max_rows: int | None = None
+    """Rows of each split to read of a dataset of the hub; None reads all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One labelled text as read."""
+
+    part: str
+    text: str
+    label: str
+    noisy: str | None
+    """None where nobody gave one."""
+    pair: int | None
+
+
+def numbered(names: tuple[str, ...]) -> dict[str, str]:
+    """Return the classes of a label column that holds numbers.
+
+    >>> numbered(("no", "yes"))
+    {'0': 'no', '1': 'yes'}
+    """
+    return {str(i): name for i, name in enumerate(names)}
+
+
+def read_table(table: Table, folder: str | Path | None, *, required: bool = True) -> Iterator[Row]:
+    """Yield the rows of a table that count.
+
+    Args:
+        table: What to read.
+        folder: Folder that holds the table's file; None reads the dataset of its name.
+        required: Refuse a table of which no row counts.
+
+    Raises:
+        DataError: A file, dataset or column is missing, no row counts, a text or label is of
+            another type.
+    """
+    rows = _hub_rows(table) if folder is None else _file_rows(Path(folder) / table.place)
+    counted = 0
+    seen: dict[str, set[str]] = {column: set() for column in table.where}
+    for where, values in rows:
+        for column in table.where:
+            seen[column].add(str(_value(values, column, where)))
+        if any(str(values[column]) != wanted for column, wanted in table.where.items()):
+            continue
+        row = _row(table, values, where)
+        if row is not None:
+            counted += 1
+            yield row
+    if required and not counted:
+        raise _nothing(table, seen)
+
+
+def read_task(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    text: str = "text",
+    label: str = "label",
+    split: str | None = "split",
+    noisy: str | None = None,
+    pair: str | None = None,
+) -> Task:
+    """Return the task of a file or folder of labelled rows.
+
+    Where there is no split for them, 20 % of the texts are held out for `val` and `test` by a hash
+    of the text, so that copies stay together. Texts of `train` and `val` that a later part has too
+    are not dropped: see `lmmono.data.tasks.leakage`.
+
+    Args:
+        path: A `.parquet`, `.jsonl` or `.csv` file, or a folder of such.
+        name: Name of the task; the path's own by default.
+        text: Column of the text.
+        label: Column of the class, a name or a number from 0.
+        split: Column of `train`, `val` or `test`; None, or a file without it, takes every row
+            as training text.
+        noisy: Column of the class that annotators really gave, if there is one.
+        pair: Column that is the same number in both texts of a contrast pair, if there is one.
+
+    Raises:
+        DataError: A file or column is missing, or the rows make no task; see `Task`.
+    """
+    path = Path(path)
+    held = split if split is not None and _has_column(path, split) else None
+    table = Table(str(path.name), text=(text,), label=label, split=held, noisy=noisy, pair=pair)
+    rows = list(read_table(table, path.parent))
+    parts = sorted({row.part for row in rows})
+    classes = _classes(rows, path)
+    return assemble(
+        rows,
+        name=name or path.stem,
+        about=f"{label} of {path.name}, parts {', '.join(parts)} as read",
+        licence="not stated",
+        source=path.name,
+        label_names=classes,
+    )
+
+
+def assemble(
+    rows: Iterable[Row],
+    *,
+    name: str,
+    about: str,
+    licence: str,
+    source: str,
+    label_names: tuple[str, ...],
+) -> Task:
+    """Return the task of rows, with what is missing of `val` and `test` held out of `train`.
+
+    Raises:
+        DataError: The rows make no task; see `Task`.
+    """
+    by_part: dict[str, list[Row]] = {}
+    for row in rows:
+        by_part.setdefault(row.part, []).append(row)
+    for part, share in (("test", TEST_SHARE), ("val", VAL_SHARE)):
+        if part not in by_part and "train" in by_part:
+            rest, by_part[part] = _held_out(by_part["train"], share, part)
+            by_part["train"] = rest
+    order = {"train": 0, "val": 1, "test": 2}
+    parts = {
+        part: labelled(
+            by_part[part], label_names, f"task {name}, part {part}", fitted=part in ("train", "val")
+        )
+        for part in sorted(by_part, key=lambda part: (order.get(part, 3), part))
+    }
+    return Task(name, about, licence, source, label_names, parts)
+
+
+def labelled(
+    rows: list[Row], label_names: tuple[str, ...], where: str, *, fitted: bool = False
+) -> Labelled:
+    """Return rows as a part, with real noisy labels where every row has one.
+
+    Args:
+        rows: The rows.
+        label_names: The classes in the order of the labels.
+        where: The part as errors name it.
+        fitted: The part is learned from: a row without a real label is left out if others have one.
+
+    Raises:
+        DataError: A label that is none of the names, or an empty text.
+    """
+    index = {name: i for i, name in enumerate(label_names)}
+    for row in rows:
+        for value in (row.label, row.noisy):
+            if value is not None and value not in index:
+                raise DataError(f"{where}: label {value!r}; {nearest(value, label_names)}")
+    some = any(row.noisy is not None for row in rows)
+    if some and fitted:
+        rows = [row for row in rows if row.noisy is not None]
+    given = [row.noisy for row in rows if row.noisy is not None]
+    noisy = [index[name] for name in given] if some and len(given) == len(rows) else None
+    return Labelled(
+        tuple(row.text for row in rows),
+        np.array([index[row.label] for row in rows], np.int64),
+        None if noisy is None else np.array(noisy, np.int64),
+        _partners(rows),
+    )
+
+
+def _partners(rows: list[Row]) -> Any:
+    if not any(row.pair is not None for row in rows):
+        return None
+    partners = np.full(len(rows), NO_PARTNER, np.int64)
+    first: dict[int, int] = {}
+    for i, row in enumerate(rows):
+        if row.pair is None:
+            continue
+        if row.pair in first:
+            partners[i], partners[first[row.pair]] = first[row.pair], i
+        else:
+            first[row.pair] = i
+    return partners
+
+
+def _held_out(rows: list[Row], share: float, salt: str) -> tuple[list[Row], list[Row]]:
+    kept: list[Row] = []
+    out: list[Row] = []
+    for row in rows:
+        digest = text_key(row.text)
+        place = int.from_bytes(digest[:8] if salt == "test" else digest[8:], "big") / 2**64
+        part = Row(salt, row.text, row.label, row.noisy, row.pair)
+        (out if place < share else kept).append(part if place < share else row)
+    return kept, out
+
+
+def _classes(rows: list[Row], path: Path) -> tuple[str, ...]:
+    found = {row.label for row in rows}
+    if not all(label.isdecimal() for label in found):
+        return tuple(sorted(found))
+    numbers = sorted(int(label) for label in found)
+    missing = sorted(set(range(numbers[-1] + 1)) - set(numbers))
+    if missing:
+        raise DataError(
+            f"{path}: labels with gaps: {', '.join(map(str, numbers))}; want every number from 0 "
+            f"to {numbers[-1]}, {missing[0]} is missing"
+        )
+    return tuple(str(number) for number in numbers)
+
+
+def _row(table: Table, values: Mapping[str, Any], where: str) -> Row | None:
+    split = "train" if table.split is None else str(_value(values, table.split, where))
+    part = table.splits.get(split)
+    label = _label(table, values, table.label, where)
+    if part is None or label is None:
+        return None
+    texts = [_value(values, column, where) for column in table.text]
+    for column, text in zip(table.text, texts, strict=True):
+        if not isinstance(text, str):
+            raise DataError(f"{where}: want text in {column!r}, got {type(text).__name__}")
+    if table.blanks and not any(text.strip() for text in texts):
+        return None
+    noisy = None if table.noisy is None else _label(table, values, table.noisy, where)
+    pair = None if table.pair is None else int(_value(values, table.pair, where))
+    return Row(part, "\n".join(texts), label, noisy, pair)
+
+
+def _label(table: Table, values: Mapping[str, Any], column: str, where: str) -> str | None:
+    """Return the class of a row, None where its value stands for none of the classes."""
+    value = _value(values, column, where)
+    if value is None:
+        raise DataError(f"{where}: no label in {column!r}")
+    if table.threshold is not None:
+        value = "high" if float(value) >= table.threshold else "low"
+    name = str(value)
+    return name if table.labels is None else table.labels.get(name)
+
+
+def _value(values: Mapping[str, Any], column: str, where: str) -> Any:
+    if column not in values:
+        raise missing_column(where, column, list(values))
+    return values[column]
+
+
+def _nothing(table: Table, seen: Mapping[str, set[str]]) -> DataError:
+    for column, wanted in table.where.items():
+        if wanted not in seen[column]:
+            has = ", ".join(sorted(seen[column])[:10]) or "no row"
+            return DataError(f"{table.place}: no row with {column} {wanted!r}; it has {has}")
+    return DataError(f"{table.place}: no labelled row of the splits {', '.join(table.splits)}")
+
+
+def _hub_rows(table: Table) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for split in table.splits:
+        rows = labelled_rows(table.place, table.config, split, table.max_rows)
+        for i, row in enumerate(rows):
+            yield f"{table.place}:{split}:{i}", {**row, "split": split}
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if path.suffix == ".csv":
+        yield from _csv_rows(path)
+        return
+    files = source_files([str(path)]) if not _only_csv(path) else []
+    for file in files:
+        if file.format == ".txt":
+            raise DataError(f"{file.path}: labelled texts come in .parquet, .jsonl or .csv")
+        yield from read_rows(file)
+    if path.is_dir():
+        for inside in sorted(path.glob("*.csv")):
+            yield from _csv_rows(inside)
+
+
+def _only_csv(path: Path) -> bool:
+    return path.is_dir() and all(file.suffix == ".csv" for file in path.iterdir())
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{path}:{reader.line_num}: want {len(reader.fieldnames or ())} columns"
+                )
+            yield f"{path.name}:{reader.line_num}", row
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: no readable CSV: {error}") from error
+
+
+def _has_column(path: Path, column: str) -> bool:
+    first = next(iter(_file_rows(path)), None)
+    if first is None:
+        raise DataError(f"{path}: no rows in it")
+    return column in first[1]
