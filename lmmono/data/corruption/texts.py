@@ -1,0 +1,264 @@
+"""Noise in texts, by kind and severity 1 to 5; severity 0 gives the texts back as they are.
+
+What a text becomes depends on the text, the kind, the severity and the seed, on nothing else: the
+same text meets the same noise in any set, and a higher severity makes the edits of a lower one and
+more. How many words are edited is the severity's share of the text's words, rounded up or down so
+that the share is kept on average over short texts too.
+
+The edits are our own. textattack does not install beside the pinned versions (the build of one of
+its dependencies fails), and nlpaug, without a release since 2022, draws from the process' global
+random state: with neither could a mask be the same for every family, or a count be exact.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from lmmono.data.corruption.edits import Edit, lookalike, misread, recase, repunctuate, typo
+from lmmono.data.corruption.synonyms import Synonyms, wordnet_synonyms
+from lmmono.errors import DataError, nearest
+
+TextNoise = Literal[
+    "typos",
+    "ocr",
+    "homoglyph",
+    "case",
+    "punctuation",
+    "word_drop",
+    "word_shuffle",
+    "synonyms",
+    "formatting",
+]
+TEXT_NOISE: tuple[TextNoise, ...] = get_args(TextNoise)
+
+SEVERITIES = (0, 1, 2, 3, 4, 5)
+
+_GAP = re.compile(r"(\s+)")
+_GAPS = ("  ", "\n", "\t", " <br /> ", "\n\n", " - ", " * ", "\u00a0")
+
+Pieces = list[str]
+"""Words at even places, the white space between them at odd ones."""
+
+Change = Callable[[Pieces, int, np.random.Generator], bool]
+"""Edits the pieces at one place, in place; says whether it could."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextCorruption:
+    """One kind of noise."""
+
+    name: TextNoise
+    """Name in tables, recipes and on the command line."""
+    about: str
+    """What it does, in a sentence."""
+    shares: tuple[float, float, float, float, float]
+    """Share of the words of a text that are edited, or of the gaps, at severity 1 to 5."""
+    change: Change | None
+    """Makes one edit; None where the caller must give what is needed for it."""
+    places: Literal["words", "gaps"] = "words"
+    """What is edited."""
+
+    def count(self, severity: int, n: int, luck: float) -> int:
+        """Return how many of `n` places are edited; `luck` in [0, 1) decides the rounding."""
+        return 0 if severity == 0 else min(n, int(self.shares[severity - 1] * n + luck))
+
+
+def corrupt_texts(
+    texts: Sequence[str],
+    kind: TextNoise,
+    severity: int,
+    *,
+    seed: int,
+    synonyms: Synonyms | None = None,
+) -> list[str]:
+    """Return the texts with noise of one kind.
+
+    Args:
+        texts: The texts.
+        kind: Which noise, see `TEXT_CORRUPTIONS`.
+        severity: 1, mild, to 5, strong; 0 returns the texts as they are.
+        seed: Seed of which words are edited and how.
+        synonyms: For `synonyms`: what may stand for a word; None takes WordNet's.
+
+    Raises:
+        DataError: An unknown kind or severity, noise that would change none of the texts, or
+            synonyms that are not there.
+    """
+    corruption = find_corruption(kind)
+    if severity not in SEVERITIES:
+        raise DataError(f"{kind}: want a severity of 0 to 5, got {severity}")
+    if severity == 0 or not texts:
+        return list(texts)
+    change = _synonym(synonyms or wordnet_synonyms()) if kind == "synonyms" else corruption.change
+    assert change is not None
+    made = [_corrupt(text, corruption, change, severity, seed) for text in texts]
+    n_changed = sum(new != old for new, old in zip(made, texts, strict=True))
+    if not n_changed:
+        raise DataError(
+            f"{kind} of severity {severity} changes none of the {len(texts)} texts: they have no "
+            "place for it, or too few words; give more or longer texts, or a higher severity"
+        )
+    return made
+
+
+def find_corruption(kind: str) -> TextCorruption:
+    """Return the noise of a name.
+
+    Raises:
+        DataError: There is none; says which are near.
+    """
+    if kind not in TEXT_CORRUPTIONS:
+        raise DataError(f"text noise {kind!r} is not known; {nearest(kind, TEXT_NOISE)}")
+    return TEXT_CORRUPTIONS[kind]
+
+
+def _corrupt(
+    text: str, corruption: TextCorruption, change: Change, severity: int, seed: int
+) -> str:
+    rng = np.random.default_rng((seed, *_numbers(corruption.name), *_numbers(text)))
+    pieces = _GAP.split(text)
+    first = 0 if corruption.places == "words" else 1
+    places = [i for i in range(first, len(pieces), 2) if pieces[i]]
+    wanted = corruption.count(severity, len(places), rng.random())
+    for place in rng.permutation(len(places)).tolist():
+        if not wanted:
+            break
+        wanted -= change(pieces, places[place], rng)
+    return "".join(pieces)
+
+
+def _numbers(text: str) -> tuple[int, int]:
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
+
+
+def _edit(edit: Edit) -> Change:
+    def change(pieces: Pieces, place: int, rng: np.random.Generator) -> bool:
+        made = edit(pieces[place], rng)
+        assert made != pieces[place], f"{made!r} was not edited"
+        pieces[place] = pieces[place] if made is None else made
+        return made is not None
+
+    return change
+
+
+def _synonym(synonyms: Synonyms) -> Change:
+    def change(pieces: Pieces, place: int, rng: np.random.Generator) -> bool:
+        others = standing_in(pieces[place], synonyms)
+        if not others:
+            return False
+        pieces[place] = others[int(rng.integers(len(others)))]
+        return True
+
+    return change
+
+
+def standing_in(word: str, synonyms: Synonyms) -> list[str]:
+    """Return what may stand for a word as written: its marks kept, and its capitals.
+
+    >>> standing_in("Good,", lambda word: ("fine",) if word == "good" else ())
+    ['Fine,']
+    """
+    start = next((i for i, letter in enumerate(word) if letter.isalnum()), len(word))
+    end = len(word) - next((i for i, mark in enumerate(reversed(word)) if mark.isalnum()), 0)
+    core = word[start:end]
+    if not core:
+        return []
+    others = [_cased(other, core) for other in synonyms(core.lower())]
+    return [word[:start] + other + word[end:] for other in dict.fromkeys(others) if other != core]
+
+
+def _cased(word: str, like: str) -> str:
+    if like.isupper() and len(like) > 1:
+        return word.upper()
+    return word[:1].upper() + word[1:] if like[:1].isupper() else word
+
+
+def _drop_word(pieces: Pieces, place: int, rng: np.random.Generator) -> bool:  # noqa: ARG001
+    if sum(bool(word) for word in pieces[::2]) < 2:  # a text stays a text
+        return False
+    pieces[place] = ""
+    gap = place + 1 if place + 1 < len(pieces) else place - 1
+    pieces[gap] = ""
+    return True
+
+
+def _swap_words(pieces: Pieces, place: int, rng: np.random.Generator) -> bool:  # noqa: ARG001
+    other = place + 2
+    if other >= len(pieces) or not pieces[other] or pieces[place] == pieces[other]:
+        return False
+    pieces[place], pieces[other] = pieces[other], pieces[place]
+    return True
+
+
+def _widen_gap(pieces: Pieces, place: int, rng: np.random.Generator) -> bool:
+    others = [gap for gap in _GAPS if gap != pieces[place]]
+    pieces[place] = others[int(rng.integers(len(others)))]
+    return True
+
+
+TEXT_CORRUPTIONS: dict[TextNoise, TextCorruption] = {
+    corruption.name: corruption
+    for corruption in (
+        TextCorruption(
+            "typos",
+            "one slip of the fingers in a word: a neighbouring key, a swap, a letter lost or added",
+            (0.01, 0.02, 0.05, 0.1, 0.2),
+            _edit(typo),
+        ),
+        TextCorruption(
+            "ocr",
+            "one letter of a word, or two, as scanning software misreads print",
+            (0.02, 0.05, 0.1, 0.2, 0.4),
+            _edit(misread),
+        ),
+        TextCorruption(
+            "homoglyph",
+            "one letter of a word as the one of another alphabet that looks the same",
+            (0.02, 0.05, 0.1, 0.2, 0.4),
+            _edit(lookalike),
+        ),
+        TextCorruption(
+            "case",
+            "words in other capitals",
+            (0.1, 0.2, 0.4, 0.7, 1.0),
+            _edit(recase),
+        ),
+        TextCorruption(
+            "punctuation",
+            "marks at the ends of words lost or added",
+            (0.05, 0.1, 0.2, 0.3, 0.5),
+            _edit(repunctuate),
+        ),
+        TextCorruption(
+            "word_drop",
+            "words lost; one stays",
+            (0.05, 0.1, 0.15, 0.25, 0.4),
+            _drop_word,
+        ),
+        TextCorruption(
+            "word_shuffle",
+            "words in the place of the next one",
+            (0.05, 0.1, 0.2, 0.4, 0.8),
+            _swap_words,
+        ),
+        TextCorruption(
+            "synonyms",
+            "words that mean nearly the same",
+            (0.1, 0.2, 0.3, 0.5, 0.8),
+            None,
+        ),
+        TextCorruption(
+            "formatting",
+            "line breaks, tabs, mark-up and list marks between words",
+            (0.05, 0.1, 0.2, 0.4, 0.8),
+            _widen_gap,
+            "gaps",
+        ),
+    )
+}
+"""Every kind of noise by its name."""
