@@ -184,14 +184,16 @@ def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
     >>> edit_distance("kitten", "sitting")
     3
     """
-    row = list(range(len(second) + 1))
-    for i, mine in enumerate(first, start=1):
-        before, row[0] = row[0], i
-        for j, other in enumerate(second, start=1):
-            kept = before + (mine != other)
-            before = row[j]
-            row[j] = min(kept, row[j] + 1, row[j - 1] + 1)
-    return row[-1]
+    numbers: dict[str, int] = {}
+    mine = [numbers.setdefault(item, len(numbers)) for item in first]
+    others = np.array([numbers.setdefault(item, len(numbers)) for item in second], np.int64)
+    steps = np.arange(len(others) + 1)
+    row = steps.copy()
+    for i, item in enumerate(mine, start=1):
+        best = np.minimum(row[1:] + 1, row[:-1] + (others != item))
+        # an insertion costs one per step to the right: a running minimum of what is left of steps
+        row = np.minimum.accumulate(np.concatenate([[i], best]) - steps) + steps
+    return int(row[-1])
 
 
 def _first(word: str, edits: Sequence[Edit], rng: np.random.Generator) -> str | None:

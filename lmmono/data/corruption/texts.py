@@ -105,6 +105,15 @@ def corrupt_texts(
     return made
 
 
+def pieces_of(text: str) -> Pieces:
+    r"""Return the words of a text at even places and the white space between them at odd ones.
+
+    >>> pieces_of("a  cat\n")
+    ['a', '  ', 'cat', '\n', '']
+    """
+    return _GAP.split(text)
+
+
 def find_corruption(kind: str) -> TextCorruption:
     """Return the noise of a name.
 
@@ -120,7 +129,7 @@ def _corrupt(
     text: str, corruption: TextCorruption, change: Change, severity: int, seed: int
 ) -> str:
     rng = np.random.default_rng((seed, *_numbers(corruption.name), *_numbers(text)))
-    pieces = _GAP.split(text)
+    pieces = pieces_of(text)
     first = 0 if corruption.places == "words" else 1
     places = [i for i in range(first, len(pieces), 2) if pieces[i]]
     wanted = corruption.count(severity, len(places), rng.random())
