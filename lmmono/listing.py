@@ -98,6 +98,23 @@ def list_scorers(_: Path) -> Listing:
     return Listing(("scorer", "needs", "chance", "presets", "about"), tuple(rows))
 
 
+def list_tasks(_: Path) -> Listing:
+    """List the tasks of the robustness suites, with their other domains and where they lie."""
+    from lmmono.data.tasks.planted import TASKS
+    from lmmono.data.tasks.registry import find_record, task_names
+
+    rows: list[tuple[object, ...]] = []
+    for name in task_names():
+        if name in TASKS:
+            task = TASKS[name]
+            rows.append((name, len(task.label_names), "shifted", "planted", task.about))
+        else:
+            record = find_record(name)
+            place = ", ".join(dict.fromkeys(t.place for t in (*record.files, *record.hub)))
+            rows.append((name, len(record.label_names), ", ".join(record.ood), place, record.about))
+    return Listing(("task", "classes", "other domains", "place", "about"), tuple(rows))
+
+
 def _megabytes(path: Path) -> float:
     files = path.rglob("*") if path.is_dir() else [path]
     return round(sum(file.stat().st_size for file in files if file.is_file()) / 1e6, 1)

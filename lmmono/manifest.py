@@ -43,6 +43,8 @@ STAGES = {
     # rows in the store that capture makes
     "explain": Stage((*_MODEL, "capture", "explain"), ()),
     "score": Stage((*_MODEL, "capture", "explain", "score"), ()),
+    "features": Stage(_MODEL, ("features.duckdb", "features.duckdb.wal", "features")),
+    "robustness": Stage((*_MODEL, "capture", "dictionary", "robustness"), ()),
 }
 """The stages in their order."""
 

@@ -90,6 +90,7 @@ METRICS: dict[str, Metric] = {
         Metric("lr", 1, "per step", "neither", "learning rate of the step"),
         Metric("grad_norm", 1, "1", "neither", "L2 norm of all gradients before clipping"),
         Metric("minimal_pairs", 1, "[0, 1]", "higher", "share of pairs with p(good) > p(bad)"),
+        Metric("accuracy", 1, "[0, 1]", "higher", "share of texts whose likeliest class is true"),
         Metric("density", 1, "[0, 1]", "neither", "share of (token, unit) pairs above threshold"),
         Metric("dead_fraction", 1, "[0, 1]", "lower", "share of units never above threshold"),
         Metric("kurtosis", 1, ">= 1", "neither", "median over units of m4 / m2^2 (normal: 3)"),
@@ -110,6 +111,9 @@ METRICS: dict[str, Metric] = {
         Metric("stability_cosine", 1, "[-1, 1]", "higher", "mean cosine of matched directions"),
         Metric("stability_share", 1, "[0, 1]", "higher", "share of matched cosines above 0.9"),
         Metric("mcc", 1, "[-1, 1]", "higher", "mean correlation of matched units, held out"),
+        Metric(
+            "fisher_ratio", 1, ">= 0", "higher", "d' (S1 + S0)^-1 d, mean of class against rest"
+        ),
         Metric("feature_auroc", 1, "[0, 1]", "higher", "mean AUROC of best units, held out"),
         Metric("feature_f1", 1, "[0, 1]", "higher", "mean F1 of best units, held out"),
         Metric("unit_density", 1, "[0, 1]", "neither", "share of tokens with act > threshold"),

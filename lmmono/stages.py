@@ -55,6 +55,18 @@ def scored(run: Run) -> Run:
         return score_run(run, progress=progress)
 
 
+def tested(run: Run) -> Run:
+    """Run the robustness suites, unless that is done or none is named: then nothing is imported."""
+    if run.is_done("robustness") or not run.recipe.robustness.suites:
+        return run
+    from lmmono.dictionary.estimator import load_dictionary
+    from lmmono.robust.runs import robustness_run
+    from lmmono.terminal import shown_progress
+
+    with shown_progress() as progress:
+        return robustness_run(run, load=load_dictionary, progress=progress)
+
+
 def speaks() -> bool:
     """Say whether this process speaks for all that `accelerate launch` has started."""
     return os.environ.get("RANK", "0") == "0"

@@ -8,7 +8,6 @@ model, the rows, the settings and its number alone, and any batch can be the fir
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -21,8 +20,7 @@ from activation_store.stream import BUFFER_BYTES
 from lmmono.data.tokens import TokenRows
 from lmmono.dictionary.vectors import Vectors
 from lmmono.errors import DictionaryError
-from lmmono.models.hooks import attached, bare, hook_width, match_hooks
-from lmmono.models.points import Watch
+from lmmono.models.hooks import bare, hook_width, match_hooks, run_until
 
 FORWARD_TOKENS = 8192
 """Tokens per forward pass."""
@@ -124,7 +122,8 @@ class _ModelVectors(Vectors):
         self._model.eval()
         try:
             for first in range(0, len(ids), batch_rows):
-                acts = _forward(self._model, ids[first : first + batch_rows], list(self.widths))
+                rows = torch.from_numpy(ids[first : first + batch_rows])
+                acts = run_until(self._model, rows, list(self.widths))
                 for hook, x in acts.items():
                     found[hook].append(x.reshape(-1, self.widths[hook]).float())
         finally:
@@ -142,29 +141,6 @@ class _ModelVectors(Vectors):
             inside = numbers[(numbers >= end - len(part)) & (numbers < end)]
             found.append(part.ids[inside - (end - len(part))].astype(np.int64))
         return np.concatenate(found)
-
-
-class _Done(Exception):
-    """All hooks were seen; ends a forward pass that needs to go no further."""
-
-
-@torch.no_grad()
-def _forward(model: nn.Module, ids: np.ndarray, hooks: Sequence[str]) -> dict[str, Tensor]:
-    """Return the activations of some hooks; what comes after them is not computed."""
-    record: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Watch:
-        def watch(tensor: Tensor) -> None:
-            record[name] = tensor
-            if len(record) == len(hooks):
-                raise _Done
-
-        return watch
-
-    given = torch.from_numpy(ids).to(next(model.parameters()).device)
-    with attached(model, {name: keep(name) for name in hooks}), suppress(_Done):
-        model(input_ids=given, use_cache=False)
-    return record
 
 
 def _rows_digest(part: TokenRows) -> list[str | int]:

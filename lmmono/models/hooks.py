@@ -9,13 +9,13 @@ apart), and `hook_resid_post` is `hook_mlp_out` unless `ista_skip` is on.
 """
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lmmono.errors import ModelError, nearest
@@ -118,6 +118,34 @@ def run_with_cache(
     if silent:
         raise ModelError(f"{silent[0]} took no part in this forward pass; choose another hook")
     return logits, {name: record[name] for name in names}
+
+
+class _Done(Exception):
+    """All hooks were seen; ends a forward pass that needs to go no further."""
+
+
+@torch.no_grad()
+def run_until(
+    model: nn.Module, ids: Int[Tensor, "batch pos"], hooks: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the activations of hooks by exact name; what comes after the last is not computed.
+
+    The model runs in the mode it is in; token ids are moved to it.
+    """
+    record: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Watch:
+        def watch(tensor: Tensor) -> None:
+            record[name] = tensor
+            if len(record) == len(hooks):
+                raise _Done
+
+        return watch
+
+    given = ids.to(next(model.parameters()).device)
+    with attached(model, {name: keep(name) for name in hooks}), suppress(_Done):
+        model(input_ids=given, use_cache=False)
+    return record
 
 
 @dataclass(frozen=True, slots=True, eq=False)

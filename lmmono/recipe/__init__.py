@@ -3,6 +3,7 @@
 from lmmono.recipe.dictionaries import Dictionaries
 from lmmono.recipe.explaining import Explain, Score, Scoring
 from lmmono.recipe.recipe import SECTIONS, Recipe
+from lmmono.recipe.robustness import Robustness
 from lmmono.recipe.sections import Capture, Data, Model, Section, Train
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Explain",
     "Model",
     "Recipe",
+    "Robustness",
     "Score",
     "Scoring",
     "Section",

@@ -13,9 +13,10 @@ from pydantic_core import PydanticCustomError
 from lmmono.errors import RecipeError
 from lmmono.recipe.dictionaries import Dictionaries
 from lmmono.recipe.explaining import Explain, Score, unexplained_clash
+from lmmono.recipe.robustness import Robustness
 from lmmono.recipe.sections import Capture, Data, Model, Section, Train, clash
 
-SECTIONS = ("data", "model", "train", "capture", "dictionary", "explain", "score")
+SECTIONS = ("data", "model", "train", "capture", "dictionary", "explain", "score", "robustness")
 """Keys that arms may change and digests may cover, in the order of the stages."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -58,6 +59,8 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
     """Explanations of units; none by default."""
     score: Score = Score()
     """Scores of units and of their explanations."""
+    robustness: Robustness = Robustness()
+    """Tasks made harder, and which codes serve best then; none by default."""
     arms: dict[Name, dict[str, Any]] = {}
     """Named changes, one run each: dotted keys (`model.arch: gpt2`) or whole sections."""
     arm: Name | None = None

@@ -1,0 +1,218 @@
+"""The settings of the robustness suites, and the names that they may hold.
+
+Holds names alone, so that `lmmono check` knows them without what they stand for; a test compares
+them with the registries.
+"""
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from lmmono.errors import nearest
+from lmmono.recipe.sections import Count, Fraction, Section, clash
+
+SuiteName = Literal["noisy_labels", "noisy_inputs", "few_shot", "ood", "adversarial"]
+TaskName = Literal[
+    "planted_topic",
+    "planted_polarity",
+    "planted_agreement",
+    "20news",
+    "agnews",
+    "amazon_books",
+    "amazon_dvd",
+    "amazon_electronics",
+    "amazon_kitchen",
+    "anli",
+    "civil_comments",
+    "cola",
+    "cr",
+    "davidson",
+    "imdb",
+    "imdb_counterfactual",
+    "mnli",
+    "mpqa",
+    "mr",
+    "nli_counterfactual",
+    "noisy_agnews",
+    "reuters",
+    "sst2",
+    "sst2_phrases",
+    "sst5",
+    "subj",
+    "trec",
+    "tweet_emotion",
+    "tweet_hate",
+    "tweet_irony",
+    "tweet_offensive",
+    "tweet_sentiment",
+    "wrench_semeval",
+    "wrench_trec",
+    "wrench_youtube",
+    "yelp",
+]
+LearnerName = Literal[
+    "logistic",
+    "oracle_logistic",
+    "label_smoothing",
+    "gce",
+    "sce",
+    "forward",
+    "elr",
+    "mixup",
+    "early_stopping",
+    "co_teaching",
+    "cleanlab",
+    "knn_relabel",
+]
+LabelNoiseName = Literal["symmetric", "pair_flip", "matrix", "instance", "annotator", "real"]
+TextNoise = Literal[
+    "typos",
+    "ocr",
+    "homoglyph",
+    "case",
+    "punctuation",
+    "word_drop",
+    "word_shuffle",
+    "synonyms",
+    "formatting",
+]
+ModelNoise = Literal["embedding_gaussian", "embedding_uniform", "hidden_gaussian"]
+"""Noise inside the model: on token embeddings, or on the probed rows before any encoder."""
+AttackName = Literal["characters", "words"]
+Pooling = Literal["mean", "max", "last"]
+Hypothesis = Literal["H1", "H2", "H3", "H4"]
+
+FAMILY_SETTINGS: dict[str, tuple[str, ...]] = {
+    "raw": (),
+    "random_projection": ("d",),
+    "pca": ("d",),
+    "dense_ae": ("d",),
+    "relu": (),
+    "random_relu": ("d",),
+    "random_topk": ("d", "k"),
+    "neurons": (),
+    "top_neurons": ("k",),
+}
+"""Feature families that need no dictionary, with the settings that each takes."""
+
+MARGINS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1)
+"""Signal margins rho = 1 - rate C / (C - 1): equally hard for any number of classes C."""
+REALISTIC = (0.0, 0.02, 0.05, 0.1)
+"""Rates of label noise that real sets have."""
+SHOTS = (1, 4, 16, 64, 256)
+
+
+class Family(
+    Section,
+    json_schema_extra={
+        "type": ["string", "object"],
+        "if": {"type": "string"},
+        "then": {"enum": list(FAMILY_SETTINGS)},
+    },
+):
+    """A feature family; one with its own settings is written as its name alone."""
+
+    name: str = Field(json_schema_extra={"enum": list(FAMILY_SETTINGS)})
+    """The kind; see `docs/robustness.md`."""
+    d: Count | None = None
+    """Width of the code."""
+    k: Count | None = None
+    """Coordinates that stay."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Family":
+        if self.name not in FAMILY_SETTINGS:
+            way_out = nearest(self.name, FAMILY_SETTINGS)
+            raise clash(f"want a feature family, got {self.name!r}; {way_out}", "name")
+        takes = FAMILY_SETTINGS[self.name]
+        for setting in ("d", "k"):
+            if getattr(self, setting) is not None and setting not in takes:
+                known = ", ".join(takes) or "none"
+                raise clash(f"{self.name} has no such setting; it has: {known}", setting)
+        return self
+
+    @property
+    def label(self) -> str:
+        """Name in tables: the kind with its settings, such as pca-16."""
+        sizes = [str(size) for size in (self.d, self.k) if size is not None]
+        return "-".join([self.name, *sizes])
+
+
+def _named(entry: Any) -> Any:
+    return entry if isinstance(entry, dict | Family) else {"name": entry}
+
+
+class Robustness(Section):
+    """Which codes are compared on which tasks, made harder in which ways."""
+
+    suites: tuple[SuiteName, ...] = ()
+    """Ways in which tasks are made harder; none by default."""
+    tasks: tuple[TaskName, ...] = ("planted_topic",)
+    """Tasks; see `lmmono ls tasks`."""
+    folder: str | None = None
+    """Folder with the sets of tasks that are not planted, as `lmmono ls tasks` names them."""
+    families: tuple[Annotated[Family, BeforeValidator(_named)], ...] = (Family(name="raw"),)
+    """Feature families, by name or with settings; others are compared with the first."""
+    dictionaries: tuple[str, ...] = ()
+    """Names or globs of the run's dictionaries of the hook, each a family."""
+    learners: tuple[LearnerName, ...] = ("logistic",)
+    """How probes are learned; see `docs/robustness.md`."""
+    hook: str | None = None
+    """Hook that families read; null chooses a stream once on clean validation texts."""
+    poolings: tuple[Pooling, ...] = Field(default=("mean",), min_length=1)
+    """How the codes of a text's tokens become one; the first is not named in tables."""
+    budgets: tuple[Count, ...] = ()
+    """Probes that may read only so many coordinates, beside those that read all."""
+    seeds: Count = 5
+    """Repetitions: subsets and noise are drawn anew, the same for every family."""
+    n_train: Count | None = 1000
+    """Training texts per repetition, drawn in the set's shares; null takes all."""
+    n_val: Count | None = 500
+    """Validation texts, as noisy as the training texts; null takes all."""
+    n_test: Count | None = 2000
+    """Test texts of every part, drawn once; null takes all."""
+    label_noise: tuple[LabelNoiseName, ...] = ("symmetric",)
+    """Kinds of label noise."""
+    margins: tuple[Fraction, ...] = MARGINS
+    """Signal margins that decide rates of label noise, whatever the number of classes."""
+    rates: tuple[Fraction, ...] = REALISTIC
+    """Further rates of label noise."""
+    input_noise: tuple[TextNoise | ModelNoise, ...] = (
+        "typos",
+        "word_drop",
+        "embedding_gaussian",
+        "hidden_gaussian",
+    )
+    """Kinds of noise on test inputs."""
+    severities: tuple[Annotated[int, Field(ge=0, le=5)], ...] = (1, 2, 3, 4, 5)
+    """Severities of noise on inputs; 0, the clean text, is always there."""
+    n_noised: Count = 500
+    """Test texts that get noise."""
+    synonyms: str | None = None
+    """File of synonyms or word vectors for noise and attacks on words; null takes WordNet."""
+    shots: tuple[Count, ...] = SHOTS
+    """Labelled examples per class of suite `few_shot`."""
+    resamples: Count = 20
+    """Repetitions at least where a probe has 64 examples or fewer in all."""
+    attacks: tuple[AttackName, ...] = ("characters", "words")
+    """Attacks on finished probes."""
+    n_attacked: Count = 50
+    """Test texts that are attacked."""
+    hypotheses: tuple[Hypothesis, ...] = ()
+    """What is expected, said before the run; the report gives each its verdict."""
+    processes: Count = 1
+    """Processes that fit probes; changes no result."""
+
+    @model_validator(mode="after")
+    def _check_once(self) -> "Robustness":
+        for field in ("suites", "tasks", "families", "learners", "poolings", "budgets"):
+            values = getattr(self, field)
+            for i, value in enumerate(values):
+                if value in values[:i]:
+                    raise clash("want each once", f"{field}.{i}", field)
+        if self.suites and not self.families and not self.dictionaries:
+            raise clash("want a family or a dictionary to read", "families", "dictionaries")
+        return self
+
+
+MODEL_NOISE: tuple[str, ...] = get_args(ModelNoise)

@@ -1,0 +1,1 @@
+"""Are interpretable codes robust ones: tasks made harder, probes on codes, and the statistics."""

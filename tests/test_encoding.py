@@ -1,0 +1,156 @@
+"""Texts to features: by hand from the model's own activations; noise; the store of features."""
+
+import numpy as np
+import pytest
+import small_models
+import torch
+from lookup_model import N_WORDS, tokenizer
+
+import activation_store as astore
+from lmmono.errors import RobustnessError
+from lmmono.models.hooks import run_with_cache
+from lmmono.robust.encoding import SIGMAS, Encoder, Feature, InputNoise, make_features
+from lmmono.robust.families import FeatureFamily
+from lmmono.robust.stored import FeatureStore
+
+STREAM = "blocks.1.hook_resid_post"
+WORDS = [f"w{i}" for i in range(1, 40)]
+TEXTS = [" ".join(np.random.default_rng(i).choice(WORDS, 2 + i % 9)) for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    assert N_WORDS > 40
+    return small_models.small()
+
+
+def encoder(model, names=("raw",), poolings=("mean",), hook=STREAM) -> Encoder:
+    families = {name: FeatureFamily(name) for name in names}
+    features = make_features(families, model, hook, poolings)
+    return Encoder(model, tokenizer(), features).fit(TEXTS)
+
+
+def by_hand(model, text: str, hook: str = STREAM) -> torch.Tensor:
+    """The rows of a text's tokens, read after the end-of-text token 0."""
+    ids = torch.tensor([[0, *(int(word[1:]) for word in text.split())]])
+    return run_with_cache(model, ids, hook)[1][hook][0, 1:].flatten(1)
+
+
+def test_features_are_the_models_activations_pooled(model):
+    whole = encoder(model, ("raw", "neurons"), ("mean", "max", "last")).encode(TEXTS)
+    assert whole.n_truncated == whole.n_tokenless == 0
+    for i in (0, 7, 33):
+        rows = by_hand(model, TEXTS[i])
+        neurons = by_hand(model, TEXTS[i], "blocks.1.mlp.hook_post")
+        for name, want in (
+            ("raw", rows.mean(0)),
+            ("raw:max", rows.amax(0)),
+            ("raw:last", rows[-1]),
+            ("neurons", neurons.mean(0)),
+        ):
+            assert np.allclose(whole.features[name][i], want, atol=1e-5), name
+
+
+def test_a_code_is_taken_per_token_and_then_pooled(model):
+    found = encoder(model, ("random_topk",)).encode(TEXTS[:3])
+    made = encoder(model, ("random_topk",)).features["random_topk"].family
+    acts = made.transform(by_hand(model, TEXTS[2]))
+    assert np.allclose(found.features["random_topk"][2], acts.mean(0), atol=1e-5)
+    pooled_first = made.transform(by_hand(model, TEXTS[2]).mean(0, keepdim=True))[0]
+    assert not np.allclose(found.features["random_topk"][2], pooled_first, atol=1e-3)
+
+
+def test_long_and_empty_texts_are_counted(model):
+    most = model.config.max_position_embeddings - 1
+    words = [WORDS[i % 39] for i in range(most + 5)]
+    given = [" ".join(words), " ".join(words[:most]), "", "w1"]
+    made = encoder(model).encode(given)
+    assert (made.n_truncated, made.n_tokenless) == (1, 1)
+    assert np.allclose(made.features["raw"][0], made.features["raw"][1], atol=1e-5)
+    end = run_with_cache(model, torch.tensor([[0]]), STREAM)[1][STREAM][0, 0]
+    assert np.allclose(made.features["raw"][2], end, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["embedding_gaussian", "embedding_uniform", "hidden_gaussian"])
+def test_noise_is_one_draw_per_text_and_seed(model, kind):
+    coder = encoder(model)
+    noise = InputNoise(kind, 3, seed=1)
+    clean, noisy = coder.encode(TEXTS), coder.encode(TEXTS, noise=noise)
+    again = coder.encode(TEXTS, noise=noise).features["raw"]
+    assert np.array_equal(noisy.features["raw"], again)
+    few = coder.encode(TEXTS[:5], noise=noise).features["raw"]
+    assert np.allclose(noisy.features["raw"][:5], few, atol=1e-5), "the batch changes nothing"
+    other = coder.encode(TEXTS, noise=InputNoise(kind, 3, seed=2)).features["raw"]
+    assert not np.allclose(again, other, atol=1e-2)
+    assert not np.allclose(clean.features["raw"], again, atol=1e-2)
+    none = coder.encode(TEXTS, noise=InputNoise(kind, 0, seed=1)).features["raw"]
+    assert np.array_equal(clean.features["raw"], none)
+
+
+def test_hidden_noise_has_the_share_of_each_deviation_and_comes_before_the_code(model):
+    coder = encoder(model, ("raw", "random_projection", "relu"), ("last",))
+    clean = coder.encode(TEXTS * 20).features
+    noisy = coder.encode(TEXTS * 20, noise=InputNoise("hidden_gaussian", 4, seed=0)).features
+    added = noisy["raw"] - clean["raw"]
+    rows = torch.cat([by_hand(model, text) for text in TEXTS])
+    assert np.allclose(added.std(0), SIGMAS[4] * rows.std(0).numpy(), rtol=0.1)
+    assert np.abs(added.mean(0) / added.std(0)).max() < 0.12
+    projection, relu = (coder.features[name].family for name in ("random_projection", "relu"))
+    for name, family in (("random_projection", projection), ("relu", relu)):
+        want = family.transform(torch.from_numpy(noisy["raw"]))
+        assert np.allclose(noisy[name], want, atol=1e-4), "all families see the same noisy rows"
+
+
+def test_uniform_noise_on_embeddings_has_no_mean_and_the_deviation_of_the_gaussian():
+    for kind in ("embedding_uniform", "embedding_gaussian"):
+        drawn = InputNoise(kind, 5, seed=0).draw(0, 0, (2000, 20)).numpy()
+        assert abs(drawn.mean()) < 0.01 and drawn.std() == pytest.approx(SIGMAS[5], rel=0.01)
+    assert np.abs(InputNoise("embedding_uniform", 5, 0).draw(0, 0, (500, 9))).max() < 1.04
+
+
+def test_a_store_of_features_computes_each_text_and_feature_once(model, tmp_path):
+    path = tmp_path / "features.duckdb"
+    first = encoder(model, ("raw",))
+    with FeatureStore(path) as store:
+        made = store.encode(first, TEXTS[:40] + TEXTS[:3], "train")
+        more = store.encode(first, TEXTS[30:], "test")
+    want = first.encode(TEXTS).features["raw"]
+    assert np.allclose(made.features["raw"], want[[*range(40), 0, 1, 2]], atol=1e-6)
+    assert np.allclose(more.features["raw"], want[30:], atol=1e-6)
+    with FeatureStore(path) as store:  # another call, with another family
+        both = store.encode(encoder(model, ("raw", "relu")), TEXTS, "train")
+    assert np.array_equal(both.features["raw"][:40], made.features["raw"][:40])
+    with astore.open(path) as store:
+        n = dict(
+            store.sql(
+                "SELECT split_part(hook, '@', 2), count(*) FROM vectors GROUP BY 1"
+            ).fetchall()
+        )
+        known = store.sql("SELECT arch, d_sae, l0 FROM dictionaries ORDER BY arch").fetchall()
+        (split,) = store.sql("SELECT DISTINCT split FROM documents WHERE doc_id = 59").fetchall()
+    n_texts = len(dict.fromkeys(TEXTS))
+    n_first = len(dict.fromkeys(TEXTS[:40]))
+    assert n == {"0": n_first, "1": n_texts - n_first, "2": n_texts}
+    assert [row[:2] for row in known] == [("raw", 16), ("relu", 16)] and split == ("test",)
+
+
+def test_what_cannot_be_encoded_is_told(model):
+    with pytest.raises(RobustnessError, match="pass tokenizer="):
+        Encoder(model, None, [])
+    family = FeatureFamily("raw")
+    twice = [Feature("a", family, STREAM, "mean")] * 2
+    with pytest.raises(RobustnessError, match="names of their own"):
+        Encoder(model, tokenizer(), twice)
+    with pytest.raises(RobustnessError, match="did you mean hidden_gaussian"):
+        InputNoise("hidden_gausian", 1, 0)
+    with pytest.raises(RobustnessError, match="severity 6"):
+        InputNoise("hidden_gaussian", 6, 0)
+    bad = Encoder(
+        model,
+        tokenizer(),
+        [Feature("bad", FeatureFamily.of_encoder("bad", lambda x: x / 0), STREAM, "mean")],
+    ).fit(TEXTS)
+    with pytest.raises(RobustnessError, match="bad: features of 2 of 2 texts are not finite"):
+        bad.encode(TEXTS[:2])
+    with pytest.raises(RobustnessError, match="in no layer"):
+        make_features({"neurons": FeatureFamily("neurons")}, model, "hook_embed", ("mean",))

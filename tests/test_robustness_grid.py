@@ -1,0 +1,207 @@
+"""The grid: draws that all families share, rows that say what failed, and planted right answers."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from lookup_model import HOOK, Lookup, concept_task, coordinate_task, true_code
+from scipy.stats import binomtest
+
+import lmmono as lm
+from lmmono.data.tasks.task import Labelled, Task
+from lmmono.errors import RobustnessError
+from lmmono.recipe.robustness import Robustness
+from lmmono.robust.bench import wilson
+from lmmono.robust.comparisons import compare_families
+from lmmono.robust.outcomes import Outcomes
+from lmmono.robust.probing import fit_probes, telling
+from lmmono.robust.problems import Problems
+from lmmono.robust.suites import SUITES, Draw, find_suite
+
+BOTH = {"raw": None, "code": true_code}
+SMALL = {"n_train": 200, "n_val": 100, "n_test": 300, "hook": HOOK}
+
+
+@pytest.fixture(scope="module")
+def model() -> Lookup:
+    return Lookup()
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return concept_task()
+
+
+def draws(task: Task, suite: str, **settings: object) -> list[Draw]:
+    return list(SUITES[suite].draws(task, Robustness.model_validate(settings)))
+
+
+def measured(model, task, suite, features=BOTH, **settings) -> Outcomes:
+    return lm.robustness(model, task, suite=suite, features=features, **{**SMALL, **settings})
+
+
+def test_label_noise_flips_exactly_what_it_says_and_is_one_mask_at_a_seed(task):
+    settings = {"seeds": 2, "margins": (1.0, 0.5, 0.0), "rates": (0.02,), "n_train": 300}
+    made = draws(task, "noisy_labels", **settings, label_noise=("symmetric", "instance"))
+    assert [d.level for d in made[:4]] == [0.0, 0.02, 0.25, 0.5]
+    for draw in made:
+        clean = task.part("train").labels[draw.train]
+        val = task.part("val").labels[draw.val]
+        if draw.level == 0.5 and draw.corruption == "symmetric":
+            assert draw.failure == "unlearnable: symmetric noise of 0.5"
+        else:
+            assert (draw.labels != clean).sum() == round(draw.level * len(clean))
+            assert (draw.val_labels != val).sum() == round(draw.level * len(val))
+    again = draws(task, "noisy_labels", **settings, label_noise=("symmetric", "instance"))
+    assert all(np.array_equal(a.labels, b.labels) for a, b in zip(made, again, strict=True))
+    assert not np.array_equal(made[0].train, made[8].train), "seeds differ"
+    flipped = [set(np.flatnonzero(d.labels != made[0].labels)) for d in made[:3]]
+    assert flipped[0] < flipped[1] < flipped[2], "a higher rate flips what a lower one does"
+
+
+def test_rates_of_equal_margin_follow_the_number_of_classes(task):
+    settings = {"seeds": 1, "margins": (1.0, 0.8), "rates": ()}
+    four = Task(
+        "four",
+        "",
+        "",
+        "",
+        ("a", "b", "c", "d"),
+        {name: Labelled(part.texts, np.arange(len(part)) % 4) for name, part in task.parts.items()},
+    )
+    for which, want in ((task, 0.1), (four, 0.15)):
+        clean, noisy = draws(which, "noisy_labels", **settings)
+        assert (clean.level, noisy.level) == (0.0, pytest.approx(want))
+        assert noisy.facts["rho"] == pytest.approx(0.8)
+
+
+def test_few_shots_are_balanced_nested_and_repeated(task):
+    made = draws(task, "few_shot", seeds=2, shots=(1, 4, 64, 10_000), resamples=5)
+    n_of = {k: sum(d.n_shots == k for d in made) for k in (1, 4, 64, 10_000)}
+    assert n_of == {1: 5, 4: 5, 64: 2, 10_000: 2}
+    by_key = {(d.n_shots, d.seed): d for d in made}
+    for seed in range(2):
+        one, four = by_key[1, seed], by_key[4, seed]
+        assert np.bincount(four.labels).tolist() == [4, 4] == np.bincount(four.val_labels).tolist()
+        assert set(one.train) < set(four.train)
+        assert "class low has" in by_key[10_000, seed].failure
+
+
+def test_what_a_task_lacks_is_a_row_that_says_so(model, task):
+    few = {"seeds": 1, "shots": (2,)}
+    other = measured(model, task, "ood", **few)
+    assert [row["failure"] for row in other.rows] == 2 * ["the task has no part ood:<name>"]
+    real = measured(model, task, "noisy_labels", **few, label_noise="real")
+    told = {(row["level"], row["failure"]) for row in real.rows}
+    assert told == {(0.0, None), (None, "the task has no real noisy labels")}
+    flat = replace(task, parts={**task.parts, "val": Labelled((), np.zeros(0, np.int64))})
+    without = measured(model, flat, "few_shot", seeds=1, shots=(2,), resamples=1)
+    assert {row["failure"] for row in without.rows} == {
+        "no validation example to choose settings on"
+    }
+    assert "rows have no value, such as: no validation" in repr(without)
+
+
+def test_noise_of_severity_zero_is_clean_to_the_bit_and_families_meet_the_same_noise(model, task):
+    settings = {"seeds": 2, "n_noised": 300, "severities": (4,)}
+    noised = measured(
+        model, task, "noisy_inputs", **settings, input_noise=("word_drop", "hidden_gaussian")
+    )
+    clean = measured(model, task, "noisy_labels", seeds=2, margins=(1.0,), rates=())
+    value = {(r["feature"], r["seed"]): r["value"] for r in clean.rows}
+    assert {r["level"] for r in noised.rows} == {0.0, 4.0}
+    for row in noised.rows:
+        if row["level"] == 0.0:
+            assert row["value"] == value[row["feature"], row["seed"]]
+    # noise on the stream is turned by the code as everything is: probes of both see one problem
+    for seed in range(2):
+        raw, turned = (
+            next(
+                r["value"]
+                for r in noised.rows
+                if (r["feature"], r["seed"], r["corruption"], r["level"])
+                == (feature, seed, "hidden_gaussian", 4.0)
+            )
+            for feature in BOTH
+        )
+        assert raw < value["raw", seed] - 0.02 and abs(raw - turned) < 0.12
+
+
+def test_rows_carry_n_interval_seed_and_what_the_probe_read(model, task):
+    made = measured(model, task, "noisy_labels", seeds=1, margins=(0.8,), rates=(), budgets=(3,))
+    assert [row["feature"] for row in made.rows] == ["raw", "raw@3", "code", "code@3"]
+    for row in made.rows:
+        n_right = round(row["value"] * row["n"])
+        want = binomtest(n_right, row["n"]).proportion_ci(method="wilson")
+        assert (row["ci_low"], row["ci_high"]) == pytest.approx((want.low, want.high))
+        assert row["n"] == 300 and row["metric"] == "accuracy" and row["seed"] == 0
+        said = row["settings"]
+        assert said["n_flipped"] == 20 and said["rho"] == pytest.approx(0.8)
+        assert said["d"] == 96 and said["hook"] == HOOK and said["n_train"] == 200
+        assert said["budget"] == ("3" if "@" in row["feature"] else "full")
+    assert [(each.feature, each.budget) for each in made.results[:2]] == [
+        ("raw", "full"),
+        ("raw", "3"),
+    ]
+    assert wilson(0, 5)[0] == 0.0
+
+
+def test_a_budgeted_probe_reads_the_coordinates_that_tell_most(task):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 20, generator=random)
+    y = (x[:, 7] + 0.5 * x[:, 11] > 0).long()
+    assert telling(x[:200], y[:200], 2, 2).tolist() == [7, 11]
+    problems = Problems(x[:200], y[None, :200], x[200:], y[None, 200:], 2, (0,))
+    narrow = fit_probes(problems, "logistic", 2)
+    assert narrow.weight[0, 0].nonzero()[:, 0].tolist() == [7, 11]
+    only = Problems(x[:200, [7, 11]], y[None, :200], x[200:, [7, 11]], y[None, 200:], 2, (0,))
+    wide = fit_probes(only, "logistic")
+    assert torch.allclose(narrow.weight[0][:, [7, 11]], wide.weight[0], atol=1e-4)
+
+
+def test_a_sparse_code_that_truly_helps_is_found_to_help(model, task):
+    made = measured(
+        model, task, "few_shot", seeds=8, shots=(16,), resamples=8, budgets=(8,), n_test=400
+    )
+    found = {each.budget: each for each in compare_families(made.results, "raw")}
+    helped = found["8"]
+    assert helped.feature == "code" and helped.effect.ci_low > 0.05 and helped.p_holm < 0.05
+    # it wins the dense probe of all coordinates too, so the budget alone is no handicap of raw
+    mean = {
+        (f, b): np.mean([r.value for r in made.results if (r.feature, r.budget) == (f, b)])
+        for f in BOTH
+        for b in ("8", "full")
+    }
+    assert mean["code", "8"] > mean["raw", "full"] + 0.05
+
+
+def test_a_sparse_code_that_does_not_help_is_found_not_to(model):
+    made = measured(
+        model,
+        coordinate_task(),
+        "few_shot",
+        seeds=8,
+        shots=(16,),
+        resamples=8,
+        budgets=(8,),
+        n_test=400,
+    )
+    (worse,) = [e for e in compare_families(made.results, "raw") if e.budget == "8"]
+    assert worse.effect.ci_high < 0 and worse.p_holm < 0.05 and worse.win_rate < 0.2
+
+
+def test_settings_that_cannot_be_are_told(model, task):
+    with pytest.raises(RobustnessError, match="did you mean noisy_labels"):
+        find_suite("noisy_lables")
+    for settings, fault in (
+        ({"suite": "noisy_label"}, "robustness: suites"),
+        ({"suite": "ood", "n_trian": 5}, "robustness: n_trian: Extra inputs"),
+        ({"suite": "ood", "features": {"a@b": None}}, "names without @ and :"),
+        ({"suite": "ood", "features": {"a": "rawr"}}, "did you mean raw?"),
+        ({"suite": "ood", "learners": ("logistic", "logistic")}, "want each once"),
+    ):
+        with pytest.raises(RobustnessError, match=fault):
+            lm.robustness(model, task, **{"hook": HOOK, **settings})
+    with pytest.raises(RobustnessError, match="want one or several different"):
+        lm.robustness(model, [task, task], suite="ood", hook=HOOK)
