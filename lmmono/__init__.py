@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lmmono.capturing import capture, capture_run
     from lmmono.data.tokens import TokenCorpus, TokenRows
     from lmmono.dictionary.classical import Classical
-    from lmmono.dictionary.controls import Control, shuffled, untrained
+    from lmmono.dictionary.controls import Control, shuffled
     from lmmono.dictionary.estimator import Dictionary, load_dictionary
     from lmmono.dictionary.evaluation import SAEReport, evaluate
     from lmmono.dictionary.hub import load_from_hub, push_dictionary
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     )
     from lmmono.models.presets import preset
     from lmmono.models.storage import load_model
+    from lmmono.models.untrained import untrained
     from lmmono.recipe import Recipe
     from lmmono.reporting.figures import pareto
     from lmmono.reporting.tables import comparison
@@ -128,7 +129,7 @@ _HOMES = {
     "capturing": ("capture", "capture_run"),
     "data.tokens": ("TokenCorpus", "TokenRows"),
     "dictionary.classical": ("Classical",),
-    "dictionary.controls": ("Control", "shuffled", "untrained"),
+    "dictionary.controls": ("Control", "shuffled"),
     "dictionary.estimator": ("Dictionary", "load_dictionary"),
     "dictionary.evaluation": ("SAEReport", "evaluate"),
     "dictionary.hub": ("load_from_hub", "push_dictionary"),
@@ -163,6 +164,7 @@ _HOMES = {
     ),
     "models.presets": ("preset",),
     "models.storage": ("load_model",),
+    "models.untrained": ("untrained",),
     "recipe": ("Recipe",),
     "reporting.figures": ("pareto",),
     "reporting.tables": ("comparison",),

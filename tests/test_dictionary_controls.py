@@ -11,12 +11,13 @@ import torch
 from sklearn.linear_model import LinearRegression
 from torch import Tensor, nn
 
-from lmmono.dictionary.controls import Control, shuffled, untrained
+from lmmono.dictionary.controls import Control, shuffled
 from lmmono.dictionary.estimator import load_dictionary
 from lmmono.dictionary.vectors import ArrayVectors
 from lmmono.errors import DictionaryError, ModelError
 from lmmono.models.build import build_model
 from lmmono.models.crate import CrateForCausalLM
+from lmmono.models.untrained import untrained
 from lmmono.recipe.sections import CrateModel, Gpt2Model
 
 D_IN = 12

@@ -6,6 +6,7 @@ import pytest
 from test_cli import TINY, call
 
 import activation_store as astore
+import lmmono as lm
 from lmmono.errors import RecipeError
 from lmmono.explaining.explainers import EXPLAINERS
 from lmmono.manifest import STAGES
@@ -122,10 +123,41 @@ def test_a_run_explains_and_scores_what_its_recipe_names(explained):
     assert said == [("constant:window=32", 12, 12), ("token_lookup:window=32", 12, 12)]
     n_of = {tuple(row[:3]): row[3] for row in scored}
     for explainer in ("constant:window=32", "token_lookup:window=32"):
-        for control in (None, "random_explanation", "matched_density"):
+        for control in (None, "random_explanation", "matched_density", "untrained_model"):
             assert n_of["simulation_tar", explainer, control] == 12
             assert n_of["detection", explainer, control] == 12
     assert n_of["token_selectivity", None, None] == 64
+
+
+def test_the_untrained_control_is_what_the_untrained_model_scores(explained, tmp_path):
+    run = open_run(explained / "runs/tiny")
+    assert not (run.dir / "untrained").exists()
+    fresh = lm.untrained(run.model, run.recipe.seed)
+    units = lm.sample(12, seed=run.recipe.seed)
+    query = """SELECT unit, value, details FROM scores WHERE metric = 'simulation_tar'
+        AND control IS NOT DISTINCT FROM $control AND unit IS NOT NULL
+        AND explainer = 'token_lookup:window=32' AND hook = $hook ORDER BY unit"""
+    with astore.open(tmp_path / "store", mode="w") as store:
+        parts = [run.tokens(split) for split in ("explain", "score")]
+        settings = {"max_tokens": run.recipe.capture.max_tokens, "max_density": 1.0}
+        lm.capture(fresh, parts, hooks=HOOK, into=store, seed=run.recipe.seed, **settings)
+        lm.explain(store, HOOK, units=units, window=32, seed=run.recipe.seed)
+        lm.score(
+            store,
+            HOOK,
+            explainer="token_lookup:window=32",
+            seed=run.recipe.seed,
+            controls=False,
+        )
+        wanted = store.sql(query, control=None, hook=HOOK).fetchall()
+    summary = """SELECT value, n FROM scores WHERE metric = 'simulation_tar' AND unit IS NULL
+        AND control = 'untrained_model' AND hook = $hook
+        AND explainer = 'token_lookup:window=32'"""
+    with astore.open(run.store_path) as store:
+        assert store.sql(query, control="untrained_model", hook=HOOK).fetchall() == wanted
+        (value, n) = store.sql(summary, hook=HOOK).fetchone()
+    assert n == 12 == len(wanted)
+    assert value == pytest.approx(sum(each for _, each, _ in wanted) / 12)
 
 
 def test_the_verbs_do_one_stage_each_and_then_nothing(explained, monkeypatch, capsys):

@@ -1,20 +1,19 @@
-"""What a dictionary must beat: codes that learned nothing, vectors and models without structure.
+"""What a dictionary must beat: codes that learned nothing, and vectors without structure.
 
-`Control` has dictionaries that are no result; `shuffled` and `untrained` take away what there was
-to find, so that any dictionary can be fitted on the rest.
+`Control` has dictionaries that are no result; `shuffled` takes away what there was to find, so that
+any dictionary can be fitted on the rest. Models without structure are in `lmmono.models.untrained`.
 """
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import TypeAdapter
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from lmmono.dictionary.coding import keep_largest, largest_projections
@@ -22,9 +21,7 @@ from lmmono.dictionary.soundness import check_alive, check_enough, fvu_of, open_
 from lmmono.dictionary.training import Plan, Training, train_all
 from lmmono.dictionary.vectors import Vectors, as_vectors
 from lmmono.dictionary.weights import PlainDictionary
-from lmmono.errors import DictionaryError, ModelError, nearest
-from lmmono.models.crate import CrateIsta
-from lmmono.models.hooks import bare
+from lmmono.errors import DictionaryError
 from lmmono.recipe import dictionaries
 from lmmono.types import Progress
 
@@ -165,60 +162,3 @@ class _Shuffled(Vectors):
                 hook: torch.from_numpy(random.permuted(x.cpu().numpy(), axis=0)).to(x.device)
                 for hook, x in batch.items()
             }
-
-
-Untraining = Literal["initial", "shuffled_weights"]
-
-
-def untrained(model: nn.Module, seed: int = 0, how: Untraining = "initial") -> nn.Module:
-    """Return a model of the same configuration that knows nothing of language.
-
-    The model that is given stays as it is, and so do the global random numbers. What a dictionary
-    finds in the new model is due to architecture and tokens alone.
-
-    Args:
-        model: Any model of transformers, such as CRATE or GPT-2; wrappers are taken off.
-        seed: Seed of the new weights.
-        how: `initial` draws the weights anew, as before training. `shuffled_weights` permutes the
-            trained numbers inside every tensor, so that their distribution stays: the stricter
-            control. It works on any torch module.
-
-    Raises:
-        ModelError: `how` is unknown, or the model has no configuration to begin from.
-    """
-    network = bare(model)
-    if how not in _UNTRAINED:
-        raise ModelError(f"untrained: how: unknown {how!r}; {nearest(how, _UNTRAINED)}")
-    with torch.no_grad():
-        return _UNTRAINED[how](network, seed)
-
-
-def _initial(network: nn.Module, seed: int) -> nn.Module:
-    config: Any = getattr(network, "config", None)
-    if config is None:
-        raise ModelError(
-            f"untrained: {type(network).__name__} has no config to draw weights by; build a new "
-            "one yourself, or take how='shuffled_weights'"
-        )
-    fresh = copy.deepcopy(network)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        drawn = type(network)(copy.deepcopy(config)).state_dict()
-    for name, weight in fresh.state_dict().items():
-        weight.copy_(drawn[name])
-    return fresh
-
-
-def _shuffled_weights(network: nn.Module, seed: int) -> nn.Module:
-    fresh = copy.deepcopy(network)
-    random = torch.Generator().manual_seed(seed)
-    for weight in fresh.parameters():  # tied ones come once
-        order = torch.randperm(weight.numel(), generator=random).to(weight.device)
-        weight.copy_(weight.flatten()[order].view_as(weight))
-    for module in fresh.modules():
-        if isinstance(module, CrateIsta):  # its step size follows from the dictionary
-            module.follow_dictionary(n_iterations=100)
-    return fresh
-
-
-_UNTRAINED = {"initial": _initial, "shuffled_weights": _shuffled_weights}

@@ -11,13 +11,14 @@ from torch import nn
 
 import activation_store as astore
 from lmmono.dictionary.classical import Classical
-from lmmono.dictionary.controls import Control, shuffled, untrained
+from lmmono.dictionary.controls import Control, shuffled
 from lmmono.dictionary.estimator import Dictionary, load_dictionary
 from lmmono.dictionary.live import model_vectors
 from lmmono.dictionary.sae import SAE, fit_together
 from lmmono.dictionary.vectors import Vectors, as_vectors
 from lmmono.durable import disk_faults
 from lmmono.errors import DictionaryError
+from lmmono.models.untrained import untrained
 from lmmono.recipe.dictionaries import (
     DecompositionEntry,
     Dictionaries,

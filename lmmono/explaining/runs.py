@@ -1,10 +1,13 @@
 """The explanations of a run: what its recipe says of its units, in table `explanations`."""
 
+from collections.abc import Sequence
+
 import activation_store as astore
 from lmmono.errors import RunError
 from lmmono.explaining.explanations import explain
 from lmmono.explaining.sampling import sample
 from lmmono.manifest import STAGES
+from lmmono.recipe.explaining import Explain
 from lmmono.run import Run
 from lmmono.types import Progress, silent
 
@@ -24,22 +27,39 @@ def explain_run(run: Run, *, progress: Progress = silent) -> Run:
         return run
     if not run.is_done("capture"):
         raise RunError(f"{run.dir}: not captured yet; run `lmmono capture {run.dir}` first")
-    seed, facts = run.recipe.seed, dict[str, int]()
-    units = None if settings.units is None else sample(settings.units, seed=seed)
     digest = run.recipe.digest(*STAGES["explain"].sections)
     with run.stage("explain", digest) as stage, astore.open(run.store_path, mode="a") as store:
-        for explainer in settings.explainers:
-            for preset in (None, *settings.presets):
-                made = explain(
-                    store,
-                    settings.hooks,
-                    units=units,
-                    explainer=explainer,
-                    preset=preset,
-                    window=settings.window,
-                    seed=seed,
-                    progress=progress,
-                )
-                facts[made.explainer] = made.n_explained
+        facts = explain_as(settings, store, settings.hooks, run.recipe.seed, progress)
         stage.facts.update(n_explained=facts)
     return run
+
+
+def explain_as(
+    settings: Explain,
+    store: astore.Store,
+    hooks: Sequence[str] | None,
+    seed: int,
+    progress: Progress = silent,
+) -> dict[str, int]:
+    """Explain units of a store as a recipe says; return how many each explainer explained.
+
+    Raises:
+        ExplainError: As `explain` does.
+        StoreError: The store cannot be read or written.
+    """
+    facts = dict[str, int]()
+    units = None if settings.units is None else sample(settings.units, seed=seed)
+    for explainer in settings.explainers:
+        for preset in (None, *settings.presets):
+            made = explain(
+                store,
+                hooks,
+                units=units,
+                explainer=explainer,
+                preset=preset,
+                window=settings.window,
+                seed=seed,
+                progress=progress,
+            )
+            facts[made.explainer] = made.n_explained
+    return facts

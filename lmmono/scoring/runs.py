@@ -1,6 +1,7 @@
 """The scores of a run: what `lmmono run` measures on its units and on what is said of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import activation_store as astore
 from lmmono.errors import RunError
@@ -9,6 +10,7 @@ from lmmono.manifest import STAGES
 from lmmono.run import Run
 from lmmono.scoring.registry import find_scorer
 from lmmono.scoring.scores import score
+from lmmono.scoring.untrained import add_control, untrained_store
 from lmmono.types import Progress, silent
 
 Round = tuple[str, str | None, list[str]]
@@ -19,7 +21,9 @@ def score_run(run: Run, *, progress: Progress = silent) -> Run:
     """Score what a run's recipe names on every hook that its store holds as rows, unless done.
 
     Scorers of explanations score those of each explainer of the recipe, on the hooks that it
-    explains. Units that have a row already are left as they are.
+    explains. Units that have a row already are left as they are. With controls, where the recipe
+    explains and trains, all is done once more on the model untrained: rows of control
+    `untrained_model`.
 
     Raises:
         RunError: The run is not captured yet, or not explained where that is asked for, or another
@@ -28,29 +32,56 @@ def score_run(run: Run, *, progress: Progress = silent) -> Run:
     """
     if run.is_done("score"):
         return run
-    for stage, wanted in (("capture", True), ("explain", bool(run.recipe.explain.explainers))):
+    recipe = run.recipe
+    for stage, wanted in (("capture", True), ("explain", bool(recipe.explain.explainers))):
         if wanted and not run.is_done(stage):
             done = "captured" if stage == "capture" else "explained"
             raise RunError(f"{run.dir}: not {done} yet; run `lmmono {stage} {run.dir}` first")
-    digest, seed = run.recipe.digest(*STAGES["score"].sections), run.recipe.seed
-    controls, hooks = run.recipe.score.controls, set[str]()
+    digest = recipe.digest(*STAGES["score"].sections)
     with run.stage("score", digest) as stage, astore.open(run.store_path, mode="a") as store:
-        for explainer, preset, names in _rounds(run):
-            needs_model = any("model" in find_scorer(name).needs for name in names)
-            made = score(
-                store,
-                run.recipe.explain.hooks if explainer else None,
-                scorer=names,
-                explainer=explainer or "token_lookup",
-                preset=preset,
-                controls=controls,
-                seed=seed,
-                model=run.model if needs_model else None,
-                progress=progress,
-            )
-            hooks.update(made.hooks)
+        hooks = _score(run, store, run.model, None, recipe.score.controls, progress)
+        if recipe.score.controls and recipe.explain.explainers and recipe.train.steps:
+            _score_untrained(run, store, progress)
         stage.facts.update(hooks=sorted(hooks))
     return run
+
+
+def _score(
+    run: Run,
+    store: astore.Store,
+    model: Any,
+    hooks: Sequence[str] | None,
+    controls: bool,
+    progress: Progress,
+) -> set[str]:
+    """Score as the recipe says; return the hooks. Those given stand in for the recipe's."""
+    found = set[str]()
+    for explainer, preset, names in _rounds(run):
+        needs_model = any("model" in find_scorer(name).needs for name in names)
+        made = score(
+            store,
+            hooks or (run.recipe.explain.hooks if explainer else None),
+            scorer=names,
+            explainer=explainer or "token_lookup",
+            preset=preset,
+            controls=controls,
+            seed=run.recipe.seed,
+            model=model if needs_model else None,
+            progress=progress,
+        )
+        found.update(made.hooks)
+    return found
+
+
+def _score_untrained(run: Run, store: astore.Store, progress: Progress) -> None:
+    """Add the rows of the untrained model to the store, then the means that hold them."""
+    scorers = [find_scorer(each.name) for each in run.recipe.score.scorers]
+    with untrained_store(run, store, progress) as (model, other, hooks):
+        if not hooks:
+            return
+        _score(run, other, model, hooks, False, progress)
+        add_control(store, other, scorers)
+    _score(run, store, run.model, None, True, progress)
 
 
 def _rounds(run: Run) -> Iterator[Round]:
