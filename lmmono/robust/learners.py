@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from lmmono.errors import RobustnessError, nearest
+from lmmono.robust.cleaning import pruned, relabelled
+from lmmono.robust.gradient import descended
+from lmmono.robust.objectives import PLANS
 from lmmono.robust.problems import Probes, Problems
 from lmmono.robust.tuning import tuned_logistic
 
@@ -31,6 +35,17 @@ def _oracle(problems: Problems) -> Probes:
     return tuned_logistic(problems, labels=problems.clean_val.expand_as(problems.y_val))
 
 
+_ABOUT = (
+    ("label_smoothing", "labels smoothed by 0.1 (Szegedy et al. 2016)"),
+    ("gce", "generalised cross entropy, q 0.7 (Zhang and Sabuncu 2018)"),
+    ("sce", "symmetric cross entropy, 6 and 0.1 (Wang et al. 2019)"),
+    ("forward", "loss corrected by the noise matrix, estimated if not given (Patrini et al. 2017)"),
+    ("elr", "early-learning regularisation, 3 and 0.7 (Liu et al. 2020)"),
+    ("mixup", "rows and labels mixed with others', uniform shares (Zhang et al. 2018)"),
+    ("early_stopping", "plain descent without L2, stopped by noisy validation labels"),
+    ("co_teaching", "two probes that choose easy rows for each other (Han et al. 2018)"),
+)
+
 LEARNERS: dict[str, Learner] = {
     learner.name: learner
     for learner in (
@@ -41,6 +56,11 @@ LEARNERS: dict[str, Learner] = {
             _oracle,
             "clean",
         ),
+        Learner(
+            "cleanlab", "labels at odds with a probe's dropped (Northcutt et al. 2021)", pruned
+        ),
+        Learner("knn_relabel", "labels outvoted by those of ten neighbours replaced", relabelled),
+        *(Learner(name, about, partial(descended, plan=PLANS[name])) for name, about in _ABOUT),
     )
 }
 """Learners by name."""

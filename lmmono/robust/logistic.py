@@ -9,7 +9,7 @@ line search tries: it moves along logits that are known.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int64
@@ -36,6 +36,10 @@ AT_ONCE = 128
 """Problems solved together: their logits stay near the processor."""
 
 LINE_TRIALS = 12
+"""Step lengths tried."""
+
+UPHILL, DOWNHILL = -0.3, 0.9
+"""Slopes at which a step ends well, as shares of the slope at its start."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,16 +59,17 @@ class Path:
         """Number of classes."""
         return self.turned.shape[2] + 1
 
-    def weights(
-        self, at: Int64[Tensor, "p"] | None = None
-    ) -> tuple[Float[Tensor, "*p_l c d"], Float[Tensor, "*p_l c"]]:
-        """Return weights and biases on the features as they came, with sum zero over classes.
+    def at(self, which: Int64[Tensor, "p"]) -> "Path":
+        """Return one penalty of each problem, by index; `l2` then is not that of all."""
+        problems = torch.arange(len(which))
+        turned = self.turned[problems, which][:, None]
+        return replace(
+            self, turned=turned, n_iterations=self.n_iterations[problems, which][:, None]
+        )
 
-        Args:
-            at: One penalty per problem, by index; None: all.
-        """
-        turned = self.turned if at is None else self.turned[torch.arange(len(at)), at]
-        return self.basis.back(_all_classes(turned))
+    def weights(self) -> tuple[Float[Tensor, "p l c d"], Float[Tensor, "p l c"]]:
+        """Return weights and biases on the features as they came, with sum zero over classes."""
+        return self.basis.back(_all_classes(self.turned))
 
     def log_probabilities(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "p l m c"]:
         """Return the log-probabilities of rows at each penalty."""
@@ -80,6 +85,7 @@ def fit_path(
     *,
     n_classes: int,
     l2: Sequence[float] = L2_PATH,
+    weights: Float[Tensor, "p n"] | None = None,
     standardise: bool = True,
     tolerance: float = TOLERANCE,
     max_iterations: int = MAX_ITERATIONS,
@@ -91,18 +97,22 @@ def fit_path(
         y: Labels of each problem, 0 to n_classes - 1.
         n_classes: Number of classes.
         l2: Penalties, from strong to weak.
+        weights: Weight of each row in each problem, 0 to 1, as scikit-learn's `sample_weight`.
+            Problems with few rows are solved faster on those rows alone.
         standardise: Divide each dimension by its standard deviation first.
         tolerance: Root mean square of the mean loss' gradient at which a fit has converged.
         max_iterations: Iterations at one penalty after which it is left as it is.
     """
     assert list(l2) == sorted(l2, reverse=True) and l2[-1] > 0, l2
     on = x if isinstance(x, Basis) else basis(x, standardise=standardise)
+    size = [None] * len(y) if weights is None else weights.to(on.rows.dtype).split(AT_ONCE)
     fits = [
-        _Fit.start(on, part, n_classes, l2, tolerance, max_iterations).run()
-        for part in y.split(AT_ONCE)
+        _Fit.start(on, part, weight, n_classes, torch.tensor(l2, dtype=on.rows.dtype))
+        for part, weight in zip(y.split(AT_ONCE), size, strict=False)
     ]
-    weights, iterations = zip(*fits, strict=True)
-    return Path(on, tuple(l2), torch.cat(weights), torch.cat(iterations))
+    done = [fit.run(tolerance, max_iterations) for fit in fits]
+    turned, iterations = zip(*done, strict=True)
+    return Path(on, tuple(l2), torch.cat(turned), torch.cat(iterations))
 
 
 def _all_classes(
@@ -122,6 +132,21 @@ def _probabilities(logits: Float[Tensor, "p k n"]) -> Float[Tensor, "p k n"]:
     return powers.div_(powers.sum(dim=1, keepdim=True).add_(top.neg_().exp_()))
 
 
+def _curvature(probabilities: Float[Tensor, "p k n"]) -> Float[Tensor, "p"]:
+    """Return the mean variance of the classes, 1 / c where all c are equally likely."""
+    last = 1 - probabilities.sum(dim=1)
+    alike = (probabilities.square().sum(dim=1) + last.square()).mean(dim=1)
+    return ((1 - alike) / probabilities.shape[1]).clamp_min(1e-3)
+
+
+def _centred(weight: Float[Tensor, "p k r1"]) -> Float[Tensor, "p k r1"]:
+    """Return weights against the last class less their mean over all classes.
+
+    This is what |weight|^2 / 2, all classes with sum zero, has as gradient.
+    """
+    return weight - weight.sum(dim=1, keepdim=True) / (weight.shape[1] + 1)
+
+
 def _dot(a: Float[Tensor, "p m"], b: Float[Tensor, "p m"]) -> Float[Tensor, "p"]:
     return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
 
@@ -131,29 +156,33 @@ class _Fit:
     """A set of problems on their way down the path; finished ones leave it."""
 
     on: Basis
-    l2: Tensor
-    tolerance: float
-    max_iterations: int
-    found: Float[Tensor, "p0 l k r1"]
-    iterations: Int64[Tensor, "p0 l"]
+    l2: Float[Tensor, "l"]
     free: Float[Tensor, "r1"]
     """1 for penalised coordinates, 0 for the bias."""
+    found: Float[Tensor, "p0 l k r1"]
+    iterations: Int64[Tensor, "p0 l"]
     names: Int64[Tensor, "p"]
     """Place of each problem in `found`."""
     at: Int64[Tensor, "p"]
     """Index of its penalty."""
     spent: Int64[Tensor, "p"]
+    """Iterations at that penalty."""
+    of_rows: Float[Tensor, "p 1 n"] | None
+    """Weight of each row; None: all 1."""
+    total: Float[Tensor, "p"]
+    """Sum of these."""
     target: Float[Tensor, "p k r1"]
+    """Sum of the rows of each class."""
     weight: Float[Tensor, "p k r1"]
     logits: Float[Tensor, "p k n"]
     gradient: Float[Tensor, "p k r1"]
     """Gradient of the cross entropies."""
     scale: Float[Tensor, "p"]
     """Mean curvature of the loss, by which the diagonal bound is scaled."""
-    steps: list[Tensor]
-    changes: list[Tensor]
+    steps: list[Tensor] = field(default_factory=list[Tensor])
+    changes: list[Tensor] = field(default_factory=list[Tensor])
     """Differences of weights and of gradients (at the present penalty), newest last."""
-    inverses: list[Tensor]
+    inverses: list[Tensor] = field(default_factory=list[Tensor])
     """1 / (step . change)."""
 
     @classmethod
@@ -161,94 +190,95 @@ class _Fit:
         cls,
         on: Basis,
         y: Int64[Tensor, "p n"],
+        weights: Float[Tensor, "p n"] | None,
         n_classes: int,
-        l2: Sequence[float],
-        tolerance: float,
-        max_iterations: int,
+        l2: Float[Tensor, "l"],
     ) -> "_Fit":
         """Return the problems at weights of zero and the strongest penalty."""
         (p, n), k, r1 = y.shape, n_classes - 1, len(on.squares)
-        new = on.rows.new_zeros
-        present = (y[:, None] == torch.arange(k)[:, None]).to(on.rows.dtype)
-        target = (present.reshape(p * k, n) @ on.rows).reshape(p, k, r1)
-        even = on.rows.sum(dim=0) / n_classes
+        new, rows = on.rows.new_zeros, on.rows
+        of_rows = None if weights is None else weights[:, None]
+        total = rows.new_full((p,), n) if weights is None else weights.sum(dim=1)
+        present = (y[:, None] == torch.arange(k)[:, None]).to(rows.dtype)
+        present = present if of_rows is None else present * of_rows
+        target = (present.view(p * k, n) @ rows).view(p, k, r1)
+        mass = rows.sum(dim=0) if weights is None else (weights @ rows)[:, None]
         free = torch.ones_like(on.squares)
         free[-1] = 0
-        counts = torch.zeros(p, dtype=torch.long)
         return cls(
-            on, torch.tensor(l2, dtype=on.rows.dtype), tolerance, max_iterations,
-            new(p, len(l2), k, r1), torch.zeros(p, len(l2), dtype=torch.long), free,
-            torch.arange(p), counts, counts.clone(), target, new(p, k, r1), new(p, k, n),
-            even - target, torch.full((p,), 1 / n_classes, dtype=on.rows.dtype), [], [], [],
-        )  # fmt: skip
+            on,
+            l2,
+            free,
+            found=new(p, len(l2), k, r1),
+            iterations=torch.zeros(p, len(l2), dtype=torch.long),
+            names=torch.arange(p),
+            at=torch.zeros(p, dtype=torch.long),
+            spent=torch.zeros(p, dtype=torch.long),
+            of_rows=of_rows,
+            total=total,
+            target=target,
+            weight=new(p, k, r1),
+            logits=new(p, k, n),
+            gradient=mass / n_classes - target,
+            scale=total / n / n_classes,
+        )
 
-    def run(self) -> tuple[Float[Tensor, "p0 l k r1"], Int64[Tensor, "p0 l"]]:
+    def run(
+        self, tolerance: float, max_iterations: int
+    ) -> tuple[Float[Tensor, "p0 l k r1"], Int64[Tensor, "p0 l"]]:
         """Solve all problems and return their weights and iterations."""
         while len(self.names):
-            total = self._total_gradient()
-            done = self._is_converged(total)
+            slope = torch.addcmul(self.gradient, self._penalty(), _centred(self.weight))
+            size = slope.square().mean(dim=(1, 2)).sqrt() / self.total
+            done = (size <= tolerance) | (self.spent >= max_iterations)
             if done.any():
-                self._write_down(done)
+                self._write_down(done.nonzero()[:, 0])
                 self._drop_finished()
-                continue
-            self._step(total)
+            else:
+                self._step(slope)
         return self.found, self.iterations
 
     def _penalty(self) -> Float[Tensor, "p 1 r1"]:
         return self.l2[self.at][:, None, None] * self.free
 
-    def _total_gradient(self) -> Float[Tensor, "p k r1"]:
-        mean = self.weight.sum(dim=1, keepdim=True) / (self.weight.shape[1] + 1)
-        return torch.addcmul(self.gradient, self._penalty(), self.weight - mean)
-
-    def _is_converged(self, total: Float[Tensor, "p k r1"]) -> Tensor:
-        size = total.square().mean(dim=(1, 2)).sqrt() / len(self.on.rows)
-        return (size <= self.tolerance) | (self.spent >= self.max_iterations)
-
-    def _write_down(self, done: Tensor) -> None:
+    def _write_down(self, done: Int64[Tensor, "done"]) -> None:
         """Note the weights of converged problems and move them to their next penalty."""
         names, at = self.names[done], self.at[done]
         self.found[names, at] = self.weight[done]
         self.iterations[names, at] = self.spent[done]
-        self.spent[done] = 0
-        before = self._penalty()
-        self.at = torch.where(done, self.at + 1, self.at)
-        going = self.at < len(self.l2)
-        self.at, last = self.at.clamp_max(len(self.l2) - 1), self.at
-        by = (self._penalty() - before)[:, :, :]
+        self.at[done], self.spent[done] = at + 1, 0
+        further = self.l2[(at + 1).clamp_max(len(self.l2) - 1)] - self.l2[at]
+        by = further[:, None, None] * self.free
         for i, step in enumerate(self.steps):
-            s = step.view_as(self.weight)
-            mean = s.sum(dim=1, keepdim=True) / (s.shape[1] + 1)
-            self.changes[i] += (by * (s - mean)).view_as(step)
-            self.inverses[i] = _inverse(step, self.changes[i])
-        p = _probabilities(self.logits[done])
-        rest = 1 - p.sum(dim=1)
-        uneven = 1 - (p.square().sum(dim=1) + rest.square()).mean(dim=1)
-        self.scale[done] = (uneven / p.shape[1]).clamp_min(1e-3)
-        self.at = last
-        assert going.numel()
+            mine = step[done].view(len(done), *self.weight.shape[1:])
+            change = self.changes[i][done] + (by * _centred(mine)).flatten(1)
+            self.changes[i][done] = change
+            self.inverses[i][done] = _inverse(step[done], change)
+        flat = _curvature(_probabilities(self.logits[done]))
+        self.scale[done] = flat * self.total[done] / len(self.on.rows)
 
     def _drop_finished(self) -> None:
         going = self.at < len(self.l2)
         if going.all():
             return
-        for name in ("names", "at", "spent", "target", "weight", "logits", "gradient", "scale"):
-            setattr(self, name, getattr(self, name)[going])
+        names = ("names", "at", "spent", "of_rows", "total", "target", "weight", "logits")
+        for name in (*names, "gradient", "scale"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value[going])
         for name in ("steps", "changes", "inverses"):
             setattr(self, name, [part[going] for part in getattr(self, name)])
 
-    def _step(self, total: Float[Tensor, "p k r1"]) -> None:
+    def _step(self, slope: Float[Tensor, "p k r1"]) -> None:
         """Move every problem along its direction."""
-        p, k, r1 = total.shape
-        direction = self._direction(total)
+        p, k, r1 = slope.shape
+        direction = self._direction(slope)
         along = (direction.view(p * k, r1) @ self.on.rows.T).view(p, k, -1)
-        length, probabilities = self._line_search(total, direction, along)
+        length, probabilities = self._line_search(slope, direction, along)
         step = direction.mul_(length[:, None, None])
         self.logits.addcmul_(along, length[:, None, None])
         self.weight += step
         gradient = (probabilities.view(p * k, -1) @ self.on.rows).view(p, k, r1) - self.target
-        mean = step.sum(dim=1, keepdim=True) / (k + 1)
-        change = gradient - self.gradient + self._penalty() * (step - mean)
+        change = gradient - self.gradient + self._penalty() * _centred(step)
         self.gradient = gradient
         self.spent += 1
         self.steps.append(step.view(p, -1))
@@ -257,52 +287,59 @@ class _Fit:
         if len(self.steps) > HISTORY:
             del self.steps[0], self.changes[0], self.inverses[0]
 
-    def _direction(self, total: Float[Tensor, "p k r1"]) -> Float[Tensor, "p k r1"]:
+    def _direction(self, slope: Float[Tensor, "p k r1"]) -> Float[Tensor, "p k r1"]:
         """Return the direction of L-BFGS, its first guess the diagonal bound."""
-        left = total.reshape(len(total), -1).clone()
+        left = slope.flatten(1).clone()
         shares: list[Tensor] = []
         pairs = list(zip(self.steps, self.changes, self.inverses, strict=True))
         for step, change, inverse in reversed(pairs):
             shares.append(inverse * _dot(step, left))
             left.addcmul_(change, shares[-1][:, None], value=-1)
-        guess = left.view_as(total)
+        guess = left.view_as(slope)
         guess = guess + guess.sum(dim=1, keepdim=True)
         guess /= self.scale[:, None, None] * self.on.squares + self._penalty()
-        way = guess.view(len(total), -1)
+        way = guess.flatten(1)
         for (step, change, inverse), share in zip(pairs, reversed(shares), strict=True):
             way.addcmul_(step, (share - inverse * _dot(change, way))[:, None])
-        return way.view_as(total).neg_()
+        return way.view_as(slope).neg_()
 
     def _line_search(
         self,
-        total: Float[Tensor, "p k r1"],
+        slope: Float[Tensor, "p k r1"],
         direction: Float[Tensor, "p k r1"],
         along: Float[Tensor, "p k n"],
     ) -> tuple[Float[Tensor, "p"], Float[Tensor, "p k n"]]:
-        """Return step lengths and the probabilities there; slopes decide, the loss is convex."""
-        p = len(total)
-        first = _dot(total.reshape(p, -1), direction.view(p, -1))
-        mean = direction.sum(dim=1, keepdim=True) / (direction.shape[1] + 1)
-        drag = self._penalty() * (direction - mean)
-        straight = _dot(drag.view(p, -1), self.weight.view(p, -1))
-        straight -= _dot(self.target.view(p, -1), direction.view(p, -1))
-        bend = _dot(drag.view(p, -1), direction.view(p, -1))
+        """Return step lengths and the weighted probabilities there.
+
+        The loss is convex, so slopes alone decide.
+        """
+        flat, drag = direction.flatten(1), (self._penalty() * _centred(direction)).flatten(1)
+        first = _dot(slope.flatten(1), flat)
+        fixed = _dot(drag, self.weight.flatten(1)) - _dot(self.target.flatten(1), flat)
+        bend = _dot(drag, flat)
         length = torch.ones_like(first)
-        probabilities = _probabilities(self.logits + along)
-        todo = torch.arange(p)
-        for trial in range(LINE_TRIALS):
-            slope = _dot(probabilities[todo].view(len(todo), -1), along[todo].view(len(todo), -1))
-            slope += straight[todo] + length[todo] * bend[todo]
-            ratio = slope / first[todo]  # 1 at the start, 0 at the bottom, negative beyond it
-            bad = (ratio < -0.3) | (ratio > 0.9)
+        probabilities = self._weighted(self.logits + along, slice(None))
+        todo, here = torch.arange(len(first)), probabilities
+        way = along
+        for _ in range(LINE_TRIALS):
+            found = _dot(here.flatten(1), way.flatten(1))
+            ratio = (found + fixed[todo] + length[todo] * bend[todo]) / first[todo]
+            bad = (ratio < UPHILL) | (ratio > DOWNHILL)
             if not bad.any():
                 break
             todo, ratio = todo[bad], ratio[bad]
-            length[todo] *= (1 / (1 - ratio).clamp_min(0.1)).clamp(0.05, 10)
-            assert trial < LINE_TRIALS
-            moved = self.logits[todo] + length[todo, None, None] * along[todo]
-            probabilities[todo] = _probabilities(moved)
+            length[todo] *= (1 / (1 - ratio).clamp_min(0.1)).clamp_min(0.05)
+            way = along[todo]
+            here = self._weighted(self.logits[todo] + length[todo, None, None] * way, todo)
+            probabilities[todo] = here
         return length, probabilities
+
+    def _weighted(
+        self, logits: Float[Tensor, "q k n"], which: Tensor | slice
+    ) -> Float[Tensor, "q k n"]:
+        """Return the probabilities of some problems, times the weights of their rows."""
+        probabilities = _probabilities(logits)
+        return probabilities if self.of_rows is None else probabilities * self.of_rows[which]
 
 
 def _inverse(step: Float[Tensor, "p m"], change: Float[Tensor, "p m"]) -> Float[Tensor, "p"]:

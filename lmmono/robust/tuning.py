@@ -22,6 +22,7 @@ def tuned_logistic(
     *,
     labels: Int64[Tensor, "p m"] | None = None,
     l2: Sequence[float] = L2_PATH,
+    kept: Bool[Tensor, "p n"] | None = None,
 ) -> Probes:
     """Fit a logistic probe per problem, its penalty chosen on validation labels.
 
@@ -31,6 +32,7 @@ def tuned_logistic(
         problems: What to learn from.
         labels: Validation labels to choose by; None: the problems' own, noisy ones.
         l2: Penalties, from strong to weak.
+        kept: Training rows to learn from; the others still count where features are standardised.
 
     Raises:
         RobustnessError: No problem can be learned.
@@ -42,16 +44,21 @@ def tuned_logistic(
     for rows, members in same_rows(problems, faults):
         on = basis(problems.x[rows])
         for part in members.split(AT_ONCE):
-            path = fit_path(on, problems.y[part][:, rows], n_classes=problems.n_classes, l2=l2)
-            best = choose(
-                path.log_probabilities(problems.x_val), labels[part], problems.val_rows[part]
+            path = fit_path(
+                on,
+                problems.y[part][:, rows],
+                n_classes=problems.n_classes,
+                l2=l2,
+                weights=None if kept is None else kept[part][:, rows].to(on.rows.dtype),
             )
-            weight, bias = path.weights(best)
-            probes.weight[part], probes.bias[part] = weight, bias
+            said = path.log_probabilities(problems.x_val)
+            best = choose(said, labels[part], problems.val_rows[part])
+            weight, bias = path.at(best).weights()
+            probes.weight[part], probes.bias[part] = weight[:, 0], bias[:, 0]
             probes.chosen_l2[part] = torch.tensor(l2)[best]
-            spent = path.n_iterations[torch.arange(len(part)), best]
-            for i in part[spent >= MAX_ITERATIONS].tolist():
-                notes[i] = f"stopped after {MAX_ITERATIONS} iterations, before it converged"
+            for i, spent in zip(part.tolist(), path.at(best).n_iterations[:, 0], strict=True):
+                if spent >= MAX_ITERATIONS:
+                    notes[i] = f"stopped after {MAX_ITERATIONS} iterations, before it converged"
     return Probes(probes.weight, probes.bias, probes.chosen_l2, faults, tuple(notes))
 
 
