@@ -41,7 +41,8 @@ def untrained_store(
     try:
         with astore.open(folder / "store.duckdb", mode="w") as other:
             if hooks:
-                settings = recipe.capture.model_dump(exclude={"hooks", "vectors", "splits"})
+                kept = recipe.capture.model_dump(exclude={"hooks", "vectors", "splits"})
+                settings: dict[str, Any] = {**kept, "max_density": 1.0}
                 capture(
                     model,
                     [run.tokens(split) for split in recipe.capture.splits],
@@ -49,7 +50,7 @@ def untrained_store(
                     into=other,
                     seed=recipe.seed,
                     progress=progress,
-                    **settings | {"max_density": 1.0},
+                    **settings,
                 )
                 explain_as(recipe.explain, other, hooks, recipe.seed, progress)
             yield model, other, hooks
