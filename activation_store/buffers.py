@@ -1,19 +1,18 @@
-"""Memory for pools of vectors, used again when nobody holds a part of it any more.
+"""Memory for vectors, used again when nobody holds a part of it any more.
 
-Fresh memory has to be cleared by the system before it is written: for vectors read from the page
-cache that costs a third of the whole.
+Fresh memory has to be cleared by the system before it is written, and what was used a moment ago is
+still in the processor's cache.
 """
 
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from activation_store.hooks import Dtype
 
-_KEPT = 3
-"""Buffers remembered: what is given out, what is read ahead, and what was given before."""
+Kind = Dtype | np.dtype[Any]
 
 
 class _Buffer(NamedTuple):
@@ -24,22 +23,30 @@ class _Buffer(NamedTuple):
 
 
 class Buffers:
-    """Arrays [up to n_rows, width] of one type for each of some widths."""
+    """Arrays [up to n_rows, width], one for each of some widths and types."""
 
-    def __init__(self, n_rows: int, widths: Sequence[int], dtype: Dtype) -> None:
-        self._n_rows, self._widths, self._dtype = n_rows, tuple(widths), np.dtype(dtype)
-        self._held: list[list[_Buffer]] = [[] for _ in widths]
+    def __init__(self, n_rows: int, kinds: Sequence[tuple[int, Kind]], kept: int) -> None:
+        """Remember the sizes; memory is taken when it is asked for.
+
+        Args:
+            n_rows: rows at most.
+            kinds: width and type of each array.
+            kept: arrays of each kind that are remembered, to be used again.
+        """
+        self._n_rows, self._kept = n_rows, kept
+        self._kinds = [(width, np.dtype(dtype)) for width, dtype in kinds]
+        self._held: list[list[_Buffer]] = [[] for _ in kinds]
 
     def take(self, n: int) -> list[np.ndarray]:
-        """Return an array [n, width] per width; what is in it is not defined."""
-        return [self._take(i, n) for i in range(len(self._widths))]
+        """Return an array [n, width] of each kind; what is in it is not defined."""
+        return [self._take(i, n) for i in range(len(self._kinds))]
 
     def _take(self, i: int, n: int) -> np.ndarray:
+        width, dtype = self._kinds[i]
         free = [buffer.memory for buffer in self._held[i] if buffer.given() is None]
-        n_bytes = self._n_rows * self._widths[i] * self._dtype.itemsize
-        memory = free[0] if free else np.empty(n_bytes, np.uint8)
+        memory = free[-1] if free else np.empty(self._n_rows * width * dtype.itemsize, np.uint8)
         # through a memoryview, so that parts refer to this array and not to the memory
-        given = np.frombuffer(memory.data, self._dtype)
+        given = np.frombuffer(memory.data, dtype)
         others = [buffer for buffer in self._held[i] if buffer.memory is not memory]
-        self._held[i] = [*others, _Buffer(memory, weakref.ref(given))][-_KEPT:]
-        return given[: n * self._widths[i]].reshape(n, self._widths[i])
+        self._held[i] = [*others, _Buffer(memory, weakref.ref(given))][-self._kept :]
+        return given[: n * width].reshape(n, width)

@@ -236,6 +236,8 @@ def _write_table(
     """Write a table as one shard; it has a column seq_id."""
     shard = ShardFile(target)
     settings: dict[str, Any] = {"use_dictionary": list(dictionary), "column_encoding": encoding}
+    # a page per row group: who reads vectors from the file looks at the head of every page
+    settings["data_page_size"] = _VECTORS_ROW_GROUP_BYTES
     with shard.writing():
         pq.write_table(
             table,

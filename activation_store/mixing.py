@@ -21,8 +21,8 @@ class Pool(NamedTuple):
 
     tokens: Int64[np.ndarray, " n"]
     """Places of the tokens in stored order, block by block in the order they are read."""
-    order: Int64[np.ndarray, " n"] | None
-    """Which of them comes first, second, ...; None for the order they are read in."""
+    order: Int64[np.ndarray, " n"]
+    """Which of them comes first, second, ..."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +76,25 @@ class Epoch(NamedTuple):
 
     def pool(self, number: int) -> Pool:
         """Return the tokens of a pool and their order."""
+        spans = self.spans(number)
+        tokens = np.concatenate([np.arange(start, stop) for start, stop in spans.tolist()])
+        return Pool(tokens, self.order(number))
+
+    def spans(self, number: int) -> Int64[np.ndarray, "spans 2"]:
+        """Return the tokens of a pool in the order they are read: first and after the last."""
         size = self.mixing.block_tokens
         # the order within a pool does not depend on the order of its blocks, so read ahead in files
         blocks = np.sort(self.blocks[self.cuts[number] : self.cuts[number + 1]])
-        tokens = (blocks[:, None] * size + np.arange(size)).reshape(-1)
-        tokens = tokens[tokens < self.mixing.n_tokens]
+        first = blocks[np.diff(blocks, prepend=-2) != 1]
+        last = blocks[np.diff(blocks, append=-2) != 1]
+        return np.stack([first * size, np.minimum((last + 1) * size, self.mixing.n_tokens)], axis=1)
+
+    def order(self, number: int) -> Int64[np.ndarray, " n"]:
+        """Return which token of a pool comes first, second, ...; counted as `spans` lists them."""
+        n = int(self.starts[number + 1] - self.starts[number])
         if not self.mixing.shuffle:
-            return Pool(tokens, None)
-        hashes = _hashes(len(tokens), self.mixing.seed, self.number, number + 1)
-        return Pool(tokens, np.argsort(hashes))
+            return np.arange(n)
+        return np.argsort(_hashes(n, self.mixing.seed, self.number, number + 1))
 
 
 def _hashes(n: int, seed: int, epoch: int, purpose: int) -> UInt64[np.ndarray, " n"]:

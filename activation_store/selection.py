@@ -4,7 +4,7 @@ What is chosen is held as runs of rows, about one per document, so it takes a sm
 share of what the vectors take.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,6 +22,8 @@ else:  # for annotations only
     Store = object
 
 Keys = Int64[np.ndarray, " n"]
+Spans = Int64[np.ndarray, "_ 2"]
+"""The first of some numbers that follow each other, and the one after the last."""
 
 
 class Runs(NamedTuple):
@@ -32,14 +34,31 @@ class Runs(NamedTuple):
     row: Int64[np.ndarray, " runs"]
     """Number of its first row among all rows of the hook."""
 
-    def rows(self, places: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    def rows(self, places: Spans) -> Spans:
         """Return the rows at places of the selection.
 
-        >>> Runs(np.array([0, 2]), np.array([5, 9])).rows(np.array([0, 1, 2, 3])).tolist()
-        [5, 6, 9, 10]
+        >>> Runs(np.array([0, 2]), np.array([5, 9])).rows(np.array([[0, 4]])).tolist()
+        [[5, 7], [9, 11]]
         """
-        run = np.searchsorted(self.first, places, "right") - 1
-        return self.row[run] + (places - self.first[run])
+        parts, run = cut(places, self.first)
+        return parts + (self.row - self.first)[run, None]
+
+
+def cut(spans: Spans, begins: Int64[np.ndarray, " k"]) -> tuple[Spans, Int64[np.ndarray, " m"]]:
+    """Return the spans cut where the ranges begin, and the range that each part lies in.
+
+    >>> parts, within = cut(np.array([[1, 5], [7, 8]]), np.array([0, 4, 6]))
+    >>> parts.tolist(), within.tolist()
+    ([[1, 4], [4, 5], [7, 8]], [0, 1, 2])
+    """
+    first = np.searchsorted(begins, spans[:, 0], "right") - 1
+    n = np.searchsorted(begins, spans[:, 1], "left") - first
+    within = np.repeat(first - np.cumsum(n) + n, n) + np.arange(n.sum())
+    ends = np.append(begins[1:], np.iinfo(np.int64).max)
+    parts = np.repeat(spans, n, axis=0)
+    parts[:, 0] = np.maximum(parts[:, 0], begins[within])
+    parts[:, 1] = np.minimum(parts[:, 1], ends[within])
+    return parts, within
 
 
 class Source:
@@ -48,43 +67,27 @@ class Source:
     def __init__(self, hook: str, d: int, dtype: str, files: Sequence[VectorFile]) -> None:
         self.hook, self.d, self.dtype = hook, d, np.dtype(dtype)
         self.files = tuple(files)
-        self._end = np.cumsum([file.n_rows for file in files], dtype=np.int64)
+        self._begins = np.cumsum([0, *(file.n_rows for file in files)], dtype=np.int64)
 
     @property
     def n_rows(self) -> int:
         """Vectors of the hook."""
-        return int(self._end[-1]) if self.files else 0
+        return int(self._begins[-1])
 
-    def read(self, rows: Int64[np.ndarray, " n"], out: np.ndarray) -> None:
+    def read(self, rows: Spans, out: np.ndarray) -> None:
         """Read the vectors at `rows` into `out` [n, d] of the stored type.
 
         Raises:
             ShardError: a file is gone or changed.
         """
-        at = 0
-        for number, runs in self._by_file(rows):
-            n = sum(stop - start for start, stop in runs)
-            self.files[number].read(runs, out[at : at + n])
-            at += n
-
-    def _by_file(self, rows: np.ndarray) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-        """Yield runs of consecutive rows, those of one file together as long as they come so."""
-        file = np.searchsorted(self._end, rows, "right")
-        cut = np.flatnonzero((np.diff(rows) != 1) | (np.diff(file) != 0)) + 1
-        starts = np.concatenate([[0], cut]) if len(rows) else cut
-        stops = np.concatenate([cut, [len(rows)]]) if len(rows) else cut
-        before: int | None = None
-        runs: list[tuple[int, int]] = []
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-            number = int(file[start])
-            if before is not None and number != before:
-                yield before, runs
-                runs = []
-            first = int(rows[start]) - (int(self._end[number - 1]) if number else 0)
-            runs.append((first, first + stop - start))
-            before = number
-        if before is not None:
-            yield before, runs
+        parts, number = cut(rows, self._begins[:-1])
+        parts = parts - self._begins[number, None]
+        ends = np.cumsum(parts[:, 1] - parts[:, 0])
+        start, at = 0, 0
+        for stop in [*(np.flatnonzero(np.diff(number)) + 1).tolist(), len(parts)]:
+            file, end = self.files[int(number[start])], int(ends[stop - 1])
+            file.read([(first, last) for first, last in parts[start:stop].tolist()], out[at:end])
+            start, at = stop, end
 
 
 class Selection(NamedTuple):

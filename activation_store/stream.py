@@ -40,6 +40,9 @@ BLOCK_BYTES = 2**18
 BUFFER_BYTES = 2**27
 """Bytes of all hooks' vectors, as given, that are mixed together unless asked otherwise."""
 
+PLAIN_BYTES = 2**24
+"""Bytes of all hooks' vectors, as given, that are read at once where nothing is mixed."""
+
 Planned: TypeAlias = "tuple[tuple[int, int], partial[Array | dict[str, Array]]]"
 """The place after a batch, epoch and token, and the job that makes the batch."""
 
@@ -50,8 +53,8 @@ class VectorStream:
     Every `for` loop begins at the cursor that the stream was made with. `cursor` is the place after
     the batch that was given last.
 
-    Memory: up to three times the buffer. A batch is a part of a buffer that nothing else uses:
-    change it as you like, and copy what you keep for long, because it keeps its buffer.
+    Memory: up to three times the buffer, as it is stored, and some batches. A batch is an array
+    that nothing else uses while you hold it: keep it or change it as you like.
     """
 
     def __init__(
@@ -188,25 +191,33 @@ class VectorStream:
         With `prefetch` the reading of the next pool is begun bit by bit as batches are planned.
         """
         number, begin = self._begin
-        buffers = Buffers(self._mixing.most_tokens, list(self.widths.values()), self.dtype)
+        sources = self._selection.sources
+        buffers = Buffers(self._mixing.most_tokens, [(s.d, s.dtype) for s in sources], kept=3)
+        # those read ahead, the one that is worked on, and the one given before
+        kept = self.prefetch + 3
+        batches = Buffers(self.batch_tokens, [(s.d, self.dtype) for s in sources], kept)
         while self.epochs is None or number < self.epochs:
             epoch = self._mixing.epoch(number)
             ahead = threads if self.prefetch else None
-            pools = Pools(self._selection, epoch, buffers, ahead)
+            pools = Pools(self._selection, epoch, buffers, ahead, kept * self.batch_tokens)
             for start in range(begin, self.n_tokens, self.batch_tokens):
                 stop = min(start + self.batch_tokens, self.n_tokens)
                 is_last = stop == self.n_tokens
                 place = (number + 1, 0) if is_last else (number, stop)
-                yield place, partial(self._batch, pools.parts(start, stop))
+                parts, room = pools.parts(start, stop), batches.take(stop - start)
+                yield place, partial(self._batch, parts, room)
             number, begin = number + 1, 0
 
-    def _batch(self, parts: Sequence[Part]) -> Array | dict[str, Array]:
-        """Return the rows of the parts one after the other, in the type asked for."""
+    def _batch(self, parts: Sequence[Part], room: Sequence[np.ndarray]) -> Array | dict[str, Array]:
+        """Return the rows of the parts one after the other, in `room`: an array per hook."""
         found: dict[str, Array] = {}
-        for i, source in enumerate(self._selection.sources):
-            pieces = [part.vectors(i) for part in parts]
-            batch = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-            found[source.hook] = batch if self.framework == "numpy" else _as_torch(batch)
+        for i, (hook, batch) in enumerate(zip(self.hooks, room, strict=True)):
+            at = 0
+            for part in parts:
+                end = at + part.stop - part.start
+                part.give(i, batch[at:end])
+                at = end
+            found[hook] = batch if self.framework == "numpy" else _as_torch(batch)
         return found[self.hooks[0]] if self._single else found
 
     def _check_settings(self) -> None:
@@ -239,6 +250,8 @@ class VectorStream:
         pool = max(1, BUFFER_BYTES // given) if buffer_tokens is None else buffer_tokens
         if pool < 1:
             raise ContentError(f"buffer_tokens: want an integer >= 1, got {pool}.")
+        if not shuffle:
+            pool = min(pool, max(1, PLAIN_BYTES // given))
         # small buffers still hold some blocks from different places
         block = max(1, min(BLOCK_BYTES // max(widths), pool // 16))
         return Mixing(self.n_tokens, block, pool, self.seed, shuffle)
