@@ -16,6 +16,8 @@ import typer
 
 from lmmono import stages
 from lmmono.errors import LmmonoError, RecipeError, TrainingStopped
+from lmmono.store_verbs import DataPath, store_app
+from lmmono.toy_verbs import toy_app
 
 if TYPE_CHECKING:
     from lmmono.recipe import Recipe
@@ -32,8 +34,8 @@ app = typer.Typer(
 )
 import_app = typer.Typer(help="Bring in models that were trained elsewhere.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
-store_app = typer.Typer(help="Look after activation stores.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+app.add_typer(toy_app, name="toy")
 
 
 class Listed(StrEnum):
@@ -46,15 +48,9 @@ class Listed(StrEnum):
     dictionaries = "dictionaries"
     explainers = "explainers"
     scorers = "scorers"
+    tasks = "tasks"
 
 
-RunOrStore = Annotated[
-    str,
-    typer.Argument(metavar="RUN|STORE|LAKE", help="A run folder, a store, or ducklake:ADDRESS."),
-]
-DataPath = Annotated[
-    str | None, typer.Option(metavar="FOLDER|s3://...", help="Where the data of a lake lies.")
-]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
 RecipeOrRun = Annotated[
     Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or a run folder.")
@@ -112,7 +108,7 @@ def list_(
         Path | None, typer.Argument(help="A folder; a run for hooks and dictionaries.")
     ] = None,
 ) -> None:
-    """List recipes, runs, stores; hooks, dictionaries of a run; or explainers, scorers."""
+    """List recipes, runs, stores; hooks, dictionaries of a run; explainers, scorers or tasks."""
     from lmmono import listing
     from lmmono.terminal import show_table
 
@@ -176,18 +172,50 @@ def score(target: RecipeOrRun, overrides: Overrides = None) -> None:
         _say(stages.scored(_created(recipe)))
 
 
+@app.command()
+def robustness(target: RecipeOrRun, overrides: Overrides = None) -> None:
+    """Make tasks harder, and measure which codes of captured runs serve best then."""
+    for recipe in _runs_of(target, overrides):
+        if not recipe.robustness.suites:
+            raise RecipeError([f"{target}: robustness.suites: want a suite, such as noisy_labels"])
+        _say(stages.tested(_created(recipe)))
+
+
+@app.command()
+def compare(
+    studies: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Folders of a study's runs.")
+    ],
+) -> None:
+    """Compare the arms of scored studies over training seeds, and twins of each other."""
+    from lmmono.reporting.studies import study_tables
+    from lmmono.run import find_runs, open_run
+    from lmmono.terminal import show_table, shown_progress
+
+    with shown_progress() as progress:
+        runs = [open_run(path) for folder in studies for path in find_runs(folder)]
+        tables = study_tables(runs, progress)
+    for table in tables:
+        show_table(table.columns, table.rows, title=table.title, note=table.note)
+
+
 @app.command("audit-scorer")
 def audit_scorer(
     name: Annotated[str, typer.Argument(help="A scorer; see `lmmono ls scorers`.")],
     n_documents: Annotated[int, typer.Option(min=100, help="Documents, half for scores.")] = 600,
     seed: Annotated[int, typer.Option(min=0, help="Seed of text, noise and lies.")] = 0,
+    run: Annotated[
+        Path | None, typer.Option(help="Ask about this run's neurons; of the planted language.")
+    ] = None,
 ) -> None:
     """Say how often a scorer ranks true explanations of planted units above false ones."""
+    from lmmono.run import open_run
     from lmmono.scoring.audit import audit_scorer
     from lmmono.terminal import show_table, shown_progress
 
+    of = None if run is None else open_run(run)
     with shown_progress() as progress:
-        found = audit_scorer(name, n_documents=n_documents, seed=seed, progress=progress)
+        found = audit_scorer(name, run=of, n_documents=n_documents, seed=seed, progress=progress)
     show_table(
         tuple(found.rows[0]), [tuple(row.values()) for row in found.rows], title=found.metric
     )
@@ -241,60 +269,6 @@ def import_crate_lm(
     from lmmono.models.released import import_released
 
     print(import_released(checkpoint, out, n_heads=n_heads))
-
-
-@store_app.command()
-def info(place: RunOrStore, data_path: DataPath = None) -> None:
-    """Say what a store holds, in numbers."""
-    from lmmono.querying import open_stores
-
-    with open_stores([place], data_path) as store:
-        print(store.info())
-
-
-@store_app.command()
-def verify(
-    place: RunOrStore,
-    repair: Annotated[bool, typer.Option("--repair", help="Drop what is lost.")] = False,
-    data_path: DataPath = None,
-) -> None:
-    """Check every byte of a store; exit code 2 if it is not whole."""
-    import activation_store as astore
-    from lmmono.querying import store_address
-
-    report = astore.verify(store_address(place), repair=repair, data_path=data_path)
-    print(report)
-    raise typer.Exit(0 if report.ok else 2)
-
-
-@store_app.command("compact")
-def store_compact(place: RunOrStore, data_path: DataPath = None) -> None:
-    """Merge the small shards that many commits leave behind; the rows stay the same."""
-    import activation_store as astore
-    from lmmono.querying import store_address
-
-    print(astore.compact(store_address(place), data_path=data_path))
-
-
-@store_app.command("export")
-def store_export(
-    place: RunOrStore,
-    to: Annotated[
-        str,
-        typer.Option(help="parquet, delphi, openai, openai-simulations or neuronpedia."),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
-    hook: Annotated[
-        list[str] | None, typer.Option(help="Hooks; openai and neuronpedia take one.")
-    ] = None,
-    data_path: DataPath = None,
-) -> None:
-    """Write a store in the layout of another tool, its explanations and scores too where it can."""
-    from lmmono.querying import open_stores
-    from lmmono.scoring.exporting import export_store
-
-    with open_stores([place], data_path) as store:
-        print(export_store(store, to, out, tuple(hook or ())))
 
 
 def main() -> None:
@@ -383,8 +357,8 @@ def _trained(recipe: "Recipe") -> "Run":
 
 def _finish(recipe: "Recipe") -> "list[Run]":
     return [
-        stages.scored(stages.explained(stages.learned(stages.captured(_trained(one)))))
-        for one in recipe.runs()
+        stages.tested(stages.scored(stages.explained(stages.learned(stages.captured(run)))))
+        for run in map(_trained, recipe.runs())
     ]
 
 

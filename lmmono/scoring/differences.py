@@ -110,7 +110,7 @@ def compare(
     explainer: str = "token_lookup",
     preset: str | None = None,
     judge: str | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> Difference:
     """Return the difference between two models' mean scores, with its interval.
 
@@ -123,29 +123,30 @@ def compare(
         explainer: Explainer as stored.
         preset: Preset as stored in the rows.
         judge: Judge as stored in the rows.
-        seed: Seed of the rows, and of the draws.
+        seed: Seed of the rows, and of the draws; one for all, or one for each pair.
 
     Raises:
-        ExplainError: Different numbers of stores, or a store without scores or explanations.
+        ExplainError: Different numbers of stores or seeds, or a store without scores or
+            explanations.
     """
     a = [store_a] if isinstance(store_a, astore.Store) else list(store_a)
     b = [store_b] if isinstance(store_b, astore.Store) else list(store_b)
     if len(a) != len(b) or not a:
         raise ExplainError(f"want as many stores of both models, got {len(a)} and {len(b)}")
+    seeds = [seed] * len(a) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(a):
+        raise ExplainError(f"want one seed or one for each of {len(a)} pairs, got {len(seeds)}")
     known = find_scorer(scorer)
     if known.per != "unit":
         raise ExplainError(f"{scorer} scores hooks, not units; there is nothing to draw again")
     needs_text = bool({"explanation", "program"} & set(known.needs))
     protocol = known.presets.get(preset or "", {}).get("protocol")
     named = variant(explainer, protocol, {}) if protocol and ":" not in explainer else explainer
-    origin = Origin(
-        known.metrics,
-        preset,
-        named if needs_text else None,
-        judge,
-        seed if known.seeded else None,
-    )
-    pairs = [_compare(known, *pair, hooks, origin, seed) for pair in zip(a, b, strict=True)]
+    pairs: list[Difference] = []
+    for first, second, one in zip(a, b, seeds, strict=True):
+        stored = (named if needs_text else None, judge, one if known.seeded else None)
+        origin = Origin(known.metrics, preset, *stored)
+        pairs.append(_compare(known, first, second, hooks, origin, one))
     return pairs[0] if len(pairs) == 1 else _over_seeds(pairs)
 
 

@@ -1,0 +1,102 @@
+"""Comparing the arms of a study: means over training seeds, and twins."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_cli import TINY, call
+
+import activation_store as astore
+import lmmono as lm
+from lmmono.errors import ExplainError, RunError
+from lmmono.reporting.studies import _score_table, are_twins, over_seeds, study_tables
+from lmmono.run import Run, find_runs, open_run
+
+STUDY = TINY.replace("seed: 0", "seeds: [0, 1]").replace("steps: 12", "steps: 4") + (
+    "explain: {explainers: [token_lookup], units: 4, window: 32}\n"
+    "score: {scorers: [simulation_random], controls: false}\n"
+)
+ASKED = {"scorer": "simulation_random", "explainer": "token_lookup:window=32"}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    text = STUDY.replace("capture: {", "capture: {splits: [explain, score], ")
+    (folder / "tiny.yaml").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert call("run", "tiny.yaml") == 0
+    return folder / "runs" / "tiny"
+
+
+def test_arms_are_means_over_seeds_and_twins_differ_in_the_architecture_alone(study):
+    runs = [open_run(path) for path in find_runs(study)]
+    tables = {table.title: table for table in study_tables(runs)}
+    arms = {row[0]: row for row in tables["Arms"].rows}
+    assert set(arms) == {"crate", "gpt2"}
+    mine = [run for run in runs if run.recipe.arm == "gpt2"]
+    assert arms["gpt2"][3] == over_seeds(np.array([run.val_loss for run in mine]))
+
+    stores = {
+        arm: [astore.open(run.store_path) for run in runs if run.recipe.arm == arm] for arm in arms
+    }
+    asked = """SELECT value, nan_fraction FROM scores WHERE metric = 'simulation_random'
+        AND hook = 'blocks.*.mlp.hook_post' AND control IS NULL"""
+    values = [store.sql(asked).fetchall()[0] for store in stores["crate"]]
+    scores = tables["simulation_random of token_lookup:window=32"]
+    (row,) = [row for row in scores.rows if row[0] == "crate"]
+    assert row[1] == f"{np.mean([undefined for _, undefined in values]):.1%}"
+    assert row[2] == over_seeds(np.array([value for value, _ in values]))
+    assert scores.columns == ("arm", "undefined", "score", "defined")
+
+    twins = tables["Twins"].rows
+    assert [row[:2] for row in twins] == [("crate - gpt2", "simulation_random")]
+    found = lm.compare(stores["crate"], stores["gpt2"], seed=[0, 1], **ASKED)
+    assert twins[0][3].startswith(f"{found.raw.difference:+.3f} [{found.raw.ci_low:+.3f}")
+    with pytest.raises(ExplainError, match="want one seed or one for each of 2 pairs, got 3"):
+        lm.compare(stores["crate"], stores["gpt2"], seed=[0, 1, 2], **ASKED)
+
+
+def test_controls_stand_beside_the_score_they_belong_to():
+    key = ("simulation_random", "token_lookup")
+    one = {"shuffled_pairing": (0.0, 0.5), "defined": (0.4, 0.0), "": (0.2, 0.5)}
+    other = {"shuffled_pairing": (0.1, 0.3), "defined": (0.6, 0.0), "": (0.4, 0.3)}
+    table = _score_table(key, {"crate": [{key: one}, {key: other}], "gpt2": [{}]})
+    assert table.columns == ("arm", "undefined", "score", "defined", "shuffled_pairing")
+    (row,) = table.rows
+    assert row[:2] == ("crate", "40.0%")
+    assert [cell.split()[0] for cell in row[2:]] == ["0.3", "0.5", "0.05"]
+
+
+def test_the_interval_over_seeds_is_students():
+    values = np.array([0.1, 0.2, 0.6])
+    low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
+    assert over_seeds(values) == f"0.3 [{low:.3g}, {high:.3g}]"
+    assert over_seeds(values[:1]) == "0.1"
+    assert over_seeds(values[:0]) == "-"
+
+
+def test_other_settings_make_no_twins(study):
+    runs = {(r.recipe.arm, r.recipe.seed): r for r in map(open_run, find_runs(study))}
+    crate, gpt2 = ([runs[arm, seed] for seed in (0, 1)] for arm in ("crate", "gpt2"))
+    assert are_twins(crate, gpt2)
+    assert not are_twins(crate, crate)
+    assert not are_twins(crate, gpt2[:1])
+    untrained = crate[0].recipe.train.model_copy(update={"steps": 0})
+    recipes = [run.recipe.model_copy(update={"train": untrained}) for run in crate]
+    other = [Run(run.dir, recipe, run.manifest) for run, recipe in zip(crate, recipes, strict=True)]
+    assert not are_twins(other, gpt2)
+
+
+def test_the_verb_prints_the_tables_and_names_what_is_not_scored(study, capsys, tmp_path):
+    assert call("compare", study) == 0
+    printed = capsys.readouterr().out
+    assert "Arms" in printed and "Twins" in printed and "crate - gpt2" in printed
+    run = open_run(next(iter(find_runs(study))))
+    run.reopen("score")
+    with pytest.raises(RunError, match="not scored yet; run `lmmono score"):
+        study_tables([run])
+    assert call("compare", study) == 2
+    assert call("compare", tmp_path) == 2
