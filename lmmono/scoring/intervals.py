@@ -3,7 +3,7 @@
 Tokens of one record hang together, so records are what is resampled, each kind by itself. An
 interval that takes tokens as independent covers the truth in 20 of 100 cases. The delete-one
 jackknife on a straightened scale covers it in 94 to 96 at 20 + 20 records, the percentile bootstrap
-in 92; see `benchmarks/coverage.py`.
+in 92; see `benchmarks/interval_coverage.py`.
 """
 
 import numpy as np
@@ -19,8 +19,8 @@ LEVEL = 0.95
 FEW_RECORDS, FEW_FIRING = 20, 10
 """With fewer records of a kind, or fewer records that fire, an interval is called approximate.
 
-Measured by `benchmarks/coverage.py`: 90 of 100 at 5 + 5 records, 83 at 20 random ones of which 3
-fire.
+Measured by `benchmarks/interval_coverage.py`: 90 of 100 at 5 + 5 records, 83 at 20 random ones of
+which 3 fire.
 """
 
 

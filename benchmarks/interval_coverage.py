@@ -1,6 +1,6 @@
 """How often 95 % intervals of a simulation score cover the truth, by number of records and method.
 
-    python benchmarks/coverage.py [--repeats 1000]
+    python benchmarks/interval_coverage.py [--repeats 1000]
 
 A planted unit: each of its top records holds the concept, 15 in 100 random ones do. The simulator
 hears the concept in 70 of 100 records and imagines it in 15 of 100 without. The truth is the score
