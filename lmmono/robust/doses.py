@@ -1,0 +1,130 @@
+"""Is a more monosemantic code a more robust one: gain over dictionaries against a measure of them.
+
+Only dictionaries of one width are held against each other: width alone changes both sides. A
+correlation over dictionaries that differ in how sparse they are is no cause either.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+from scipy.stats import norm, permutation_test, rankdata, theilslopes
+
+import activation_store as astore
+from lmmono.robust.comparisons import LEVEL, N_RESAMPLES
+
+MIN_DICTIONARIES = 4
+"""Fewer have no interval."""
+
+_DOSES = """SELECT d.name AS feature, d.d_sae AS width, s.metric AS measure, s.value
+    FROM scores s JOIN dictionaries d ON s.hook = d.latents_hook
+    WHERE s.metric = $measure AND s.unit IS NULL AND s.control IS NULL AND s.value IS NOT NULL
+    ORDER BY ALL"""
+
+
+@dataclass(frozen=True, slots=True)
+class Dose:
+    """How monosemantic a dictionary is, by one measure."""
+
+    feature: str
+    """Feature family that is the dictionary, or the dictionary's name."""
+    width: int
+    """Latents."""
+    measure: str
+    """Name of the measure; chance-corrected where there is such a one."""
+    value: float
+    """Its mean over latents."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoseResponse:
+    """How the gain goes with a measure, over dictionaries of one width."""
+
+    measure: str
+    """Name of the measure."""
+    width: int
+    """Latents of every dictionary."""
+    n: int
+    """Dictionaries."""
+    rho: float
+    """Spearman's correlation of measure and gain."""
+    ci_low: float
+    """Lower end of its 95 % interval; NaN with fewer than 4 dictionaries."""
+    ci_high: float
+    """Upper end."""
+    p: float
+    """Two-sided, of dealing the gains out anew."""
+    slope: float
+    """Median of the slopes of all pairs (Theil and Sen), gain per unit of the measure."""
+    slope_low: float
+    """Lower end of its 95 % interval."""
+    slope_high: float
+    """Upper end."""
+
+
+def read_doses(store: astore.Store, measure: str = "semantic_consistency") -> list[Dose]:
+    """Return the measure of every dictionary whose latents were captured and scored."""
+    rows = store.sql(_DOSES, measure=measure).to_arrow_table().to_pylist()
+    return [Dose(**row) for row in rows]
+
+
+def dose_responses(
+    doses: Sequence[Dose], gains: Mapping[str, float], *, seed: int = 0
+) -> list[DoseResponse]:
+    """Return how gains go with each measure at each width, over dictionaries that have both.
+
+    The interval of rho is Bonett and Wright's (2000): normal on the scale of atanh, with variance
+    (1 + rho^2 / 2) / (n - 3). A width with fewer than 3 dictionaries, or a measure that is the same
+    in all, is left out.
+
+    Args:
+        doses: Measures of dictionaries.
+        gains: Mean gain over the baseline by feature family.
+        seed: Seed of the permutations.
+    """
+    found: list[DoseResponse] = []
+    for measure, width in sorted({(each.measure, each.width) for each in doses}):
+        mine = [d for d in doses if (d.measure, d.width) == (measure, width) and d.feature in gains]
+        x = np.array([each.value for each in mine])
+        y = np.array([gains[each.feature] for each in mine])
+        if len(mine) >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
+            found.append(_response(x, y, measure, width, seed))
+    return found
+
+
+def _response(
+    x: Float[ndarray, " n"], y: Float[ndarray, " n"], measure: str, width: int, seed: int
+) -> DoseResponse:
+    ranks = [_standard(rankdata(each)) for each in (x, y)]
+    rho = float(np.clip(ranks[0] @ ranks[1], -1, 1))
+    made = permutation_test(
+        (ranks[0],),
+        lambda part, axis=-1: np.moveaxis(part, axis, -1) @ ranks[1],
+        permutation_type="pairings",
+        vectorized=True,
+        n_resamples=N_RESAMPLES,
+        batch=2_000,
+        rng=np.random.default_rng(seed),
+    )
+    low, high = spearman_interval(rho, len(x))
+    slope = theilslopes(y, x, alpha=LEVEL)
+    slopes = (float(slope[0]), float(slope[2]), float(slope[3]))
+    return DoseResponse(measure, width, len(x), rho, low, high, float(made.pvalue), *slopes)
+
+
+def _standard(ranks: Float[ndarray, " n"]) -> Float[ndarray, " n"]:
+    centred = ranks - ranks.mean()
+    return centred / np.sqrt((centred**2).sum())
+
+
+def spearman_interval(rho: float, n: int) -> tuple[float, float]:
+    """Return Bonett and Wright's interval of Spearman's correlation over n pairs."""
+    if n < MIN_DICTIONARIES:
+        return math.nan, math.nan
+    inside = float(np.clip(rho, -1 + 1e-9, 1 - 1e-9))
+    half = float(norm.ppf((1 + LEVEL) / 2)) * math.sqrt((1 + inside**2 / 2) / (n - 3))
+    centre = math.atanh(inside)
+    return math.tanh(centre - half), math.tanh(centre + half)

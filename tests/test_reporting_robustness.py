@@ -1,0 +1,99 @@
+"""Tables and figures of the robustness suites: what they show, and equal bytes for equal input."""
+
+import math
+from xml.etree import ElementTree
+
+import pytest
+from planted_results import noisy_labels, other_domain, result
+
+import activation_store as astore
+from lmmono.errors import RunError
+from lmmono.reporting.robustness import (
+    area_table,
+    comparison_table,
+    effective_table,
+    level_tables,
+    robustness_figures,
+    robustness_tables,
+    verdict_table,
+)
+from lmmono.robust.comparisons import compare_families
+from lmmono.robust.effective import effective_robustness
+from lmmono.robust.hypotheses import Evidence, verdicts
+from lmmono.robust.results import stored_rows
+
+ROWS = noisy_labels({"raw": 0.0, "sae": 0.02, "pca-16": 0.0}, seeds=6, levels=(0.0, 0.1, 0.4))
+
+
+def test_levels_stand_side_by_side_with_the_clean_one_first():
+    (table,) = level_tables(ROWS)
+    assert table.columns == ("family", "0", "0.1", "0.4")
+    assert [row[0] for row in table.rows] == ["pca-16", "raw", "sae"]
+    values = [each.value for each in ROWS if each.feature == "raw" and each.level == 0.4]
+    assert table.rows[1][3].startswith(f"{sum(values) / 6:.3f} [")
+    assert "symmetric" in table.title and "higher is better" in table.title
+
+
+def test_what_failed_is_told_and_not_averaged_over():
+    rows = [result(value=v, seed=s, level=0.4) for s, v in enumerate((0.5, 0.7, math.nan))]
+    rows += [result("sae", math.nan, level=0.4, failure="one_class")]
+    (table,) = level_tables(rows)
+    assert table.rows[0][1].startswith("0.600") and table.rows[0][1].endswith("(1 failed)")
+    assert table.rows[1][1] == "failed: one_class"
+
+
+def test_differences_and_areas_come_with_interval_p_and_seeds():
+    table = comparison_table(compare_families(ROWS, "raw"), title="Differences")
+    assert len(table.rows) == 2 * 3 and all(row[-1] == "6" for row in table.rows)
+    areas = area_table(ROWS, "raw")
+    assert [row[2] for row in areas.rows] == ["pca-16", "sae"]
+    assert float(areas.rows[1][5].split()[0]) == pytest.approx(0.0175, abs=0.005)
+    assert "Area over levels" in areas.note
+
+
+def test_other_domains_and_verdicts_have_tables():
+    found = effective_robustness(other_domain({"raw": 0.0, "pca-16": 0.0, "sae": 0.5}), ["raw"])
+    table = effective_table(found)
+    assert [row[2] for row in table.rows] == ["pca-16", "sae"]
+    told = verdict_table(verdicts(["H1", "H4"], Evidence(ROWS)))
+    assert [row[0] for row in told.rows] == ["H1", "H4"]
+    assert [row[2] for row in told.rows] == ["supported", "not tested"]
+
+
+def test_a_store_tells_all_of_it_and_says_what_could_not_be_worked_out(tmp_path):
+    above = other_domain({"raw": 0.0, "pca-16": 0.0, "sae": 0.5})
+    with astore.open(tmp_path / "a", "w") as store:
+        with pytest.raises(RunError, match="no rows of accuracy in table robustness"):
+            robustness_tables(store)
+        store.append("robustness", stored_rows([*ROWS, *above]))
+        tables = robustness_tables(store, hypotheses=["H1", "H3", "H4"])
+    titles = [each.title for each in tables]
+    assert titles[-3:] == [
+        "Area under the severity curve",
+        "Effective robustness",
+        "Hypotheses registered before the run",
+    ]
+    verdict = {row[0]: row[2] for row in tables[-1].rows}
+    assert verdict == {"H1": "supported", "H3": "not tested", "H4": "supported"}
+    with astore.open(tmp_path / "b", "w") as store:
+        store.append("robustness", stored_rows(other_domain({"raw": 0.0}, shots=(4,), seeds=2)))
+        assert "Not worked out: task topic" in robustness_tables(store)[-1].note
+
+
+def test_equal_input_gives_equal_bytes_and_a_figure_per_corruption(tmp_path):
+    other = noisy_labels({"raw": 0.0, "sae": 0.0}, seeds=3, levels=(0.2,), corruption="pair_flip")
+    first = robustness_figures([*ROWS, *other], "raw", tmp_path / "a")
+    names = [f"noisy_labels_{kind}.svg" for kind in ("symmetric", "pair_flip")]
+    assert [path.name for path in first] == names
+    (again,) = robustness_figures(ROWS, "raw", tmp_path / "b")
+    assert first[0].read_bytes() == again.read_bytes()
+    tags = ElementTree.parse(again).iter()
+    texts = {text.text for text in tags if text.tag.endswith("}text")}
+    assert {"raw", "sae", "pca-16", "topic", "less raw, paired"} <= texts
+    (picture,) = robustness_figures(other, "raw", tmp_path, format="png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_there_is_nothing_to_draw_without_levels(tmp_path):
+    with pytest.raises(RunError, match="no row has a corruption"):
+        robustness_figures([result(level=0.0, corruption=None)], "raw", tmp_path)
