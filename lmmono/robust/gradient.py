@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lmmono.robust.basis import Basis, basis
 from lmmono.robust.descent import Batch, descend, seeded_start
+from lmmono.robust.logistic import penalties
 from lmmono.robust.noise_rates import noise_matrices, noise_rates
 from lmmono.robust.objectives import Plan
 from lmmono.robust.problems import Probes, Problems
@@ -78,8 +79,8 @@ def _candidates(
     known: _Known,
 ) -> Float[Tensor, "q candidates c r1"]:
     """Return the weights of every candidate of some problems."""
-    copies = len(plan.l2)
-    of = part.repeat_interleave(copies).repeat(plan.n_probes)
+    copies = len(part) * plan.n_probes
+    of = part.repeat_interleave(len(plan.l2)).repeat(plan.n_probes)
     members = of.tolist()
     batch = Batch(
         y=problems.y[of][:, rows],
@@ -92,12 +93,12 @@ def _candidates(
         on,
         plan.objective(batch),
         seeded_start(on, batch, plan.start),
-        l2=torch.tensor(plan.l2, dtype=on.rows.dtype).repeat(len(part) * plan.n_probes),
+        l2=penalties(plan.l2, problems.n_classes).to(on.rows.dtype).repeat(copies),
         bound=plan.bound,
         preconditioned=plan.preconditioned,
         keep=plan.keep,
     )
-    weight = weight.view(plan.n_probes, len(part), copies * len(plan.keep), *weight.shape[2:])
+    weight = weight.view(plan.n_probes, len(part), len(plan.l2) * len(plan.keep), *weight.shape[2:])
     return weight.mean(dim=0)
 
 

@@ -1,11 +1,12 @@
 """Multinomial logistic regression of many problems over the same rows, and over all L2 penalties.
 
-The objective is scikit-learn's: sum of cross entropies + l2 / 2 |weight|^2, the bias free, so `l2`
-is its 1 / C. Problems are solved together by L-BFGS in the coordinates of `basis`, each going down
-its path of penalties at its own pace: one that has converged writes its weights down and goes on
-to the next penalty, taking its curvature along. An iteration costs one product of the direction
-with the rows and one of the residual with the rows, 4 n d (classes - 1) operations, whatever the
-line search tries: it moves along logits that are known.
+The objective is scikit-learn's: sum of cross entropies + l2 / 2 |weight|^2, the bias free, so
+`l2` is its 1 / C; of two classes the weight is one vector, the difference of theirs. Problems are
+solved together by L-BFGS in the coordinates of `basis`, each going down its path of penalties at
+its own pace: one that has converged writes its weights down and goes on to the next penalty,
+taking its curvature along. An iteration costs one product of the direction with the rows and one
+of the residual with the rows, 4 n d (classes - 1) operations, whatever the line search tries: it
+moves along logits that are known.
 """
 
 from collections.abc import Sequence
@@ -107,12 +108,20 @@ def fit_path(
     on = x if isinstance(x, Basis) else basis(x, standardise=standardise)
     size = [None] * len(y) if weights is None else weights.to(on.rows.dtype).split(AT_ONCE)
     fits = [
-        _Fit.start(on, part, weight, n_classes, torch.tensor(l2, dtype=on.rows.dtype))
+        _Fit.start(on, part, weight, n_classes, penalties(l2, n_classes).to(on.rows.dtype))
         for part, weight in zip(y.split(AT_ONCE), size, strict=False)
     ]
     done = [fit.run(tolerance, max_iterations) for fit in fits]
     turned, iterations = zip(*done, strict=True)
     return Path(on, tuple(l2), torch.cat(turned), torch.cat(iterations))
+
+
+def penalties(l2: Sequence[float], n_classes: int) -> Float[Tensor, "l"]:
+    """Return penalties of the weights of all classes, with sum zero, from those of scikit-learn.
+
+    Of two classes it penalises the difference v of their weights, |v|^2 = 2 (|v/2|^2 + |-v/2|^2).
+    """
+    return torch.tensor(l2, dtype=torch.float64) * (2 if n_classes == 2 else 1)
 
 
 def _all_classes(
@@ -139,15 +148,16 @@ def _curvature(probabilities: Float[Tensor, "p k n"]) -> Float[Tensor, "p"]:
     return ((1 - alike) / probabilities.shape[1]).clamp_min(1e-3)
 
 
-def _centred(weight: Float[Tensor, "p k r1"]) -> Float[Tensor, "p k r1"]:
-    """Return weights against the last class less their mean over all classes.
+def _centred(weight: Tensor) -> Tensor:
+    """Return weights [p, k, r1] against the last class less their mean over all classes.
 
     This is what |weight|^2 / 2, all classes with sum zero, has as gradient.
     """
     return weight - weight.sum(dim=1, keepdim=True) / (weight.shape[1] + 1)
 
 
-def _dot(a: Float[Tensor, "p m"], b: Float[Tensor, "p m"]) -> Float[Tensor, "p"]:
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the dot products [p] of rows [p, m]; as often called, without checks of shapes."""
     return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
 
 
@@ -238,7 +248,7 @@ class _Fit:
                 self._step(slope)
         return self.found, self.iterations
 
-    def _penalty(self) -> Float[Tensor, "p 1 r1"]:
+    def _penalty(self) -> Tensor:
         return self.l2[self.at][:, None, None] * self.free
 
     def _write_down(self, done: Int64[Tensor, "done"]) -> None:
@@ -342,7 +352,7 @@ class _Fit:
         return probabilities if self.of_rows is None else probabilities * self.of_rows[which]
 
 
-def _inverse(step: Float[Tensor, "p m"], change: Float[Tensor, "p m"]) -> Float[Tensor, "p"]:
+def _inverse(step: Tensor, change: Tensor) -> Tensor:
     """Return 1 / (step . change), 0 where rounding left no curvature: the pair is then unused."""
     product = _dot(step, change)
     floor = torch.finfo(step.dtype).eps * _dot(step, step).sqrt() * _dot(change, change).sqrt()

@@ -16,6 +16,9 @@ from lmmono.robust.basis import basis
 from lmmono.robust.logistic import AT_ONCE, L2_PATH, MAX_ITERATIONS, fit_path
 from lmmono.robust.problems import Probes, Problems
 
+LOGITS_AT_ONCE = 1 << 25
+"""Validation logits of problems whose penalties are chosen together: 128 MiB."""
+
 
 def tuned_logistic(
     problems: Problems,
@@ -43,7 +46,8 @@ def tuned_logistic(
     notes: list[str | None] = [None] * len(problems)
     for rows, members in same_rows(problems, faults):
         on = basis(problems.x[rows])
-        for part in members.split(AT_ONCE):
+        logits = len(l2) * problems.y_val.shape[1] * problems.n_classes
+        for part in members.split(max(1, min(AT_ONCE, LOGITS_AT_ONCE // logits))):
             path = fit_path(
                 on,
                 problems.y[part][:, rows],
@@ -70,7 +74,7 @@ def choose(
     """Return the index of the best of l candidates of each problem, the first among equals."""
     p, n_candidates, m, _ = log_probabilities.shape
     at = labels[:, None, :, None].expand(p, n_candidates, m, 1)
-    n = rows.sum(dim=1, keepdim=True)
+    n = rows.sum(dim=1, keepdim=True).clamp_min(1)
     loss = -(log_probabilities.gather(-1, at)[..., 0].clamp_min(-1e4) * rows[:, None]).sum(-1) / n
     right = (log_probabilities.argmax(dim=-1) == labels[:, None]) & rows[:, None]
     n_right = right.sum(dim=-1)
