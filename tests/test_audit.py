@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 
 from lmmono.errors import ExplainError
-from lmmono.scoring import audit
-from lmmono.scoring.audit import FALSE, LEVELS, audit_scorer
+from lmmono.recipe import Recipe
+from lmmono.scoring import audit, known_units
+from lmmono.scoring.audit import audit_scorer
+from lmmono.scoring.known_units import LEVELS
+from lmmono.scoring.lies import FALSE, broad, narrow, near_miss
+from lmmono.training import train
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +36,8 @@ def test_every_level_and_kind_of_feature_has_a_row_per_false_explanation(simulat
 def test_a_scorer_that_guesses_ranks_by_chance(monkeypatch):
     """Scores drawn at random win half of the time, whatever they are of."""
 
-    def guessed(store, name, metric, d, progress):
-        return np.random.default_rng(0).random((len(LEVELS), d, 1 + len(FALSE)))
+    def guessed(store, name, metric, units, progress):
+        return np.random.default_rng(0).random((len(units), 1 + len(FALSE)))
 
     monkeypatch.setattr(audit, "_scores", guessed)
     rows = audit_scorer("simulation_random", n_documents=120).rows
@@ -47,12 +51,49 @@ def test_false_explanations_are_as_false_as_they_say():
     rng = np.random.default_rng(0)
     share, counts = np.repeat([1.0, 0.0], 50), np.ones(100)
     for make, said, right in (
-        (audit._near_miss, 51, 25),
-        (audit._broad, 100, 50),
-        (audit._narrow, 12, 12),
+        (near_miss, 51, 25),
+        (broad, 100, 50),
+        (narrow, 12, 12),
     ):
         made = make(share, counts, rng)
         assert abs((made > 0).sum() - said) <= 1 and (made[:50] > 0).sum() == right
+
+
+RECIPE = """\
+name: known
+seed: 0
+data: {corpus: {kind: planted, n_documents: 400}, tokenizer: {kind: words}, n_ctx: 32}
+model: {arch: gpt2, n_layers: 1, d_model: 32, n_heads: 2}
+train: {steps: 0, batch_tokens: 1024}
+"""
+
+
+def test_neurons_of_a_run_that_follow_a_feature_are_audited_too(tmp_path, monkeypatch):
+    (tmp_path / "known.yaml").write_text(RECIPE)
+    run = train(Recipe.load(tmp_path / "known.yaml", f"out={tmp_path / 'runs'}"))
+    with pytest.raises(ExplainError, match="no neuron follows a feature; train it longer"):
+        monkeypatch.setattr(known_units, "MATCHED", 0.99)
+        audit_scorer("simulation_random", run=run, max_tokens=2048)
+    # even an untrained layer has neurons that happen to prefer the words of a feature
+    monkeypatch.setattr(known_units, "MATCHED", 0.25)
+    rows = audit_scorer("simulation_random", run=run, max_tokens=4096).rows
+    assert {row["level"] for row in rows} == {"trained"}
+    (whole,) = [row for row in rows if row["kind"] == row["false"] == "all"]
+    (random,) = [row for row in rows if row["kind"] == "all" and row["false"] == "random"]
+    assert 5 < whole["n"] <= 128
+    assert random["ranking"] > 0.75
+
+
+def test_correlations_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    acts, truth = rng.random((50, 3)).astype(np.float32), rng.random((50, 2)) < 0.3
+    acts[:, 1] = 2.0
+    found = known_units._correlations(acts, truth)
+    for unit in (0, 2):
+        for feature in range(2):
+            wanted = np.corrcoef(acts[:, unit], truth[:, feature])[0, 1]
+            assert found[unit, feature] == pytest.approx(wanted, abs=1e-5)
+    assert found[1] == pytest.approx(0.0, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["token_selectivity", "llm_simulation", "intruder"])
