@@ -13,6 +13,7 @@ from small_clients import byte_tokens, reader_of_bytes
 from small_store import HOOK
 
 import activation_store as astore
+import lmmono as lm
 from lmmono.errors import ClientError, ExplainError
 from lmmono.explaining import llm_simulation
 from lmmono.explaining.explanation import Explanation
@@ -20,6 +21,7 @@ from lmmono.explaining.llm_simulation import Simulation, simulate, simulation_te
 from lmmono.explaining.local import LocalClient
 from lmmono.explaining.reader import RecordReader
 from lmmono.explaining.server import ServerClient
+from lmmono.explaining.server_limits import Price
 from lmmono.scoring.judged_simulation import (
     simulate_by_reading,
     simulate_calibrated,
@@ -152,3 +154,36 @@ def test_calibration_gives_units_of_the_hook(tmp_path: Path, monkeypatch) -> Non
     flat = np.asarray(calibrated[1])[ids[1] >= 0]  # nothing varies, so the mean of what is known
     assert np.ptp(flat) == 0
     assert 0 < flat[0] < 2.5
+
+
+def test_rows_say_what_asking_took_and_what_was_asked(tmp_path: Path, monkeypatch) -> None:
+    price = Price(1.0, 2.0)
+    with (
+        serving(expecting(ten_on_the_token)) as calls,
+        astore.open(planted_store(tmp_path / "run", monkeypatch), mode="a") as store,
+    ):
+        said = [Explanation(HOOK, u, "llm", f"the token {WORDS[u].strip()}") for u in (0, 1)]
+        store.append("explanations", [each.row() for each in said])
+        client = ServerClient(
+            "judge", base_url=calls.base_url, n_retries=0, prices={"judge": price}
+        )
+        for scorer in ("simulation_tar", "anthropic_intervals"):
+            before, spent = len(calls.bodies), client.spent
+            lm.score(
+                store, HOOK, scorer=scorer, explainer="llm", simulator="llm", client=client, seed=0
+            )
+            query = """SELECT sum(n_calls), sum(n_prompt_tokens), sum(cost_usd), min(seconds),
+                count(DISTINCT prompt_hash), count(*) FILTER (prompt_hash IS NULL) FROM scores
+                WHERE starts_with(metric, $m) AND unit IS NOT NULL
+                AND coalesce(control, '') NOT IN ('shuffled_pairing', 'centre_token')"""
+            n_calls, n_tokens, cost, seconds, n_asked, n_silent = store.sql(
+                query, m=scorer
+            ).fetchone()
+            assert n_calls == len(calls.bodies) - before > 0
+            assert n_tokens == client.spent.n_prompt_tokens - spent.n_prompt_tokens
+            assert cost == pytest.approx(client.spent.cost_usd - (spent.cost_usd or 0.0))
+            assert seconds > 0 and n_silent == 0
+            assert n_asked == 4, "two units, each with its own explanation and the other's"
+        query = """SELECT unit, value FROM scores WHERE metric = 'simulation_tar' AND unit < 2
+            AND control IS NULL ORDER BY unit"""
+        assert store.sql(query).fetchall() == [(0, pytest.approx(1.0)), (1, pytest.approx(1.0))]

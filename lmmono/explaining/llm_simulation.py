@@ -12,6 +12,7 @@ more reading per slot, so it is made only where "1" holds at least `TEN_SHARE` o
 probability; elsewhere the expected value is at most 9 x TEN_SHARE = 0.18 too low.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -59,6 +60,8 @@ class Simulation:
     """Why a text could not be read; then all activations are 0 and stand for nothing."""
     usage: Usage = field(default_factory=Usage)
     """What it took."""
+    prompt_hash: str | None = None
+    """sha256 of the texts that were read, one after the other; None where nothing was."""
 
     @property
     def fallback_fraction(self) -> float:
@@ -132,11 +135,13 @@ def simulate(
     if not vocabulary:
         raise ExplainError("the store has no vocabulary, so no text can be shown; capture it anew")
     found = [Simulation(np.zeros(ids.shape)) for ids in token_ids]
+    digests = [hashlib.sha256() for _ in found]
     for some in _some(_texts(explanations, token_ids, vocabulary)):
         for one, reading, slots in _read(client, some):
             i, simulation = one.explanation, found[one.explanation]
             there = token_ids[i][one.record] >= 0
             simulation.acts[one.record, there] = [slot.value for slot in slots]
+            digests[i].update(one.text.encode())
             n_fallback = sum(not slot.shares.any() for slot in slots)
             found[i] = replace(
                 simulation,
@@ -144,6 +149,7 @@ def simulate(
                 n_fallback=simulation.n_fallback + n_fallback,
                 failure=simulation.failure or reading.failure,
                 usage=simulation.usage + reading.usage,
+                prompt_hash=digests[i].hexdigest(),
             )
     return [
         replace(each, acts=np.zeros(each.acts.shape)) if each.failure else each for each in found

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from lmmono.explaining.explanation import Explanation, Usage
+from lmmono.explaining.explanation import Explanation
 from lmmono.explaining.grid import PADDING, TokenGrid, read_grid
 from lmmono.explaining.llm_simulation import Simulation
 from lmmono.explaining.unit_rows import UnitRows, checked_units, read_unit_rows
@@ -147,9 +147,9 @@ def score_intervals(job: Job) -> list[Row]:
     units = examples.units.tolist()
     rows: list[Row] = []
     for control, explanations in explanations_of(job, units).items():
-        predicted, failures, usages = _predicted(job, explanations, examples.token_ids)
+        predicted, failures, took = _predicted(job, explanations, examples.token_ids)
         mine = _rows(job, grid, examples, predicted, failures, control)
-        rows += [row | spent(usage) for row, usage in zip(mine, usages, strict=True)]
+        rows += [row | columns for row, columns in zip(mine, took, strict=True)]
         if control is None and job.controls:
             moved = replace(examples, acts=_misplaced(examples.acts, job.seed))
             rows += _rows(job, grid, moved, predicted, failures, "shuffled_pairing")
@@ -175,22 +175,23 @@ def _misplaced(
 
 def _predicted(
     job: Job, explanations: list[Explanation], token_ids: Int[ndarray, "units examples window"]
-) -> tuple[Float[ndarray, "units examples window"], list[str | None], list[Usage]]:
+) -> tuple[Float[ndarray, "units examples window"], list[str | None], list[Row]]:
     module, _, name = SIMULATORS[job.settings["simulator"]].partition(":")
     simulate = getattr(import_module(f"lmmono.scoring.{module}"), name)
     failures: list[str | None] = [each.failure for each in explanations]
     good = [i for i, failure in enumerate(failures) if failure is None]
-    usages = [Usage() for _ in explanations]
+    took: list[Row] = [{} for _ in explanations]
     predicted = np.zeros(token_ids.shape)
     answers = simulate(job, [explanations[i] for i in good], token_ids[good])
     for i, answer in zip(good, answers, strict=True):
         if isinstance(answer, str):
             failures[i] = answer
         elif isinstance(answer, Simulation):
-            predicted[i], failures[i], usages[i] = answer.acts, answer.failure, answer.usage
+            predicted[i], failures[i] = answer.acts, answer.failure
+            took[i] = {**spent(answer.usage), "prompt_hash": answer.prompt_hash}
         else:
             predicted[i] = answer
-    return predicted, failures, usages
+    return predicted, failures, took
 
 
 def _rows(

@@ -1,7 +1,7 @@
 """95 % intervals: over the records of a unit, and over the units of a model.
 
 Tokens of one record hang together, so records are what is resampled, each kind by itself. An
-interval that takes tokens as independent covers the truth in 20 of 100 cases. The delete-one
+interval that takes tokens as independent covers the truth in 14 to 21 of 100 cases. The delete-one
 jackknife on a straightened scale covers it in 94 to 96 at 20 + 20 records, the percentile bootstrap
 in 92; see `benchmarks/interval_coverage.py`.
 """

@@ -57,8 +57,8 @@ def simulate_calibrated(
         line = straight_line(fitted.acts[there], records.acts[row][there])
         acts = np.where(ids >= 0, line[0] + line[1] * each.acts, 0.0)
         failure = fitted.failure or each.failure
-        usage = fitted.usage + each.usage
-        new = Simulation(acts, each.n_slots, each.n_fallback, failure, usage)
+        usage, asked = fitted.usage + each.usage, each.prompt_hash
+        new = Simulation(acts, each.n_slots, each.n_fallback, failure, usage, asked)
         calibrated.append(failure or new)
     return calibrated
 

@@ -6,7 +6,7 @@ Bills et al. 2023, "Language models can explain neurons in language models".
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 import numpy as np
@@ -130,7 +130,7 @@ def simulated(job: Job, records: Records) -> Iterator[Series]:
                 sums = record_sums(other, predicted, both)
                 # what it took is counted once, with the score itself
                 free: list[Simulation | Failure] = [
-                    Simulation(each.acts) if isinstance(each, Simulation) else each
+                    each if isinstance(each, str) else replace(each, usage=Usage())
                     for each in answers
                 ]
                 yield Series(mine, sums, present, free, "shuffled_pairing")
@@ -187,6 +187,7 @@ def _rows(job: Job, scorer: str, kinds: tuple[str, ...]) -> list[Row]:
                 numbers = _numbers(answer, float(value[i]), float(low[i]), float(high[i]))
                 # what the answer took is said once, with the headline
                 took = _took(answer) if name == "pearson" else {}
+                took["prompt_hash"] = None if isinstance(answer, str) else answer.prompt_hash
                 unit = int(records.units[series.mine[i]])
                 split = records.excerpts.split
                 rows.append(job.row(metric, unit, split, **facts[i] | numbers | took))
