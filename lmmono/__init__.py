@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from lmmono.recipe import Recipe
     from lmmono.reporting.figures import pareto
     from lmmono.reporting.tables import comparison
+    from lmmono.robust.outcomes import Outcomes
+    from lmmono.robust.runs import robustness_run
+    from lmmono.robust.study import robustness
     from lmmono.run import Run, open_run
     from lmmono.scoring.audit import Audit, audit_scorer
     from lmmono.scoring.differences import Difference, compare
@@ -72,6 +75,7 @@ __all__ = [
     "Limits",
     "LmmonoError",
     "LocalClient",
+    "Outcomes",
     "Price",
     "Ranking",
     "Recipe",
@@ -112,6 +116,8 @@ __all__ = [
     "push_dictionary",
     "recording",
     "recovery",
+    "robustness",
+    "robustness_run",
     "run_with_cache",
     "run_with_edit",
     "run_with_sae",
@@ -168,6 +174,9 @@ _HOMES = {
     "recipe": ("Recipe",),
     "reporting.figures": ("pareto",),
     "reporting.tables": ("comparison",),
+    "robust.outcomes": ("Outcomes",),
+    "robust.runs": ("robustness_run",),
+    "robust.study": ("robustness",),
     "run": ("Run", "open_run"),
     "scoring.audit": ("Audit", "audit_scorer"),
     "scoring.runs": ("score_run",),
