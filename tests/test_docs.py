@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = BLOCK.findall((ROOT / "README.md").read_text())
 GUIDE_BLOCKS = BLOCK.findall((ROOT / "docs" / "dictionaries.md").read_text())
+EXPLAINING_BLOCKS = BLOCK.findall((ROOT / "docs" / "explaining.md").read_text())
 STORE_BLOCKS = BLOCK.findall((ROOT / "activation_store" / "README.md").read_text())
 RUNS = "runs/quickstart/crate"
 SMALL = {
@@ -125,6 +126,31 @@ def test_the_guide_to_dictionaries_does_what_it_says(folder):
             counted += {"bash": run_bash, "python": run_python}[language](block, folder)
     assert counted == {"lmmono": 4, "python": 1}
     assert (folder / "pareto.svg").is_file()
+
+
+def test_the_guide_to_explaining_does_what_it_says(folder):
+    runners = {"bash": run_bash, "python": run_python, "sql": run_sql}
+    counted: Counter[str] = Counter()
+    for language, block in EXPLAINING_BLOCKS:
+        if language == "yaml":
+            text = "name: guide\nseed: 0\nmodel: {arch: crate}\n" + block
+            (folder / "guide.yaml").write_text(text)
+            counted += run_bash("lmmono check guide.yaml", folder)
+        else:
+            counted += runners[language](block, folder)
+    assert counted == {"lmmono": 3, "python": 1, "sql": 2}
+    assert list((folder / "upload").glob("*/1-lmmono/scores/batch-0.jsonl.gz"))
+    assert len(list((folder / "neurons" / "1").glob("*.jsonl"))) == 16
+
+
+def test_the_guide_to_explaining_names_every_explainer_scorer_and_kind():
+    from lmmono.explaining.explainers import EXPLAINERS
+    from lmmono.explaining.records import KINDS
+    from lmmono.scoring.scorers import SCORERS
+
+    text = (ROOT / "docs" / "explaining.md").read_text()
+    named = set(re.findall(r"`(\w+)`", text))
+    assert {*EXPLAINERS, *SCORERS, *KINDS} <= named
 
 
 def test_the_python_tour_finds_features_better_than_its_control(folder):
