@@ -1,10 +1,14 @@
 """A model whose stream is known by construction: every word is a sparse code, rotated.
 
 Word w has a code of `D` concepts, few of them active; the model looks up code times rotation. So
-the code is what a perfect dictionary would find, and the stream hides it in a random basis.
+the code is what a perfect dictionary would find, and the stream hides it in a random basis. The
+first `N_LARGE` concepts are ten times as large as the others. A probe that standardises what it
+reads gives all concepts of the code the same weight, and cannot tell small from large ones apart in
+the stream: so the code helps where small concepts decide and hurts where large ones do.
 """
 
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -14,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lmmono.data.tasks.task import Labelled, Task
 
-D, N_WORDS, N_ACTIVE, TEXT_WORDS = 96, 400, 4, 6
+D, N_LARGE, N_WORDS, TEXT_WORDS = 96, 8, 400, 6
 HOOK = "stream"
 
 
@@ -24,7 +28,8 @@ def codes() -> Tensor:
     rng = np.random.default_rng(0)
     made = np.zeros((N_WORDS, D), np.float32)
     for row in made[1:]:
-        row[rng.choice(D, N_ACTIVE, replace=False)] = rng.uniform(0.5, 1.5, N_ACTIVE)
+        large, small = rng.choice(N_LARGE, 2, False), rng.choice(D - N_LARGE, 6, False) + N_LARGE
+        row[large], row[small] = rng.uniform(0.5, 1.5, 2), rng.uniform(0.05, 0.15, 6)
     return torch.from_numpy(made)
 
 
@@ -48,8 +53,8 @@ class Lookup(nn.Module):
         self.stream = nn.Embedding.from_pretrained(codes() @ rotation())
         self.tokenizer = tokenizer()
 
-    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
-        return self.stream(input_ids)
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.stream(input_ids))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -65,23 +70,23 @@ def texts(n: int, seed: int) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(" ".join(f"w{i}" for i in row) for row in words), codes().numpy()[words].mean(1)
 
 
-def task(name: str, direction: np.ndarray, n: int = 1200) -> Task:
-    """A task whose class is whether the mean code goes far along a direction, halved by rank."""
+def task(name: str, concepts: list[int]) -> Task:
+    """A task whose class is whether some concepts are, in sum, above their median in a text."""
     parts = {}
-    for seed, part in enumerate(("train", "val", "test")):
-        words, mean = texts(n if part == "train" else 400, 10 + seed)
-        along = mean @ direction
+    for part, n, seed in (("train", 160, 10), ("val", 100, 11), ("test", 400, 12)):
+        words, mean = texts(n, seed)
+        along = mean[:, concepts].sum(1)
         parts[part] = Labelled(words, (along > np.median(along)).astype(np.int64))
-    return Task(name, "a planted direction", "none", "drawn here", ("low", "high"), parts)
+    return Task(name, "which texts have the concepts", "none", "here", ("low", "high"), parts)
 
 
-def concept_task() -> Task:
-    """A sparse code helps: the class is a sum of three concepts of the 96."""
-    direction = np.zeros(D, np.float32)
-    direction[[3, 40, 77]] = 1.0
-    return task("concepts", direction)
+@cache
+def small_task() -> Task:
+    """A sparse code helps: three of the many small concepts decide."""
+    return task("small", [30, 50, 70])
 
 
-def coordinate_task() -> Task:
-    """A sparse code does not help: the class is one coordinate of the stream, many concepts."""
-    return task("coordinate", rotation().numpy()[:, 0])
+@cache
+def large_task() -> Task:
+    """A sparse code hurts: three of the few large concepts decide."""
+    return task("large", [0, 3, 6])

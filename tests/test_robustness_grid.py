@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lookup_model import HOOK, Lookup, concept_task, coordinate_task, true_code
+from lookup_model import HOOK, Lookup, large_task, small_task, true_code
 from scipy.stats import binomtest
 
 import lmmono as lm
@@ -20,7 +20,9 @@ from lmmono.robust.problems import Problems
 from lmmono.robust.suites import SUITES, Draw, find_suite
 
 BOTH = {"raw": None, "code": true_code}
-SMALL = {"n_train": 200, "n_val": 100, "n_test": 300, "hook": HOOK}
+SMALL = {"n_train": None, "n_val": 100, "n_test": 400, "hook": HOOK}
+PLANTED = {"seeds": 7, "margins": (0.9,), "rates": ()}
+"""Six seeds are the fewest whose sign-flip p can be below 0.05."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def model() -> Lookup:
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    return concept_task()
+    return large_task()
 
 
 def draws(task: Task, suite: str, **settings: object) -> list[Draw]:
@@ -42,7 +44,7 @@ def measured(model, task, suite, features=BOTH, **settings) -> Outcomes:
 
 
 def test_label_noise_flips_exactly_what_it_says_and_is_one_mask_at_a_seed(task):
-    settings = {"seeds": 2, "margins": (1.0, 0.5, 0.0), "rates": (0.02,), "n_train": 300}
+    settings = {"seeds": 2, "margins": (1.0, 0.5, 0.0), "rates": (0.02,), "n_train": 100}
     made = draws(task, "noisy_labels", **settings, label_noise=("symmetric", "instance"))
     assert [d.level for d in made[:4]] == [0.0, 0.02, 0.25, 0.5]
     for draw in made:
@@ -77,15 +79,15 @@ def test_rates_of_equal_margin_follow_the_number_of_classes(task):
 
 
 def test_few_shots_are_balanced_nested_and_repeated(task):
-    made = draws(task, "few_shot", seeds=2, shots=(1, 4, 64, 10_000), resamples=5)
-    n_of = {k: sum(d.n_shots == k for d in made) for k in (1, 4, 64, 10_000)}
-    assert n_of == {1: 5, 4: 5, 64: 2, 10_000: 2}
+    made = draws(task, "few_shot", seeds=2, shots=(1, 4, 40, 10_000), resamples=5)
+    n_of = {k: sum(d.n_shots == k for d in made) for k in (1, 4, 40, 10_000)}
+    assert n_of == {1: 5, 4: 5, 40: 2, 10_000: 2}
     by_key = {(d.n_shots, d.seed): d for d in made}
     for seed in range(2):
         one, four = by_key[1, seed], by_key[4, seed]
         assert np.bincount(four.labels).tolist() == [4, 4] == np.bincount(four.val_labels).tolist()
         assert set(one.train) < set(four.train)
-        assert "class low has" in by_key[10_000, seed].failure
+        assert "20000 texts asked for, it has 160" in by_key[10_000, seed].failure
 
 
 def test_what_a_task_lacks_is_a_row_that_says_so(model, task):
@@ -103,29 +105,17 @@ def test_what_a_task_lacks_is_a_row_that_says_so(model, task):
     assert "rows have no value, such as: no validation" in repr(without)
 
 
-def test_noise_of_severity_zero_is_clean_to_the_bit_and_families_meet_the_same_noise(model, task):
-    settings = {"seeds": 2, "n_noised": 300, "severities": (4,)}
+def test_noise_of_severity_zero_is_clean_to_the_bit(model, task):
+    settings = {"seeds": 2, "n_noised": 400, "severities": (5,)}
     noised = measured(
         model, task, "noisy_inputs", **settings, input_noise=("word_drop", "hidden_gaussian")
     )
     clean = measured(model, task, "noisy_labels", seeds=2, margins=(1.0,), rates=())
     value = {(r["feature"], r["seed"]): r["value"] for r in clean.rows}
-    assert {r["level"] for r in noised.rows} == {0.0, 4.0}
+    assert {r["level"] for r in noised.rows} == {0.0, 5.0} and len(noised.rows) == 16
     for row in noised.rows:
-        if row["level"] == 0.0:
-            assert row["value"] == value[row["feature"], row["seed"]]
-    # noise on the stream is turned by the code as everything is: probes of both see one problem
-    for seed in range(2):
-        raw, turned = (
-            next(
-                r["value"]
-                for r in noised.rows
-                if (r["feature"], r["seed"], r["corruption"], r["level"])
-                == (feature, seed, "hidden_gaussian", 4.0)
-            )
-            for feature in BOTH
-        )
-        assert raw < value["raw", seed] - 0.02 and abs(raw - turned) < 0.12
+        mine = value[row["feature"], row["seed"]]
+        assert row["value"] == mine if row["level"] == 0.0 else row["value"] < mine
 
 
 def test_rows_carry_n_interval_seed_and_what_the_probe_read(model, task):
@@ -135,10 +125,10 @@ def test_rows_carry_n_interval_seed_and_what_the_probe_read(model, task):
         n_right = round(row["value"] * row["n"])
         want = binomtest(n_right, row["n"]).proportion_ci(method="wilson")
         assert (row["ci_low"], row["ci_high"]) == pytest.approx((want.low, want.high))
-        assert row["n"] == 300 and row["metric"] == "accuracy" and row["seed"] == 0
+        assert row["n"] == 400 and row["metric"] == "accuracy" and row["seed"] == 0
         said = row["settings"]
-        assert said["n_flipped"] == 20 and said["rho"] == pytest.approx(0.8)
-        assert said["d"] == 96 and said["hook"] == HOOK and said["n_train"] == 200
+        assert said["n_flipped"] == 16 and said["rho"] == pytest.approx(0.8)
+        assert said["d"] == 96 and said["hook"] == HOOK and said["n_train"] == 160
         assert said["budget"] == ("3" if "@" in row["feature"] else "full")
     assert [(each.feature, each.budget) for each in made.results[:2]] == [
         ("raw", "full"),
@@ -160,35 +150,16 @@ def test_a_budgeted_probe_reads_the_coordinates_that_tell_most(task):
     assert torch.allclose(narrow.weight[0][:, [7, 11]], wide.weight[0], atol=1e-4)
 
 
-def test_a_sparse_code_that_truly_helps_is_found_to_help(model, task):
-    made = measured(
-        model, task, "few_shot", seeds=8, shots=(16,), resamples=8, budgets=(8,), n_test=400
-    )
-    found = {each.budget: each for each in compare_families(made.results, "raw")}
-    helped = found["8"]
-    assert helped.feature == "code" and helped.effect.ci_low > 0.05 and helped.p_holm < 0.05
-    # it wins the dense probe of all coordinates too, so the budget alone is no handicap of raw
-    mean = {
-        (f, b): np.mean([r.value for r in made.results if (r.feature, r.budget) == (f, b)])
-        for f in BOTH
-        for b in ("8", "full")
-    }
-    assert mean["code", "8"] > mean["raw", "full"] + 0.05
+def test_a_sparse_code_that_truly_helps_is_found_to_help(model):
+    made = measured(model, small_task(), "noisy_labels", **PLANTED)
+    (found,) = compare_families(made.results, "raw")
+    assert found.effect.ci_low > 0.02 and found.p_holm < 0.05 and found.win_rate == 1.0
 
 
 def test_a_sparse_code_that_does_not_help_is_found_not_to(model):
-    made = measured(
-        model,
-        coordinate_task(),
-        "few_shot",
-        seeds=8,
-        shots=(16,),
-        resamples=8,
-        budgets=(8,),
-        n_test=400,
-    )
-    (worse,) = [e for e in compare_families(made.results, "raw") if e.budget == "8"]
-    assert worse.effect.ci_high < 0 and worse.p_holm < 0.05 and worse.win_rate < 0.2
+    made = measured(model, large_task(), "noisy_labels", **PLANTED)
+    (found,) = compare_families(made.results, "raw")
+    assert found.effect.ci_high < 0 and found.p_holm < 0.05 and found.win_rate == 0.0
 
 
 def test_settings_that_cannot_be_are_told(model, task):

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -116,10 +117,11 @@ class FeatureFamily:
         A bound method's object says more, where it has it: `hook`, `digest`, `tensors()`.
         """
         family, owner = cls("raw"), getattr(encode, "__self__", None)
-        tensors: dict[str, Tensor] = owner.tensors() if hasattr(owner, "tensors") else {}
+        weights: Any = getattr(owner, "tensors", None)
+        tensors: dict[str, Tensor] = {} if weights is None else weights()
         n_parameters = sum(each.numel() for each in tensors.values()) if tensors else None
         family.name, family.hook = name, getattr(owner, "hook", None) or None
-        family._learn = lambda _rows, _settings: Code(encode, n_parameters)
+        family._learn = partial(_given, Code(encode, n_parameters))
         family._given_digest = str(getattr(owner, "digest", "") or "")
         return family
 
@@ -199,6 +201,11 @@ def as_family(name: str, given: Any, *, seed: int = 0) -> FeatureFamily:
             f"function such as sae.encode; got {type(given).__name__}"
         )
     return family
+
+
+def _given(code: Code, rows: Tensor, settings: Settings) -> Code:
+    del rows, settings
+    return code
 
 
 def _raw(rows: Tensor, settings: Settings) -> Code:

@@ -125,7 +125,8 @@ def _noised(
     short: Sequence[Arm],
 ) -> Texts | str:
     """Return the features of noisy test texts, or why there are none."""
-    kind, severity = cell
+    kind: Any = cell[0]
+    severity = cell[1]
     if not severity:
         return clean
     texts = [bench.task.part(TEST).texts[i] for i in indices.tolist()]

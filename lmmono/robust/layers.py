@@ -5,7 +5,7 @@ most often on clean validation texts, on average over the tasks, is taken for al
 conditions. What each gave is a row of suite `layers`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,13 @@ from lmmono.robust.probing import Solve
 from lmmono.robust.suites import Draw, Suite, drawn
 
 VAL = "val"
-LAYERS = Suite(
-    "layers", "which stream tells clean validation texts apart best", lambda *_: iter(())
-)
+
+
+def _no_draws(_task: Task, _settings: Robustness) -> Iterator[Draw]:
+    yield from ()
+
+
+LAYERS = Suite("layers", "which stream tells clean validation texts apart best", _no_draws)
 
 
 @dataclass(frozen=True, slots=True)

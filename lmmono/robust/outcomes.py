@@ -60,9 +60,10 @@ class Outcomes:
 
 
 def _result(row: Mapping[str, Any]) -> Result:
-    kept = {field.name: row[field.name] for field in fields(Result)}
+    kept: dict[str, Any] = {field.name: row[field.name] for field in fields(Result)}
     value = math.nan if row["value"] is None else float(row["value"])
-    return Result(**{**kept, "feature": row["feature"].partition("@")[0], "value": value})
+    named: dict[str, Any] = {"feature": row["feature"].partition("@")[0], "value": value}
+    return Result(**kept | named)
 
 
 def _lines(results: Sequence[Result], features: Sequence[str]) -> list[str]:

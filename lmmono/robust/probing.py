@@ -8,7 +8,7 @@ given back as a probe of all coordinates that is zero elsewhere.
 import os
 import pickle
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -146,7 +146,7 @@ def _scattered(
     p, c, d = len(problems), problems.n_classes, problems.x.shape[1]
     weight = torch.full((p, c, d), torch.nan)
     bias, l2 = torch.full((p, c), torch.nan), torch.full((p,), torch.nan)
-    failures, notes = list(faults), [None] * p
+    failures, notes = list(faults), list[str | None]([None]) * p
     if found:
         at = torch.tensor(list(sound))
         weight[at] = torch.cat([each.weight for each in found]).float().cpu()
@@ -165,7 +165,7 @@ def solve_all(jobs: Iterable[Job]) -> Iterator[Solved]:
 
 
 @contextmanager
-def solving(n_processes: int) -> Iterator[Solve]:
+def solving(n_processes: int) -> Generator[Solve]:
     """Yield how jobs are done by so many processes; with one they are done in this one.
 
     Jobs wait at most two per process, so that features of few jobs are in memory at a time.

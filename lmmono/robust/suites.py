@@ -265,7 +265,8 @@ def _shots(task: Task, k: int, seed: int) -> Draw:
     k_val = min(k, int(counts[counts > 0].min(initial=k)))
     try:
         train = task.draw("train", k * task.n_classes, seed=seed)
-        val = task.draw("val", k_val * int((counts > 0).sum()), seed=seed)
+        n_val = k_val * int((counts > 0).sum())
+        val = task.draw("val", n_val, seed=seed) if n_val else nothing
     except DataError as fault:
         return Draw(seed, nothing, nothing, nothing, nothing, n_shots=k, failure=str(fault))
     labels, val_labels = task.part("train").labels[train], task.part("val").labels[val]
