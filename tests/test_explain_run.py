@@ -104,7 +104,7 @@ def test_a_changed_scorer_leaves_the_explanations_and_a_changed_explainer_does_n
 
     assert stale("score.controls=false") == ["score"]
     assert stale("explain.units=5") == ["explain", "score"]
-    assert stale("capture.top_k=5") == ["capture", "dictionary", "explain", "score"]
+    assert stale("capture.top_k=5") == ["capture", "dictionary", "explain", "score", "robustness"]
 
 
 def test_a_run_explains_and_scores_what_its_recipe_names(explained):
@@ -155,7 +155,7 @@ def test_the_untrained_control_is_what_the_untrained_model_scores(explained, tmp
         AND explainer = 'token_lookup:window=32'"""
     with astore.open(run.store_path) as store:
         assert store.sql(query, control="untrained_model", hook=HOOK).fetchall() == wanted
-        (value, n) = store.sql(summary, hook=HOOK).fetchone()
+        (value, n) = store.sql(summary, hook=HOOK).fetchall()[0]
     assert n == 12 == len(wanted)
     assert value == pytest.approx(sum(each for _, each, _ in wanted) / 12)
 

@@ -103,7 +103,7 @@ arms:
         "did you mean score?",
         "r.yaml:20: capture.max_tokens: want an integer >= 1 or null, got 1.5",
         "r.yaml:22: arm crate: name: want a setting of a section; "
-        "known: data, model, train, capture, dictionary, explain, score",
+        "known: data, model, train, capture, dictionary, explain, score, robustness",
         "r.yaml:23: arms.empty: want a mapping, got null",
     ]
 
