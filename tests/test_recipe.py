@@ -385,7 +385,7 @@ def test_every_entry_is_planned_with_every_seed_and_saes_with_their_controls(wri
     assert [each.name for each in once] == ["topk-x2-k3", "random-8-k3", "identity"]
 
 
-def test_a_changed_dictionary_is_all_that_is_stale(write):
+def test_a_changed_dictionary_and_what_reads_it_are_all_that_is_stale(write):
     before = single(write(TWINS))
     more = single(write(TWINS), "dictionary.learn=[{arch: identity}]")
     other = single(write(TWINS), "dictionary.max_tokens=1000")
@@ -395,8 +395,8 @@ def test_a_changed_dictionary_is_all_that_is_stale(write):
     def stale(now: Recipe) -> list[str]:
         return [n for n, parts in sections.items() if now.digest(*parts) != before.digest(*parts)]
 
-    assert stale(more) == ["dictionary"]
-    assert stale(other) == ["vectors", "dictionary"]
+    assert stale(more) == ["dictionary", "robustness"]
+    assert stale(other) == ["vectors", "dictionary", "robustness"]
     assert stale(deeper) == list(STAGES)
 
 
