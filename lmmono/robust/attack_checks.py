@@ -12,7 +12,7 @@ from jaxtyping import Int64
 
 from lmmono.data.corruption.synonyms import Synonyms
 from lmmono.data.corruption.texts import pieces_of
-from lmmono.robust.attacks import Attack, Candidates, Limits, Predict, attack, attack_with
+from lmmono.robust.attacks import Candidates, Limits, Predict, attack, attack_with
 
 BUDGETS = (25, 100, 400)
 NEAR_ZERO = 0.05
@@ -43,7 +43,7 @@ def check_attack(
     texts: Sequence[str],
     labels: Int64[np.ndarray, "n"],
     *,
-    method: Attack,
+    method: str,
     seed: int = 0,
     synonyms: Synonyms | None = None,
     other: Predict | None = None,

@@ -115,7 +115,7 @@ def attack(
     texts: Sequence[str],
     labels: Int64[np.ndarray, "n"],
     *,
-    method: Attack,
+    method: str,
     seed: int = 0,
     limits: Limits = Limits(),  # noqa: B008 - frozen
     synonyms: Synonyms | None = None,
@@ -126,8 +126,8 @@ def attack(
         predict: The classifier.
         texts: Texts to attack; those that it gets wrong are skipped and counted.
         labels: Their true classes.
-        method: `characters`: swaps, slips, losses and insertions of one letter. `words`: words
-            that may stand for the one there, by `synonyms`.
+        method: A name of `ATTACKS`. `characters`: swaps, slips, losses and insertions of one
+            letter. `words`: words that may stand for the one there, by `synonyms`.
         seed: Seed of the character edits: each word has the same ones against every classifier.
         limits: What it may change and ask.
         synonyms: For `words`; see `lmmono.data.corruption.synonyms`.

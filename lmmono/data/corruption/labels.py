@@ -114,17 +114,29 @@ def rate_at_margin(margin: float, n_classes: int) -> float:
     return round((1.0 - margin) * (n_classes - 1) / n_classes, 12)
 
 
+def find_label_noise(name: str) -> LabelNoise:
+    """Return the kind of a name.
+
+    Raises:
+        DataError: There is none; says which are near.
+    """
+    for kind in LABEL_NOISE:
+        if kind == name:
+            return kind
+    raise DataError(f"label noise {name!r} is not known; {nearest(name, LABEL_NOISE)}")
+
+
 def corrupt_labels(
     labels: Int64[np.ndarray, "n"],
-    kind: LabelNoise,
+    kind: str,
     rate: float | None,
     *,
     n_classes: int,
     seed: int,
     matrix: Float64[np.ndarray, "c c"] | None = None,
-    margins: Float64[np.ndarray, "n"] | None = None,
-    second: Int64[np.ndarray, "n"] | None = None,
-    noisy: Int64[np.ndarray, "n"] | None = None,
+    margins: Float64[np.ndarray, "_"] | None = None,
+    second: Int64[np.ndarray, "_"] | None = None,
+    noisy: Int64[np.ndarray, "_"] | None = None,
 ) -> NoisyLabels:
     """Return labels of which exactly `round(rate * n)` are another class than their own.
 
@@ -149,6 +161,7 @@ def corrupt_labels(
             not 0, labels that are no class, an input that the kind needs and that is missing or
             does not fit.
     """
+    kind = find_label_noise(kind)
     _check(labels, kind, rate, n_classes)
     noise = _Noise(labels, n_classes, seed, rate)
     match kind:
@@ -197,8 +210,6 @@ def _noisy_labels(
 def _check(
     labels: Int64[np.ndarray, "n"], kind: LabelNoise, rate: float | None, n_classes: int
 ) -> None:
-    if kind not in LABEL_NOISE:
-        raise DataError(f"label noise {kind!r} is not known; {nearest(kind, LABEL_NOISE)}")
     if n_classes < 2:
         raise DataError(f"{kind} noise: {n_classes} class: there is no other to flip to")
     if not len(labels):
@@ -218,7 +229,7 @@ def _given(name: str, kind: LabelNoise, value: Array | None) -> Array:
     return value
 
 
-def _unsure_first(noise: _Noise, margins: Float64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+def _unsure_first(noise: _Noise, margins: Float64[np.ndarray, "_"]) -> Int64[np.ndarray, "n"]:
     """Return the order of a race in which a label's pace is exp(-margin / deviation)."""
     _check_length(noise, "margins", margins)
     if not np.isfinite(margins).all():
@@ -228,7 +239,7 @@ def _unsure_first(noise: _Noise, margins: Float64[np.ndarray, "n"]) -> Int64[np.
     return np.argsort(waits + margins / deviation, kind="stable").astype(np.int64)
 
 
-def _second(noise: _Noise, second: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+def _second(noise: _Noise, second: Int64[np.ndarray, "_"]) -> Int64[np.ndarray, "n"]:
     _check_length(noise, "second", second)
     own = np.flatnonzero(second == noise.labels)
     if len(own):
@@ -242,7 +253,7 @@ def _second(noise: _Noise, second: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, 
 
 
 def _real(
-    noise: _Noise, noisy: Int64[np.ndarray, "n"]
+    noise: _Noise, noisy: Int64[np.ndarray, "_"]
 ) -> tuple[Bool[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
     _check_length(noise, "noisy", noisy)
     errors = noisy != noise.labels

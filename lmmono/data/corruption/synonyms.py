@@ -82,7 +82,12 @@ def wordnet_synonyms() -> Synonyms:
             "nltk's WordNet corpus is not on this machine: python -m nltk.downloader wordnet; or "
             "name a file of synonyms"
         ) from error
-    return cache(lambda word: _senses(reader, word))
+
+    @cache
+    def look_up(word: str) -> tuple[str, ...]:
+        return _senses(reader, word)
+
+    return look_up
 
 
 def planted_synonyms() -> Synonyms:

@@ -4,6 +4,7 @@ The model reads words, not the activations that are studied, so its noise favour
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -53,7 +54,7 @@ def weak_opinions(
     model = LogisticRegression(max_iter=200)
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
     rows = features.transform(texts)
-    held = cross_val_predict(model, rows, labels, cv=splits, method="predict_proba")
+    held: Any = cross_val_predict(model, rows, labels, cv=splits, method="predict_proba")
     probabilities = np.zeros((len(labels), n_classes))
     probabilities[:, np.flatnonzero(counts)] = held
     return opinions(probabilities, labels)

@@ -90,7 +90,7 @@ class Cue:
 
 
 def planted_task(
-    kind: PlantedKind,
+    name: str,
     *,
     n_train: int = 1000,
     n_val: int = 500,
@@ -103,7 +103,7 @@ def planted_task(
     """Return a planted task with the parts `train`, `val`, `test` and `ood:shifted`.
 
     Args:
-        kind: Which task; see `TASKS`.
+        name: Which task; see `TASKS`.
         n_train: Texts to train on.
         n_val: Texts to choose on.
         n_test: Texts of each test part.
@@ -119,11 +119,10 @@ def planted_task(
     Raises:
         DataError: An unknown kind, a strength outside [0, 1], or fewer texts than classes.
     """
-    if kind not in TASKS:
-        raise DataError(f"planted task {kind!r} is not known; {nearest(kind, PLANTED)}")
-    for name, value in (("shift", shift), ("cue", cue)):
+    kind = _kind(name)
+    for setting, value in (("shift", shift), ("cue", cue)):
         if value is not None and not 0.0 <= value <= 1.0:
-            raise DataError(f"{kind}: want a {name} in [0, 1], got {value}")
+            raise DataError(f"{kind}: want a {setting} in [0, 1], got {value}")
     task = TASKS[kind]
     n_classes = len(task.label_names)
     if min(n_train, n_val, n_test) < n_classes:
@@ -135,11 +134,18 @@ def planted_task(
     own = _passages(Language(language_seed), kind, seed)
     twin = _passages(Language(language_seed + 1, _shifted(shift)), kind, seed)
     sizes = {"train": n_train, "val": n_val, "test": n_test}
-    drawn = {name: _balanced(own, n, n_classes, taken) for name, n in sizes.items()}
+    drawn = {part: _balanced(own, n, n_classes, taken) for part, n in sizes.items()}
     drawn["ood:shifted"] = _balanced(twin, n_test, n_classes, taken)
     parts = _parts(drawn, own, n_test, n_classes, taken, cue, seed)
     source = f"planted language {language_seed}, documents from {UNSEEN + seed * UNSEEN} on"
     return Task(kind, task.about, "MIT, as this package", source, task.label_names, parts)
+
+
+def _kind(name: str) -> PlantedKind:
+    for kind in PLANTED:
+        if kind == name:
+            return kind
+    raise DataError(f"planted task {name!r} is not known; {nearest(name, PLANTED)}")
 
 
 def _parts(

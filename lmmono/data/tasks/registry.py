@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import cast
 
 from lmmono.data.tasks.leakage import without_leakage
-from lmmono.data.tasks.planted import PLANTED, PlantedKind, planted_task
+from lmmono.data.tasks.planted import PLANTED, planted_task
 from lmmono.data.tasks.reading import Row, Table, assemble, labelled, read_table
 from lmmono.data.tasks.task import OOD, Labelled, Task
 from lmmono.errors import DataError, nearest
@@ -94,7 +93,7 @@ def find_task(
             row or out-of-domain set that is missing.
     """
     if name in PLANTED:
-        return planted_task(cast(PlantedKind, name))
+        return planted_task(name)
     record = find_record(name)
     rows = _rows(record, folder)
     task = assemble(

@@ -34,9 +34,9 @@ class Labelled:
     """The texts, none of them blank."""
     labels: Int64[np.ndarray, "n"]
     """Class of each text, the true one as far as the set knows it."""
-    noisy: Int64[np.ndarray, "n"] | None = None
+    noisy: Int64[np.ndarray, "_"] | None = None
     """Class that real annotators or rules gave, where the set has both."""
-    pairs: Int64[np.ndarray, "n"] | None = None
+    pairs: Int64[np.ndarray, "_"] | None = None
     """Index of each text's contrast partner in this part; `NO_PARTNER` where it has none."""
 
     def __post_init__(self) -> None:
