@@ -3,8 +3,9 @@
     python benchmarks/clients.py [--repeats 3] [--records 32] [--d-model 128] [--layers 4]
 
 A random GPT-2 over bytes reads the simulator's texts and answers the explainer's prompts. Prints
-prompts per second, the median of interleaved repeats, and the ratio to one call at a time, then the
-largest difference between the log-probabilities that the ways give.
+prompts per second of wall and of processor time (what a busy machine leaves comparable), medians of
+interleaved repeats, and the ratio to one call at a time, then the largest difference between the
+log-probabilities that the ways give.
 """
 
 import argparse
@@ -63,12 +64,18 @@ def read(client: LocalClient, texts: list[str]) -> list[float]:
     return [logprob for each in found for logprob in each.logprobs if logprob is not None]
 
 
-def report(what: str, n: int, seconds: dict[str, list[float]], n_tokens: dict[str, int]) -> None:
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
+def report(
+    what: str, n: int, seconds: dict[str, list[tuple[float, float]]], n_tokens: dict[str, int]
+) -> None:
+    medians = {
+        name: [statistics.median(side) for side in zip(*each, strict=True)]
+        for name, each in seconds.items()
+    }
     slowest = medians["one at a time"]
-    for name, median in medians.items():
+    for name, (wall, processor) in medians.items():
         print(
-            f"{what:<10} {name:<20} {n / median:8.2f} prompts/s  x{slowest / median:5.2f}"
+            f"{what:<10} {name:<20} wall {n / wall:8.2f} prompts/s x{slowest[0] / wall:5.2f}, "
+            f"processor {n / processor:8.2f} prompts/s x{slowest[1] / processor:5.2f}"
             f"  ({n_tokens[name]:,} tokens run)"
         )
 
@@ -89,13 +96,14 @@ def main() -> None:
         ),
     }
     for what, (n, ask) in work.items():
-        seconds: dict[str, list[float]] = {}
+        seconds: dict[str, list[tuple[float, float]]] = {}
         results, n_tokens = {}, {}
         for _ in range(args.repeats):
             for name, client in clients(args).items():
-                began = time.perf_counter()
+                began = time.perf_counter(), time.process_time()
                 results[name] = ask(client)
-                seconds.setdefault(name, []).append(time.perf_counter() - began)
+                took = time.perf_counter() - began[0], time.process_time() - began[1]
+                seconds.setdefault(name, []).append(took)
                 n_tokens[name] = client.n_tokens_run
         report(what, n, seconds, n_tokens)
         alone, best = results["one at a time"], results["batched, start once"]

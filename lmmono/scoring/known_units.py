@@ -6,6 +6,7 @@ with which it correlates most, where that is much; what it fires on besides stay
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -14,6 +15,7 @@ from numpy import ndarray
 import activation_store as astore
 from lmmono.capturing import capture
 from lmmono.data.planted import Language
+from lmmono.data.tokens import TokenRows
 from lmmono.data.truth import planted_language, row_truth
 from lmmono.run import Run
 
@@ -94,7 +96,7 @@ def write_trained(store: astore.Store, run: Run, max_tokens: int, seed: int) -> 
     """
     language = planted_language(run.corpus)
     parts = [run.tokens(split).limit(max_tokens) for split in ("explain", "score")]
-    settings = {"max_density": 1.0, "top_k": 1, "random_k": 1, "quantile_k": 1}
+    settings: dict[str, Any] = {"max_density": 1.0, "top_k": 1, "random_k": 1, "quantile_k": 1}
     capture(run.model, parts, hooks="blocks.*.mlp.hook_post", into=store, seed=seed, **settings)
     ids = parts[0].ids.reshape(-1)
     truth = row_truth(run.corpus, parts[0]).reshape(len(ids), -1)
@@ -102,7 +104,7 @@ def write_trained(store: astore.Store, run: Run, max_tokens: int, seed: int) -> 
     truth, units = truth[:, kept], list[Known]()
     widths = store.sql("SELECT hook, d FROM hooks WHERE kind = 'rows' ORDER BY hook").fetchall()
     for hook, d in widths:
-        alike = _correlations(_dense(store, hook, d, parts[0].n_ctx, len(ids)), truth)
+        alike = _correlations(_dense(store, hook, d, parts[0]), truth)
         best = alike.argmax(axis=1)
         for unit in np.flatnonzero(alike.max(axis=1) >= MATCHED).tolist():
             feature = int(best[unit])
@@ -173,14 +175,16 @@ def _fire(
 
 
 def _dense(
-    store: astore.Store, hook: str, d: int, n_ctx: int, n_tokens: int
+    store: astore.Store, hook: str, d: int, rows: TokenRows
 ) -> Float[ndarray, "tokens units"]:
-    """Return the activations of a hook on the first tokens of a store, 0 where none is stored."""
-    query = "SELECT seq_id, pos, unit, act FROM acts WHERE hook = $hook AND seq_id < $n_rows"
-    found = store.sql(query, hook=hook, n_rows=n_tokens // n_ctx).fetchnumpy()
+    """Return the activations of a hook on rows of tokens, 0 where none is stored."""
+    query = """SELECT seq_id, pos, unit, act FROM acts
+        WHERE hook = $hook AND seq_id >= $first AND seq_id < $after"""
+    first, n_ctx = rows.first_seq_id, rows.n_ctx
+    found = store.sql(query, hook=hook, first=first, after=first + len(rows)).fetchnumpy()
     seq, pos, unit, act = (np.asarray(found[name]) for name in ("seq_id", "pos", "unit", "act"))
-    dense = np.zeros((n_tokens, d), np.float32)
-    dense[seq.astype(np.int64) * n_ctx + pos, unit] = act
+    dense = np.zeros((rows.ids.size, d), np.float32)
+    dense[(seq.astype(np.int64) - first) * n_ctx + pos, unit] = act
     return dense
 
 
