@@ -60,7 +60,8 @@ def read_only(con: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
         kind = statement.type.name.replace("_", " ")
         raise QueryError(
             f"{kind} is not allowed here: the store is open for reading. Write with "
-            "store.append(...) or a writer; open with trusted=True to run any SQL."
+            "store.append(...) or a writer; for a PRAGMA use its table function, such as "
+            "pragma_table_info('hooks'); open with trusted=True to run any SQL."
         )
     return statement
 

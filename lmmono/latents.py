@@ -281,8 +281,8 @@ def _check_name(name: str, rows: list[dict[str, Any]], digest: str) -> None:
 def _free_hook(store: astore.Store, source: str, name: str, rows: list[dict[str, Any]]) -> str:
     """Return the plain name for the first dictionary, one with its own name for the others."""
     plain = f"{source}.{LATENTS}"
-    captured = store.sql("SELECT 1 FROM hooks WHERE hook = $hook", hook=plain).fetchone()
-    taken = captured is not None or any(row["latents_hook"] == plain for row in rows)
+    captured = store.sql("SELECT 1 FROM hooks WHERE hook = $hook", hook=plain).fetchall()
+    taken = bool(captured) or any(row["latents_hook"] == plain for row in rows)
     return f"{source}.{name}.{LATENTS}" if taken else plain
 
 

@@ -182,7 +182,7 @@ def test_the_jackknife_interval_matches_leaving_groups_out_by_hand(store: astore
         "SELECT unit, ci_low, ci_high FROM scores WHERE hook = $hook AND control IS NULL "
         "AND value IS NOT NULL ORDER BY unit LIMIT 1",
         hook=HOOK,
-    ).fetchone()
+    ).fetchall()[0]
 
     def value(left_out: int | None) -> float:
         masses, counts = (

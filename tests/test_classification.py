@@ -201,7 +201,7 @@ def test_rows_are_stored_and_summed_up_with_the_share_not_defined(store):
     summary = {(row["metric"], row["control"]): row for row in found.summary}
     assert summary["detection", None]["nan_fraction"] == 0.25
     query = "SELECT details FROM scores WHERE metric = 'fuzz' AND unit = $unit AND control IS NULL"
-    (details,) = store.sql(query, unit=ON_CAT).fetchone()
+    (details,) = store.sql(query, unit=ON_CAT).fetchall()[0]
     assert json.loads(details)["tp"] == 20
     again = lm.score(store, HOOK, scorer=["detection", "fuzz"], units=KNOWN, **SETTINGS)
     assert (again.n_units, again.n_found) == (0, 2 * len(KNOWN))

@@ -122,7 +122,7 @@ def test_openai_reads_simulations_whose_scores_are_those_of_the_store(store, pla
             ("rsquared_score", "simulation_tar_uncentred_r2"),
             ("absolute_dev_explained_score", "simulation_tar_deviation"),
         ):
-            (value, _) = store.sql(query, metric=metric, unit=unit).fetchone()
+            (value, _) = store.sql(query, metric=metric, unit=unit).fetchall()[0]
             assert getattr(lookup.scored_simulation, field) == pytest.approx(value), metric
         records = lookup.scored_simulation.scored_sequence_simulations
         true = np.concatenate([record.true_activations for record in records])
@@ -251,7 +251,7 @@ def imported(out) -> duckdb.DuckDBPyConnection:
 def test_neuronpedia_imports_units_with_their_explanations_and_scores(store, tmp_path):
     out = lm.export_neuronpedia(store, tmp_path / "out", HOOK, model="My Model/1")
     con = imported(out)
-    (model,) = con.sql("SELECT id FROM Model").fetchone()
+    (model,) = con.sql("SELECT id FROM Model").fetchall()[0]
     assert model == "my-model-1" and (out / model / "0-lmmono").is_dir()
     stats = store.sql("SELECT unit, density, max_act FROM unit_stats WHERE hook = $h", h=HOOK)
     wanted = [(str(unit), density, largest) for unit, density, largest in stats.fetchall()]
@@ -266,8 +266,8 @@ def test_neuronpedia_imports_units_with_their_explanations_and_scores(store, tmp
     tenths = con.sql("""SELECT binMin <= "values"[qualifyingTokenIndex + 1], binContains
         FROM Activation WHERE dataSource = 'quantile'""").fetchall()
     assert set(tenths) == {(True, 0.1)}
-    n_said = store.sql("SELECT count(*) FROM explanations WHERE text IS NOT NULL").fetchone()
-    assert con.sql("SELECT count(*) FROM Explanation").fetchone() == n_said
+    n_said = store.sql("SELECT count(*) FROM explanations WHERE text IS NOT NULL").fetchall()[0]
+    assert con.sql("SELECT count(*) FROM Explanation").fetchall()[0] == n_said
 
 
 def test_neuronpedia_gets_every_score_with_its_interval_and_controls(store, tmp_path):

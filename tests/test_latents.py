@@ -202,14 +202,14 @@ def test_every_query_works_on_latents_as_on_neurons(store: astore.Store, tmp_pat
     assert np.asarray(rows["token_id"]).tolist() == ids[firing][order].tolist()
     query = "SELECT n_a, n_b, n_both FROM coactivation($h, $a, $b)"
     both = (firing & (acts[:, other] > 0)).sum()
-    counts = store.sql(query, h=LATENTS, a=unit, b=other).fetchone()
+    counts = store.sql(query, h=LATENTS, a=unit, b=other).fetchall()[0]
     assert counts == (firing.sum(), (acts[:, other] > 0).sum(), both)
     query = "SELECT token_id, n_acts FROM token_profile($h, $u) ORDER BY token_id"
     profile = store.sql(query, h=LATENTS, u=unit).fetchall()
     assert profile == list(zip(*np.unique(ids[firing], return_counts=True), strict=True))
     score_token_selectivity(store, LATENTS)
     query = "SELECT count(value) FROM scores WHERE hook = $h AND control IS NULL"
-    assert store.sql(query, h=LATENTS).fetchone() == (int((acts > 0).any(0).sum()),)
+    assert store.sql(query, h=LATENTS).fetchall()[0] == (int((acts > 0).any(0).sum()),)
 
 
 def test_a_store_with_latents_is_verified_compacted_and_exported(
@@ -218,10 +218,10 @@ def test_a_store_with_latents_is_verified_compacted_and_exported(
     store_latents(store, Relu(), max_density=0.9, commit_tokens=1)
     before = table(store, "acts", LATENTS, "seq_id, pos, unit")
     listed = "SELECT count(*) FROM shards WHERE hook = $h"
-    assert store.sql(listed, h=LATENTS).fetchone() > (1,)
+    assert store.sql(listed, h=LATENTS).fetchall()[0] > (1,)
     assert compact(store.path).merged > 1
     store.refresh()
-    assert store.sql(listed, h=LATENTS).fetchone() == (1,)
+    assert store.sql(listed, h=LATENTS).fetchall()[0] == (1,)
     assert store.verify().ok
     after = table(store, "acts", LATENTS, "seq_id, pos, unit")
     assert all((before[name] == after[name]).all() for name in before)
@@ -256,7 +256,7 @@ def test_a_stop_leaves_the_hook_away_and_the_next_call_stores_it_whole(
     assert store.sql(known, h=LATENTS).fetchall() == []
     assert store.verify().ok
     store_latents(store, Relu(), max_density=0.9)
-    assert store.sql(known, h=LATENTS).fetchone() == (len(stream_of(store)),)
+    assert store.sql(known, h=LATENTS).fetchall()[0] == (len(stream_of(store)),)
 
 
 def test_with_commits_a_stopped_call_goes_on_and_ends_with_the_same_store(
@@ -266,7 +266,7 @@ def test_with_commits_a_stopped_call_goes_on_and_ends_with_the_same_store(
     settings: dict[str, Any] = {"max_density": 0.9, "commit_tokens": 1}
     with pytest.raises(Stopped):
         store_latents(store, Relu(), **settings, progress=stop_at(2048))
-    seen = store.sql("SELECT n_tokens FROM hooks WHERE hook = $h", h=LATENTS).fetchone()
+    seen = store.sql("SELECT n_tokens FROM hooks WHERE hook = $h", h=LATENTS).fetchall()[0]
     assert seen is not None and 0 < seen[0] < len(stream_of(store))
     store_latents(store, Relu(), **settings)
     shutil.copytree(template, tmp_path / "other")
@@ -343,9 +343,9 @@ def test_max_tokens_takes_whole_sequences_and_a_later_call_takes_the_rest(
 ) -> None:
     seen = "SELECT n_tokens FROM hooks WHERE hook = $h"
     store_latents(store, Relu(), max_tokens=5 * N_CTX + 3, max_density=0.9)
-    assert store.sql(seen, h=LATENTS).fetchone() == (5 * N_CTX,)
+    assert store.sql(seen, h=LATENTS).fetchall()[0] == (5 * N_CTX,)
     store_latents(store, Relu(), max_density=0.9)
-    assert store.sql(seen, h=LATENTS).fetchone() == (len(stream_of(store)),)
+    assert store.sql(seen, h=LATENTS).fetchall()[0] == (len(stream_of(store)),)
 
 
 def test_padding_and_vectors_that_were_not_finite_are_left_out_as_in_a_capture(
@@ -421,6 +421,6 @@ def test_latents_of_a_trained_sae_have_at_most_k_rows_per_token(store: astore.St
     sae.fit(store.vectors(STREAM, batch_tokens=256))
     hook = lm.store_latents(store, sae)
     most = "SELECT max(n) FROM (SELECT count(*) n FROM acts WHERE hook = $h GROUP BY seq_id, pos)"
-    assert store.sql(most, h=hook).fetchone() == (3,)
-    row = store.sql("SELECT arch, d_sae, digest, settings->>'k' FROM dictionaries").fetchone()
+    assert store.sql(most, h=hook).fetchall()[0] == (3,)
+    row = store.sql("SELECT arch, d_sae, digest, settings->>'k' FROM dictionaries").fetchall()[0]
     assert row == ("topk", 32, sae.digest, "3")

@@ -87,7 +87,7 @@ def test_a_truthful_model_explains_every_planted_unit(store, explainer: str) -> 
     assert (found[SILENT].failure, found[RARE].failure) == ("silent", "too_few_records")
     assert n_calls == 4  # none for units without records
     query = "SELECT sum(n_calls), sum(n_prompt_tokens), sum(n_completion_tokens) FROM explanations"
-    assert store.sql(query).fetchone() == (4, 400, 28)
+    assert store.sql(query).fetchall()[0] == (4, 400, 28)
 
 
 def test_a_model_is_shown_the_explain_split_and_contrast_where_it_is_asked(store) -> None:

@@ -147,7 +147,7 @@ def test_what_is_said_of_another_unit_is_read_on_the_scale_of_the_unit_itself(st
     lm.score(store, HOOK, explainer="two", scorer="simulation_random")
     records = RecordReader(store).records(HOOK, "score", lm.Counts(random=20))
     ids = records.token_ids(DENSE)
-    (largest,) = store.sql(f"SELECT max_act FROM unit_stats WHERE unit = {DENSE}").fetchone()
+    (largest,) = store.sql(f"SELECT max_act FROM unit_stats WHERE unit = {DENSE}").fetchall()[0]
     predicted = said[ON_CAT].simulate(ids)[ids >= 0] * largest / 2.0
     acts = records.acts[DENSE][ids >= 0].astype(float)
     rows = unit_rows(store, "two", "simulation_random_deviation", control="random_explanation")
@@ -237,10 +237,10 @@ def test_the_protocol_that_leaks_is_told_apart_and_shares_documents(store):
         scores = lm.score(store, HOOK, preset=preset)
         assert scores.explainer == f"token_lookup:{preset}"
         query = "SELECT count(*), min(split), max(n_records) FROM scores WHERE preset = $preset"
-        n, found, n_records = store.sql(query, preset=preset).fetchone()
+        n, found, n_records = store.sql(query, preset=preset).fetchall()[0]
         assert n and found == split
         per_unit = "SELECT max(n_records) FROM scores WHERE preset = $preset AND unit = $unit"
-        assert store.sql(per_unit, preset=preset, unit=DENSE).fetchone() == (10,)
+        assert store.sql(per_unit, preset=preset, unit=DENSE).fetchall()[0] == (10,)
     changed = lm.score(store, HOOK, top=5, random=5, controls=False)
     assert changed.preset == "random=5,top=5"
 

@@ -15,7 +15,7 @@ import sys
 import activation_store as astore
 path, n_batches, n_units = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with astore.open(path, mode="a") as store:
-    done = store.sql("SELECT count(DISTINCT seed) FROM scores").fetchone()[0]
+    done = store.sql("SELECT count(DISTINCT seed) FROM scores").fetchall()[0][0]
     print("begin", flush=True)
     for seed in range(done, n_batches):
         rows = [{"metric": "m", "metric_version": 1, "hook": "h", "unit": unit, "seed": seed,

@@ -241,7 +241,7 @@ class Polling(threading.Thread):
         with self.at.open() as lake:
             while not self.ended.wait(0.05):
                 try:
-                    n, distinct, n_hooks, n_acts, acts = lake.sql(self.QUERY).fetchone()
+                    n, distinct, n_hooks, n_acts, acts = lake.sql(self.QUERY).fetchall()[0]
                 except (astore.StoreError, duckdb.Error) as fault:
                     self.faults.append(repr(fault))
                     return
@@ -316,7 +316,7 @@ def test_captures_of_other_hooks_share_their_tokens(at, stores, tmp_path):
         both = lake.sql(
             "SELECT count(DISTINCT (seq_id, pos)) FROM activations WHERE hook = 'latents'"
         )
-        assert both.fetchone() == (SEQS * N_CTX,)
+        assert both.fetchall()[0] == (SEQS * N_CTX,)
 
 
 def test_what_does_not_belong_together_is_refused_and_changes_nothing(at, stores, tmp_path):
@@ -405,7 +405,7 @@ def test_sql_reads_the_lake_and_nothing_else(at, stores, tmp_path, mode):
     ):
         with pytest.raises(astore.QueryError):
             lake.sql(query).fetchall()
-    assert lake.sql("SELECT count(*) FROM acts WHERE hook = $h", h=HOOKS[1]).fetchone()[0] > 0
+    assert lake.sql("SELECT count(*) FROM acts WHERE hook = $h", h=HOOKS[1]).fetchall()[0][0] > 0
     trusted = at.open(mode, trusted=True)
     assert trusted.sql(f"FROM read_csv('{secret}')").fetchall() == [(1,)]
 

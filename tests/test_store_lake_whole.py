@@ -76,7 +76,7 @@ def test_a_store_can_be_attached_to_a_lake_and_no_lake_to_anything(at, stores, t
     lake = published(at, stores, 0)
     lake.attach(stores.parts[1], "mine")
     query = "SELECT count(*) FROM mine.acts a JOIN acts b USING (hook, unit)"
-    assert lake.sql(query).fetchone()[0] > 0
+    assert lake.sql(query).fetchall()[0][0] > 0
     secret = tmp_path / "secret.csv"
     secret.write_text("a\n1\n")
     for query in (f"FROM '{secret}'", "DELETE FROM mine.shards", f"ATTACH '{secret}'"):
@@ -84,13 +84,13 @@ def test_a_store_can_be_attached_to_a_lake_and_no_lake_to_anything(at, stores, t
             lake.sql(query).fetchall()
     lake.append("scores", [{"metric": "m", "metric_version": 1, "value": 1.0}])
     lake.publish(stores.parts[2])
-    assert lake.sql("SELECT count(*) FROM mine.scores").fetchone() == (0,)
+    assert lake.sql("SELECT count(*) FROM mine.scores").fetchall()[0] == (0,)
     for name, path in (("mine", stores.parts[2]), ("lake", stores.parts[2])):
         with pytest.raises(astore.StoreError, match="want a new name"):
             lake.attach(path, name)
     with pytest.raises(astore.NotAStoreError):
         lake.attach(tmp_path / "nothing", "other")
-    assert lake.sql("SELECT count(*) FROM mine.acts").fetchone()[0] > 0
+    assert lake.sql("SELECT count(*) FROM mine.acts").fetchall()[0][0] > 0
     for opened in (lake, astore.open(stores.whole)):
         with pytest.raises(astore.StoreError, match="Open the lake itself"):
             opened.attach("ducklake:postgres:password=sesame", "other")
@@ -102,7 +102,7 @@ def test_what_a_repair_drops_comes_back_when_its_store_is_published_again(at, st
     assert lake.verify().ok and "ok" in str(lake.verify())
     of_first = "SELECT file FROM shards s JOIN publications USING (file) WHERE kind = 'acts'"
     lost, bad = (file for (file,) in lake.sql(f"{of_first} ORDER BY file LIMIT 2").fetchall())
-    rows = lake.sql("SELECT sum(n_acts) FROM hooks").fetchone()
+    rows = lake.sql("SELECT sum(n_acts) FROM hooks").fetchall()[0]
     lake.files.remove(lost)
     with lake.files.fs.open_input_file(lake.files.path(bad)) as file:
         content = bytearray(file.read())
@@ -116,8 +116,8 @@ def test_what_a_repair_drops_comes_back_when_its_store_is_published_again(at, st
     assert report.ok and len(report.dropped) == 2
     assert all("publish store" in line for line in report.dropped)
     lake.refresh()
-    assert lake.sql("SELECT sum(n_acts) FROM hooks").fetchone() < rows
-    assert lake.sql("SELECT count(*) FROM acts").fetchone()[0] > 0
+    assert lake.sql("SELECT sum(n_acts) FROM hooks").fetchall()[0] < rows
+    assert lake.sql("SELECT count(*) FROM acts").fetchall()[0][0] > 0
     assert [lake.publish(stores.parts[i]).n_shards for i in (0, 1, 2)].count(0) < 3
     lake.publish(stores.parts[3])
     assert lake.verify().ok
@@ -127,7 +127,7 @@ def test_what_a_repair_drops_comes_back_when_its_store_is_published_again(at, st
 def test_a_merged_shard_that_is_lost_is_told_apart(at, stores):
     lake = published(at, stores, 0, 1)
     lake.compact(keep_seconds=0.0)
-    (file,) = lake.sql("SELECT file FROM shards WHERE kind = 'acts' LIMIT 1").fetchone()
+    (file,) = lake.sql("SELECT file FROM shards WHERE kind = 'acts' LIMIT 1").fetchall()[0]
     lake.files.remove(file)
     (line,) = lake.verify(repair=True).dropped
     assert file in line and "publish all stores to a new lake" in line

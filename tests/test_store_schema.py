@@ -86,8 +86,8 @@ def test_a_store_of_an_older_schema_is_read_as_if_it_were_new_and_left_as_it_is(
     made_older(small)
     before = (small.path / "store.duckdb").read_bytes()
     with astore.open(small.path) as store:
-        assert store.sql("SELECT count(*), count(q999) FROM unit_stats").fetchone() == (12, 0)
-        assert store.sql("SELECT count(control) FROM scores").fetchone() == (0,)
+        assert store.sql("SELECT count(*), count(q999) FROM unit_stats").fetchall()[0] == (12, 0)
+        assert store.sql("SELECT count(control) FROM scores").fetchall()[0] == (0,)
         assert store.sql("FROM robustness").fetchall() == []
     assert astore.verify(small.path).ok
     assert (small.path / "store.duckdb").read_bytes() == before
@@ -102,7 +102,7 @@ def test_a_store_of_an_older_schema_is_migrated_when_it_is_added_to(small, tmp_p
     assert migrated == columns_of(tmp_path / "new" / "store.duckdb")
     with astore.open(small.path) as store:
         assert store.info().schema_version == SCHEMA_VERSION
-        assert store.sql("SELECT count(*) FROM activations").fetchone()[0] > 0
+        assert store.sql("SELECT count(*) FROM activations").fetchall()[0][0] > 0
         assert store.sql("SELECT control FROM scores").fetchall() == [("c",)]
 
 
@@ -140,7 +140,7 @@ def test_the_same_key_replaces_and_nulls_are_equal_in_keys(small):
             store.append("scores", [row, without])
         found = store.sql("SELECT metric, value FROM scores ORDER BY metric").fetchall()
         store.append("scores", [SCORE | {"seed": 1, "value": 0.3}])
-        assert store.sql("SELECT count(*) FROM scores").fetchone() == (3,)
+        assert store.sql("SELECT count(*) FROM scores").fetchall()[0] == (3,)
     assert found == [("m", 0.2), ("model", 0.2)]
     assert astore.verify(small.path).ok
 
@@ -173,14 +173,14 @@ def test_rows_that_do_not_fit_are_refused_and_nothing_is_changed(small, table, r
 def test_json_and_the_time_of_writing_are_filled_in(small):
     with astore.open(small.path, "a") as store:
         store.add_run({"run": "twin", "seed": 1, "recipe": {"a": [1, 2]}, "versions": None})
-        run = store.sql("SELECT recipe->'a'->>0, versions, created_at FROM runs").fetchone()
+        run = store.sql("SELECT recipe->'a'->>0, versions, created_at FROM runs").fetchall()[0]
     assert run[:2] == ("1", None)
     assert isinstance(run[2], datetime)
 
 
 def test_explanations_and_scores_join_activations(small):
     with astore.open(small.path, "a") as store:
-        hook = store.sql("SELECT min(hook) FROM acts").fetchone()[0]
+        hook = store.sql("SELECT min(hook) FROM acts").fetchall()[0][0]
         store.append(
             "explanations", [{"hook": hook, "unit": 1, "explainer": "token_lookup", "text": "t"}]
         )

@@ -56,13 +56,13 @@ def test_a_flipped_bit_in_the_catalogue_is_never_read_as_data(small):
         )
     total = "SELECT sum(hash(d)) FROM documents d"
     with astore.open(small.path) as store:
-        right = store.sql(total).fetchone()
+        right = store.sql(total).fetchall()[0]
     whole, found = file.read_bytes(), 0
     for at in np.linspace(12_288, len(whole) - 1, 8).astype(int):
         flip(file, int(at))
         try:
             with astore.open(small.path) as store:
-                assert store.sql(total).fetchone() == right
+                assert store.sql(total).fetchall()[0] == right
         except (astore.NotAStoreError, duckdb.IOException) as fault:
             found += 1
             assert "checksum" in str(fault)
@@ -112,10 +112,10 @@ def test_a_repair_drops_only_what_is_lost_and_says_what(small):
             stored = acts > 0
             if hook == row.hook:
                 stored[row.seq_min : row.seq_max + 1] = False
-            n = store.sql("SELECT count(*) FROM acts WHERE hook = $h", h=hook).fetchone()
+            n = store.sql("SELECT count(*) FROM acts WHERE hook = $h", h=hook).fetchall()[0]
             assert n == (stored.sum(),)
-        assert store.sql("SELECT count(*) FROM tokens").fetchone() == (N_SEQ * N_CTX,)
-        assert store.sql("SELECT count(*) FROM vectors").fetchone() == (N_SEQ * N_CTX,)
+        assert store.sql("SELECT count(*) FROM tokens").fetchall()[0] == (N_SEQ * N_CTX,)
+        assert store.sql("SELECT count(*) FROM vectors").fetchall()[0] == (N_SEQ * N_CTX,)
         assert store.unit(HOOK, 1).max_act == small.acts[HOOK][..., 1].max()
     assert lost.exists()
     again = astore.verify(small.path)
@@ -136,7 +136,7 @@ def test_a_store_with_every_shard_lost_still_opens_after_a_repair(small):
     assert report.ok
     assert len(report.dropped) == 7
     with astore.open(small.path) as store:
-        assert store.sql("SELECT count(*) FROM activations").fetchone() == (0,)
+        assert store.sql("SELECT count(*) FROM activations").fetchall()[0] == (0,)
         assert store.exemplars(HOOK, 1, 2)[0].tokens == ()
 
 

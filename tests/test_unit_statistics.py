@@ -62,7 +62,7 @@ def test_density_and_kurtosis_are_those_of_the_dense_array(planted, found):
 
 def test_kurtosis_agrees_with_the_table_of_statistics_up_to_the_other_split(store, found):
     query = "SELECT kurtosis FROM unit_stats WHERE hook = $hook AND unit = $unit"
-    (both,) = store.sql(query, hook=HOOK, unit=NOISE).fetchone()
+    (both,) = store.sql(query, hook=HOOK, unit=NOISE).fetchall()[0]
     row = found["unit_kurtosis", NOISE, None]
     assert row["ci_low"] < both < row["ci_high"]
 

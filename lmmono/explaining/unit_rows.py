@@ -68,14 +68,15 @@ def checked_units(
         ExplainError: The hook is not stored as rows, or has no such unit.
     """
     found = store.sql("SELECT d FROM hooks WHERE hook = $hook AND kind = 'rows'", hook=hook)
-    row = found.fetchone()
-    if row is None:
+    rows = found.fetchall()
+    if not rows:
         known = store.sql("SELECT hook FROM hooks WHERE kind = 'rows' ORDER BY hook").fetchall()
         names = ", ".join(name for (name,) in known) or "none"
         raise ExplainError(f"{store.path}: {hook!r} is not stored as rows; stored so: {names}")
-    chosen = np.arange(row[0]) if units is None else np.unique(np.asarray(units, np.int64))
-    if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < row[0]:
-        raise ExplainError(f"{hook}: want units 0 to {row[0] - 1}, got {chosen[0]} to {chosen[-1]}")
+    ((d,),) = rows
+    chosen = np.arange(d) if units is None else np.unique(np.asarray(units, np.int64))
+    if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < d:
+        raise ExplainError(f"{hook}: want units 0 to {d - 1}, got {chosen[0]} to {chosen[-1]}")
     return chosen
 
 

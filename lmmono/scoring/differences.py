@@ -202,11 +202,12 @@ def _over_seeds(pairs: list[Difference]) -> Difference:
     )
 
 
-def _fingerprint(store: astore.Store) -> tuple[int, int] | None:
+def _fingerprint(store: astore.Store) -> tuple[int, int]:
     """Return what tells the scored tokens of stores apart."""
     query = """SELECT count(*), bit_xor(hash(seq_id, pos, doc_id, token_id)) FROM token_ids
         WHERE split = 'score'"""
-    return store.sql(query).fetchone()
+    (found,) = store.sql(query).fetchall()
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,12 +123,12 @@ def export_neuronpedia(
     place = _Place(
         name, f"{number}-{source_set}", source_set, creator, creator_id, store.info().store_id
     )
-    found = store.sql(_UNITS, hook=hook).fetchone()
-    if found is None:
+    found = store.sql(_UNITS, hook=hook).fetchall()
+    if not found:
         raise ExplainError(f"{store.path}: no hook {hook!r} stored as rows")
     with whole_folder(out) as folder:
         at = folder / name / place.source
-        for file, row in _about(place, run, *found).items():
+        for file, row in _about(place, run, *found[0]).items():
             _write(at / f"{file}.jsonl", [row])
         n_batches = _write_units(store, hook, place, at, before, after)
         explanations = list(_explanations(store, hook, place))

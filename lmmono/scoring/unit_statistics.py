@@ -113,8 +113,8 @@ def score_statistics(job: Job) -> list[Row]:
     query = "SELECT unit, kurtosis, min_act FROM unit_stats WHERE hook = $hook"
     stats = {row[0]: row[1:] for row in job.store.sql(query, hook=job.hook).fetchall()}
     (threshold,) = job.store.sql(
-        "SELECT threshold FROM hooks WHERE hook = $hook", hook=job.hook
-    ).fetchone() or (0.0,)
+        "SELECT coalesce(any_value(threshold), 0.0) FROM hooks WHERE hook = $hook", hook=job.hook
+    ).fetchall()[0]
     rows: list[Row] = []
     for chunk in _read(job, units, corpus):
         whole = [_is_whole(stats.get(int(unit)), threshold) for unit in chunk.units]
