@@ -19,7 +19,7 @@ from lmmono.reporting.tables import Table
 from lmmono.run import Run
 from lmmono.scoring.differences import Difference, Estimate, compare
 from lmmono.scoring.intervals import mean_interval
-from lmmono.scoring.registry import Scorer, find_scorer
+from lmmono.scoring.registry import SCORERS, Scorer, find_scorer
 from lmmono.types import Progress, silent
 
 Key = tuple[str, str | None]
@@ -107,20 +107,22 @@ def _read_scores(store: astore.Store) -> dict[Key, dict[str, tuple[float, float]
     metrics = [*names, *(f"{name}_defined" for name in names)]
     rows = store.sql(_SCORES, hook=_NEURONS, metrics=metrics).fetchall()
     for metric, explainer, control, value, undefined, _ in rows:
-        scorer = metric.removesuffix("_defined")
-        if value is None or (metric != scorer and control is not None):
+        headline = metric.removesuffix("_defined")
+        if value is None or (metric != headline and control is not None):
             continue
-        column = "defined" if metric != scorer else control or ""
-        found.setdefault((scorer, explainer), {})[column] = (float(value), float(undefined or 0.0))
-    order = list(names)
+        column = "defined" if metric != headline else control or ""
+        key = (names[headline].name, explainer)
+        found.setdefault(key, {})[column] = (float(value), float(undefined or 0.0))
+    order = [scorer.name for scorer in names.values()]
     return dict(sorted(found.items(), key=lambda each: (order.index(each[0][0]), each[0][1] or "")))
 
 
 def _scorers() -> Iterator[Scorer]:
+    """Yield the scorers of explanations; statistics of units have heavy tails, so no mean of them."""
     find_scorer("simulation_tar")  # fills the table
-    from lmmono.scoring.registry import SCORERS
-
-    yield from (scorer for scorer in SCORERS.values() if scorer.per == "unit")
+    for scorer in SCORERS.values():
+        if scorer.per == "unit" and {"explanation", "program"} & set(scorer.needs):
+            yield scorer
 
 
 def _arm_table(arms: dict[str, list[Run]], stores: dict[str, list[astore.Store]]) -> Table:
