@@ -142,10 +142,10 @@ def _exchanges(
     closed = torch.zeros_like(kept.ids, dtype=torch.bool) if free is None else ~free
     closed[list(kept.places)] = True
     change[closed] = torch.inf
-    change[torch.arange(len(kept.ids)), kept.ids] = torch.inf
+    change[torch.arange(len(kept.ids), device=kept.ids.device), kept.ids] = torch.inf
     if may_become is not None:
         for place, token in enumerate(kept.ids.tolist()):
-            allowed = torch.zeros(change.shape[1], dtype=torch.bool)
+            allowed = torch.zeros_like(change[place], dtype=torch.bool)
             allowed[may_become(token)] = True
             change[place, ~allowed] = torch.inf
     values, order = change.flatten().topk(min(n, change.numel()), largest=False)
