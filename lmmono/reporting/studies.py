@@ -118,7 +118,7 @@ def _read_scores(store: astore.Store) -> dict[Key, dict[str, tuple[float, float]
 
 
 def _scorers() -> Iterator[Scorer]:
-    """Yield the scorers of explanations; statistics of units have heavy tails, so no mean of them."""
+    """Yield the scorers of explanations; means of statistics of units say little: heavy tails."""
     find_scorer("simulation_tar")  # fills the table
     for scorer in SCORERS.values():
         if scorer.per == "unit" and {"explanation", "program"} & set(scorer.needs):
