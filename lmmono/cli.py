@@ -209,13 +209,11 @@ def audit_scorer(
     ] = None,
 ) -> None:
     """Say how often a scorer ranks true explanations of planted units above false ones."""
-    from lmmono.run import open_run
     from lmmono.scoring.audit import audit_scorer
     from lmmono.terminal import show_table, shown_progress
 
-    of = None if run is None else open_run(run)
     with shown_progress() as progress:
-        found = audit_scorer(name, run=of, n_documents=n_documents, seed=seed, progress=progress)
+        found = audit_scorer(name, run=run, n_documents=n_documents, seed=seed, progress=progress)
     show_table(
         tuple(found.rows[0]), [tuple(row.values()) for row in found.rows], title=found.metric
     )

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 
 import activation_store as astore
 from lmmono.errors import ExplainError, nearest
-from lmmono.run import Run
+from lmmono.run import Run, open_run
 from lmmono.scoring.known_units import Known, write_planted, write_trained
 from lmmono.scoring.lies import FALSE, add_explanations, name_of
 from lmmono.scoring.rates import wilson
@@ -45,7 +45,7 @@ class Audit:
 def audit_scorer(
     name: str,
     *,
-    run: Run | None = None,
+    run: Run | Path | None = None,
     n_documents: int = 600,
     max_tokens: int = 40_000,
     seed: int = 0,
@@ -55,7 +55,8 @@ def audit_scorer(
 
     Args:
         name: A scorer of explanations that needs neither a language model nor labels.
-        run: A run on the planted language: its neurons that follow a feature; None plants units.
+        run: A run on the planted language, or its folder: its neurons that follow a feature; None
+            plants units.
         n_documents: Documents of the planted language, half of them for scores; not of a run.
         max_tokens: Tokens of a run's splits `explain` and `score`, the most of each.
         seed: Seed of the language, the noise and the false explanations.
@@ -77,9 +78,10 @@ def audit_scorer(
         if run is None:
             truth = write_planted(store, n_documents, seed)
         else:
-            truth = write_trained(store, run, max_tokens, seed)
+            trained = open_run(run) if isinstance(run, Path) else run
+            truth = write_trained(store, trained, max_tokens, seed)
             if not truth.units:
-                raise ExplainError(f"{run.dir}: no neuron follows a feature; train it longer")
+                raise ExplainError(f"{trained.dir}: no neuron follows a feature; train it longer")
         quality = add_explanations(store, truth, seed)
         values = _scores(store, name, scorer.metrics[0], truth.units, progress)
     return Audit(name, scorer.metrics[0], tuple(_rows(truth.units, values, quality)))
