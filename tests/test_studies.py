@@ -45,22 +45,22 @@ def test_arms_are_means_over_seeds_and_twins_differ_in_the_architecture_alone(st
     asked = """SELECT value, nan_fraction FROM scores WHERE metric = 'simulation_random'
         AND hook = 'blocks.*.mlp.hook_post' AND control IS NULL"""
     values = [store.sql(asked).fetchall()[0] for store in stores["crate"]]
-    scores = tables["simulation_random of token_lookup:window=32"]
+    scores = tables["simulation_random of token_lookup:window=32, neurons"]
     (row,) = [row for row in scores.rows if row[0] == "crate"]
     assert row[1] == f"{np.mean([undefined for _, undefined in values]):.1%}"
     assert row[2] == over_seeds(np.array([value for value, _ in values]))
     assert scores.columns == ("arm", "undefined", "score", "defined")
 
     twins = tables["Twins"].rows
-    assert [row[:2] for row in twins] == [("crate - gpt2", "simulation_random")]
+    assert [row[:3] for row in twins] == [("crate - gpt2", "neurons", "simulation_random")]
     found = lm.compare(stores["crate"], stores["gpt2"], seed=[0, 1], **ASKED)
-    assert twins[0][3].startswith(f"{found.raw.difference:+.3f} [{found.raw.ci_low:+.3f}")
+    assert twins[0][4].startswith(f"{found.raw.difference:+.3f} [{found.raw.ci_low:+.3f}")
     with pytest.raises(ExplainError, match="want one seed or one for each of 2 pairs, got 3"):
         lm.compare(stores["crate"], stores["gpt2"], seed=[0, 1, 2], **ASKED)
 
 
 def test_controls_stand_beside_the_score_they_belong_to():
-    key = ("simulation_random", "token_lookup")
+    key = ("simulation_random", "token_lookup", "neurons")
     one = {"shuffled_pairing": (0.0, 0.5), "defined": (0.4, 0.0), "": (0.2, 0.5)}
     other = {"shuffled_pairing": (0.1, 0.3), "defined": (0.6, 0.0), "": (0.4, 0.3)}
     table = _score_table(key, {"crate": [{key: one}, {key: other}], "gpt2": [{}]})

@@ -22,21 +22,26 @@ from lmmono.scoring.intervals import mean_interval
 from lmmono.scoring.registry import SCORERS, Scorer, find_scorer
 from lmmono.types import Progress, silent
 
-Key = tuple[str, str | None]
-"""A scorer and the explainer that it scores, as stored."""
+Key = tuple[str, str, str]
+"""A scorer, the explainer that it scores, as stored, and what the units are: a name of `UNITS`."""
 
-_NEURONS = "blocks.*.mlp.hook_post"
+UNITS = {
+    "neurons": "blocks.*.mlp.hook_post",
+    "latents": "blocks.*.mlp.hook_post.hook_sae_acts_post",
+}
+"""Hooks whose units are compared, all blocks together."""
 
-_UNITS = """
+_DENSITIES = """
 SELECT avg(density) AS density, median(kurtosis) AS kurtosis,
     avg((n_active = 0)::INT) AS never, avg((density > 0.99)::INT) AS always
 FROM unit_stats WHERE hook LIKE 'blocks.%.mlp.hook_post'
 """
 
 _SCORES = """
-SELECT DISTINCT ON (metric, explainer, control) metric, explainer, control, value, nan_fraction, n
-FROM scores WHERE unit IS NULL AND hook = $hook AND preset IS NULL AND judge IS NULL
-    AND list_contains($metrics, metric)
+SELECT DISTINCT ON (metric, explainer, control, hook)
+    metric, explainer, control, hook, value, nan_fraction
+FROM scores WHERE unit IS NULL AND preset IS NULL AND judge IS NULL AND explainer IS NOT NULL
+    AND list_contains($metrics, metric) AND list_contains($hooks, hook)
 """
 
 
@@ -64,7 +69,7 @@ def study_tables(runs: Sequence[Run], progress: Progress = silent) -> tuple[Tabl
         pairs = [pair for pair in combinations(arms, 2) if are_twins(*(arms[n] for n in pair))]
         if pairs and keys:
             seeds = {name: [run.recipe.seed for run in mine] for name, mine in arms.items()}
-            tables.append(_twin_table(pairs, keys, stores, seeds, progress))
+            tables.append(_twin_table(pairs, scores, stores, seeds, progress))
         return tuple(tables)
 
 
@@ -103,18 +108,19 @@ def _read_scores(store: astore.Store) -> dict[Key, dict[str, tuple[float, float]
     Control "" is the score itself, "defined" the mean over units that have one.
     """
     found: dict[Key, dict[str, tuple[float, float]]] = {}
-    names = {scorer.metrics[0]: scorer for scorer in _scorers()}
+    names = {scorer.metrics[0]: scorer.name for scorer in _scorers()}
     metrics = [*names, *(f"{name}_defined" for name in names)]
-    rows = store.sql(_SCORES, hook=_NEURONS, metrics=metrics).fetchall()
-    for metric, explainer, control, value, undefined, _ in rows:
+    kinds = {hook: kind for kind, hook in UNITS.items()}
+    rows = store.sql(_SCORES, hooks=list(kinds), metrics=metrics).fetchall()
+    for metric, explainer, control, hook, value, undefined in rows:
         headline = metric.removesuffix("_defined")
         if value is None or (metric != headline and control is not None):
             continue
         column = "defined" if metric != headline else control or ""
-        key = (names[headline].name, explainer)
+        key = (names[headline], explainer, kinds[hook])
         found.setdefault(key, {})[column] = (float(value), float(undefined or 0.0))
-    order = [scorer.name for scorer in names.values()]
-    return dict(sorted(found.items(), key=lambda each: (order.index(each[0][0]), each[0][1] or "")))
+    order = [*names.values(), *UNITS]
+    return dict(sorted(found.items(), key=lambda one: (*map(order.index, one[0][::2]), one[0][1])))
 
 
 def _scorers() -> Iterator[Scorer]:
@@ -128,7 +134,7 @@ def _scorers() -> Iterator[Scorer]:
 def _arm_table(arms: dict[str, list[Run]], stores: dict[str, list[astore.Store]]) -> Table:
     rows: list[tuple[str, ...]] = []
     for name, runs in arms.items():
-        facts = [store.sql(_UNITS).fetchall()[0] for store in stores[name]]
+        facts = [store.sql(_DENSITIES).fetchall()[0] for store in stores[name]]
         density, kurtosis, never, always = np.array(facts, np.float64).T
         n_parameters = runs[0].manifest.stages["train"].facts["n_parameters"]
         losses = np.array([run.val_loss for run in runs])
@@ -160,8 +166,8 @@ def _arm_table(arms: dict[str, list[Run]], stores: dict[str, list[astore.Store]]
 def _score_table(
     key: Key, scores: dict[str, list[dict[Key, dict[str, tuple[float, float]]]]]
 ) -> Table:
-    """Return one scorer of one explainer: every arm, with its controls."""
-    scorer, explainer = key
+    """Return one scorer of one explainer and kind of unit: every arm, with its controls."""
+    scorer, explainer, kind = key
     found = {
         arm: [one[key] for one in mine if key in one]
         for arm, mine in scores.items()
@@ -179,7 +185,7 @@ def _score_table(
     ]
     chance = find_scorer(scorer).chance
     return Table(
-        title=scorer + (f" of {explainer}" if explainer else ""),
+        title=f"{scorer} of {explainer}, {kind}",
         columns=("arm", "undefined", *("score" if c == "" else c for c in columns)),
         rows=tuple(rows),
         note=(
@@ -194,7 +200,7 @@ def _score_table(
 
 def _twin_table(
     pairs: Sequence[tuple[str, str]],
-    keys: Sequence[Key],
+    scores: dict[str, list[dict[Key, dict[str, tuple[float, float]]]]],
     stores: dict[str, list[astore.Store]],
     seeds: dict[str, list[int]],
     progress: Progress,
@@ -202,21 +208,24 @@ def _twin_table(
     """Return the differences of arms that differ in architecture alone."""
     rows: list[tuple[str, ...]] = []
     for done, (a, b) in enumerate(pairs, start=1):
-        for scorer, explainer in keys:
+        every = [*scores[a], *scores[b]]
+        for key in (key for key in every[0] if all(key in one for one in every)):
+            scorer, explainer, kind = key
             found = compare(
                 stores[a],
                 stores[b],
                 scorer=scorer,
-                hooks=_NEURONS,
-                explainer=explainer or "token_lookup",
+                hooks=UNITS[kind],
+                explainer=explainer,
                 seed=seeds[a],
             )
-            rows.append((f"{a} - {b}", scorer, explainer or "", *_cells(found)))
+            rows.append((f"{a} - {b}", kind, scorer, explainer, *_cells(found)))
         progress(f"compare {a} - {b}", done, len(pairs))
     return Table(
         title="Twins",
         columns=(
             "arms",
+            "units",
             "scorer",
             "explainer",
             "raw",
