@@ -13,7 +13,7 @@ from lmmono.robust.logistic import penalties
 from lmmono.robust.noise_rates import noise_matrices, noise_rates
 from lmmono.robust.objectives import Plan
 from lmmono.robust.problems import Probes, Problems
-from lmmono.robust.tuning import choose, empty_probes, learnable, same_rows
+from lmmono.robust.tuning import check_some, choose, empty_probes, learnable, same_rows
 
 LOGITS_AT_ONCE = 1 << 21
 """Logits of probes that are trained together: about 8 MiB of each array."""
@@ -28,6 +28,7 @@ def descended(problems: Problems, plan: Plan) -> Probes:
     faults = learnable(problems)
     probes, faults = empty_probes(problems, faults), list(faults)
     known = _Known.of(problems, plan, faults)
+    check_some(faults)
     n_candidates = len(plan.l2) * plan.n_probes
     for rows, members in same_rows(problems, faults):
         on = basis(problems.x[rows])

@@ -89,13 +89,22 @@ def learnable(problems: Problems) -> tuple[str | None, ...]:
         RobustnessError: All of them have something.
     """
     faults = problems.faults()
-    if not len(problems):
+    check_some(faults)
+    return faults
+
+
+def check_some(faults: Sequence[str | None]) -> None:
+    """Check that some problem can be learned.
+
+    Raises:
+        RobustnessError: None can.
+    """
+    if not faults:
         raise RobustnessError("problems: there are none; want at least one")
     if all(fault is not None for fault in faults):
         raise RobustnessError(
             f"problems: none of {len(faults)} can be learned; the first: {faults[0]}"
         )
-    return faults
 
 
 def empty_probes(problems: Problems, faults: tuple[str | None, ...]) -> Probes:
@@ -111,7 +120,7 @@ def same_rows(
     problems: Problems, faults: Sequence[str | None]
 ) -> Iterator[tuple[Int64[Tensor, "rows"], Int64[Tensor, "members"]]]:
     """Yield the training rows and the members of each set of problems that use the same rows."""
-    sound = torch.tensor([i for i, fault in enumerate(faults) if fault is None])
-    masks, of = torch.unique(problems.rows[sound], dim=0, return_inverse=True)
+    at = torch.tensor([i for i, fault in enumerate(faults) if fault is None])
+    masks, of = torch.unique(problems.rows[at], dim=0, return_inverse=True)
     for i, mask in enumerate(masks):
-        yield mask.nonzero()[:, 0], sound[of == i]
+        yield mask.nonzero()[:, 0], at[of == i]
