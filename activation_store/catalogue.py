@@ -233,7 +233,7 @@ def attach(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> dict[str,
             f"{where.file}: a DuckDB file without the table `meta`, so not an activation store; "
             "give the path of a store.duckdb, or choose another name to create one."
         ) from fault
-    except duckdb.IOException as fault:
+    except duckdb.Error as fault:
         if "set lock on file" in str(fault):
             raise LockedError(
                 f"{where.file}: another program has it open for writing: {fault}"

@@ -5,6 +5,7 @@ A row whose key is there already is replaced, so writing the same rows twice cha
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from typing import Any, cast
@@ -160,7 +161,8 @@ def replace(con: duckdb.DuckDBPyConnection, table: str, rows: Any) -> int:
     except (duckdb.ConstraintException, duckdb.ConversionException) as fault:
         raise ContentError(f"{table}: {str(fault).splitlines()[0]}") from fault
     finally:
-        con.unregister("incoming")
+        with suppress(duckdb.TransactionException):  # DuckDB 2, where a row did not fit
+            con.unregister("incoming")
     return incoming.num_rows
 
 

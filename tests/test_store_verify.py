@@ -63,7 +63,7 @@ def test_a_flipped_bit_in_the_catalogue_is_never_read_as_data(small):
         try:
             with astore.open(small.path) as store:
                 assert store.sql(total).fetchall()[0] == right
-        except (astore.NotAStoreError, duckdb.IOException) as fault:
+        except (astore.NotAStoreError, duckdb.Error) as fault:
             found += 1
             assert "checksum" in str(fault)
             with pytest.raises(astore.NotAStoreError, match=r"store.duckdb: .*damaged.*checksum"):
