@@ -98,7 +98,7 @@ def write_trained(store: astore.Store, run: Run, max_tokens: int, seed: int) -> 
     parts = [run.tokens(split).limit(max_tokens) for split in ("explain", "score")]
     settings: dict[str, Any] = {"max_density": 1.0, "top_k": 1, "random_k": 1, "quantile_k": 1}
     capture(run.model, parts, hooks="blocks.*.mlp.hook_post", into=store, seed=seed, **settings)
-    ids = parts[0].ids.reshape(-1)
+    ids = parts[0].ids.reshape(-1).astype(np.int64)
     truth = row_truth(run.corpus, parts[0]).reshape(len(ids), -1)
     kept = _frequent(truth)
     truth, units = truth[:, kept], list[Known]()

@@ -127,21 +127,28 @@ def export_neuronpedia(
     if not found:
         raise ExplainError(f"{store.path}: no hook {hook!r} stored as rows")
     with whole_folder(out) as folder:
-        at = folder / name / place.source
         for file, row in _about(place, run, *found[0]).items():
-            _write(at / f"{file}.jsonl", [row])
-        n_batches = _write_units(store, hook, place, at, before, after)
-        explanations = list(_explanations(store, hook, place))
-        ids = {each["_key"]: each["id"] for each in explanations}
-        scores = list(_scores(store, hook, place, ids))
-        for batch in range(n_batches):
-            for kind, rows in (("explanations", explanations), ("scores", scores)):
-                units = range(batch * BATCH_UNITS, (batch + 1) * BATCH_UNITS)
-                mine = [row for row in rows if row["_unit"] in units]
-                _write(at / kind / f"batch-{batch}.jsonl.gz", mine)
-        for kind, rows in _types(place, explanations, scores).items():
-            _write(folder / "config" / f"{kind}.jsonl", rows)
+            _write(folder / name / place.source / f"{file}.jsonl", [row])
+        _write_all(store, hook, place, folder, before, after)
     return Path(out)
+
+
+def _write_all(
+    store: astore.Store, hook: str, place: _Place, folder: Path, before: int, after: int
+) -> None:
+    """Write units, explanations and scores in batches, and the types that they name."""
+    at = folder / place.model / place.source
+    n_batches = _write_units(store, hook, place, at, before, after)
+    explanations = list(_explanations(store, hook, place))
+    ids = {each["_key"]: each["id"] for each in explanations}
+    scores = list(_scores(store, hook, place, ids))
+    for batch in range(n_batches):
+        for kind, rows in (("explanations", explanations), ("scores", scores)):
+            units = range(batch * BATCH_UNITS, (batch + 1) * BATCH_UNITS)
+            mine = [row for row in rows if row["_unit"] in units]
+            _write(at / kind / f"batch-{batch}.jsonl.gz", mine)
+    for kind, rows in _types(place, explanations, scores).items():
+        _write(folder / "config" / f"{kind}.jsonl", rows)
 
 
 def _run(store: astore.Store) -> Row:
