@@ -98,7 +98,7 @@ def planted() -> dict[str, Task]:
 
 
 @pytest.mark.parametrize("kind", PLANTED)
-def test_planted_parts_are_balanced_share_no_text_and_come_again(planted, kind) -> None:
+def test_planted_parts_are_balanced_and_share_no_text(planted, kind) -> None:
     made = planted[kind]
     assert tuple(made.parts) == ("train", "val", "test", "ood:shifted")
     for name, size in (("train", 80), ("val", 40), ("test", 40), ("ood:shifted", 40)):
@@ -106,10 +106,14 @@ def test_planted_parts_are_balanced_share_no_text_and_come_again(planted, kind) 
         assert counts.sum() == size and counts.max() - counts.min() <= 1
     found = leakage(made)
     assert found.shared == () and not found.reaches_training
-    again = planted_task(kind, n_train=80, n_val=8, n_test=8)
-    assert again.parts["train"].texts == made.parts["train"].texts
-    other = planted_task(kind, n_train=8, n_val=8, n_test=8, seed=1)
-    assert not set(other.parts["train"].texts) & set(made.parts["train"].texts)
+
+
+def test_a_planted_task_comes_again_at_a_seed_and_shares_no_text_with_another_one(planted) -> None:
+    made = planted["planted_agreement"].parts["train"].texts
+    again = planted_task("planted_agreement", n_train=80, n_val=2, n_test=2)
+    assert again.parts["train"].texts == made
+    other = planted_task("planted_agreement", n_train=20, n_val=2, n_test=2, seed=1)
+    assert not set(other.parts["train"].texts) & set(made)
 
 
 def own_label(kind: str, text: str) -> int:
