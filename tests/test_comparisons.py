@@ -197,6 +197,10 @@ def test_effective_robustness_is_the_distance_above_the_baselines_line():
     assert found["sae"].effect.ci_low > 0.45 and found["sae"].p_holm < 0.05
     assert found["worse"].effect.ci_high < -0.45
     assert found["same"].effect.ci_low < 0 < found["same"].effect.ci_high
+    many = other_domain({"raw": 0.0, "sae": 0.5}, seeds=24)
+    (bca,) = effective_robustness(many, ["raw"])
+    assert bca.effect.ci_method.startswith("BCa")
+    assert 0.4 < bca.effect.ci_low < bca.effect.value < bca.effect.ci_high < 0.6
     home = {(r.feature, r.seed, r.n_shots): r.value for r in rows if r.split == "test"}
     away = {(r.feature, r.seed, r.n_shots): r.value for r in rows if r.split != "test"}
     base = [key for key in home if key[0] in ("raw", "pca-16")]

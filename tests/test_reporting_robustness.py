@@ -13,10 +13,10 @@ from lmmono.reporting.robustness import (
     comparison_table,
     effective_table,
     level_tables,
-    robustness_figures,
     robustness_tables,
     verdict_table,
 )
+from lmmono.reporting.robustness_figures import robustness_figures
 from lmmono.robust.comparisons import compare_families
 from lmmono.robust.effective import effective_robustness
 from lmmono.robust.hypotheses import Evidence, verdicts

@@ -1,15 +1,12 @@
-"""Tables and figures of the robustness suites, from the rows of table `robustness`.
+"""Tables of the robustness suites, from the rows of table `robustness`.
 
-Every number stands with its interval and its number of seeds; families are told apart by colour,
-marker and name together.
+Every number stands with its interval, and says what failed.
 """
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +17,7 @@ from lmmono.reporting.tables import Table
 from lmmono.robust.comparisons import (
     FEW_SEEDS,
     Comparison,
+    Effect,
     compare_families,
     grouped,
     student_interval,
@@ -27,21 +25,8 @@ from lmmono.robust.comparisons import (
 from lmmono.robust.doses import read_doses
 from lmmono.robust.effective import EffectiveRobustness, effective_robustness
 from lmmono.robust.hypotheses import DENSE, Evidence, Verdict, first_word, verdicts
-from lmmono.robust.results import FULL, REAL, Result, read_results, severity_areas
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-else:  # for annotations only: matplotlib takes half a second to import
-    Axes = object
-
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
-"""Okabe and Ito's colours, which colour-blind people tell apart."""
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DASHES = ("-", "--", ":", "-.")
-"""One for each round through the colours."""
-
-Style = tuple[str, str, str]
-"""Colour, marker and dash of a family."""
+from lmmono.robust.results import FULL, Result, read_results, severity_areas
+from lmmono.run import Run
 
 
 def robustness_tables(
@@ -82,6 +67,26 @@ def robustness_tables(
     return tables
 
 
+def run_tables(run: Run) -> list[Table]:
+    """Return what a run's suites came to: areas against its first family, and the verdicts.
+
+    Empty where the recipe has no suites, or they are not done; `robustness_tables` says all.
+    """
+    settings = run.recipe.robustness
+    if not settings.suites or not run.is_done("robustness"):
+        return []
+    with astore.open(run.store_path) as store:
+        results, doses = read_results(store), read_doses(store)
+    tables: list[Table] = []
+    if settings.families:
+        areas = area_table(results, settings.families[0].label)
+        tables += [replace(areas, title=f"{areas.title}, {run.name}")] if areas.rows else []
+    if settings.hypotheses:
+        told = verdict_table(verdicts(settings.hypotheses, Evidence(results, doses)))
+        tables.append(replace(told, title=f"{told.title}, {run.name}"))
+    return tables
+
+
 def _effective(results: Sequence[Result]) -> Table:
     """Return the table of other domains; where there is no line, it says why."""
     mine = [each for each in results if each.suite == "ood"]
@@ -95,17 +100,17 @@ def _effective(results: Sequence[Result]) -> Table:
 def level_tables(results: Sequence[Result]) -> list[Table]:
     """Return a table per task and corruption: families down, levels along, means over seeds."""
     tables: list[Table] = []
-    for curves in _curves(results):
+    for curves in curves_of(results):
         first = next(each for each in curves if each.level)
         ordered = sorted(curves, key=lambda each: each.level or 0.0)
         levels = list(dict.fromkeys(each.strength for each in ordered))
         rows = [
             (name, *(_over_seeds([r for r in mine if r.strength == level]) for level in levels))
-            for name, mine in _by_name(curves).items()
+            for name, mine in by_name(curves).items()
         ]
         tables.append(
             Table(
-                title=_title(first),
+                title=title_of(first),
                 columns=("family", *map(_strength, levels)),
                 rows=tuple(rows),
                 note=f"{first.metric}, mean over seeds with its 95 % interval (Student t); "
@@ -131,10 +136,10 @@ def comparison_table(found: Iterable[Comparison], *, title: str, note: str = "")
         (
             each.task,
             _condition(each),
-            _name(each.feature, each.budget),
+            family_name(each.feature, each.budget),
             f"{each.mean:.3f}",
             f"{each.baseline_mean:.3f}",
-            f"{each.effect.value:+.3f} [{each.effect.ci_low:+.3f}, {each.effect.ci_high:+.3f}]",
+            _difference(each.effect),
             f"{each.effect.p:.2g}",
             f"{each.p_holm:.2g}",
             f"{each.win_rate:.0%}",
@@ -154,6 +159,11 @@ def comparison_table(found: Iterable[Comparison], *, title: str, note: str = "")
         f"({methods}); p of flipping signs, two-sided; Holm over the families of a "
         "condition.".strip(),
     )
+
+
+def _difference(found: Effect) -> str:
+    interval = f" [{found.ci_low:+.3f}, {found.ci_high:+.3f}]"
+    return f"{found.value:+.3f}" + ("" if math.isnan(found.ci_low) else interval)
 
 
 def effective_table(found: Iterable[EffectiveRobustness]) -> Table:
@@ -195,131 +205,7 @@ def verdict_table(found: Iterable[Verdict]) -> Table:
     )
 
 
-def robustness_figures(
-    results: Sequence[Result],
-    baseline: str,
-    folder: str | Path,
-    *,
-    format: Literal["svg", "png"] = "svg",
-) -> list[Path]:
-    """Draw a figure per corruption: values over levels, and below them what the baseline lacks.
-
-    Panels are tasks, with their numbers of shots; bars are 95 % intervals over seeds, those of the
-    lower row of paired differences. Equal input gives equal bytes.
-
-    Args:
-        results: Rows of one metric.
-        baseline: Family that the others are held against.
-        folder: Where the figures go; made if it is not there.
-        format: Kind of file.
-
-    Returns:
-        The files, `<suite>_<corruption>.<format>`.
-
-    Raises:
-        RunError: No row has a corruption with a level.
-        DataError: No row is of the baseline.
-    """
-    curves = _curves([each for each in results if each.corruption != REAL])
-    if not curves:
-        raise RunError("robustness figures: no row has a corruption with a level")
-    styles = _styles(results)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    by_kind: dict[tuple[str, str], list[list[Result]]] = {}
-    for curve in curves:
-        first = next(each for each in curve if each.level)
-        by_kind.setdefault((first.suite, first.corruption or ""), []).append(curve)
-    paths: list[Path] = []
-    for kind, panels in by_kind.items():
-        name = re.sub(r"[^A-Za-z0-9_.-]", "_", "_".join(kind))
-        _figure(panels, baseline, styles, folder / f"{name}.{format}")
-        paths.append(folder / f"{name}.{format}")
-    return paths
-
-
-def _figure(
-    panels: Sequence[Sequence[Result]], baseline: str, styles: Mapping[str, Style], path: Path
-) -> None:
-    """Draw one corruption: a column per panel, values above differences."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    # the salt and the date are all that differs between two drawings of one thing
-    with mpl.rc_context({"svg.hashsalt": "lmmono", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(4.2 * len(panels) + 1.4, 6.2), layout="constrained")
-        grid = figure.subplots(2, len(panels), squeeze=False, sharex="col")
-        for column, curves in enumerate(panels):
-            upper, lower = grid[0][column], grid[1][column]
-            first = next(each for each in curves if each.level)
-            upper.set_title(_title(first, short=True), fontsize=9)
-            upper.set_ylabel(first.metric)
-            _draw_values(upper, curves, styles)
-            _draw_differences(lower, curves, baseline, styles)
-            lower.set_xlabel(f"level of {first.corruption}")
-            lower.set_ylabel(f"less {baseline}, paired")
-        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right upper")
-        about = {"Date": None, "Creator": "lmmono"} if path.suffix == ".svg" else {"Software": None}
-        figure.savefig(path, format=path.suffix[1:], dpi=150, metadata=about)
-
-
-def _draw_values(axes: "Axes", curves: Sequence[Result], styles: Mapping[str, Style]) -> None:
-    for name, mine in _by_name(curves).items():
-        points = grouped(sorted(mine, key=lambda each: each.level or 0.0), lambda each: each.level)
-        intervals = [_mean_interval([each.value for each in part]) for part in points]
-        _line(axes, [part[0].level or 0.0 for part in points], intervals, name, styles[name])
-
-
-def _draw_differences(
-    axes: "Axes", curves: Sequence[Result], baseline: str, styles: Mapping[str, Style]
-) -> None:
-    axes.axhline(0.0, color="0.6", linewidth=0.8)
-    whole = [each for each in curves if not math.isnan(each.value)]
-    levels = {each.condition: each.level or 0.0 for each in whole}
-    found: dict[str, list[Comparison]] = {}
-    for each in compare_families(whole, baseline):
-        found.setdefault(_name(each.feature, each.budget), []).append(each)
-    for name, mine in found.items():
-        mine.sort(key=lambda each: levels[each.condition])
-        intervals = [(e.effect.value, e.effect.ci_low, e.effect.ci_high) for e in mine]
-        _line(axes, [levels[each.condition] for each in mine], intervals, name, styles[name])
-
-
-def _line(
-    axes: "Axes",
-    along: Sequence[float],
-    intervals: Sequence[tuple[float, float, float]],
-    name: str,
-    style: Style,
-) -> None:
-    values, low, high = np.array(intervals).T
-    arms = np.nan_to_num(np.clip([values - low, high - values], 0.0, None))
-    colour, marker, dash = style
-    axes.errorbar(
-        list(along),
-        values,
-        yerr=arms,
-        color=colour,
-        marker=marker,
-        linestyle=dash,
-        markersize=4,
-        linewidth=1.2,
-        capsize=2,
-        label=name,
-    )
-
-
-def _styles(results: Sequence[Result]) -> dict[str, Style]:
-    """Return a style for each family, the same in every figure."""
-    names = sorted({_name(each.feature, each.budget) for each in results})
-    n = len(_COLOURS)
-    return {
-        name: (_COLOURS[i % n], _MARKERS[i % n], _DASHES[i // n % len(_DASHES)])
-        for i, name in enumerate(names)
-    }
-
-
-def _curves(results: Sequence[Result]) -> list[list[Result]]:
+def curves_of(results: Sequence[Result]) -> list[list[Result]]:
     """Return the rows of each curve with those of its clean point, which has no kind or its own."""
 
     def about(each: Result) -> tuple[Any, ...]:
@@ -335,14 +221,16 @@ def _curves(results: Sequence[Result]) -> list[list[Result]]:
     return found
 
 
-def _by_name(results: Iterable[Result]) -> dict[str, list[Result]]:
+def by_name(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Return results by family and budget, in the order of their names."""
     found: dict[str, list[Result]] = {}
     for each in results:
-        found.setdefault(_name(each.feature, each.budget), []).append(each)
+        found.setdefault(family_name(each.feature, each.budget), []).append(each)
     return dict(sorted(found.items()))
 
 
-def _name(feature: str, budget: str) -> str:
+def family_name(feature: str, budget: str) -> str:
+    """Return a family with its budget, where it has one."""
     return feature if budget == FULL else f"{feature} ({budget})"
 
 
@@ -352,19 +240,20 @@ def _over_seeds(results: Sequence[Result]) -> str:
     failed = len(results) - len(values)
     if not values:
         return "-" if not results else f"failed: {results[0].failure}"
-    mean, low, high = _mean_interval(values)
+    mean, low, high = mean_interval(values)
     text = f"{mean:.3f}" + ("" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]")
     return text + (f" ({failed} failed)" if failed else "")
 
 
-def _mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return mean and 95 % interval (Student t) over values; NaN values are left out."""
     known = np.array([value for value in values if not math.isnan(value)])
     if len(known) < 2:
         return (float(known.mean()) if len(known) else math.nan), math.nan, math.nan
     return float(known.mean()), *student_interval([known])
 
 
-def _title(first: Result, *, short: bool = False) -> str:
+def title_of(first: Result, *, short: bool = False) -> str:
     """Return what a curve is of."""
     shots = "" if first.n_shots is None else f", {first.n_shots} per class"
     split = "" if first.split in (None, "test") else f" -> {first.split}"

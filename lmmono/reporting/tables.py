@@ -55,12 +55,15 @@ class Table:
 
 
 def comparison(runs: Sequence[Run]) -> tuple[Table, ...]:
-    """Return the layers of all runs in one table, each run's dictionaries and neurons in others."""
+    """Return the layers of all runs in one table; those of each run's other stages in others."""
+    from lmmono.reporting.robustness import run_tables  # which builds on Table
+
     learned = [run for run in runs if run.recipe.dictionary.learn]
     return (
         _layer_table(runs),
         *(_dictionary_table(run) for run in learned),
         *(_neuron_table(run) for run in runs),
+        *(table for run in runs for table in run_tables(run)),
     )
 
 

@@ -15,8 +15,16 @@ PROBABILITIES = (1.0, 0.5, 0.2, 0.05)
 LABEL_NOISE = (0.0, 0.25, 0.4, 0.45)
 
 
-def superposition_tables(found: Superposition, baseline: str = "poly") -> list[Table]:
-    """Return the tables of a toy study; differences are from the polysemantic code."""
+def superposition_tables(
+    found: Superposition, baseline: str = "poly", *, draws: int = 20
+) -> list[Table]:
+    """Return the tables of a toy study; differences are from the polysemantic code.
+
+    Args:
+        found: The study.
+        baseline: Code that the others are held against.
+        draws: Training sets of the probes of two features.
+    """
     of = {
         metric: [each for each in found.results if each.metric == metric]
         for metric in ("accuracy", "fisher_ratio")
@@ -33,7 +41,7 @@ def superposition_tables(found: Superposition, baseline: str = "poly") -> list[T
         *level_tables(of["accuracy"]),
         comparison_table(ordered, title=f"Accuracy less that of {baseline}"),
         *level_tables(of["fisher_ratio"]),
-        two_feature_table(two_feature_errors(PROBABILITIES, LABEL_NOISE)),
+        two_feature_table(two_feature_errors(PROBABILITIES, LABEL_NOISE, draws=draws), draws),
     ]
 
 
@@ -52,7 +60,7 @@ def _capacity_table(found: Superposition) -> Table:
     )
 
 
-def two_feature_table(errors: Iterable[TwoFeatureErrors]) -> Table:
+def two_feature_table(errors: Iterable[TwoFeatureErrors], draws: int) -> Table:
     """Return closed forms of the two-feature code beside what a probe on it achieves."""
     rows = tuple(
         (
@@ -74,7 +82,7 @@ def two_feature_table(errors: Iterable[TwoFeatureErrors]) -> Table:
         rows=rows,
         note="y = [x1 > x2]; samples with neither feature are dropped, but for the columns that "
         "count them as y = 0. J in closed form; accuracy on clean labels, a logistic probe on 200 "
-        "noisy labels, mean over 50 draws.",
+        f"noisy labels, mean over {draws} draws.",
     )
 
 

@@ -7,7 +7,7 @@ same test items, so the interval is over training sets, labels and noise.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,7 +129,7 @@ def bca_interval(groups: Sequence[Float[ndarray, " _"]], seed: int = 0) -> tuple
         return mean, mean
     made = bootstrap(
         tuple(groups),
-        lambda *parts, axis=-1: sum(part.mean(axis=axis) for part in parts) / len(parts),
+        _mean_of_means,
         n_resamples=N_RESAMPLES,
         vectorized=True,
         confidence_level=LEVEL,
@@ -137,6 +137,10 @@ def bca_interval(groups: Sequence[Float[ndarray, " _"]], seed: int = 0) -> tuple
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(made.low), float(made.high)
+
+
+def _mean_of_means(*groups: Float[ndarray, "..."], axis: int = -1) -> Float[ndarray, "..."]:
+    return np.asarray(sum(group.mean(axis=axis) for group in groups) / len(groups))
 
 
 def student_interval(groups: Sequence[Float[ndarray, " _"]]) -> tuple[float, float]:
@@ -159,7 +163,7 @@ def sign_flip_p(shares: Float[ndarray, " pairs"], *, seed: int = 0) -> float:
         return 1.0
     made = permutation_test(
         (shares,),
-        lambda part, axis=-1: part.sum(axis=axis),
+        np.sum,
         permutation_type="samples",
         vectorized=True,
         n_resamples=N_RESAMPLES,
@@ -243,12 +247,16 @@ def compare_families(
     if baseline not in families:
         raise DataError(f"no rows of the baseline {baseline!r}; {nearest(baseline, families)}")
     found: list[Comparison] = []
-    for mine in grouped(results, lambda each: each.condition):
+    for mine in grouped(results, _condition):
         tasks = sorted({each.task for each in mine})
         for task in [*tasks, *(["all"] if len(tasks) > 1 else [])]:
             here = [each for each in mine if task in (each.task, "all")]
             found += _under_condition(here, baseline, task, seed)
     return found
+
+
+def _condition(result: Result) -> tuple[Any, ...]:
+    return result.condition
 
 
 def _under_condition(
@@ -296,7 +304,7 @@ def _one(
     ]
 
 
-def grouped(results: Iterable[Result], key: Any) -> list[list[Result]]:
+def grouped(results: Iterable[Result], key: Callable[[Result], Any]) -> list[list[Result]]:
     """Return results in groups of equal key, in the order in which the keys first come."""
     groups: dict[Any, list[Result]] = {}
     for each in results:

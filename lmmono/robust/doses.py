@@ -7,6 +7,7 @@ correlation over dictionaries that differ in how sparse they are is no cause eit
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -100,9 +101,13 @@ def _response(
 ) -> DoseResponse:
     ranks = [_standard(rankdata(each)) for each in (x, y)]
     rho = float(np.clip(ranks[0] @ ranks[1], -1, 1))
+
+    def of_dealt(dealt: Float[ndarray, "..."], axis: int = -1) -> Float[ndarray, "..."]:
+        return np.asarray(np.moveaxis(dealt, axis, -1) @ ranks[1])
+
     made = permutation_test(
         (ranks[0],),
-        lambda part, axis=-1: np.moveaxis(part, axis, -1) @ ranks[1],
+        of_dealt,
         permutation_type="pairings",
         vectorized=True,
         n_resamples=N_RESAMPLES,
@@ -110,8 +115,8 @@ def _response(
         rng=np.random.default_rng(seed),
     )
     low, high = spearman_interval(rho, len(x))
-    slope = theilslopes(y, x, alpha=LEVEL)
-    slopes = (float(slope[0]), float(slope[2]), float(slope[3]))
+    slope: Any = theilslopes(y, x, alpha=LEVEL)
+    slopes = (float(slope.slope), float(slope.low_slope), float(slope.high_slope))
     return DoseResponse(measure, width, len(x), rho, low, high, float(made.pvalue), *slopes)
 
 

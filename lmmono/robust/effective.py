@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.stats import bootstrap
 from scipy.stats import t as student_t
@@ -200,9 +200,13 @@ def _interval(sums: Float[ndarray, "seeds 8"], seed: int) -> tuple[float, float,
         error = np.sqrt((n - 1) / n * np.square(without - without.mean()).sum())
         value, half = fitted(whole)[2], student_t.ppf((1 + LEVEL) / 2, n - 1) * error
         return float(value - half), float(value + half), "jackknife over seeds, Student t"
+
+    def above(seeds: Int[ndarray, "..."], axis: int = -1) -> Float[ndarray, "..."]:
+        return np.asarray(fitted(sums[seeds].sum(axis=axis - 1))[..., 2])
+
     made = bootstrap(
         (np.arange(n),),
-        lambda index, axis=-1: fitted(sums[index].sum(axis=axis - 1))[..., 2],
+        above,
         n_resamples=N_RESAMPLES,
         vectorized=True,
         confidence_level=LEVEL,

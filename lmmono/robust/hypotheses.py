@@ -41,6 +41,9 @@ OTHERS = (
 
 Outcome = Literal["supported", "not supported", "opposite", "not tested"]
 
+SURE: tuple[Outcome, ...] = ("supported", "opposite")
+"""Outcomes that say something."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -170,9 +173,8 @@ def _verdict(hypothesis: Hypothesis, evidence: Evidence) -> Verdict:
         return Verdict(*about, "not tested", reason)
     corrected = holm([each.p for each in raw])
     findings = tuple(replace(each, p_holm=p) for each, p in zip(raw, corrected, strict=True))
-    outcomes = {each.outcome for each in findings}
-    one_way = outcomes & {"supported", "opposite"}
-    outcome: Outcome = one_way.pop() if len(one_way) == 1 else "not supported"
+    sure = [name for name in SURE if any(each.outcome == name for each in findings)]
+    outcome = sure[0] if len(sure) == 1 else "not supported"
     counts = ", ".join(
         f"{n} {name}"
         for name in ("supported", "opposite", "not supported")

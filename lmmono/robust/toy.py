@@ -226,8 +226,8 @@ class _Samples:
         rng, data = np.random.default_rng((seed, 4)), ToyData(settings.p)
         n = max(settings.n_train)
         sizes = (n, _n_val(n), settings.n_test)
-        parts = [_with_target(data, settings, size, rng) for size in sizes]
-        return cls(seed, *parts, rng.standard_normal(parts[-1].shape))
+        train, val, test = (_with_target(data, settings, size, rng) for size in sizes)
+        return cls(seed, train, val, test, rng.standard_normal(test.shape))
 
 
 def _n_val(n_train: int) -> int:
