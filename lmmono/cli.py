@@ -189,12 +189,10 @@ def compare(
 ) -> None:
     """Compare the arms of scored studies over training seeds, and twins of each other."""
     from lmmono.reporting.studies import study_tables
-    from lmmono.run import find_runs, open_run
     from lmmono.terminal import show_table, shown_progress
 
     with shown_progress() as progress:
-        runs = [open_run(path) for folder in studies for path in find_runs(folder)]
-        tables = study_tables(runs, progress)
+        tables = study_tables(studies, progress)
     for table in tables:
         show_table(table.columns, table.rows, title=table.title, note=table.note)
 

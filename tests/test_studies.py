@@ -33,7 +33,7 @@ def study(tmp_path_factory) -> Path:
 
 def test_arms_are_means_over_seeds_and_twins_differ_in_the_architecture_alone(study):
     runs = [open_run(path) for path in find_runs(study)]
-    tables = {table.title: table for table in study_tables(runs)}
+    tables = {table.title: table for table in study_tables([study])}
     arms = {row[0]: row for row in tables["Arms"].rows}
     assert set(arms) == {"crate", "gpt2"}
     mine = [run for run in runs if run.recipe.arm == "gpt2"]
@@ -97,6 +97,6 @@ def test_the_verb_prints_the_tables_and_names_what_is_not_scored(study, capsys, 
     run = open_run(next(iter(find_runs(study))))
     run.reopen("score")
     with pytest.raises(RunError, match="not scored yet; run `lmmono score"):
-        study_tables([run])
+        study_tables([study])
     assert call("compare", study) == 2
     assert call("compare", tmp_path) == 2

@@ -7,6 +7,7 @@ together, so an interval over them says nothing of the next network of the kind.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
@@ -16,7 +17,7 @@ import activation_store as astore
 from lmmono.errors import RunError
 from lmmono.recipe import Recipe
 from lmmono.reporting.tables import Table
-from lmmono.run import Run
+from lmmono.run import Run, find_runs, open_run
 from lmmono.scoring.differences import Difference, Estimate, compare
 from lmmono.scoring.intervals import mean_interval
 from lmmono.scoring.registry import SCORERS, Scorer, find_scorer
@@ -45,18 +46,18 @@ FROM scores WHERE unit IS NULL AND preset IS NULL AND judge IS NULL AND explaine
 """
 
 
-def study_tables(runs: Sequence[Run], progress: Progress = silent) -> tuple[Table, ...]:
+def study_tables(folders: Sequence[Path], progress: Progress = silent) -> tuple[Table, ...]:
     """Return the tables of a study whose runs are scored.
 
     Args:
-        runs: Runs of one recipe with arms; more seeds of an arm make one row.
+        folders: Folders of runs of one recipe with arms; the seeds of an arm make one row.
         progress: Told which pairs of arms are compared.
 
     Raises:
         RunError: There is no run, or one is not scored or belongs to no arm.
         StoreError: A store cannot be read.
     """
-    arms = _by_arm(runs)
+    arms = _by_arm([open_run(path) for folder in folders for path in find_runs(folder)])
     with ExitStack() as stack:
         stores = {
             name: [stack.enter_context(astore.open(run.store_path)) for run in mine]

@@ -6,6 +6,7 @@ do less harm than those made against this one, and a larger budget must never he
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -64,16 +65,9 @@ def check_attack(
     Raises:
         DataError: As `attack`.
     """
+    how: dict[str, Any] = {"method": method, "seed": seed, "synonyms": synonyms}
     reports = {
-        budget: attack(
-            predict,
-            texts,
-            labels,
-            method=method,
-            seed=seed,
-            limits=Limits(max_changed, budget),
-            synonyms=synonyms,
-        )
+        budget: attack(predict, texts, labels, limits=Limits(max_changed, budget), **how)
         for budget in BUDGETS
     }
     direct = reports[BUDGETS[-1]]
@@ -81,15 +75,7 @@ def check_attack(
     free = attack_with(predict, texts, labels, any_word(texts, seed), name="any", limits=without)
     transfer = None
     if other is not None:
-        made = attack(
-            other,
-            texts,
-            labels,
-            method=method,
-            seed=seed,
-            limits=direct.limits,
-            synonyms=synonyms,
-        )
+        made = attack(other, texts, labels, limits=direct.limits, **how)
         answers = np.asarray(predict([r.adversarial for r in made.results])).argmax(axis=1)
         transfer = float((answers == labels).mean())
     by_budget = {budget: report.accuracy_under_attack for budget, report in reports.items()}
