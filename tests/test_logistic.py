@@ -89,7 +89,7 @@ def test_float32_at_the_default_tolerance_agrees_on_test_rows():
             right.append(float((wanted == clean[400:].numpy()).mean()))
             assert (found[i, j].numpy() == wanted).mean() >= 0.98
         accuracy = (found[:, j] == clean[400:]).double().mean()
-        assert accuracy == pytest.approx(np.mean(right), abs=0.002)
+        assert accuracy == pytest.approx(np.mean(right), abs=0.005)
 
 
 def test_each_problem_is_solved_as_if_alone_and_equal_calls_give_equal_bits():
