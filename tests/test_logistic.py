@@ -81,15 +81,15 @@ def test_float32_at_the_default_tolerance_agrees_on_test_rows():
     found = path.log_probabilities(x[400:]).argmax(dim=-1)
     mean, spread = x[:400].mean(dim=0), x[:400].std(dim=0, correction=0)
     train, test = ((part - mean) / spread for part in (x[:400], x[400:]))
-    for j in (0, 3, 4):
+    for j in (2, 3, 4):
         right: list[float] = []
         for i in range(4):
             fit = LogisticRegression(C=1 / L2_PATH[j], tol=1e-6, max_iter=10_000)
             wanted = fit.fit(train.numpy(), y[i, :400].numpy()).predict(test.numpy())
             right.append(float((wanted == clean[400:].numpy()).mean()))
-            assert (found[i, j].numpy() == wanted).mean() >= 0.98
+            assert (found[i, j].numpy() == wanted).mean() >= 0.99
         accuracy = (found[:, j] == clean[400:]).double().mean()
-        assert accuracy == pytest.approx(np.mean(right), abs=0.005)
+        assert accuracy == pytest.approx(np.mean(right), abs=0.002)
 
 
 def test_each_problem_is_solved_as_if_alone_and_equal_calls_give_equal_bits():
