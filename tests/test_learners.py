@@ -55,8 +55,8 @@ def test_every_learner_beats_chance_and_gives_a_reason_where_it_has_no_probe(fit
     assert len(found) == 12
     for name, probes in found.items():
         accuracy = probes.accuracy(x, clean)
-        # ten neighbours in six dimensions outvote many right labels too
-        floor = 0.4 if name == "knn_relabel" else 0.45
+        # on 90 rows ten neighbours outvote right labels too, and small losses say little
+        floor = 0.4 if name in ("knn_relabel", "co_teaching") else 0.6
         assert (accuracy[:2] > floor).all(), (name, accuracy)
         assert accuracy[2].isnan(), name
         assert probes.failures == (None, None, "all 90 training labels are class 1"), name
