@@ -14,6 +14,7 @@ from lmmono.errors import RobustnessError
 from lmmono.recipe.robustness import Robustness
 from lmmono.robust.bench import wilson
 from lmmono.robust.comparisons import compare_families
+from lmmono.robust.consistency import semantic_consistency
 from lmmono.robust.outcomes import Outcomes
 from lmmono.robust.probing import fit_probes, telling
 from lmmono.robust.problems import Problems
@@ -129,12 +130,28 @@ def test_rows_carry_n_interval_seed_and_what_the_probe_read(model, task):
         said = row["settings"]
         assert said["n_flipped"] == 16 and said["rho"] == pytest.approx(0.8)
         assert said["d"] == 96 and said["hook"] == HOOK and said["n_train"] == 160
+        assert abs(said["semantic_consistency"]) < 0.05 or row["feature"].startswith("code")
         assert said["budget"] == ("3" if "@" in row["feature"] else "full")
     assert [(each.feature, each.budget) for each in made.results[:2]] == [
         ("raw", "full"),
         ("raw", "3"),
     ]
     assert wilson(0, 5)[0] == 0.0
+
+
+def test_consistency_is_corrected_for_chance():
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 4, 600)
+    dense = random.standard_normal((600, 30))
+    sparse = np.where(random.random((600, 200)) < 0.05, 1.0, 0.0)
+    for x in (dense, sparse):
+        assert abs(semantic_consistency(x, labels, n_classes=4)[0]) < 0.02
+    told = (
+        np.where(random.random((600, 1)) < 0.8, labels[:, None] == np.arange(4), 0) * sparse[:, :4]
+    )
+    kept = np.concatenate([told, 1.0 * (labels[:, None] == np.arange(4))], axis=1)
+    value, n = semantic_consistency(kept, labels, n_classes=4)
+    assert n == 4 and value == pytest.approx(1.0), "the first four are active on too few texts"
 
 
 def test_a_budgeted_probe_reads_the_coordinates_that_tell_most(task):

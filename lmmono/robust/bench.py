@@ -16,6 +16,7 @@ from jaxtyping import Float32, Int64
 from lmmono.data.tasks.task import Task
 from lmmono.metrics import METRICS
 from lmmono.recipe.robustness import Robustness
+from lmmono.robust.consistency import semantic_consistency
 from lmmono.robust.encoding import Encoded, Encoder, Feature, origin_of
 from lmmono.robust.suites import Draw, Suite
 
@@ -64,6 +65,19 @@ class Texts:
     """Texts cut at the context's length."""
     n_tokenless: int
     """Texts without a token."""
+    n_classes: int
+    """Classes of the task."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row says of the texts that it is about."""
+        return {"n_truncated": self.n_truncated, "n_tokenless": self.n_tokenless}
+
+    def consistency(self, name: str) -> dict[str, Any]:
+        """Return what a row says of how monosemantic a feature is, on these texts."""
+        value, n = semantic_consistency(self.features[name], self.labels, n_classes=self.n_classes)
+        rounded = None if np.isnan(value) else round(value, 4)
+        return {"semantic_consistency": rounded, "n_consistent": n}
 
 
 class Bench:
@@ -93,11 +107,12 @@ class Bench:
         if not len(indices):
             widths = {name: f.family.d for name, f in self.encoder.features.items()}
             none = {name: np.zeros((0, d), np.float32) for name, d in widths.items()}
-            return Texts(none, labelled.labels[indices], 0, 0)
+            return Texts(none, labelled.labels[indices], 0, 0, self.task.n_classes)
         chosen = [labelled.texts[i] for i in indices.tolist()]
         made = self._encode(self.encoder, chosen, part)
         labels = labelled.labels[indices]
-        return Texts(made.features, labels, made.n_truncated, made.n_tokenless)
+        counts = (made.n_truncated, made.n_tokenless)
+        return Texts(made.features, labels, *counts, self.task.n_classes)
 
     def digest(self, arm: Arm, draw: Draw, judged: str) -> str:
         """Return the hash of everything that decides a value beside its key.

@@ -149,9 +149,9 @@ class Encoder:
         """
         if not texts:
             raise RobustnessError("families want texts to be fitted on, got none")
-        chosen = np.random.default_rng(self._seed).permutation(len(texts))[:FIT_TEXTS]
+        chosen: list[int] = np.random.default_rng(self._seed).permutation(len(texts)).tolist()
         rows: dict[str, list[Tensor]] = {hook: [] for hook in self.hooks}
-        ids = self._ids([texts[i] for i in chosen.tolist()])[0]
+        ids = self._ids([texts[i] for i in chosen[:FIT_TEXTS]])[0]
         ends = np.cumsum([len(each) for each in ids])
         n_texts = int(np.searchsorted(ends, FIT_TOKENS)) + 1
         for batch in self._batches(ids[:n_texts], None):
@@ -253,7 +253,7 @@ class Encoder:
             if noise is not None and noise.kind == "hidden_gaussian":
                 scale = self._scales[hook]
                 parts = [
-                    part + scale * noise.draw(i, stream, tuple(part.shape)).to(part.device)
+                    part + scale * noise.draw(i, stream, (len(part), part.shape[1])).to(part.device)
                     for i, part in zip(texts, parts, strict=True)
                 ]
             rows[hook] = torch.cat(parts)

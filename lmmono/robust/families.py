@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -194,7 +194,7 @@ def as_family(name: str, given: Any, *, seed: int = 0) -> FeatureFamily:
     elif given is None or isinstance(given, str):
         family = FeatureFamily(given or "raw", seed=seed)
     elif callable(given):
-        family = FeatureFamily.of_encoder(name, given)
+        family = FeatureFamily.of_encoder(name, cast(Encode, given))
     else:
         raise RobustnessError(
             f"features[{name!r}]: want None, a name ({', '.join(FAMILIES)}), a FeatureFamily or a "
@@ -245,7 +245,7 @@ def _pca(rows: Tensor, settings: Settings) -> Code:
     centre = rows.mean(0)
     centred = (rows - centre).double()
     _, vectors = torch.linalg.eigh(centred.T @ centred)
-    weight = vectors.flip(1)[:, :d].float()
+    weight: Tensor = vectors.flip(1)[:, :d].float()
     return Code(lambda x: (x - centre) @ weight, weight.numel() + centre.numel())
 
 

@@ -60,9 +60,14 @@ def suite_rows(
     tests = {part: bench.texts(part, indices) for part, indices in parts.items()}
     plan = [part for work in pending for part in chunks(work)]
     jobs = (ground.job(work, tests) for work in plan)
+    measured = {
+        name: tests["test"].consistency(name)
+        for name in dict.fromkeys(work.arm.feature.name for work in pending)
+    }
     for work, solved in zip(plan, solve(jobs), strict=True):
+        about = measured[work.arm.feature.name]
         yield [
-            row
+            {**row, "settings": row["settings"] | about}
             for i, draw in enumerate(work.draws)
             for row in _rows(bench, suite, work, draw, (i, solved), tests, judged)
         ]
@@ -195,11 +200,7 @@ def _rows(
             n=len(texts.labels),
             failure=solved.probes.failures[i],
             seconds=solved.seconds / len(work.draws) / len(tests),
-            facts={
-                **said_of_probe(solved, i),
-                "n_truncated": texts.n_truncated,
-                "n_tokenless": texts.n_tokenless,
-            },
+            facts=said_of_probe(solved, i) | texts.facts,
         )
 
 

@@ -164,7 +164,7 @@ def _row(
     if isinstance(texts, Texts):
         part = Part(texts.features[arm.feature.name], texts.labels)
         n_right, n = right(learned.probe(i), part)[0], len(texts.labels)
-        facts = {"n_truncated": texts.n_truncated, "n_tokenless": texts.n_tokenless}
+        facts = texts.facts
     return bench.row(
         suite,
         arm,

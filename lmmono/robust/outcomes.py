@@ -97,9 +97,9 @@ def _told(feature: str, mine: Sequence[Result], baseline: Sequence[Result]) -> s
     differences = _differences(mine, baseline)
     if not len(differences):
         return mean
-    low, high = math.nan, math.nan
-    if len(differences) > 1:
-        low, high = student_interval([differences])
+    if len(differences) == 1:
+        return f"{mean} ({differences[0]:+.3f}, one seed)"
+    low, high = student_interval([differences])
     return f"{mean} ({differences.mean():+.3f} [{low:+.3f}, {high:+.3f}])"
 
 

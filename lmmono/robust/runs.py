@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import activation_store as astore
 from lmmono.data.tasks.registry import find_task
@@ -53,7 +54,8 @@ def robustness_run(run: Run, *, load: Load | None = None, progress: Progress = s
     _claim_features(run)
     digest = run.recipe.digest(*STAGES["robustness"].sections)
     with run.stage("robustness", digest) as stage, astore.open(run.store_path, mode="a") as store:
-        model = run.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model: nn.Module = run.model
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         families: dict[str, Any] = {family.label: family for family in settings.families}
         study = Study(
             model,
