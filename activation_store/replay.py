@@ -97,7 +97,7 @@ class Replay:
     ) -> Sequences:
         """Return sequences with the vectors that lie from a row on."""
         stored = np.empty((len(keys), self.d), self._source.dtype)
-        self._source.read(np.arange(first_row, first_row + len(keys)), stored)
+        self._source.read(np.array([[first_row, first_row + len(keys)]]), stored)
         seq = tokens.seq[part]
         vectors = np.full((len(seq), self.n_ctx, self.d), np.nan, np.float32)
         row = np.cumsum(np.diff(keys >> 32, prepend=keys[0] >> 32) != 0)

@@ -446,7 +446,8 @@ def test_every_shipped_recipe_loads_and_says_how_to_run_it(path):
     assert f"recipes/{path.name}" in head and "Minutes, hardware, result" in head
     recipe = Recipe.load(path)
     assert recipe.name == path.stem
-    assert {run.model.arch for run in recipe.runs()} == {"crate", "gpt2"}
+    archs = {run.model.arch for run in recipe.runs()}
+    assert archs == ({"crate"} if path.stem == "robustness_planted" else {"crate", "gpt2"})
 
 
 def test_the_json_schema_is_current_and_agrees_with_loading(write):

@@ -95,8 +95,8 @@ def test_the_mean_ratio_is_the_one_dimensional_one_and_the_best_of_all_direction
 
 def test_dense_features_are_kept_apart_and_sparse_ones_share():
     dense, sparse = (
-        dimensionality(trained(data, 4, [0], steps=600, importance=importance)[0])
-        for data, importance in ((ToyData(1.0, 8), 0.8), (ToyData(0.03, 8), 1.0))
+        dimensionality(trained(data, 4, [0], steps=steps, importance=importance)[0])
+        for data, steps, importance in ((ToyData(1.0, 8), 3000, 0.6), (ToyData(0.03, 8), 600, 1.0))
     )
     assert (dense[:4] > 0.9).all() and (dense[4:] < 0.1).all()
     assert (sparse > 0.3).all() and (sparse < 0.8).all()

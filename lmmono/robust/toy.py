@@ -70,9 +70,10 @@ class ToySettings:
     """Test samples."""
 
     def __post_init__(self) -> None:
-        for name, value in (("p", self.p), ("label_noise", max(self.label_noise))):
-            if not 0 < value <= 1:
-                raise DataError(f"toy: {name}: want a share above 0 and at most 1, got {value}")
+        if not 0 < self.p <= 1:
+            raise DataError(f"toy: p: want a share above 0 and at most 1, got {self.p}")
+        if max(self.label_noise) > 1:
+            raise DataError(f"toy: label_noise: want shares, got {max(self.label_noise)}")
         if self.label_noise[0] != 0 or min(self.n_train) < 2 or self.seeds < 1:
             raise DataError("toy: want label noise from 0 on, 2 samples and 1 seed at least")
         if len({n // self.n_classes for n in self.n_train}) < len(self.n_train):
