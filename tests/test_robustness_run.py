@@ -121,12 +121,10 @@ def test_the_guide_does_what_it_says(folder, monkeypatch, capsys):
 def test_a_bare_model_chooses_its_hook_on_clean_validation_texts(folder):
     model = open_run(folder / "runs/robustness_planted").model
     few = {"seeds": 1, "n_train": 60, "n_val": 40, "n_test": 40, "margins": (0.5,), "rates": ()}
-    found = lm.robustness(model, "planted_topic", features={"dense": None}, **few)
+    found = lm.robustness(model, "planted_polarity", features={"dense": None}, **few)
     assert found.store is None and found.hook in lm.match_hooks(model, "blocks.*.hook_resid_post")
     assert found.n_computed == len(found.rows) == 1 and found.n_found == 0
-    assert "in memory" in repr(found) and "noisy_labels planted_topic symmetric 0.4375" in repr(
-        found
-    )
+    assert "in memory" in repr(found) and "noisy_labels planted_polarity symmetric" in repr(found)
     assert found.df().shape[0] == 1
 
 
@@ -245,5 +243,7 @@ def test_dictionaries_that_are_not_there_and_other_models_stores_are_told(folder
         astore.open(run.store_path, mode="a") as store,
         pytest.raises(RobustnessError, match="activations of another model"),
     ):
-        lm.robustness(other, suite="few_shot", hook="blocks.1.hook_resid_post", into=store)
+        lm.robustness(
+            other, "planted_polarity", suite="few_shot", hook="blocks.1.hook_resid_post", into=store
+        )
     assert np.isfinite(run.val_loss)

@@ -242,11 +242,15 @@ def _pca(rows: Tensor, settings: Settings) -> Code:
         raise RobustnessError(
             f"pca: d={d}: {rows.shape[0]} rows of width {rows.shape[1]} have {most}"
         )
-    centre = rows.mean(0)
+    centre: Tensor = rows.mean(0)
     centred = (rows - centre).double()
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    vectors: Tensor = torch.linalg.eigh(centred.T @ centred)[1]
     weight: Tensor = vectors.flip(1)[:, :d].float()
-    return Code(lambda x: (x - centre) @ weight, weight.numel() + centre.numel())
+
+    def code(x: Tensor) -> Tensor:
+        return (x - centre) @ weight
+
+    return Code(code, weight.numel() + centre.numel())
 
 
 def _dense_ae(rows: Tensor, settings: Settings) -> Code:

@@ -173,8 +173,8 @@ def _verdict(hypothesis: Hypothesis, evidence: Evidence) -> Verdict:
         return Verdict(*about, "not tested", reason)
     corrected = holm([each.p for each in raw])
     findings = tuple(replace(each, p_holm=p) for each, p in zip(raw, corrected, strict=True))
-    sure = [name for name in SURE if any(each.outcome == name for each in findings)]
-    outcome = sure[0] if len(sure) == 1 else "not supported"
+    sure: list[Outcome] = [name for name in SURE if any(each.outcome == name for each in findings)]
+    outcome: Outcome = sure[0] if len(sure) == 1 else "not supported"
     counts = ", ".join(
         f"{n} {name}"
         for name in ("supported", "opposite", "not supported")

@@ -54,8 +54,7 @@ def robustness_run(run: Run, *, load: Load | None = None, progress: Progress = s
     _claim_features(run)
     digest = run.recipe.digest(*STAGES["robustness"].sections)
     with run.stage("robustness", digest) as stage, astore.open(run.store_path, mode="a") as store:
-        model: nn.Module = run.model
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model = _on_device(run.model)
         families: dict[str, Any] = {family.label: family for family in settings.families}
         study = Study(
             model,
@@ -124,3 +123,8 @@ def _matching(folder: Path, hooks: list[str], pattern: str) -> list[Path]:
         where = ", ".join(hooks) or "any hook"
         raise RobustnessError(f"robustness.dictionaries: no {pattern!r} at {where}; {way_out}")
     return places
+
+
+def _on_device(model: nn.Module) -> nn.Module:
+    """Move a model to the GPU, where there is one."""
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
