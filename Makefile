@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/lmmono run recipes/quickstart.yaml
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: lint types imports recipes test
 
