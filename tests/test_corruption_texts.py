@@ -17,7 +17,6 @@ from lmmono.data.corruption.synonyms import (
 from lmmono.data.corruption.texts import (
     TEXT_CORRUPTIONS,
     TEXT_NOISE,
-    TextNoise,
     corrupt_texts,
     find_corruption,
     pieces_of,
@@ -25,6 +24,7 @@ from lmmono.data.corruption.texts import (
 )
 from lmmono.data.planted import Language
 from lmmono.errors import DataError
+from lmmono.recipe.robustness import TextNoise
 
 LANGUAGE = Language(3)
 TEXTS = [LANGUAGE.text(i) for i in range(8)]

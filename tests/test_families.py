@@ -5,14 +5,12 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from lmmono.data.corruption.labels import LABEL_NOISE
-from lmmono.data.corruption.texts import TEXT_NOISE
+from lmmono.data.corruption.texts import TEXT_CORRUPTIONS, TEXT_NOISE
 from lmmono.data.tasks.registry import task_names
 from lmmono.dictionary.controls import Control
 from lmmono.errors import RobustnessError
 from lmmono.recipe import robustness
 from lmmono.recipe.robustness import FAMILY_SETTINGS, Family
-from lmmono.robust.attacks import ATTACKS
 from lmmono.robust.families import FAMILIES, FeatureFamily, as_family
 from lmmono.robust.hypotheses import HYPOTHESES
 from lmmono.robust.learners import LEARNERS
@@ -27,9 +25,7 @@ def test_recipes_know_the_names_that_are_registered():
     assert set(robustness.SuiteName.__args__) == set(SUITES)
     assert robustness.TaskName.__args__ == task_names()
     assert set(robustness.LearnerName.__args__) == set(LEARNERS)
-    assert set(robustness.LabelNoiseName.__args__) == set(LABEL_NOISE)
-    assert set(robustness.TextNoise.__args__) == set(TEXT_NOISE)
-    assert set(robustness.AttackName.__args__) == set(ATTACKS)
+    assert set(TEXT_NOISE) == set(TEXT_CORRUPTIONS)
     assert set(robustness.Hypothesis.__args__) == set(HYPOTHESES)
 
 

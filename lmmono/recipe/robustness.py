@@ -64,7 +64,7 @@ LearnerName = Literal[
     "cleanlab",
     "knn_relabel",
 ]
-LabelNoiseName = Literal["symmetric", "pair_flip", "matrix", "instance", "annotator", "real"]
+LabelNoise = Literal["symmetric", "pair_flip", "matrix", "instance", "annotator", "real"]
 TextNoise = Literal[
     "typos",
     "ocr",
@@ -78,7 +78,7 @@ TextNoise = Literal[
 ]
 ModelNoise = Literal["embedding_gaussian", "embedding_uniform", "hidden_gaussian"]
 """Noise inside the model: on token embeddings, or on the probed rows before any encoder."""
-AttackName = Literal["characters", "words"]
+Attack = Literal["characters", "words"]
 Pooling = Literal["mean", "max", "last"]
 Hypothesis = Literal["H1", "H2", "H3", "H4"]
 
@@ -171,7 +171,7 @@ class Robustness(Section):
     """Validation texts, as noisy as the training texts; null takes all."""
     n_test: Count | None = 2000
     """Test texts of every part, drawn once; null takes all."""
-    label_noise: tuple[LabelNoiseName, ...] = ("symmetric",)
+    label_noise: tuple[LabelNoise, ...] = ("symmetric",)
     """Kinds of label noise."""
     margins: tuple[Fraction, ...] = MARGINS
     """Signal margins that decide rates of label noise, whatever the number of classes."""
@@ -194,7 +194,7 @@ class Robustness(Section):
     """Labelled examples per class of suite `few_shot`."""
     resamples: Count = 20
     """Repetitions at least where a probe has 64 examples or fewer in all."""
-    attacks: tuple[AttackName, ...] = ("characters", "words")
+    attacks: tuple[Attack, ...] = ("characters", "words")
     """Attacks on finished probes."""
     n_attacked: Count = 50
     """Test texts that are attacked."""

@@ -9,7 +9,7 @@ word candidates are as good as the lists they come from.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -18,11 +18,11 @@ from lmmono.data.corruption.edits import drop, insert_neighbour, press_neighbour
 from lmmono.data.corruption.synonyms import Synonyms
 from lmmono.data.corruption.texts import Pieces, pieces_of, standing_in
 from lmmono.errors import DataError, nearest
+from lmmono.recipe.robustness import Attack
 
 Predict = Callable[[list[str]], Float[np.ndarray, "n c"]]
 """Takes texts, returns a score of each class for each; the largest is the answer."""
 
-Attack = Literal["characters", "words"]
 ATTACKS: tuple[Attack, ...] = get_args(Attack)
 
 _SLIPS = (swap, press_neighbour, drop, insert_neighbour)

@@ -15,9 +15,10 @@ from jaxtyping import Int64
 
 from lmmono.data.corruption.edits import edit_distance
 from lmmono.data.corruption.synonyms import Synonyms
-from lmmono.data.corruption.texts import TextNoise, corrupt_texts
+from lmmono.data.corruption.texts import corrupt_texts
 from lmmono.data.tasks.task import NO_PARTNER, Labelled
 from lmmono.errors import DataError
+from lmmono.recipe.robustness import TextNoise
 from lmmono.robust.attacks import Predict
 
 

@@ -21,18 +21,8 @@ import numpy as np
 from lmmono.data.corruption.edits import Edit, lookalike, misread, recase, repunctuate, typo
 from lmmono.data.corruption.synonyms import Synonyms, wordnet_synonyms
 from lmmono.errors import DataError, nearest
+from lmmono.recipe.robustness import TextNoise
 
-TextNoise = Literal[
-    "typos",
-    "ocr",
-    "homoglyph",
-    "case",
-    "punctuation",
-    "word_drop",
-    "word_shuffle",
-    "synonyms",
-    "formatting",
-]
 TEXT_NOISE: tuple[TextNoise, ...] = get_args(TextNoise)
 
 SEVERITIES = (0, 1, 2, 3, 4, 5)
