@@ -11,6 +11,7 @@ What a stage made with other settings is never reused and never deleted: it move
 Only one process at a time works in a folder.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Generator, Iterator
@@ -153,7 +154,9 @@ class Run:
 
     @property
     def cache_dir(self) -> Path:
-        """Prepared corpora of all runs beside this one: `.cache` in the folder of the runs."""
+        """Prepared corpora: $LMMONO_CACHE, or `.cache` in the folder of the runs."""
+        if shared := os.environ.get("LMMONO_CACHE"):
+            return Path(shared)
         return (self.dir.parent.parent if self.recipe.folder else self.dir.parent) / ".cache"
 
     @cached_property

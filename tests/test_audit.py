@@ -62,7 +62,7 @@ def test_false_explanations_are_as_false_as_they_say():
 RECIPE = """\
 name: known
 seed: 0
-data: {corpus: {kind: planted, n_documents: 400}, tokenizer: {kind: words}, n_ctx: 32}
+data: {corpus: {kind: planted, n_documents: 300}, tokenizer: {kind: words}, n_ctx: 32}
 model: {arch: gpt2, n_layers: 1, d_model: 32, n_heads: 2}
 train: {steps: 0, batch_tokens: 1024}
 """

@@ -33,11 +33,11 @@ MOMENTS = "SELECT mean, variance, skewness, kurtosis FROM unit_stats ORDER BY ho
 RECIPE = {
     "name": "two",
     "seed": 0,
-    "data": {"corpus": {"kind": "planted", "n_documents": 1500}, "n_ctx": 32},
+    "data": {"corpus": {"kind": "planted", "n_documents": 300}, "n_ctx": 32},
     "model": {"arch": "gpt2", "n_layers": 2, "d_model": 16, "n_heads": 2},
     "train": {"steps": 2, "batch_tokens": 256, "warmup_steps": 1, "eval_tokens": 512},
     "capture": {
-        "splits": ["explain", "score"],
+        "splits": ["train", "score"],
         "hooks": ["blocks.*.mlp.hook_post"],
         "vectors": ["blocks.0.hook_resid_post"],
         "batch_tokens": 256,
@@ -78,13 +78,13 @@ def test_two_processes_capture_what_one_does_also_when_one_is_killed(tmp_path: P
 
     done = launch(recipe, killed=1)
     assert done.returncode != 0 and not open_run(run.dir).is_done("capture")
-    explain = len(run.tokens("explain"))
-    first, half = run.tokens("explain").first_seq_id, explain // 2
+    train_rows = len(run.tokens("train"))
+    first, half = run.tokens("train").first_seq_id, train_rows // 2
     committed = N_COMMITS * COMMIT_TOKENS // 32
     with astore.open(run.store_path) as store:
         assert store.verify().ok
-        kept = rows_of_rank(store, first + half, first + explain - 1)
-        assert kept == committed < explain - half, "what the killed one committed stays"
+        kept = rows_of_rank(store, first + half, first + train_rows - 1)
+        assert kept == committed < train_rows - half, "what the killed one committed stays"
 
     assert (done := launch(recipe)).returncode == 0, done.stderr
     assert open_run(run.dir).is_done("capture")

@@ -215,7 +215,7 @@ def test_a_run_is_captured_once_and_compared(tmp_path: Path) -> None:
 name: tiny
 seed: 0
 out: {tmp_path / "runs"}
-data: {{corpus: {{kind: planted, n_documents: 400}}, n_ctx: 32}}
+data: {{corpus: {{kind: planted, n_documents: 300}}, n_ctx: 32}}
 model: {{arch: crate, n_layers: 1, d_model: 16, n_heads: 2}}
 train: {{steps: 5, batch_tokens: 256, warmup_steps: 1, eval_tokens: 512}}
 capture: {{max_tokens: 640, max_density: 0.9}}

@@ -23,7 +23,7 @@ EXPLAINING_BLOCKS = BLOCK.findall((ROOT / "docs" / "explaining.md").read_text())
 STORE_BLOCKS = BLOCK.findall((ROOT / "activation_store" / "README.md").read_text())
 RUNS = "runs/quickstart/crate"
 SMALL = {
-    "data": {"corpus": {"kind": "planted", "n_documents": 600}, "n_ctx": 32},
+    "data": {"corpus": {"kind": "planted", "n_documents": 300}, "n_ctx": 32},
     "model": {"arch": "crate", "n_layers": 2, "d_model": 16, "n_heads": 2},
     "train": {"steps": 20, "batch_tokens": 512, "warmup_steps": 5, "eval_tokens": 1024},
     "capture": {"max_tokens": 4096, "max_density": 1.0},

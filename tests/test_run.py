@@ -267,3 +267,11 @@ def test_a_full_disk_is_said_to_be_full():
         Path("/dev/full").open("w") as file,
     ):
         file.write("y" * 9999)
+
+
+def test_prepared_corpora_lie_beside_the_runs_or_where_the_environment_says(recipe, monkeypatch):
+    run = Run.create(recipe)
+    monkeypatch.setenv("LMMONO_CACHE", "elsewhere")
+    assert run.cache_dir == Path("elsewhere")
+    monkeypatch.delenv("LMMONO_CACHE")
+    assert run.cache_dir == run.dir.parent / ".cache"

@@ -37,15 +37,8 @@ train: {{steps: 24, batch_tokens: 256, warmup_steps: 4, eval_every_steps: 10, ev
 """
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prepared")
-
-
 @pytest.fixture
-def recipe_file(tmp_path: Path, prepared: Path) -> Path:
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / ".cache").symlink_to(prepared)
+def recipe_file(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE.format(out=tmp_path / "runs"))
     return path

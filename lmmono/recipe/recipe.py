@@ -44,7 +44,7 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
     seeds: tuple[Seed, ...] = ()
     """Seeds of a study: every arm is run once with each."""
     out: str = "runs"
-    """Folder that holds the run folders."""
+    """Folder that holds the run folders; prepared corpora in its `.cache`, or $LMMONO_CACHE."""
     data: Data = Data()
     """Text and tokens."""
     model: Model
