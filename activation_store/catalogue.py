@@ -27,7 +27,7 @@ from activation_store.errors import (
 )
 from activation_store.views import create_views, quoted
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of `schema.sql`; a change of it needs a step in `migrations.py`."""
 
 COMMIT_WAIT_SECONDS = 60.0

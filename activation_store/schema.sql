@@ -247,6 +247,7 @@ CREATE TABLE IF NOT EXISTS explanations (
     n_calls INTEGER,
     n_prompt_tokens BIGINT,
     n_completion_tokens BIGINT,
+    cost_usd DOUBLE,
     seconds DOUBLE,
     created_at TIMESTAMP
 );
@@ -267,6 +268,7 @@ COMMENT ON COLUMN explanations.prompt_hash IS 'sha256 of the prompt; NULL withou
 COMMENT ON COLUMN explanations.n_calls IS 'Calls to the language model, >= 0';
 COMMENT ON COLUMN explanations.n_prompt_tokens IS 'Tokens sent, >= 0';
 COMMENT ON COLUMN explanations.n_completion_tokens IS 'Tokens received, >= 0';
+COMMENT ON COLUMN explanations.cost_usd IS 'Money spent in US dollars, >= 0; NULL where no price is known';
 COMMENT ON COLUMN explanations.seconds IS 'Wall time in seconds, >= 0';
 COMMENT ON COLUMN explanations.created_at IS 'When the row was written, UTC';
 

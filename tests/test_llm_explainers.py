@@ -16,6 +16,7 @@ from lmmono.errors import ExplainError
 from lmmono.explaining.llm_prompts import levels, pairs_prompt, parse_explanation
 from lmmono.explaining.llm_ranking import Ranking
 from lmmono.explaining.server import ServerClient
+from lmmono.explaining.server_limits import Price
 
 EXPLAINERS = ("llm_token_act_pair", "llm_max_act", "llm_contrastive")
 READ = expecting(ten_on_the_token)
@@ -34,7 +35,8 @@ def store(tmp_path: Path, monkeypatch):
 
 
 def client_of(calls: Any) -> ServerClient:
-    return ServerClient("judge", base_url=calls.base_url, n_retries=0)
+    prices = {"judge": Price(1.0, 5.0)}
+    return ServerClient("judge", base_url=calls.base_url, n_retries=0, prices=prices)
 
 
 def test_activations_are_shown_as_whole_numbers_of_0_to_10() -> None:
@@ -86,8 +88,10 @@ def test_a_truthful_model_explains_every_planted_unit(store, explainer: str) -> 
         assert len(found[unit].prompt_hash or "") == 64
     assert (found[SILENT].failure, found[RARE].failure) == ("silent", "too_few_records")
     assert n_calls == 4  # none for units without records
-    query = "SELECT sum(n_calls), sum(n_prompt_tokens), sum(n_completion_tokens) FROM explanations"
-    assert store.sql(query).fetchall()[0] == (4, 400, 28)
+    query = """SELECT sum(n_calls), sum(n_prompt_tokens), sum(n_completion_tokens), sum(cost_usd)
+        FROM explanations"""
+    # 400 tokens at 1 and 28 at 5 dollars per million
+    assert store.sql(query).fetchall()[0] == (4, 400, 28, pytest.approx(540e-6))
 
 
 def test_a_model_is_shown_the_explain_split_and_contrast_where_it_is_asked(store) -> None:

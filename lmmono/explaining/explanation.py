@@ -110,7 +110,6 @@ class Explanation:
         """Return the row of table `explanations`."""
         values = {key: getattr(self, key) for key in self.__slots__}
         usage = asdict(values.pop("usage"))
-        usage.pop("cost_usd")
         program = values.pop("program")
         described = None if program is None else {"kind": program.kind, **program.to_json()}
         return {**values, **usage, "program": described}
