@@ -149,12 +149,15 @@ def _selectivities(
 def _jackknife_interval(
     values: Float[ndarray, "units parts_plus_one"],
 ) -> tuple[Float[ndarray, " units"], Float[ndarray, " units"]]:
-    """Return the 95 % interval of each unit from its delete-a-group values (Student's t)."""
+    """Return the 95 % interval of each unit from its delete-a-group values (Student's t).
+
+    It ends at 1, above which no value can be.
+    """
     left_out = values[:, 1:]
     n = left_out.shape[1]
     spread = left_out - left_out.mean(axis=1, keepdims=True)
     half = student_t.ppf(0.975, n - 1) * np.sqrt((n - 1) / n * np.square(spread).sum(axis=1))
-    return values[:, 0] - half, values[:, 0] + half
+    return values[:, 0] - half, np.minimum(values[:, 0] + half, 1.0)
 
 
 def _table(
