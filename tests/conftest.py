@@ -1,14 +1,37 @@
-"""Shared test settings: where the real text lies, and a skip with its reason where it does not."""
+"""Shared test settings: what is checked how, where corpora and the real text lie, and a skip."""
 
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
 from hypothesis import settings
 
 # a busy machine is no fault
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Check functions without arrays by the type checker alone: a call then takes far less time."""
+
+    def decorate(thing: Any) -> Any:
+        if inspect.isfunction(thing):
+            hints = inspect.get_annotations(thing).values()
+            if not any(isinstance(hint, str) or "jaxtyping." in repr(hint) for hint in hints):
+                return typechecker(thing)
+        return _jaxtyped(typechecker=typechecker)(thing)
+
+    return decorate
+
+
+# what imports under test decorate with; --jaxtyping-packages in pyproject.toml says which
+jaxtyping.jaxtyped = jaxtyped
 
 SHARED = Path(__file__).parents[2] / "shared"
 

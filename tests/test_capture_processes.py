@@ -7,13 +7,11 @@ KILLED_RANK set, that process kills itself after 2 commits.
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partialmethod
 from pathlib import Path
 
+import forks
 import numpy as np
-import pytest
 from ruamel.yaml import YAML
 
 import activation_store as astore
@@ -46,23 +44,11 @@ RECIPE = {
 }
 
 
-def launch(recipe: Path, killed: int | None = None) -> "subprocess.CompletedProcess[str]":
-    program = [__file__, "capture", str(recipe)]
-    # with --cpu the launcher starts one process, whatever number it is told
-    start = [sys.executable]
-    start += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    start += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    start += ["--main_process_port=0"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"KILLED_RANK": str(killed)} if killed else {})
-    return subprocess.run([*start, *program], capture_output=True, text=True, env=env)
-
-
 def rows_of_rank(store: astore.Store, first: int, last: int) -> int:
     query = "SELECT count(DISTINCT seq_id) FROM token_ids WHERE seq_id BETWEEN $first AND $last"
     return store.sql(query, first=first, last=last).fetchall()[0][0]
 
 
-@pytest.mark.slow
 def test_two_processes_capture_what_one_does_also_when_one_is_killed(tmp_path: Path) -> None:
     from lmmono.capturing import capture_run
     from lmmono.recipe import Recipe
@@ -76,8 +62,10 @@ def test_two_processes_capture_what_one_does_also_when_one_is_killed(tmp_path: P
     run.dir.rename(tmp_path / "one")
     shutil.copytree(tmp_path / "trained", run.dir)
 
-    done = launch(recipe, killed=1)
-    assert done.returncode != 0 and not open_run(run.dir).is_done("capture")
+    command = (__file__, "capture", recipe)
+    codes = forks.launch(2, *command, env={"KILLED_RANK": "1"})
+    assert codes[0] != 0 and codes[1] == -signal.SIGKILL
+    assert not open_run(run.dir).is_done("capture")
     train_rows = len(run.tokens("train"))
     first, half = run.tokens("train").first_seq_id, train_rows // 2
     committed = N_COMMITS * COMMIT_TOKENS // 32
@@ -86,7 +74,7 @@ def test_two_processes_capture_what_one_does_also_when_one_is_killed(tmp_path: P
         kept = rows_of_rank(store, first + half, first + train_rows - 1)
         assert kept == committed < train_rows - half, "what the killed one committed stays"
 
-    assert (done := launch(recipe)).returncode == 0, done.stderr
+    assert forks.launch(2, *command) == [0, 0]
     assert open_run(run.dir).is_done("capture")
     with astore.open(run.store_path) as two, astore.open(tmp_path / "one") as one:
         assert two.verify().ok and two.verify().left_over == ()

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import forks
 import pytest
 from ruamel.yaml import YAML
 
@@ -60,12 +61,6 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(command: list[str], folder: Path) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 def run_bash(block: str, folder: Path) -> Counter[str]:
     """Run the `lmmono` lines of a block; see that what other lines name is there."""
     counted: Counter[str] = Counter()
@@ -75,7 +70,7 @@ def run_bash(block: str, folder: Path) -> Counter[str]:
             continue
         counted[words[0]] += 1
         if words[0] == "lmmono":
-            run([sys.executable, "-m", "lmmono.cli", *words[1:]], folder)
+            forks.run("-m", "lmmono.cli", *words[1:], cwd=folder)
         elif words[0] == "make":
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert set(words[1:]) <= set(targets), line
@@ -88,7 +83,8 @@ def run_bash(block: str, folder: Path) -> Counter[str]:
 
 
 def run_python(block: str, folder: Path) -> Counter[str]:
-    run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", block], folder)
+    strict = "import warnings\nwarnings.filterwarnings('error', module='__main__')\n"
+    forks.run("-c", strict + block, cwd=folder)
     return Counter({"python": 1})
 
 
@@ -96,7 +92,7 @@ def run_sql(block: str, folder: Path) -> Counter[str]:
     queries = [text for text in block.split(";") if text.strip()]
     for query in queries:
         # after a `--`, since a query that begins with a comment looks like an option
-        run([sys.executable, "-m", "lmmono.cli", "sql", RUNS, "--", query], folder)
+        forks.run("-m", "lmmono.cli", "sql", RUNS, "--", query, cwd=folder)
     return Counter({"sql": len(queries)})
 
 
@@ -154,7 +150,7 @@ def test_the_guide_to_explaining_names_every_explainer_scorer_and_kind():
 
 
 def test_the_python_tour_finds_features_better_than_its_control(folder):
-    told = run([sys.executable, "recipes/tour.py"], folder)
+    told = forks.run("recipes/tour.py", cwd=folder)
     found, control = (float(n) for n in re.findall(r"(?:features|row): (0\.\d+)", told))
     assert abs(control - 0.5) < 0.1 and found > control + 0.05, told
 
@@ -162,7 +158,8 @@ def test_the_python_tour_finds_features_better_than_its_control(folder):
 def test_the_stores_readme_works_without_lmmono(tmp_path):
     assert [language for language, _ in STORE_BLOCKS] == ["python"]
     guard = "import sys\nsys.modules['lmmono'] = None\n"
-    run_python(guard + STORE_BLOCKS[0][1], tmp_path)
+    command = [sys.executable, "-c", guard + STORE_BLOCKS[0][1]]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "mine" / "store.duckdb").is_file()
 
 

@@ -3,13 +3,12 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 
@@ -138,13 +137,11 @@ SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
 from tests.test_sae import make, vectors
-sae = make("batchtopk", steps=600, dead_window_steps=50)
+sae = make("batchtopk", steps=300, dead_window_steps=50)
 sae.fit(vectors(), folder=sys.argv[1], checkpoint_every_steps=7,
         progress=lambda what, done, total, **facts: print(done, flush=True))
 print(sae.digest)
 """
-ROOT = Path(__file__).parents[1]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
@@ -156,23 +153,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_killed_process_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     """Killed at a random moment of its training, by the signal that nothing can catch."""
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    last, until = 0, random.randint(6, 500)
-    with subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        while last < until:
-            last = int(process.stdout.readline())
-        time.sleep(random.random() / 50)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-    done = subprocess.run(command, env=ENV, stdout=subprocess.PIPE, text=True, check=True)
-    first, *_, digest = done.stdout.split()
-    assert last - 13 < int(first) <= last + 100  # from a checkpoint, not from the start
-    whole = make("batchtopk", steps=600, dead_window_steps=50).fit(vectors())
+    process, until = forks.start("-c", SCRIPT, tmp_path), random.randint(6, 250)
+    last = 0
+    while last < until:
+        assert process.process.is_alive()
+        *steps, _ = (process.folder / "out").read_text().split("\n")
+        last = int(steps[-1]) if steps else 0
+    time.sleep(random.random() / 50)
+    process.send(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    first, *_, digest = forks.run("-c", SCRIPT, tmp_path).split()
+    assert last - 13 < int(first) <= last + 50  # from a checkpoint, not from the start
+    whole = make("batchtopk", steps=300, dead_window_steps=50).fit(vectors())
     assert digest == whole.digest
 
 
@@ -192,21 +187,10 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_share_the_dictionaries_and_each_loads_all(tmp_path: Path) -> None:
-    """Started by torchrun, as `accelerate launch` does on GPUs; on CPUs that starts one process."""
-    script, out = tmp_path / "script.py", tmp_path / "out"
-    script.write_text(TOGETHER)
-    out.mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run(
-        [*launch, str(script), str(out)],
-        env=ENV,
-        check=True,
-        timeout=300,
-    )
-    first, second = ((out / f"seen.{rank}").read_text().split("\n") for rank in (0, 1))
+    assert forks.launch(2, "-c", TOGETHER, tmp_path) == [0, 0]
+    first, second = ((tmp_path / f"seen.{rank}").read_text().split("\n") for rank in (0, 1))
     assert first[0] == "fit standard fit topk"
     assert second[0] == "fit batchtopk"
     alone = ",".join(make(a).fit(vectors()).digest for a in ("topk", "batchtopk", "standard"))
