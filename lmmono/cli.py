@@ -178,7 +178,9 @@ def robustness(target: RecipeOrRun, overrides: Overrides = None) -> None:
     for recipe in _runs_of(target, overrides):
         if not recipe.robustness.suites:
             raise RecipeError([f"{target}: robustness.suites: want a suite, such as noisy_labels"])
-        _say(stages.tested(_created(recipe)))
+        run = stages.tested(_created(recipe))
+        _say(run)
+        _show_robustness(run)
 
 
 @app.command()
@@ -356,6 +358,17 @@ def _finish(recipe: "Recipe") -> "list[Run]":
         stages.tested(stages.scored(stages.explained(stages.learned(stages.captured(run)))))
         for run in map(_trained, recipe.runs())
     ]
+
+
+def _show_robustness(run: "Run") -> None:
+    """Name the figures of a run's suites, and show what came out."""
+    from lmmono.reporting.robustness import run_tables
+    from lmmono.terminal import show_table
+
+    for path in sorted((run.dir / "robustness").glob("*.svg")):
+        print(path)
+    for table in run_tables(run):
+        show_table(table.columns, table.rows, title=table.title, note=table.note)
 
 
 def _say(run: "Run") -> None:

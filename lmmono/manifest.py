@@ -44,7 +44,8 @@ STAGES = {
     "explain": Stage((*_MODEL, "capture", "explain"), ()),
     "score": Stage((*_MODEL, "capture", "explain", "score"), ()),
     "features": Stage(_MODEL, ("features.duckdb", "features.duckdb.wal", "features")),
-    "robustness": Stage((*_MODEL, "capture", "dictionary", "robustness"), ()),
+    # rows in the same store, and figures of them
+    "robustness": Stage((*_MODEL, "capture", "dictionary", "robustness"), ("robustness",)),
 }
 """The stages in their order."""
 

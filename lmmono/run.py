@@ -5,6 +5,7 @@
            metrics.parquet   numbers of training
            model/            weights and tokenizer
            store.duckdb      the activation store, with its shards in store/
+           robustness/       figures of the robustness suites
            replaced/         what other settings made, each a run folder of its own
 
 What a stage made with other settings is never reused and never deleted: it moves to `replaced/`.

@@ -56,15 +56,24 @@ def scored(run: Run) -> Run:
 
 
 def tested(run: Run) -> Run:
-    """Run the robustness suites, unless that is done or none is named: then nothing is imported."""
-    if run.is_done("robustness") or not run.recipe.robustness.suites:
-        return run
-    from lmmono.dictionary.estimator import load_dictionary
-    from lmmono.robust.runs import robustness_run
-    from lmmono.terminal import shown_progress
+    """Run the robustness suites and draw them, unless that is done or none is named.
 
-    with shown_progress() as progress:
-        return robustness_run(run, load=load_dictionary, progress=progress)
+    Then nothing heavy is imported.
+    """
+    if not run.recipe.robustness.suites:
+        return run
+    if not run.is_done("robustness"):
+        from lmmono.dictionary.estimator import load_dictionary
+        from lmmono.robust.runs import robustness_run
+        from lmmono.terminal import shown_progress
+
+        with shown_progress() as progress:
+            robustness_run(run, load=load_dictionary, progress=progress)
+    if not (run.dir / "robustness").is_dir():
+        from lmmono.reporting.robustness_figures import run_figures
+
+        run_figures(run)
+    return run
 
 
 def speaks() -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -118,7 +119,12 @@ def show_table(
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=PLAIN_WIDTH)
-    table = Table(title=title or None, title_justify="left", caption=note or None, box=box.SIMPLE)
+    table = Table(
+        title=escape(title) or None,  # [x] is text, not a style
+        title_justify="left",
+        caption=escape(note) or None,
+        box=box.SIMPLE,
+    )
     table.caption_justify = "left"
     for i, name in enumerate(columns):
         cells = [row[i] for row in rows]

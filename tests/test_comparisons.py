@@ -257,3 +257,8 @@ def test_doses_are_read_for_the_dictionaries_whose_latents_were_scored(tmp_path)
         store.append("scores", [row | {"hook": latents, "value": 0.3}])
         store.append("scores", [row | {"hook": latents, "value": 0.9, "unit": 1}])
         assert read_doses(store) == [Dose("a", 8, "semantic_consistency", 0.3)]
+        named = {"hook": hook, "dictionary": "b", "metric": "mcc", "value": 0.7}
+        store.append("scores", [row | named, row | named | {"control": "shuffled"}])
+        both = [Dose("a", 8, "semantic_consistency", 0.3), Dose("b", 8, "mcc", 0.7)]
+        assert read_doses(store, ["semantic_consistency", "mcc"], hook) == both
+        assert read_doses(store, ["mcc"], "blocks.1.hook_resid_post") == []

@@ -11,6 +11,7 @@ from lmmono.recipe.robustness import Robustness
 from lmmono.robust.comparisons import effect
 from lmmono.robust.doses import Dose
 from lmmono.robust.hypotheses import HYPOTHESES, Evidence, from_all, verdicts
+from lmmono.robust.results import Result
 
 DENSE = {"raw": 0.0, "pca-16": 0.0, "random_projection-64": 0.0}
 
@@ -119,7 +120,39 @@ def test_h3_follows_the_planted_slope_over_twenty_dictionaries(slope, outcome):
     assert found.outcome == outcome
     assert found.findings[0].what == "width 64" and found.findings[0].n == 24
     few = verdict("H3", rows, doses=doses[:10])
-    assert few.outcome == "not tested" and "want 20 dictionaries of one width" in few.reason
+    assert few.outcome == "not tested" and few.reason.endswith("and a gain, got 10 of width 64")
+
+
+def said_of_codes(rows: list[Result], measure: dict[str, float | None]) -> list[Result]:
+    """Rows that say of their codes what those of a run do."""
+    return [
+        replace(r, settings={**r.settings, "d": 64, "semantic_consistency": measure[r.feature]})
+        for r in rows
+    ]
+
+
+def test_h3_takes_the_measure_from_the_rows_themselves():
+    measure = {f"sae-{i}": i / 24 for i in range(24)}
+    gains = {"raw": 0.0} | {name: 0.1 * value for name, value in measure.items()}
+    rows = said_of_codes(
+        noisy_labels(gains, seeds=5, tasks=("topic", "other")), {"raw": 0.0} | measure
+    )
+    found = verdict("H3", rows)
+    assert found.outcome == "supported" and found.findings[0].n == 24
+    narrow = [replace(r, settings={**r.settings, "budget": "16"}) for r in rows]
+    pooled = [replace(r, feature=f"{r.feature}:max") for r in rows if r.feature != "raw"]
+    again = verdict("H3", [*rows, *narrow, *pooled])
+    assert again == found, "budgets and further poolings are no dictionaries more"
+    lacking = [
+        replace(r, settings={**r.settings, "semantic_consistency": None})
+        if r.task == "other" and r.feature in ("sae-1", "sae-2", "sae-3", "sae-4", "sae-5")
+        else r
+        for r in rows
+    ]
+    reason = verdict("H3", lacking).reason
+    assert reason.endswith("got 19 of width 64"), "a mean over fewer tasks is another measure"
+    same = said_of_codes(rows, dict.fromkeys(gains, 0.5))
+    assert "is the same in all dictionaries" in verdict("H3", same).reason
 
 
 @pytest.mark.parametrize(

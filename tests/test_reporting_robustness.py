@@ -1,6 +1,7 @@
 """Tables and figures of the robustness suites: what they show, and equal bytes for equal input."""
 
 import math
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -11,6 +12,7 @@ from lmmono.errors import RunError
 from lmmono.reporting.robustness import (
     area_table,
     comparison_table,
+    dose_table,
     effective_table,
     level_tables,
     robustness_tables,
@@ -18,6 +20,7 @@ from lmmono.reporting.robustness import (
 )
 from lmmono.reporting.robustness_figures import robustness_figures
 from lmmono.robust.comparisons import compare_families
+from lmmono.robust.doses import Dose
 from lmmono.robust.effective import effective_robustness
 from lmmono.robust.hypotheses import Evidence, verdicts
 from lmmono.robust.results import stored_rows
@@ -58,6 +61,24 @@ def test_other_domains_and_verdicts_have_tables():
     told = verdict_table(verdicts(["H1", "H4"], Evidence(ROWS)))
     assert [row[0] for row in told.rows] == ["H1", "H4"]
     assert [row[2] for row in told.rows] == ["supported", "not tested"]
+
+
+def test_the_dose_response_has_a_row_for_each_measure_from_three_dictionaries_on():
+    gains = {"raw": 0.0} | {f"sae-{i}": 0.02 * i for i in range(4)}
+    rows = [
+        replace(r, settings={**r.settings, "d": 8, "l0": 9.0 - dose, "semantic_consistency": dose})
+        for r in noisy_labels(gains, seeds=5)
+        for dose in [gains[r.feature] * 10]
+    ]
+    table = dose_table(rows, [Dose(f"sae-{i}", 8, "mcc", i / 2) for i in range(2)])
+    assert [row[:3] for row in table.rows] == [
+        ("l0", "8", "4"),
+        ("semantic_consistency", "8", "4"),
+    ], "two dictionaries have no slope"
+    assert table.rows[0][3].startswith("-1.00 [") and table.rows[1][3].startswith("+1.00 [")
+    slope = float(table.rows[1][5].split()[0])
+    assert slope == pytest.approx(0.1, abs=0.03)
+    assert dose_table(ROWS).rows == ()
 
 
 def test_a_store_tells_all_of_it_and_says_what_could_not_be_worked_out(tmp_path):

@@ -28,6 +28,7 @@ SMALL = {
     "capture": {"hooks": ["blocks.1.mlp.hook_post"], "max_tokens": 1024, "max_density": 1.0},
 }
 FEW = {
+    "tasks": ["planted_polarity"],
     "suites": ["noisy_labels", "noisy_inputs", "ood"],
     "families": ["raw", {"name": "random_topk", "k": 4}],
     "seeds": 1,
@@ -84,7 +85,22 @@ def test_a_run_has_a_row_of_every_family_condition_and_seed(folder):
         assert store.sql("SELECT count(*) FROM dictionaries").fetchall() == [(3,)]
 
 
-def test_a_second_run_computes_nothing_and_a_changed_one_only_what_changed(folder, monkeypatch):
+def test_a_run_has_its_figures_and_a_verdict_on_what_it_registered(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    drawn = Path("runs/robustness_planted/robustness")
+    kinds = ("hidden_gaussian", "word_drop")
+    names = [*(f"noisy_inputs_{kind}.svg" for kind in kinds), "noisy_labels_symmetric.svg"]
+    assert sorted(path.name for path in drawn.iterdir()) == names
+    assert call("robustness", f"recipes/{PLANTED.name}") == 0
+    told = capsys.readouterr().out
+    assert all(f"{drawn / name}\n" in told for name in names)
+    assert "Hypotheses registered before the run, robustness_planted" in told
+    assert told.count("not tested") == 2 and "task planted_polarity has 1 whole seeds" in told
+
+
+def test_a_second_run_computes_nothing_and_a_changed_one_only_what_changed(
+    folder, monkeypatch, capsys
+):
     monkeypatch.chdir(folder)
     name, path = f"recipes/{PLANTED.name}", "runs/robustness_planted/store.duckdb"
     with astore.open(path) as store:
@@ -92,7 +108,12 @@ def test_a_second_run_computes_nothing_and_a_changed_one_only_what_changed(folde
     assert call("robustness", name) == 0
     with astore.open(path) as store:
         assert store.sql("SELECT max(created_at), count(*) FROM robustness").fetchall() == before
-    assert call("robustness", name, "robustness.seeds=2", "robustness.suites=[noisy_labels]") == 0
+    more = ("robustness.seeds=2", "robustness.suites=[noisy_labels]", "robustness.hypotheses=[H3]")
+    assert call("robustness", name, *more) == 0
+    told = capsys.readouterr()
+    assert "other settings' results set aside" in told.err, "with their figures"
+    assert len(list(Path("runs/robustness_planted/replaced").glob("*/robustness/*.svg"))) == 3
+    assert "H3" in told.out and "has 2 whole seeds, want 5" in told.out
     with astore.open(path) as store:
         new = store.sql(
             "SELECT DISTINCT suite, seed FROM robustness WHERE created_at > $then",
@@ -105,9 +126,10 @@ def test_a_second_run_computes_nothing_and_a_changed_one_only_what_changed(folde
 def test_the_guide_does_what_it_says(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     blocks = BLOCK.findall((ROOT / "docs" / "robustness.md").read_text())
-    assert [language for language, _ in blocks] == ["yaml", "bash", "python"]
-    (folder / "guide.yaml").write_text("name: g\nseed: 0\nmodel: {arch: crate}\n" + blocks[0][1])
-    assert call("check", "guide.yaml") == 0
+    assert [language for language, _ in blocks] == ["yaml", "bash", "python", "yaml", "yaml"]
+    for text in (text for language, text in blocks if language == "yaml"):
+        (folder / "guide.yaml").write_text("name: g\nseed: 0\nmodel: {arch: crate}\n" + text)
+        assert call("check", "guide.yaml") == 0
     commands = blocks[1][1].splitlines()
     assert [line.split()[1] for line in commands] == ["run", "robustness", "ls", "sql"]
     query = commands[3].split('"')[1]

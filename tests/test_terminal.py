@@ -65,8 +65,11 @@ def test_progress_goes_to_stderr(capsys):
 def test_a_table_in_a_pipe_is_never_cut_and_shows_text_as_it_is():
     console = plain()
     text = "word " * 60 + "[bold]not markup[/bold] \\[x]"
-    show_table(["hook", "act", "text"], [["h", 0.123456, text], ["h", None, ""]], console=console)
+    rows = [["h", 0.123456, text], ["h", None, ""]]
+    about = {"title": "all [bold] of it", "note": "y = [x1 > x2]"}
+    show_table(["hook", "act", "text"], rows, **about, console=console)
     assert text in written(console)
+    assert all(words in written(console) for words in about.values())
     assert "0.1235" in written(console)
 
 

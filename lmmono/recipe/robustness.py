@@ -4,14 +4,20 @@ Holds names alone, so that `lmmono check` knows them without what they stand for
 them with the registries.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    model_serializer,
+    model_validator,
+)
 
 from lmmono.errors import nearest
 from lmmono.recipe.sections import Count, Fraction, Section, clash
 
-SuiteName = Literal["noisy_labels", "noisy_inputs", "few_shot", "ood", "adversarial"]
+SuiteName = Literal["noisy_labels", "noisy_inputs", "few_shot", "ood", "adversarial", "fine_tuning"]
 TaskName = Literal[
     "planted_topic",
     "planted_polarity",
@@ -81,6 +87,9 @@ ModelNoise = Literal["embedding_gaussian", "embedding_uniform", "hidden_gaussian
 Attack = Literal["characters", "words"]
 Pooling = Literal["mean", "max", "last"]
 Hypothesis = Literal["H1", "H2", "H3", "H4"]
+TuningMode = Literal["full", "lora"]
+TuningLoss = Literal["ce", "label_smoothing", "gce", "sce"]
+LearningRate = Annotated[float, Field(gt=0.0)]
 
 FAMILY_SETTINGS: dict[str, tuple[str, ...]] = {
     "raw": (),
@@ -138,8 +147,55 @@ class Family(
         return "-".join([self.name, *sizes])
 
 
+def raise_repeats(section: Section, fields: tuple[str, ...]) -> None:
+    """Check that no value stands twice in a setting.
+
+    Raises:
+        PydanticCustomError: One does.
+    """
+    for field in fields:
+        values = getattr(section, field)
+        for i, value in enumerate(values):
+            if value in values[:i]:
+                raise clash("want each once", f"{field}.{i}", field)
+
+
 def _named(entry: Any) -> Any:
     return entry if isinstance(entry, dict | Family) else {"name": entry}
+
+
+class Tuning(Section):
+    """Suite `fine_tuning`: the model itself, tuned on the draws of `noisy_labels`."""
+
+    modes: tuple[TuningMode, ...] = Field(default=("full", "lora"), min_length=1)
+    """`full` moves every weight; `lora` adds low-rank updates to the model's linear layers."""
+    ranks: tuple[Count, ...] = Field(default=(8,), min_length=1)
+    """Ranks of LoRA's updates, each tuned by itself; whatever the rank, updates are scaled by 2."""
+    loss: TuningLoss = "ce"
+    """What is made small."""
+    epochs: Count = 3
+    """Passes over the training texts; kept is what does best on noisy validation labels."""
+    steps: Count | None = None
+    """Steps in all, in place of `epochs`; they are judged after every pass and at the end."""
+    batch_texts: Count = 16
+    """Texts per step."""
+    full_lr: tuple[LearningRate, ...] = Field(default=(5e-5,), min_length=1)
+    """Highest learning rates of mode full; of several, the best on noisy validation labels."""
+    lora_lr: tuple[LearningRate, ...] = Field(default=(5e-4,), min_length=1)
+    """The same for LoRA."""
+    pooling: Literal["mean", "last"] = "mean"
+    """How the tokens of a text become the one vector that the head reads."""
+    margins: tuple[Fraction, ...] = (1.0, 0.8, 0.4, 0.2)
+    """Signal margins that decide rates of label noise; kinds are those of `label_noise`."""
+    rates: tuple[Fraction, ...] = ()
+    """Further rates of label noise."""
+    seeds: Count | None = None
+    """Repetitions; null takes as many as the other suites."""
+
+    @model_validator(mode="after")
+    def _check_once(self) -> "Tuning":
+        raise_repeats(self, ("modes", "ranks", "full_lr", "lora_lr"))
+        return self
 
 
 class Robustness(Section):
@@ -198,6 +254,8 @@ class Robustness(Section):
     """Attacks on finished probes."""
     n_attacked: Count = 50
     """Test texts that are attacked."""
+    fine_tuning: Tuning = Tuning()
+    """How suite `fine_tuning` tunes the model."""
     hypotheses: tuple[Hypothesis, ...] = ()
     """What is expected, said before the run; the report gives each its verdict."""
     processes: Count = 1
@@ -205,14 +263,17 @@ class Robustness(Section):
 
     @model_validator(mode="after")
     def _check_once(self) -> "Robustness":
-        for field in ("suites", "tasks", "families", "learners", "poolings", "budgets"):
-            values = getattr(self, field)
-            for i, value in enumerate(values):
-                if value in values[:i]:
-                    raise clash("want each once", f"{field}.{i}", field)
+        raise_repeats(self, ("suites", "tasks", "families", "learners", "poolings", "budgets"))
         if self.suites and not self.families and not self.dictionaries:
             raise clash("want a family or a dictionary to read", "families", "dictionaries")
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Leave out the settings of a suite that is not named: they decide nothing."""
+        values = dump(self)
+        unused = set[str]() if "fine_tuning" in self.suites else {"fine_tuning"}
+        return {name: value for name, value in values.items() if name not in unused}
 
 
 MODEL_NOISE: tuple[str, ...] = get_args(ModelNoise)

@@ -22,9 +22,24 @@ from lmmono.robust.comparisons import (
     grouped,
     student_interval,
 )
-from lmmono.robust.doses import read_doses
+from lmmono.robust.doses import (
+    ROW_MEASURES,
+    SCORED,
+    Dose,
+    dose_responses,
+    doses_of,
+    read_doses,
+)
 from lmmono.robust.effective import EffectiveRobustness, effective_robustness
-from lmmono.robust.hypotheses import DENSE, Evidence, Verdict, first_word, verdicts
+from lmmono.robust.hypotheses import (
+    DENSE,
+    Evidence,
+    NotTestedError,
+    Verdict,
+    first_word,
+    gains_of,
+    verdicts,
+)
 from lmmono.robust.results import FULL, Result, read_results, severity_areas
 from lmmono.run import Run
 
@@ -35,7 +50,7 @@ def robustness_tables(
     baseline: str = "raw",
     hypotheses: Sequence[str] = (),
     metric: str = "accuracy",
-    measure: str = "semantic_consistency",
+    measure: str | None = None,
 ) -> list[Table]:
     """Return what a store says of robustness: values, differences, areas, domains, verdicts.
 
@@ -44,7 +59,8 @@ def robustness_tables(
         baseline: Family that the others are held against.
         hypotheses: Those that the recipe registered.
         metric: Metric of the rows.
-        measure: How monosemantic dictionaries are, for H3.
+        measure: How monosemantic dictionaries are, for H3: a metric of scorers; None takes what the
+            rows say of the codes that they are of.
 
     Raises:
         DataError: No row is of the baseline, or a hypothesis is unknown.
@@ -61,8 +77,10 @@ def robustness_tables(
     ]
     if any((each.split or "").startswith("ood:") for each in results):
         tables.append(_effective(results))
+    if (doses := dose_table(results, read_doses(store, SCORED))).rows:
+        tables.append(doses)
     if hypotheses:
-        evidence = Evidence(results, read_doses(store, measure))
+        evidence = Evidence(results, read_doses(store, [measure]) if measure else ())
         tables.append(verdict_table(verdicts(hypotheses, evidence)))
     return tables
 
@@ -76,15 +94,19 @@ def run_tables(run: Run) -> list[Table]:
     if not settings.suites or not run.is_done("robustness"):
         return []
     with astore.open(run.store_path) as store:
-        results, doses = read_results(store), read_doses(store)
+        results, scored = read_results(store), read_doses(store, SCORED, _hook_of(run))
     tables: list[Table] = []
     if settings.families:
-        areas = area_table(results, settings.families[0].label)
-        tables += [replace(areas, title=f"{areas.title}, {run.name}")] if areas.rows else []
+        tables.append(area_table(results, settings.families[0].label))
+    tables.append(dose_table(results, scored))
     if settings.hypotheses:
-        told = verdict_table(verdicts(settings.hypotheses, Evidence(results, doses)))
-        tables.append(replace(told, title=f"{told.title}, {run.name}"))
-    return tables
+        tables.append(verdict_table(verdicts(settings.hypotheses, Evidence(results))))
+    return [replace(each, title=f"{each.title}, {run.name}") for each in tables if each.rows]
+
+
+def _hook_of(run: Run) -> str | None:
+    hook = run.manifest.stages["robustness"].facts.get("hook")
+    return None if hook is None else str(hook)
 
 
 def _effective(results: Sequence[Result]) -> Table:
@@ -193,6 +215,47 @@ def effective_table(found: Iterable[EffectiveRobustness]) -> Table:
     )
 
 
+def dose_table(results: Sequence[Result], scored: Sequence[Dose] = ()) -> Table:
+    """Return how the gain under label noise goes with each measure, over dictionaries of one width.
+
+    Without rows where fewer than 3 dictionaries have a gain: of 20 on, H3 may be judged.
+
+    Args:
+        results: Rows of one metric; they say some measures themselves.
+        scored: Further measures of the same dictionaries.
+    """
+    evidence = Evidence(results)
+    doses = [dose for measure in ROW_MEASURES for dose in doses_of(results, measure)]
+    try:
+        found = dose_responses([*doses, *scored], gains_of(evidence))
+    except (NotTestedError, DataError):
+        found = []
+    rows = [
+        (
+            each.measure,
+            f"{each.width}",
+            f"{each.n}",
+            f"{each.rho:+.2f}" + _interval((each.ci_low, each.ci_high), "+.2f"),
+            f"{each.p:.2g}",
+            f"{each.slope:+.3g}" + _interval((each.slope_low, each.slope_high), "+.3g"),
+        )
+        for each in found
+    ]
+    return Table(
+        title="Gain under label noise against measures of dictionaries",
+        columns=("measure", "width", "dictionaries", "Spearman", "p", "slope"),
+        rows=tuple(rows),
+        note="Gain: mean over seeds and noisy conditions, less the best dense control, probes of "
+        "all coordinates. Interval of Bonett and Wright; p of dealing gains out anew, two-sided, "
+        "not corrected; slope of Theil and Sen, gain per unit of the measure. l0 is no measure of "
+        "meaning: what goes with it as well may be its doing.",
+    )
+
+
+def _interval(ends: tuple[float, float], form: str) -> str:
+    return "" if math.isnan(ends[0]) else f" [{ends[0]:{form}}, {ends[1]:{form}}]"
+
+
 def verdict_table(found: Iterable[Verdict]) -> Table:
     """Return the registered hypotheses with what came out."""
     rows = tuple((each.name, each.claim, each.outcome, each.reason) for each in found)
@@ -209,7 +272,7 @@ def curves_of(results: Sequence[Result]) -> list[list[Result]]:
     """Return the rows of each curve with those of its clean point, which has no kind or its own."""
 
     def about(each: Result) -> tuple[Any, ...]:
-        return each.suite, each.task, each.probe, each.n_shots, each.metric, each.split
+        return each.suite, each.task, each.learner, each.n_shots, each.metric, each.split
 
     clean = [each for each in results if each.level == 0.0]
     noisy = [each for each in results if each.level]
@@ -261,7 +324,7 @@ def title_of(first: Result, *, short: bool = False) -> str:
         return f"{first.task}{split}{shots}"
     better = METRICS[first.metric].better if first.metric in METRICS else "neither"
     arrow = "" if better == "neither" else f" ({better} is better)"
-    probe = f", {first.probe}" if first.probe else ""
+    probe = f", {first.learner}" if first.learner else ""
     return f"{first.task}{split}, {first.corruption}{probe}{shots}: {first.metric}{arrow}"
 
 

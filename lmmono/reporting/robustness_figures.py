@@ -5,16 +5,20 @@ Families are told apart by colour, marker and dash together, the same in every f
 
 import math
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+import activation_store as astore
+from lmmono.durable import disk_faults
 from lmmono.errors import RunError
 from lmmono.reporting.robustness import by_name, curves_of, family_name, mean_interval, title_of
 from lmmono.robust.comparisons import Comparison, compare_families, grouped
-from lmmono.robust.results import REAL, Result
+from lmmono.robust.results import REAL, Result, read_results
+from lmmono.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,8 +31,36 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", ":", "-.")
 """One for each round through the colours."""
 
+FIGURES = "robustness"
+"""Folder of a run that holds the figures of its suites."""
+
 Style = tuple[str, str, str]
 """Colour, marker and dash of a family."""
+
+
+def run_figures(run: Run) -> list[Path]:
+    """Draw the figures of a run's suites into its folder `robustness/`, which appears when whole.
+
+    Empty where there is nothing to draw: no suite has levels, or the recipe no family to hold the
+    others against.
+
+    Raises:
+        RunError: The suites are not done, or the folder cannot be written.
+    """
+    if not run.is_done("robustness"):
+        raise RunError(f"{run.dir}: no robustness yet; run `lmmono robustness {run.dir}` first")
+    with astore.open(run.store_path) as store:
+        results = read_results(store)
+    fresh, final = run.dir / f"{FIGURES}.tmp", run.dir / FIGURES
+    with disk_faults(fresh):
+        for folder in (fresh, final):
+            shutil.rmtree(folder, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        families = run.recipe.robustness.families
+        if families and any(each.level and each.corruption != REAL for each in results):
+            robustness_figures(results, families[0].label, fresh)
+        fresh.replace(final)
+    return sorted(final.iterdir())
 
 
 def robustness_figures(

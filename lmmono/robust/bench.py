@@ -4,11 +4,12 @@ A row is known by its key; `settings.digest` says of what it was computed: featu
 learner. A row that is there with the same digest is not computed again.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -35,6 +36,31 @@ Key = tuple[Any, ...]
 Encode = Callable[[Encoder, Sequence[str], str], Encoded]
 
 
+@runtime_checkable
+class Entrant(Protocol):
+    """What rows are held against each other: a code with a learner, or a model that is tuned."""
+
+    @property
+    def label(self) -> str:
+        """Name in column `feature`."""
+        ...
+
+    @property
+    def learner(self) -> str:
+        """Name in column `probe`."""
+        ...
+
+    @property
+    def identity(self) -> tuple[list[Any], list[Any]]:
+        """What decides its values beside model, task and draw: what it reads, how it learns."""
+        ...
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row says of it, in `settings`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Arm:
     """What a probe reads and how it learns: families are compared arm by arm."""
@@ -51,6 +77,29 @@ class Arm:
         """The feature in tables: with a budget, its name and that, as `sae@16`."""
         name = self.feature.name
         return name if self.budget is None else f"{name}@{self.budget}"
+
+    @property
+    def identity(self) -> tuple[list[Any], list[Any]]:
+        """Hook and pooling; family, learner and budget."""
+        feature = self.feature
+        return (
+            [feature.hook, feature.pooling],
+            [feature.family.digest, self.learner, self.budget],
+        )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row says of the code."""
+        feature, family = self.feature, self.feature.family
+        said: dict[str, Any] = {
+            "budget": "full" if self.budget is None else str(self.budget),
+            "hook": feature.hook,
+            "pooling": feature.pooling,
+            "d": family.d,
+            "l0": round(family.l0, 4),
+            "n_parameters": family.n_parameters,
+        }
+        return {**said, "dictionary": family.name} if family.hook else said
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +150,12 @@ class Bench:
         ]
         self._task_digest = task_digest(task)
 
+    def with_arms(self, arms: Sequence[Arm]) -> "Bench":
+        """Return the same task and features with other arms."""
+        other = copy.copy(self)
+        other.arms = list(arms)
+        return other
+
     def texts(self, part: str, indices: Int64[np.ndarray, " n"]) -> Texts:
         """Return the features of some texts of a part."""
         labelled = self.task.part(part)
@@ -114,22 +169,22 @@ class Bench:
         counts = (made.n_truncated, made.n_tokenless)
         return Texts(made.features, labels, *counts, self.task.n_classes)
 
-    def digest(self, arm: Arm, draw: Draw, judged: str) -> str:
+    def digest(self, arm: Entrant, draw: Draw, judged: str) -> str:
         """Return the hash of everything that decides a value beside its key.
 
         Args:
-            arm: What the probe reads and how it learns.
+            arm: What is read, and how it is learned from.
             draw: What it learns from.
             judged: Says which texts it is judged on.
         """
-        feature = arm.feature
+        reads, learns = arm.identity
         drawn = hashlib.sha256()
         for part in (draw.train, draw.labels, draw.val, draw.val_labels):
             drawn.update(np.ascontiguousarray(part, np.int64).tobytes() + b"/")
         parts: list[Any] = [
             VERSION,
-            [self.encoder.model_digest, self.encoder.n_ctx, feature.hook, feature.pooling],
-            [feature.family.digest, arm.learner, arm.budget],
+            [self.encoder.model_digest, self.encoder.n_ctx, *reads],
+            learns,
             [self._task_digest, drawn.hexdigest(), draw.failure, judged],
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -137,7 +192,7 @@ class Bench:
     def row(
         self,
         suite: Suite,
-        arm: Arm,
+        arm: Entrant,
         draw: Draw,
         split: str,
         *,
@@ -178,22 +233,9 @@ class Bench:
             "seconds": seconds,
         }
 
-    def _facts(self, arm: Arm, draw: Draw) -> dict[str, Any]:
-        feature, family = arm.feature, arm.feature.family
-        said: dict[str, Any] = {
-            "draw": 0,
-            "budget": "full" if arm.budget is None else str(arm.budget),
-            "n_classes": self.task.n_classes,
-            "hook": feature.hook,
-            "pooling": feature.pooling,
-            "d": family.d,
-            "l0": round(family.l0, 4),
-            "n_parameters": family.n_parameters,
-            "n_train": len(draw.train),
-            "n_val": len(draw.val),
-        }
-        named = {"dictionary": family.name} if family.hook else {}
-        return {**said, **named, **draw.facts}
+    def _facts(self, arm: Entrant, draw: Draw) -> dict[str, Any]:
+        sizes = {"n_train": len(draw.train), "n_val": len(draw.val)}
+        return {"draw": 0, "n_classes": self.task.n_classes, **arm.facts, **sizes, **draw.facts}
 
 
 def key_of(row: Mapping[str, Any]) -> Key:

@@ -1,7 +1,9 @@
 """Is a more monosemantic code a more robust one: gain over dictionaries against a measure of them.
 
-Only dictionaries of one width are held against each other: width alone changes both sides. A
-correlation over dictionaries that differ in how sparse they are is no cause either.
+Rows of table `robustness` say how monosemantic the code was that their probe read; scorers say more
+of dictionaries, in table `scores`. Only dictionaries of one width are held against each other:
+width alone changes both sides. A correlation over dictionaries that differ in how sparse they are
+is no cause either, so `l0` stands beside the measures.
 """
 
 import math
@@ -16,13 +18,27 @@ from scipy.stats import norm, permutation_test, rankdata, theilslopes
 
 import activation_store as astore
 from lmmono.robust.comparisons import LEVEL, N_RESAMPLES
+from lmmono.robust.results import FULL, Result
 
 MIN_DICTIONARIES = 4
 """Fewer have no interval."""
 
+CONSISTENCY = "semantic_consistency"
+"""The measure of H3, corrected for chance; see `lmmono.robust.consistency`."""
+
+ROW_MEASURES = (CONSISTENCY, "l0")
+"""What rows of table `robustness` say of codes, in `settings`."""
+
+SCORED = ("semantic_consistency_top", "fms_corrected", "mcc")
+"""What scorers say of latents or dictionaries, corrected for chance or held against the truth."""
+
 _DOSES = """SELECT d.name AS feature, d.d_sae AS width, s.metric AS measure, s.value
-    FROM scores s JOIN dictionaries d ON s.hook = d.latents_hook
-    WHERE s.metric = $measure AND s.unit IS NULL AND s.control IS NULL AND s.value IS NOT NULL
+    FROM scores s JOIN dictionaries d
+        ON s.hook = d.latents_hook OR (s.hook = d.hook AND s.dictionary = d.name)
+    WHERE list_contains($measures::VARCHAR[], s.metric) AND s.unit IS NULL AND s.control IS NULL
+        AND s.value IS NOT NULL AND (d.hook = $hook OR $hook IS NULL)
+    QUALIFY row_number() OVER (
+        PARTITION BY d.name, s.metric ORDER BY d.hook, s.preset NULLS FIRST, s.seed) = 1
     ORDER BY ALL"""
 
 
@@ -66,9 +82,50 @@ class DoseResponse:
     """Upper end."""
 
 
-def read_doses(store: astore.Store, measure: str = "semantic_consistency") -> list[Dose]:
-    """Return the measure of every dictionary whose latents were captured and scored."""
-    rows = store.sql(_DOSES, measure=measure).to_arrow_table().to_pylist()
+def doses_of(results: Sequence[Result], measure: str = CONSISTENCY) -> list[Dose]:
+    """Return what rows say of the code of each family: the mean over tasks of one measure.
+
+    A family without the measure on a task where others have it is left out: a mean over fewer tasks
+    would be another measure.
+
+    Args:
+        results: Rows; those with a budget or a further pooling say nothing of dictionaries here.
+        measure: One of `ROW_MEASURES`.
+    """
+    found: dict[str, dict[str, float]] = {}
+    widths: dict[str, int] = {}
+    for each in results:
+        value, width = each.settings.get(measure), each.settings.get("d")
+        if is_whole(each) and value is not None and width is not None:
+            found.setdefault(each.feature, {})[each.task] = float(value)
+            widths[each.feature] = int(width)
+    tasks = {task for by_task in found.values() for task in by_task}
+    return [
+        Dose(feature, widths[feature], measure, float(np.mean(list(by_task.values()))))
+        for feature, by_task in sorted(found.items())
+        if by_task.keys() == tasks
+    ]
+
+
+def is_whole(result: Result) -> bool:
+    """Say whether a row is of all coordinates, pooled as the first pooling does.
+
+    Further poolings of a dictionary are the same dictionary, and it must not count twice.
+    """
+    return result.budget == FULL and ":" not in result.feature
+
+
+def read_doses(
+    store: astore.Store, measures: Sequence[str] = (CONSISTENCY,), hook: str | None = None
+) -> list[Dose]:
+    """Return the measures of every dictionary that was scored: by name, or by its latents.
+
+    Args:
+        store: Open store.
+        measures: Metrics of table `scores`.
+        hook: Hook of the dictionaries; None takes the first of each name.
+    """
+    rows = store.sql(_DOSES, measures=list(measures), hook=hook).to_arrow_table().to_pylist()
     return [Dose(**row) for row in rows]
 
 

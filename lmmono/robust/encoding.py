@@ -99,6 +99,8 @@ class Encoder:
 
     Attributes:
         features: What is computed, by name.
+        model: The model.
+        tokenizer: Its tokenizer.
         model_digest: SHA-256 of the model's weights.
         n_ctx: Most tokens of a text; None where the model has no limit.
     """
@@ -122,8 +124,9 @@ class Encoder:
         if len(set(names)) < len(names):
             raise RobustnessError(f"features: want names of their own, got {', '.join(names)}")
         self.features = {feature.name: feature for feature in features}
-        self.model_digest, self._model = weights_digest(network), network
-        self._seed, self._tokenize = seed, plain_encoder(tokenizer)
+        self.model_digest, self.model = weights_digest(network), network
+        self.tokenizer, self._tokenize = tokenizer, plain_encoder(tokenizer)
+        self._seed = seed
         config: Any = getattr(network, "config", None)
         self.n_ctx: int | None = getattr(config, "max_position_embeddings", None)
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
@@ -225,13 +228,13 @@ class Encoder:
 
     def _batches(self, ids: Sequence[np.ndarray], noise: InputNoise | None) -> "Iterator[_Batch]":
         """Run the model over texts of similar length together; yields rows without padding."""
-        was_training = self._model.training
-        self._model.eval()
+        was_training = self.model.training
+        self.model.eval()
         try:
             for texts in _alike([len(each) for each in ids]):
                 yield self._run([ids[i] for i in texts], texts, noise)
         finally:
-            self._model.train(was_training)
+            self.model.train(was_training)
 
     def _run(
         self, ids: Sequence[np.ndarray], texts: list[int], noise: InputNoise | None
@@ -241,7 +244,7 @@ class Encoder:
         for row, each in zip(block, ids, strict=True):
             row[: len(each)] = each
         with self._noised(noise, texts, lengths):
-            acts = run_until(self._model, torch.from_numpy(block), self.hooks)
+            acts = run_until(self.model, torch.from_numpy(block), self.hooks)
         rows: dict[str, Tensor] = {}
         for stream, hook in enumerate(self.hooks):
             flat = acts[hook].flatten(2).float()
@@ -265,9 +268,9 @@ class Encoder:
         """Return the context in which token embeddings are noisy; the first token never is."""
         if noise is None or noise.kind == "hidden_gaussian" or not noise.severity:
             return nullcontext()
-        if EMBED not in hook_names(self._model):
+        if EMBED not in hook_names(self.model):
             raise RobustnessError(f"{noise.kind}: the model has no {EMBED} to put noise on")
-        table: Any = self._model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        table: Any = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
         scale = float(table.weight.detach().float().square().mean().sqrt())
 
         def add(x: Tensor) -> Tensor:
@@ -278,7 +281,7 @@ class Encoder:
                 changed[row, 1 : 1 + n] += drawn.to(x.device, x.dtype)
             return changed
 
-        return attached(self._model, {EMBED: add})
+        return attached(self.model, {EMBED: add})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,9 +5,11 @@ end-of-text token, as in `lmmono.robust.encoding`. The model that is given is le
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -21,19 +23,17 @@ from transformers.pytorch_utils import Conv1D
 from lmmono.data.encoding import plain_encoder
 from lmmono.errors import RobustnessError
 from lmmono.models.hooks import bare
+from lmmono.recipe.robustness import TuningLoss, TuningMode
 from lmmono.robust import losses
 from lmmono.types import Progress, silent
 
-Method = Literal["full", "lora"]
-LossName = Literal["ce", "label_smoothing", "gce", "sce"]
-
-LOSSES: dict[LossName, Callable[[Tensor, Tensor], Tensor]] = {
+LOSSES: dict[TuningLoss, Callable[[Tensor, Tensor], Tensor]] = {
     "ce": losses.cross_entropy,
     "label_smoothing": losses.label_smoothing,
     "gce": losses.generalised_cross_entropy,
     "sce": losses.symmetric_cross_entropy,
 }
-LEARNING_RATES: dict[Method, float] = {"full": 5e-5, "lora": 5e-4}
+LEARNING_RATES: dict[TuningMode, float] = {"full": 5e-5, "lora": 5e-4}
 MAX_NORM = 1.0
 """Gradients are shortened to this length."""
 
@@ -42,10 +42,13 @@ MAX_NORM = 1.0
 class FineTuning:
     """How a model is tuned."""
 
-    method: Method = "full"
+    method: TuningMode = "full"
     """`full` moves every weight; `lora` adds low-rank updates to the model's linear layers."""
-    loss: LossName = "ce"
+    loss: TuningLoss = "ce"
     epochs: int = 3
+    """Passes over the training texts, each judged on the validation texts."""
+    steps: int | None = None
+    """Steps in all, in place of `epochs`: the last pass is then cut short."""
     batch_texts: int = 16
     lr: float | None = None
     """Highest learning rate, after a tenth of the steps; None: 5e-5, for LoRA 5e-4."""
@@ -112,8 +115,13 @@ class Classifier:
         """Return the share of texts that are put in their class."""
         return float((self.predict(data.texts).argmax(axis=1) == data.labels).mean())
 
+    @property
+    def best(self) -> Epoch:
+        """What is known of the epoch whose weights these are."""
+        return self.history[self.chosen_epoch]
+
     def __repr__(self) -> str:
-        best = self.history[self.chosen_epoch]
+        best = self.best
         return (
             f"Classifier({self.n_trained} weights trained, epoch {self.chosen_epoch + 1} of "
             f"{len(self.history)}, {best.val_accuracy:.3f} of given validation labels)"
@@ -146,7 +154,8 @@ def finetune(
         progress: Called after every epoch.
 
     Raises:
-        RobustnessError: Labels that cannot be learned from, no tokenizer, or peft is not installed.
+        RobustnessError: Labels that cannot be learned from, no tokenizer, peft is not installed, or
+            the loss is no number any more.
     """
     how, network = settings or FineTuning(), bare(model)
     _check(train, val, n_classes)
@@ -231,15 +240,17 @@ def _train(
     network, reader = classifier._network, classifier._reader  # pyright: ignore[reportPrivateUsage]
     ids, classifier.n_truncated = reader.read(train.texts)
     labels, order = torch.from_numpy(train.labels), np.random.default_rng(seed)
-    n_steps = how.epochs * -(-len(ids) // how.batch_texts)
+    per_epoch = -(-len(ids) // how.batch_texts)
+    n_steps = how.epochs * per_epoch if how.steps is None else how.steps
     lr = LEARNING_RATES[how.method] if how.lr is None else how.lr
     optimizer = torch.optim.AdamW(network.trained(), lr=lr, weight_decay=how.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _slope(step, n_steps))
     best: tuple[tuple[float, float], list[Tensor]] | None = None
-    for epoch in range(how.epochs):
+    for epoch in range(-(-n_steps // per_epoch)):
         network.train()
-        total = 0.0
-        for rows in _batches(len(ids), how.batch_texts, order):
+        total, n_seen = 0.0, 0
+        left = n_steps - epoch * per_epoch
+        for rows in islice(_batches(len(ids), how.batch_texts, order), left):
             logits = network(*reader.block([ids[i] for i in rows]))
             loss = LOSSES[how.loss](logits.T, labels[rows].to(logits.device)).mean()
             optimizer.zero_grad()
@@ -247,10 +258,12 @@ def _train(
             nn.utils.clip_grad_norm_(network.trained(), MAX_NORM)
             optimizer.step()
             schedule.step()
-            total += float(loss.detach()) * len(rows)
-        done = Epoch(total / len(ids), classifier.accuracy(val))
+            total, n_seen = total + float(loss.detach()) * len(rows), n_seen + len(rows)
+        if not math.isfinite(total):
+            raise RobustnessError(f"tuning diverged in epoch {epoch + 1}: want an lr below {lr:g}")
+        done = Epoch(total / n_seen, classifier.accuracy(val))
         classifier.history += (done,)
-        progress("epochs", epoch + 1, how.epochs, loss=done.train_loss)
+        progress("epochs", epoch + 1, -(-n_steps // per_epoch), loss=done.train_loss)
         value = (done.val_accuracy, -done.train_loss)
         if best is None or value[0] > best[0][0]:
             classifier.chosen_epoch = epoch

@@ -7,6 +7,7 @@ out too. Nothing here reads a row that the hypothesis does not name.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,7 +18,7 @@ from numpy import ndarray
 
 from lmmono.errors import DataError, nearest
 from lmmono.robust.comparisons import Effect, by_seed, effect, holm
-from lmmono.robust.doses import Dose, dose_responses
+from lmmono.robust.doses import Dose, dose_responses, doses_of, is_whole
 from lmmono.robust.effective import EffectiveRobustness, effective_robustness
 from lmmono.robust.results import Result
 
@@ -101,7 +102,7 @@ class Evidence:
     results: Sequence[Result]
     """Rows of one metric."""
     doses: Sequence[Dose] = ()
-    """How monosemantic each dictionary is."""
+    """How monosemantic each dictionary is, for H3; none: as the rows themselves say."""
     probe: str = "logistic"
     """Learner whose rows count: tuned on noisy validation labels."""
     claimed: Sequence[str] | None = None
@@ -285,35 +286,46 @@ def _h2(evidence: Evidence) -> list[Finding]:
 
 def _h3(evidence: Evidence) -> list[Finding]:
     """Return how the gain under label noise goes with the measure, width by width."""
-    rows = _noisy_labels(evidence, 0.0, 1.0)
-    gains = _gains(evidence, rows)
-    found = [r for r in dose_responses(evidence.doses, gains) if r.n >= MIN_DICTIONARIES]
-    if not found:
-        most = max((r.n for r in dose_responses(evidence.doses, gains)), default=0)
+    rows = [each for each in _noisy_labels(evidence, 0.0, 1.0) if is_whole(each)]
+    gains = gains_of(evidence, rows)
+    doses = evidence.doses or doses_of(rows)
+    widths = Counter(each.width for each in doses if each.feature in gains)
+    if max(widths.values(), default=0) < MIN_DICTIONARIES:
+        most = ", ".join(f"{n} of width {width}" for width, n in sorted(widths.items()))
         raise NotTestedError(
             f"want {MIN_DICTIONARIES} dictionaries of one width with a measure and a gain, "
-            f"got at most {most}"
+            f"got {most or 'none'}"
         )
+    found = [r for r in dose_responses(doses, gains) if r.n >= MIN_DICTIONARIES]
+    if not found:
+        raise NotTestedError("the measure or the gain is the same in all dictionaries")
     return [
         Finding(f"width {r.width}", r.measure, r.rho, r.ci_low, r.ci_high, r.p, 1.0, r.n)
         for r in found
     ]
 
 
-def _gains(evidence: Evidence, rows: Sequence[Result]) -> Mapping[str, float]:
-    """Return each claimed family's mean gain over the best dense control, at the full budget."""
-    full = [each for each in rows if each.budget == "full"]
+def gains_of(evidence: Evidence, rows: Sequence[Result] | None = None) -> Mapping[str, float]:
+    """Return each claimed family's mean gain over the best dense control, at the full budget.
+
+    Args:
+        evidence: Says which families are claimed and which are controls.
+        rows: Rows to take it from; None: all of the evidence's under label noise.
+
+    Raises:
+        NotTestedError: There are none of either, or too few.
+    """
+    if rows is None:
+        rows = _noisy_labels(evidence, 0.0, 1.0)
+    full = [each for each in rows if is_whole(each)]
     controls = sorted({each.feature for each in full if evidence.is_dense(each.feature)})
     claimed = sorted({each.feature for each in full if evidence.is_claimed(each.feature)})
     if not controls or not claimed:
         raise NotTestedError("want rows of dictionaries and of a dense control at the full budget")
-    names = {each.feature: str(each.settings.get("dictionary", each.feature)) for each in full}
     gains: dict[str, float] = {}
     for feature in claimed:
         by_control = differences(full, feature, controls).values()
-        gains[names[feature]] = min(
-            float(np.mean([each.mean() for each in part])) for part in by_control
-        )
+        gains[feature] = min(float(np.mean([each.mean() for each in part])) for part in by_control)
     return gains
 
 

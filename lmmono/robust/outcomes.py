@@ -83,7 +83,8 @@ def _condition(group: Sequence[Result], features: Sequence[str]) -> Iterator[str
     budget = "" if first.budget == "full" else f" budget {first.budget}"
     where = "" if first.split == "test" else f" {first.split}"
     about = f"{first.suite} {first.task}{where} {first.corruption or ''}{strength}{shots}{budget}"
-    yield f"  {' '.join(about.split())} [{first.probe}]: {'; '.join(told)}"
+    learner = "" if first.learner is None else f" [{first.learner}]"
+    yield f"  {' '.join(about.split())}{learner}: {'; '.join(told)}"
 
 
 def _told(feature: str, mine: Sequence[Result], baseline: Sequence[Result]) -> str:

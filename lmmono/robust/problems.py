@@ -13,6 +13,9 @@ from torch import Tensor
 
 from lmmono.errors import RobustnessError
 
+NO_VALIDATION = "no validation example to choose settings on"
+"""Why nothing can be learned from training texts alone."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Problems:
@@ -122,7 +125,7 @@ def _fault(counts: list[int], n_val: int) -> str | None:
         return f"all {n} training labels are class {counts.index(n)}"
     if missing:
         return f"no training label is of class {', '.join(map(str, missing))}"
-    return None if n_val else "no validation example to choose settings on"
+    return None if n_val else NO_VALIDATION
 
 
 @dataclass(frozen=True, slots=True, eq=False)

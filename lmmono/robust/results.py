@@ -22,6 +22,9 @@ FULL = "full"
 REAL = "real"
 """Kind of label noise that a set has by itself: one strength, and no curve."""
 
+FINE_TUNING = "fine_tuning"
+"""Suite whose rows compare learners: the model tuned, and probes on its codes."""
+
 _RESULTS = """SELECT suite, task, feature, corruption, level, probe, n_shots, metric, split, seed,
     value, n, failure, settings FROM robustness
     WHERE seed IS NOT NULL AND metric = $metric ORDER BY ALL"""
@@ -81,9 +84,14 @@ class Result:
         return "as given" if self.corruption == REAL and self.level else self.level
 
     @property
+    def learner(self) -> str | None:
+        """Learner that families share; None where learners are what is compared."""
+        return None if self.suite == FINE_TUNING else self.probe
+
+    @property
     def condition(self) -> tuple[Any, ...]:
         """Return what else they must share: all but the family, its budget, task, seed, draw."""
-        parts = (self.suite, self.corruption, self.strength, self.probe, self.n_shots)
+        parts = (self.suite, self.corruption, self.strength, self.learner, self.n_shots)
         return *parts, self.metric, self.split
 
     @property
@@ -141,12 +149,12 @@ def severity_areas(results: Iterable[Result]) -> list[Result]:
 
 
 def _curve(result: Result) -> tuple[Any, ...]:
-    about = (result.suite, result.feature, result.budget, result.probe, result.n_shots)
+    about = (result.suite, result.feature, result.budget, result.learner, result.n_shots)
     return *about, result.metric, result.split, *result.key
 
 
 def _kind(result: Result) -> tuple[Any, ...]:
-    about = (result.suite, result.task, result.corruption, result.probe, result.n_shots)
+    about = (result.suite, result.task, result.corruption, result.learner, result.n_shots)
     return *about, result.metric, result.split
 
 

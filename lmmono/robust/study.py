@@ -24,14 +24,21 @@ from lmmono.robust.inputs import noised_rows
 from lmmono.robust.layers import choose_hook
 from lmmono.robust.outcomes import Outcomes
 from lmmono.robust.probing import Solve, solving
+from lmmono.robust.results import FINE_TUNING
 from lmmono.robust.stored import FeatureStore
 from lmmono.robust.suites import Suite, find_suite
+from lmmono.robust.tuned import tuned_rows, tuners
 from lmmono.types import Progress, silent
 
 DEFAULT = {"dense": None, "neurons": "neurons"}
 """Families where none are given: the stream as it is, and the neurons of its layer."""
 
-_ROWS = {"clean": suite_rows, "noisy": noised_rows, "attacked": attacked_rows}
+_ROWS = {
+    "clean": suite_rows,
+    "noisy": noised_rows,
+    "attacked": attacked_rows,
+    "tuned": tuned_rows,
+}
 
 _THERE = """SELECT suite, task, feature, corruption, level, probe, n_shots, seed, split, metric,
     settings->>'digest' AS digest, value FROM robustness WHERE seed IS NOT NULL"""
@@ -64,7 +71,8 @@ def robustness(
     Args:
         model: Any model of `lmmono.models.hooks`.
         tasks: Names, see `lmmono ls tasks`, or tasks.
-        suite: Names of suites: noisy_labels, noisy_inputs, few_shot, ood, adversarial.
+        suite: Names of suites: noisy_labels, noisy_inputs, few_shot, ood, adversarial,
+            fine_tuning.
         features: Families by the name they get in tables; see `lmmono.robust.families.as_family`.
             The others are compared with the first.
         seeds: Repetitions.
@@ -102,9 +110,8 @@ def _checked(given: Mapping[str, Any]) -> Robustness:
     """
     names = ("learners", "poolings", "label_noise", "input_noise", "attacks")
     plain = {k: (v,) if k in names and isinstance(v, str) else v for k, v in given.items()}
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
     try:
-        return Robustness.model_validate(tuples)
+        return Robustness.model_validate(_with_tuples(plain))
     except ValidationError as error:
         faults = [
             f"robustness: {'.'.join(map(str, fault['loc']))}: {fault['msg']}, "
@@ -112,6 +119,13 @@ def _checked(given: Mapping[str, Any]) -> Robustness:
             for fault in error.errors(include_url=False)
         ]
         raise RobustnessError("\n".join(faults)) from None
+
+
+def _with_tuples(value: Any) -> Any:
+    """Return a setting with tuples for lists, as sections want them."""
+    if isinstance(value, Mapping):
+        return {key: _with_tuples(each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,13 +158,19 @@ class Study:
         every = made if self.store is None else self._stored()
         seconds = time.perf_counter() - began
         n_found = len(every) - len(made)
-        features = tuple(f"{n}:{p}" if i else n for n, i, p in self._named())
-        return Outcomes(self.store, tuple(every), hook, features, len(made), n_found, seconds)
+        names = (*self._named(), *self._tuned())
+        return Outcomes(self.store, tuple(every), hook, names, len(made), n_found, seconds)
 
-    def _named(self) -> Iterator[tuple[str, int, str]]:
+    def _named(self) -> Iterator[str]:
+        """Yield the names of features in tables."""
         for name in self.features:
             for i, pooling in enumerate(self.settings.poolings):
-                yield name, i, pooling
+                yield f"{name}:{pooling}" if i else name
+
+    def _tuned(self) -> list[str]:
+        """Return the names of tuned models in tables."""
+        wanted = FINE_TUNING in self.settings.suites
+        return [tuner.label for tuner in tuners(self.settings.fine_tuning)] if wanted else []
 
     def _check(self) -> None:
         names = [task.name for task in self.tasks]
@@ -207,7 +227,7 @@ class Study:
     def _suite(
         self, bench: Bench, suite: Suite, there: Mapping[Key, str], solve: Solve
     ) -> Iterator[Rows]:
-        for rows in _ROWS[suite.inputs](bench, suite, there, solve):
+        for rows in _ROWS[suite.judged](bench, suite, there, solve):
             if rows:
                 yield rows
 
@@ -237,9 +257,12 @@ class Study:
         tasks = [task.name for task in self.tasks]
         suites = list(self.settings.suites)
         rows = self.store.sql(_FOUND, suites=suites, tasks=tasks).to_arrow_table().to_pylist()
-        names = {f"{n}:{p}" if i else n for n, i, p in self._named()}
+        names, tuned = set(self._named()), set(self._tuned())
         return [
             {**row, "settings": json.loads(row["settings"])}
             for row in rows
-            if row["feature"].partition("@")[0] in names and row["probe"] in self.settings.learners
+            if row["feature"] in tuned
+            or (
+                row["feature"].partition("@")[0] in names and row["probe"] in self.settings.learners
+            )
         ]

@@ -18,6 +18,7 @@ from lmmono.data.corruption.weak import Opinions, weak_opinions
 from lmmono.data.tasks.task import OOD, Task
 from lmmono.errors import DataError, RobustnessError, nearest
 from lmmono.recipe.robustness import Robustness
+from lmmono.robust.results import FINE_TUNING
 
 VALIDATION_STREAM = 1_000_003
 """Added to a seed for the noise of validation labels."""
@@ -25,7 +26,7 @@ VALIDATION_STREAM = 1_000_003
 FEW = 64
 """Labelled examples, in all, up to which a draw is repeated `resamples` times."""
 
-Inputs = Literal["clean", "noisy", "attacked"]
+Judged = Literal["clean", "noisy", "attacked", "tuned"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,8 +65,9 @@ class Suite:
     """What it does."""
     draws: Callable[[Task, Robustness], Iterator[Draw]]
     """Its learning problems."""
-    inputs: Inputs = "clean"
-    """What becomes of test texts."""
+    judged: Judged = "clean"
+    """What is judged: probes on test texts as they are, with noise or under attack; or, on them as
+    they are, the model tuned beside probes."""
     elsewhere: bool = False
     """Whether probes are judged on the task's other domains too."""
 
@@ -243,6 +245,13 @@ def _confusion(
     return counts / counts.sum(axis=1, keepdims=True)
 
 
+def _tuning(task: Task, settings: Robustness) -> Iterator[Draw]:
+    """Yield the draws of noisy labels, of fewer rates and seeds: tuning costs more than probing."""
+    how = settings.fine_tuning
+    changed = {"margins": how.margins, "rates": how.rates, "seeds": how.seeds or settings.seeds}
+    yield from _noisy_labels(task, settings.model_copy(update=changed))
+
+
 def _hopeless(kind: str, rate: float, n_classes: int) -> bool:
     """Say whether another class is as likely as the true one, whatever is drawn."""
     limit = {"symmetric": (n_classes - 1) / n_classes, "pair_flip": 0.5}.get(kind)
@@ -294,6 +303,7 @@ SUITES = {
         Suite("few_shot", "k labelled texts per class", _few_shot),
         Suite("ood", "probes judged on other domains", _elsewhere, elsewhere=True),
         Suite("adversarial", "edits of test texts chosen against the probe", _clean, "attacked"),
+        Suite(FINE_TUNING, "the model tuned on flipped labels, beside probes", _tuning, "tuned"),
     )
 }
 """Suites by name; recipes name the same."""
