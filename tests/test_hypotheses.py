@@ -151,6 +151,7 @@ def test_h3_takes_the_measure_from_the_rows_themselves():
     ]
     reason = verdict("H3", lacking).reason
     assert reason.endswith("got 19 of width 64"), "a mean over fewer tasks is another measure"
+    assert verdict("H3", rows, doses=[]).reason.endswith("got none"), "another was asked for"
     same = said_of_codes(rows, dict.fromkeys(gains, 0.5))
     assert "is the same in all dictionaries" in verdict("H3", same).reason
 

@@ -80,7 +80,7 @@ def robustness_tables(
     if (doses := dose_table(results, read_doses(store, SCORED))).rows:
         tables.append(doses)
     if hypotheses:
-        evidence = Evidence(results, read_doses(store, [measure]) if measure else ())
+        evidence = Evidence(results, read_doses(store, [measure]) if measure else None)
         tables.append(verdict_table(verdicts(hypotheses, evidence)))
     return tables
 

@@ -101,8 +101,8 @@ class Evidence:
 
     results: Sequence[Result]
     """Rows of one metric."""
-    doses: Sequence[Dose] = ()
-    """How monosemantic each dictionary is, for H3; none: as the rows themselves say."""
+    doses: Sequence[Dose] | None = None
+    """How monosemantic each dictionary is, for H3; None takes what the rows say of their codes."""
     probe: str = "logistic"
     """Learner whose rows count: tuned on noisy validation labels."""
     claimed: Sequence[str] | None = None
@@ -288,7 +288,7 @@ def _h3(evidence: Evidence) -> list[Finding]:
     """Return how the gain under label noise goes with the measure, width by width."""
     rows = [each for each in _noisy_labels(evidence, 0.0, 1.0) if is_whole(each)]
     gains = gains_of(evidence, rows)
-    doses = evidence.doses or doses_of(rows)
+    doses = doses_of(rows) if evidence.doses is None else evidence.doses
     widths = Counter(each.width for each in doses if each.feature in gains)
     if max(widths.values(), default=0) < MIN_DICTIONARIES:
         most = ", ".join(f"{n} of width {width}" for width, n in sorted(widths.items()))
