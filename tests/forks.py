@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -38,9 +39,10 @@ class Fork:
         self.process.start()
 
     def send(self, number: int) -> None:
-        """Send it a signal."""
+        """Send it a signal, if it has not ended."""
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
 
     def wait(self, seconds: float = 600) -> int:
         """Return its exit code, negative for a signal; kill it when it takes too long."""

@@ -8,12 +8,13 @@ evenly from that time.
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
+
+import forks
 
 N_KILLS = int(os.environ.get("STORE_KILLS", "3"))
 
@@ -29,23 +30,22 @@ class Kills:
         self.n_inside = 0
         self._moments = random.Random(seed)
 
-    def run(self, command: Sequence[str]) -> None:
-        """Run the program to its end; the first time says how long its work takes."""
-        with _started(command) as process:
-            began = time.monotonic()
-            assert process.stdout is not None
-            assert process.stdout.readline() == "end\n"
-            self.seconds = self.seconds or time.monotonic() - began
-        assert process.returncode == 0
+    def run(self, arguments: Sequence[str]) -> None:
+        """Run `python ARGUMENTS` to its end; the first time says how long its work takes."""
+        fork = _started(arguments)
+        began = time.monotonic()
+        _wait_for(fork, "end\n")
+        self.seconds = self.seconds or time.monotonic() - began
+        assert fork.wait() == 0, fork.stderr
 
-    def kill(self, command: Sequence[str], seconds: float | None = None) -> bool:
-        """Kill the program within its work; False where it was done before that."""
-        with _started(command) as process:
-            time.sleep(self._moments.uniform(0, seconds or self.seconds))
-            process.send_signal(signal.SIGKILL)
-            assert process.stdout is not None
-            inside = process.stdout.read() == ""
-        assert process.returncode == -signal.SIGKILL or not inside
+    def kill(self, arguments: Sequence[str], seconds: float | None = None) -> bool:
+        """Kill `python ARGUMENTS` within its work; False where it was done before that."""
+        fork = _started(arguments)
+        time.sleep(self._moments.uniform(0, seconds or self.seconds))
+        fork.send(signal.SIGKILL)
+        code = fork.wait()
+        inside = not fork.stdout.endswith("end\n")
+        assert code == -signal.SIGKILL or not inside, fork.stderr
         self.n_inside += inside
         return inside
 
@@ -66,11 +66,18 @@ class Kills:
         assert n < 50 or len(self.states) >= n_states, "the kills all fell at one moment"
 
 
-def _started(command: Sequence[str]) -> "subprocess.Popen[str]":
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "begin\n"
-    return process
+def _started(arguments: Sequence[str]) -> forks.Fork:
+    fork = forks.start(*arguments)
+    _wait_for(fork, "begin\n")
+    return fork
+
+
+def _wait_for(fork: forks.Fork, line: str) -> None:
+    alive = True
+    while line not in (fork.folder / "out").read_text():
+        assert alive, (fork.folder / "err").read_text()
+        time.sleep(0.002)
+        alive = fork.process.is_alive()
 
 
 def remains(path: Path, names: set[str]) -> tuple[str, ...]:

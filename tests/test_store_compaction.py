@@ -168,11 +168,11 @@ print("end", flush=True)
 def test_a_compaction_killed_at_random_moments_changes_nothing_or_everything(template, tmp_path):
     want, kills = rows(template), Kills("compaction", seed=2)
     shutil.copytree(template, tmp_path / "measured")
-    kills.run([sys.executable, "-c", KILLED, str(tmp_path / "measured")])
+    kills.run(["-c", KILLED, str(tmp_path / "measured")])
     for i in range(N_KILLS):
         path = tmp_path / f"run{i}"
         shutil.copytree(template, path)
-        kills.kill([sys.executable, "-c", KILLED, str(path)])
+        kills.kill(["-c", KILLED, str(path)])
         with duckdb.connect(path / "store.duckdb", read_only=True) as con:
             names = state_files.all_names(con)
         n_files = len(acts_files(path))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import forks
 import numpy as np
 import pytest
 from kills import N_KILLS, Kills, remains
@@ -86,7 +87,7 @@ def content(path: Path) -> dict[str, Any]:
 
 
 def command(path: Path, rank: int = 0, world_size: int = 1) -> list[str]:
-    return [sys.executable, __file__, str(path), str(rank), str(world_size)]
+    return [__file__, str(path), str(rank), str(world_size)]
 
 
 @pytest.fixture(scope="module")
@@ -125,17 +126,16 @@ def test_two_processes_capture_into_one_store_while_a_third_reads(
 ) -> None:
     path = tmp_path / "store.duckdb"
     astore.open(path, mode="w").close()
-    ranks = [subprocess.Popen(command(path, rank, 2), stdout=subprocess.DEVNULL) for rank in (0, 1)]
+    ranks = [forks.start(*command(path, rank, 2)) for rank in (0, 1)]
     seen: list[int] = []
-    while any(process.poll() is None for process in ranks):
+    while any(rank.process.is_alive() for rank in ranks):
         with astore.open(path) as store:
             n_acts = store.sql("SELECT count(*) FROM activations").fetchall()[0][0]
             held = store.sql("SELECT max(n_acts) FROM hooks").fetchall()[0][0] or 0
             assert n_acts == held, "a reader sees the rows of one commit, all of them"
             seen.append(n_acts)
         time.sleep(0.05)
-    for process in ranks:
-        assert process.wait() == 0
+    assert [rank.wait() for rank in ranks] == [0, 0], [rank.stderr for rank in ranks]
     assert seen == sorted(seen)
     one, two = content(steady), content(path)
     assert two["exemplars"] == one["exemplars"]
