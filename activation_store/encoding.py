@@ -26,6 +26,8 @@ from activation_store.shards import ACTS, ACTS_ROW_GROUP, TOKENS, TOKENS_ROW_GRO
 
 _DELTA = "DELTA_BINARY_PACKED"
 _VECTORS_ROW_GROUP_BYTES = 2**23
+_SYNC_BYTES = 2**24
+"""Bytes of a file after which they are brought to the disk, so that a commit finds little to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class _HashedFile:
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
         self.hash = hashlib.sha256()
-        self.n_bytes = 0
+        self.n_bytes = self._n_synced = 0
 
     @property
     def closed(self) -> bool:
@@ -70,6 +72,9 @@ class _HashedFile:
             done += self._file.write(view[done:]) or 0
         self.hash.update(view)
         self.n_bytes += done
+        if self.n_bytes - self._n_synced >= _SYNC_BYTES:
+            os.fdatasync(self._file.fileno())
+            self._n_synced = self.n_bytes
         return done
 
     def tell(self) -> int:
@@ -236,6 +241,8 @@ def _write_table(
     """Write a table as one shard; it has a column seq_id."""
     shard = ShardFile(target)
     settings: dict[str, Any] = {"use_dictionary": list(dictionary), "column_encoding": encoding}
+    # those of a vector's numbers would cost half as much again as writing them
+    settings["write_statistics"] = [name for name in table.column_names if name != "vector"]
     # a page per row group: who reads vectors from the file looks at the head of every page
     settings["data_page_size"] = _VECTORS_ROW_GROUP_BYTES
     with shard.writing():

@@ -70,8 +70,9 @@ def write_tables(
         con.execute("DELETE FROM unit_stats WHERE hook = $1", [name])
         con.execute("DELETE FROM exemplars WHERE hook = $1", [name])
         _insert_row(con, "hooks", _rows_facts(hook, seed))
-        _insert(con, "unit_stats", unit_stats(hook))
-        _insert(con, "exemplars", exemplars(hook))
+        _insert(con, "unit_stats", unit_stats(hook), hook=name)
+        for kind, rows in exemplars(hook).items():
+            _insert(con, "exemplars", rows, hook=name, kind=kind)
     for whole in vectors:
         hook = whole.hook
         con.execute("DELETE FROM hooks WHERE hook = $1 AND kind = 'vectors'", [hook.hook])
@@ -81,10 +82,12 @@ def write_tables(
         _insert_row(con, "hooks", {**facts, **seen, **counts})
 
 
-def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
+def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: pa.Table, **constants: str) -> None:
+    """Insert rows that share the columns `constants`; as columns of text they cost a third more."""
     assert table in ("unit_stats", "exemplars")
     con.register("rows_to_insert", rows)
-    con.execute(f"INSERT INTO {table} BY NAME SELECT * FROM rows_to_insert")
+    shared = ", ".join(f"${name} AS {name}" for name in constants)
+    con.execute(f"INSERT INTO {table} BY NAME SELECT {shared}, * FROM rows_to_insert", constants)
     con.unregister("rows_to_insert")
 
 
@@ -120,7 +123,7 @@ def _rows_facts(hook: RowsTotal, seed: int) -> dict[str, object]:
 
 
 def unit_stats(hook: RowsTotal) -> pa.Table:
-    """Return the rows of table `unit_stats` for one hook; NULL where a number is not defined."""
+    """Return the rows of table `unit_stats` of one hook; NULL where a number is not defined."""
     moments = hook.seen.moments
     variance, skewness, kurtosis = shape_of(moments)
     seen = moments.n > 0
@@ -139,7 +142,6 @@ def unit_stats(hook: RowsTotal) -> pa.Table:
     numbers |= dict(zip(QUANTILES, levels.T, strict=True))
     return pa.table(
         {
-            "hook": pa.array([hook.rows.hook]).take(pa.array(np.zeros(len(seen), np.int32))),
             "unit": hook.rows.kept.astype(np.int32),
             "n_tokens": moments.n,
             "n_active": moments.active,
@@ -148,24 +150,21 @@ def unit_stats(hook: RowsTotal) -> pa.Table:
     )
 
 
-def exemplars(hook: RowsTotal) -> pa.Table:
-    """Return the rows of table `exemplars` for one hook."""
+def exemplars(hook: RowsTotal) -> dict[str, pa.Table]:
+    """Return the rows of table `exemplars` of one hook, by kind."""
     chosen = {
         "top": top_exemplars(hook.seen.top),
         "random": random_exemplars(hook.seen.random),
         "quantile": quantile_exemplars(hook.seen.firing),
     }
-    return pa.concat_tables(_exemplar_rows(hook, kind, rows) for kind, rows in chosen.items())
+    return {kind: _exemplar_rows(hook.rows.kept, rows) for kind, rows in chosen.items()}
 
 
-def _exemplar_rows(hook: RowsTotal, kind: str, chosen: Chosen) -> pa.Table:
+def _exemplar_rows(units: np.ndarray, chosen: Chosen) -> pa.Table:
     n = len(chosen.rank)
-    again = pa.array(np.zeros(n, np.int32))
     return pa.table(
         {
-            "hook": pa.array([hook.rows.hook]).take(again),
-            "unit": hook.rows.kept[chosen.place].astype(np.int32),
-            "kind": pa.array([kind]).take(again),
+            "unit": units[chosen.place].astype(np.int32),
             "rank": chosen.rank,
             "bin": pa.nulls(n, pa.int32()) if chosen.bin is None else pa.array(chosen.bin),
             "seq_id": chosen.seq.astype(np.int64),
