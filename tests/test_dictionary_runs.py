@@ -4,11 +4,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -338,15 +338,14 @@ def test_a_stopped_command_keeps_its_checkpoint_and_says_so(here, number, code):
     long = f"dictionary.learn=[{TOPK.replace(str(STEPS), '30000')}]"
     often = "dictionary.checkpoint_every_steps=20"
     command = ["dictionary", "tiny.yaml", ALONE[0], long, *ALONE[2:], often]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-m", "lmmono.cli", *command], **pipes)
+    process = forks.start("-m", "lmmono.cli", *command)
     checkpoint = here / f"runs/tiny/dictionaries/{HOOK}/topk-x2-k4/checkpoint.safetensors"
     deadline = time.monotonic() + 90
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
+    process.send(number)
+    assert process.wait() == code, process.stderr
+    err = process.stderr
     assert "Traceback" not in err and "goes on from" in err
     assert checkpoint.exists()
     assert open_run("runs/tiny").manifest.stages["dictionary"].state == "begun"

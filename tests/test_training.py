@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -44,6 +45,14 @@ def recipe_file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that was trained at one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "tiny.yaml").write_text(RECIPE.format(out=folder / "runs"))
+    return train(Recipe.load(folder / "tiny.yaml"))
+
+
 def weights(run: Run) -> dict[str, torch.Tensor]:
     return load_file(run.dir / "model" / "model.safetensors")
 
@@ -72,9 +81,8 @@ def test_no_steps_leave_the_untrained_model(recipe_file: Path) -> None:
     ("number", "raised"), [(signal.SIGTERM, TrainingStopped), (signal.SIGINT, KeyboardInterrupt)]
 )
 def test_a_stopped_training_goes_on_to_the_bits_of_one_that_never_stopped(
-    recipe_file: Path, number: int, raised: type[BaseException]
+    recipe_file: Path, whole: Run, number: int, raised: type[BaseException]
 ) -> None:
-    whole = train(Recipe.load(recipe_file, "name=whole"))
     recipe = Recipe.load(recipe_file, "name=stopped")
     with pytest.raises(raised):
         train(recipe, progress=stop_at(10, number))
@@ -86,8 +94,7 @@ def test_a_stopped_training_goes_on_to_the_bits_of_one_that_never_stopped(
     assert not (recipe.dir / "checkpoint").exists()
 
 
-def test_a_killed_training_goes_on_from_its_last_checkpoint(recipe_file: Path) -> None:
-    whole = train(Recipe.load(recipe_file, "name=whole"))
+def test_a_killed_training_goes_on_from_its_last_checkpoint(recipe_file: Path, whole: Run) -> None:
     code = (
         "import os, signal\n"
         "from lmmono.training import train\nfrom lmmono.recipe import Recipe\n"
@@ -96,7 +103,7 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(recipe_file: Path) -
         f"train(Recipe.load({str(recipe_file)!r}, 'name=killed', 'train.checkpoint_every_steps=7'),"
         " progress=report)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert forks.start("-c", code).wait() == -signal.SIGKILL
     recipe = Recipe.load(recipe_file, "name=killed", "train.checkpoint_every_steps=7")
     assert json.loads((recipe.dir / "checkpoint" / "state.json").read_text())["step"] == 14
     resumed = train(recipe)
@@ -104,46 +111,42 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(recipe_file: Path) -
 
 
 @pytest.mark.slow
-def test_two_processes_match_one_at_the_same_global_batch(recipe_file: Path) -> None:
-    whole = train(Recipe.load(recipe_file, "name=one", "train.steps=20"))
+def test_two_processes_match_one_at_the_same_global_batch(recipe_file: Path, whole: Run) -> None:
     # with --cpu the launcher starts one process, whatever number it is told
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     command += ["--num_processes=2"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     command += ["--main_process_port=0", "-m", "lmmono.cli", "train", str(recipe_file)]
-    command += ["name=two", "train.steps=20"]
+    command += ["name=two"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    run = Run.create(Recipe.load(recipe_file, "name=two", "train.steps=20"))
+    run = Run.create(Recipe.load(recipe_file, "name=two"))
     assert run.manifest.stages["train"].facts["n_processes"] == 2
     both = weights(run)
     for name, one in weights(whole).items():
         torch.testing.assert_close(both[name], one, atol=1e-5, rtol=0)
 
 
-def test_micro_batches_change_only_rounding(recipe_file: Path) -> None:
-    whole = train(Recipe.load(recipe_file, "name=whole"))
+def test_micro_batches_change_only_rounding(recipe_file: Path, whole: Run) -> None:
     parts = train(Recipe.load(recipe_file, "name=parts", "train.micro_batch_tokens=64"))
     for name, one in weights(whole).items():
         torch.testing.assert_close(weights(parts)[name], one, atol=1e-5, rtol=0)
 
 
-def test_recomputed_activations_give_the_same_weights(recipe_file: Path) -> None:
-    kept = train(Recipe.load(recipe_file, "name=kept"))
+def test_recomputed_activations_give_the_same_weights(recipe_file: Path, whole: Run) -> None:
     settings = ["name=recomputed", "train.gradient_checkpointing=true"]
     recomputed = train(Recipe.load(recipe_file, *settings))
-    for name, one in weights(kept).items():
+    for name, one in weights(whole).items():
         torch.testing.assert_close(weights(recomputed)[name], one, atol=1e-6, rtol=0)
 
 
-def test_a_finished_training_is_not_repeated(recipe_file: Path) -> None:
-    run = train(Recipe.load(recipe_file))
-    before = (run.dir / "model" / "model.safetensors").stat().st_mtime_ns
-    again = train(Recipe.load(recipe_file))
+def test_a_finished_training_is_not_repeated(whole: Run) -> None:
+    before = (whole.dir / "model" / "model.safetensors").stat().st_mtime_ns
+    again = train(whole.recipe)
     assert (again.dir / "model" / "model.safetensors").stat().st_mtime_ns == before
-    assert again.val_loss == run.val_loss
+    assert again.val_loss == whole.val_loss
 
 
 def test_the_loss_falls_and_the_log_holds_every_statistic(recipe_file: Path) -> None:
