@@ -101,40 +101,39 @@ def choose(
     every = np.arange(n_features)
     n_tried = min(CANDIDATES, size.shape[1])
     tried = [np.argpartition(-each, n_tried - 1, axis=1)[:, :n_tried] for each in (size, lean)]
-    splits = [
-        _best_split(
-            codes, truth[:, feature], np.unique(np.concatenate([t[feature] for t in tried]))
-        )
-        for feature in every
-    ]
+    trials = np.zeros(size.shape, bool)
+    trials[every[:, None], np.concatenate(tried, axis=1)] = True
+    split, split_sign, threshold = _best_splits(codes, truth, trials)
     return Choice(
         known=~np.isnan(correlation[:, 0]),
         matched=matched,
         matched_sign=_sign(correlation[every, matched]),
         ranked=ranked,
         ranked_sign=_sign(auroc[every, ranked] - 0.5),
-        split=np.array([unit for unit, _, _ in splits]),
-        split_sign=np.array([sign for _, sign, _ in splits]),
-        threshold=np.array([threshold for _, _, threshold in splits]),
+        split=split,
+        split_sign=split_sign,
+        threshold=threshold,
     )
 
 
-def best_threshold(acts: Num[ndarray, " n"], there: Bool[ndarray, " n"]) -> tuple[float, float]:
-    """Return the largest F1 of `act > threshold`, and a threshold that gives it.
+def best_thresholds(
+    acts: Num[ndarray, " n"], truth: Truth
+) -> tuple[Float[ndarray, " features"], Float[ndarray, " features"]]:
+    """Return the largest F1 of `act > threshold` for each feature, and a threshold that gives it.
 
     The threshold lies midway between two acts; without any act below it is -inf.
 
-    >>> best_threshold(np.array([0.0, 0.0, 1.0, 3.0]), np.array([False, False, True, True]))
-    (1.0, 0.5)
+    >>> best_thresholds(np.array([0.0, 0.0, 1.0, 3.0]), np.array([[False, False, True, True]]).T)
+    (array([1.]), array([0.5]))
     """
     order = np.argsort(-acts, kind="stable")
     acts = acts[order].astype(np.float64)
-    n_said = np.arange(1, len(acts) + 1)
-    f1 = 2 * np.cumsum(there[order]) / (n_said + there.sum())
-    ends = np.append(acts[1:] < acts[:-1], True)  # equal acts are on one side of every threshold
-    best = int(np.where(ends, f1, -1.0).argmax())
-    is_last = best == len(acts) - 1
-    return float(f1[best]), -np.inf if is_last else float((acts[best] + acts[best + 1]) / 2)
+    below = np.append(acts[1:], -np.inf)
+    ends = np.flatnonzero(below < acts)  # equal acts are on one side of every threshold
+    hits = np.cumsum(truth[order], axis=0)[ends]
+    f1 = 2 * hits / (ends[:, None] + 1 + truth.sum(axis=0))
+    best = f1.argmax(axis=0)
+    return f1[best, np.arange(truth.shape[1])], (acts + below)[ends[best]] / 2
 
 
 def measure(
@@ -176,16 +175,21 @@ def measure(
     )
 
 
-def _best_split(
-    codes: Codes, there: Bool[ndarray, " n"], units: Int[ndarray, " tried"]
-) -> tuple[int, float, float]:
-    """Return the unit, sign and threshold of the largest F1."""
-    found: list[tuple[float, int, float, float]] = []
-    for unit in units.tolist():
+def _best_splits(
+    codes: Codes, truth: Truth, tried: Bool[ndarray, "features units"]
+) -> tuple[Int[ndarray, " features"], Float[ndarray, " features"], Float[ndarray, " features"]]:
+    """Return the unit, sign and threshold of each feature's largest F1 among the units it tries."""
+    n_features = truth.shape[1]
+    f1, units, signs = np.full(n_features, -1.0), np.zeros(n_features, int), np.ones(n_features)
+    thresholds = np.full(n_features, -np.inf)
+    for unit in np.flatnonzero(tried.any(axis=0)).tolist():
+        features = np.flatnonzero(tried[:, unit])
         for sign in (1.0, -1.0):
-            f1, threshold = best_threshold(sign * codes[:, unit], there)
-            found.append((f1, unit, sign, threshold))
-    return max(found, key=lambda each: each[0])[1:]
+            found, cuts = best_thresholds(sign * codes[:, unit], truth[:, features])
+            better = found > f1[features]
+            at = features[better]
+            f1[at], units[at], signs[at], thresholds[at] = found[better], unit, sign, cuts[better]
+    return units, signs, thresholds
 
 
 def _sign(values: Float[ndarray, " features"]) -> Float[ndarray, " features"]:
