@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pyarrow as pa
 import pytest
 
@@ -311,14 +312,14 @@ def test_a_reader_that_leaves_early_is_no_error(study):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_training_is_kept_and_goes_on(here, number, code):
     long = ("train", "tiny.yaml", "arm=crate", "train.steps=100000")
-    process = started(*long, cwd=here)
+    process = forks.start("-m", "lmmono.cli", *long)
     run = here / "runs/tiny/crate"
     deadline = time.monotonic() + 60
     while not (run / "metrics.parquet").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
+    process.send(number)
+    assert process.wait() == code, process.stderr
+    err = process.stderr
     assert "Traceback" not in err and "the same command goes on from" in err
     assert (run / "checkpoint").is_dir()
     assert open_run(run).manifest.stages["train"].state == "begun"
