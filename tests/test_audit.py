@@ -40,7 +40,7 @@ def test_a_scorer_that_guesses_ranks_by_chance(monkeypatch):
         return np.random.default_rng(0).random((len(units), 1 + len(FALSE)))
 
     monkeypatch.setattr(audit, "_scores", guessed)
-    rows = audit_scorer("simulation_random", n_documents=120).rows
+    rows = audit_scorer("simulation_random", n_documents=40).rows
     means = [row["ranking"] for row in rows if row["kind"] == row["false"] == "all"]
     assert abs(np.mean(means) - 0.5) < 0.08
     near = [row["calibration"] for row in rows if row["kind"] == row["false"] == "all"]

@@ -16,7 +16,7 @@ def units(rng, n, mean, densities=None):
     return _HookUnits(rng.normal(mean, 0.2, n), np.ones(n, bool), densities)
 
 
-def interval(pair, rng, kind=0, n_draws=200):
+def interval(pair, rng, kind=0, n_draws=50):
     a, b = pair.means(None)[kind]
     draws = np.array([pair.means(rng)[kind] for _ in range(n_draws)])
     half = NORMAL * (draws[:, 0] - draws[:, 1]).std(ddof=1)
