@@ -1,12 +1,11 @@
 """Latents in the store: as if the model had given them, under names of their own, and queryable."""
 
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -289,8 +288,7 @@ latents.store_latents(astore.open(sys.argv[1], "a"), Relu(), max_density=0.9, pr
 def test_a_process_killed_on_the_way_leaves_a_whole_store_without_the_hook(
     store: astore.Store,
 ) -> None:
-    script = [sys.executable, "-c", KILLED, str(store.path), str(Path(__file__).parent)]
-    assert subprocess.run(script, check=False).returncode == 9
+    assert forks.start("-c", KILLED, store.path, Path(__file__).parent).wait() == 9
     assert LATENTS not in store.info().hooks
     assert store.verify().ok
     store_latents(store, Relu(), max_density=0.9)
