@@ -4,6 +4,7 @@ They are copies of a server that has imported what takes seconds and done nothin
 checks that tests switch on are off in them, as in every process that a user starts.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -37,6 +38,7 @@ class Fork:
             target=_begin, args=(arguments, self.folder, cwd, env)
         )
         self.process.start()
+        atexit.register(self.process.kill)  # a test that failed waits for none of its own
 
     def send(self, number: int) -> None:
         """Send it a signal, if it has not ended."""
