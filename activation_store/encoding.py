@@ -241,7 +241,7 @@ def _write_table(
     """Write a table as one shard; it has a column seq_id."""
     shard = ShardFile(target)
     settings: dict[str, Any] = {"use_dictionary": list(dictionary), "column_encoding": encoding}
-    # those of a vector's numbers would cost half as much again as writing them
+    # those of a vector's numbers take nearly as long as writing them
     settings["write_statistics"] = [name for name in table.column_names if name != "vector"]
     # a page per row group: who reads vectors from the file looks at the head of every page
     settings["data_page_size"] = _VECTORS_ROW_GROUP_BYTES
