@@ -1,6 +1,7 @@
 """Capture into a store beside the bare forward pass over the same tokens, and beside sae-lens.
 
-    python benchmarks/capture.py [--tokens 131072] [--repeats 5] [--head] [--device cuda] [--peer]
+    python benchmarks/capture.py [--tokens 65536 131072] [--repeats 5] [--head] [--peer]
+        [--device cuda]
     python benchmarks/capture.py --memory
 
 The model is transformers' GPT-2 with ReLU, 6 layers of d_model 384 and random weights; the biases
@@ -12,8 +13,11 @@ repeat, and each starts with an empty store and ends when everything is on the d
 - vectors: one residual hook, float16.
 - sae-lens: `CacheActivationsRunner` on the same hook, model, tokens and type (`--peer`).
 
-The floor of a capture is the bare pass plus the time to write the same bytes and sync them.
-`--memory` compares the peak memory of a capture of 1 M and of 10 M tokens, without a model.
+The floor of a capture is the bare pass plus the time to write the same bytes and sync them. Ratios
+are of wall time and, for a machine that is not quiet, of processor time. With two numbers of tokens
+the last lines say what the further tokens of the longer capture cost: it begins and ends as the
+shorter one does. `--memory` compares the peak memory of a capture of 1 M and of 10 M tokens,
+without a model.
 """
 
 import argparse
@@ -40,6 +44,8 @@ from activation_store import Rows, Vectors
 N_LAYERS, D_MODEL, N_CTX, BATCH, D_VOCAB = 6, 384, 128, 32, 50_257
 RESIDUAL = 3
 DENSITY = 0.15
+Times = dict[str, list[float]]
+"""Seconds of each repeat of an arm."""
 
 
 def build(device: str, head: bool) -> nn.Module:
@@ -216,38 +222,54 @@ def bandwidth(folder: Path, n_bytes: int) -> float:
     return max(1, n_bytes // len(chunk)) * len(chunk) / seconds
 
 
-def compare(arguments: argparse.Namespace, folder: Path) -> None:
-    """Run the arms in turn and print medians, ratios and floors."""
+def compare(arguments: argparse.Namespace, n_tokens: int, folder: Path) -> tuple[Times, Times]:
+    """Run the arms in turn, print medians, ratios and floors; return wall and processor times."""
     model = build(arguments.device, arguments.head)
-    bench = Bench(model, arguments.tokens, folder, arguments.device)
+    bench = Bench(model, n_tokens, folder, arguments.device)
     arms = {"bare": bench.bare, "rows": bench.rows, "vectors": bench.vectors}
     if arguments.peer:
         arms["sae-lens"] = bench.sae_lens
     for arm in arms.values():
         arm()
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    times: Times = {arm: [] for arm in arms}
+    cpu: Times = {arm: [] for arm in arms}
     for _ in range(arguments.repeats):
         for name, arm in arms.items():
             begin = time.perf_counter()
+            begin_cpu = time.process_time()
             arm()
             times[name].append(time.perf_counter() - begin)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    show(bench, times, median, folder)
+            cpu[name].append(time.process_time() - begin_cpu)
+    show(bench, times, cpu, folder)
+    return times, cpu
 
 
-def show(
-    bench: Bench, times: dict[str, list[float]], median: dict[str, float], folder: Path
-) -> None:
+def compare_lengths(arguments: argparse.Namespace, folder: Path) -> None:
+    """Compare captures of each length, then what the longest has beyond the shortest."""
+    found = [compare(arguments, n, folder) for n in sorted(arguments.tokens)]
+    for kind, short, long in zip(("wall", "CPU"), found[0], found[-1], strict=True):
+        more = {arm: statistics.median(long[arm]) - statistics.median(short[arm]) for arm in long}
+        if len(found) > 1:
+            ratios = (f"{arm} {more[arm] / more['bare']:.3f}" for arm in more if arm != "bare")
+            print(f"further tokens, {kind}: {', '.join(ratios)}")
+
+
+def show(bench: Bench, times: Times, cpu: Times, folder: Path) -> None:
     """Print the table."""
+    median = {name: statistics.median(values) for name, values in times.items()}
     n_tokens = bench.ids.numel()
     if "rows" in bench.n_values:
         density = bench.n_values["rows"] / (n_tokens * N_LAYERS * 4 * D_MODEL)
         print(f"{n_tokens} tokens, density {density:.3f}, {torch.get_num_threads()} threads")
-    print("arm        seconds  tokens/s   ratio (range)        floor  bytes/value")
+    print("arm        seconds  tokens/s   ratio (range)            by CPU  floor  bytes/value")
     for name, seconds in median.items():
-        ratios = [t / b for t, b in zip(times[name], times["bare"], strict=True)]
+        ratios, by_cpu = (
+            [t / b for t, b in zip(spent[name], spent["bare"], strict=True)]
+            for spent in (times, cpu)
+        )
         line = f"{name:9} {seconds:8.2f} {n_tokens / seconds:9.0f}   "
         line += f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        line += f"   {statistics.median(by_cpu):.3f}"
         if name in bench.n_bytes:
             write = bench.n_bytes[name] / bandwidth(folder, bench.n_bytes[name])
             floor = 1 + write / median["bare"]
@@ -290,7 +312,7 @@ def fill(n_tokens: int, folder: Path) -> None:
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=131_072)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[131_072])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--head", action="store_true")
@@ -305,7 +327,7 @@ def main() -> None:
         elif arguments.memory:
             memory(Path(folder))
         else:
-            compare(arguments, Path(folder))
+            compare_lengths(arguments, Path(folder))
 
 
 if __name__ == "__main__":
