@@ -1,6 +1,7 @@
 """Recipes with robustness suites: the section, the stage, the verb, and going on after a kill."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -258,6 +259,10 @@ def test_dictionaries_that_are_not_there_and_other_models_stores_are_told(folder
     monkeypatch.chdir(folder)
     name = f"recipes/{PLANTED.name}"
     assert call("robustness", name, "robustness.dictionaries=[sea]") == 2
+    learned = Path("runs/robustness_planted/dictionaries/blocks.1.hook_resid_post")
+    shutil.copytree(learned / "sae", learned / "sae-untrained")
+    assert call("robustness", name, "robustness.dictionaries=['*untrained']") == 2, "a control"
+    shutil.rmtree(learned / "sae-untrained")
     run = open_run(folder / "runs/robustness_planted")
     other = lm.untrained(run.model)
     other.tokenizer = run.tokenizer

@@ -210,7 +210,7 @@ class Robustness(Section):
     families: tuple[Annotated[Family, BeforeValidator(_named)], ...] = (Family(name="raw"),)
     """Feature families, by name or with settings; others are compared with the first."""
     dictionaries: tuple[str, ...] = ()
-    """Names or globs of the run's dictionaries of the hook, each a family."""
+    """The run's dictionaries of the hook, by name or glob; a glob takes no controls."""
     learners: tuple[LearnerName, ...] = ("logistic",)
     """How probes are learned; see `docs/robustness.md`."""
     hook: str | None = None

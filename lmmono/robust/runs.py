@@ -9,7 +9,7 @@ Rows are committed as they are computed, so the same call goes on where an earli
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -20,12 +20,15 @@ from lmmono.errors import RobustnessError, RunError, nearest
 from lmmono.latents import Code
 from lmmono.manifest import STAGES
 from lmmono.models.hooks import match_hooks
+from lmmono.recipe.dictionaries import TrainedControl
 from lmmono.robust.study import Study
 from lmmono.run import Run
 from lmmono.types import Progress, silent
 
 Load = Callable[[Path], Code]
 """Reads a dictionary's folder."""
+
+_CONTROLS = tuple(f"-{control}" for control in get_args(TrainedControl))
 
 
 def robustness_run(run: Run, *, load: Load | None = None, progress: Progress = silent) -> Run:
@@ -117,7 +120,12 @@ def _matching(folder: Path, hooks: list[str], pattern: str) -> list[Path]:
         for hook in hooks
         for about in sorted((folder / hook).glob("*/dictionary.json"))
     ]
-    places = [place for place in known if fnmatchcase(place.name, pattern)]
+    places = [
+        place
+        for place in known
+        if place.name == pattern
+        or (fnmatchcase(place.name, pattern) and not place.name.endswith(_CONTROLS))
+    ]
     if not places:
         way_out = nearest(pattern, [place.name for place in known]) if known else "there are none"
         where = ", ".join(hooks) or "any hook"
