@@ -10,6 +10,7 @@ from scipy import stats
 
 import activation_store as astore
 from lmmono.errors import DataError
+from lmmono.recipe.robustness import Robustness
 from lmmono.robust import comparisons
 from lmmono.robust.comparisons import (
     compare_families,
@@ -20,7 +21,7 @@ from lmmono.robust.comparisons import (
 )
 from lmmono.robust.doses import Dose, dose_responses, read_doses, spearman_interval
 from lmmono.robust.effective import effective_robustness, logit
-from lmmono.robust.results import read_results, severity_areas, stored_rows
+from lmmono.robust.results import asked_for, read_results, severity_areas, stored_rows
 
 
 def skewed(n: int, seed: int = 0) -> np.ndarray:
@@ -175,6 +176,31 @@ def test_the_area_is_made_of_trapezoids_from_the_clean_value_on():
     real = result(level=0.17, corruption="real")
     assert severity_areas([*rows, real])[0] == raw
     assert real.condition == result(level=0.18, corruption="real", seed=1).condition
+
+
+def test_rows_of_earlier_settings_are_left_out_of_what_a_recipe_shows():
+    settings = Robustness(
+        suites=("noisy_inputs", "noisy_labels", "few_shot"),
+        tasks=("agnews",),
+        input_noise=("typos",),
+        severities=(1, 3),
+        shots=(4,),
+    )
+    kept = [
+        result(suite="noisy_inputs", task="agnews", corruption="typos", level=0.0),
+        result(suite="noisy_inputs", task="agnews", corruption="typos", level=3.0),
+        result(suite="noisy_labels", task="agnews", corruption="symmetric", level=0.1),
+        result(suite="few_shot", task="agnews", corruption=None, level=None, n_shots=4),
+    ]
+    left = [
+        result(suite="noisy_inputs", task="agnews", corruption="typos", level=2.0),
+        result(suite="noisy_inputs", task="agnews", corruption="ocr", level=3.0),
+        result(suite="noisy_labels", task="agnews", corruption="instance", level=0.1),
+        result(suite="few_shot", task="agnews", corruption=None, level=None, n_shots=16),
+        result(suite="ood", task="agnews", corruption=None, level=None),
+        result(suite="noisy_labels", task="trec", corruption="symmetric", level=0.1),
+    ]
+    assert asked_for([*left, *kept], settings) == kept
 
 
 def test_rows_come_back_from_a_store_as_they_were(tmp_path):

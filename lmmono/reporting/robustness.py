@@ -40,7 +40,7 @@ from lmmono.robust.hypotheses import (
     gains_of,
     verdicts,
 )
-from lmmono.robust.results import FULL, Result, read_results, severity_areas
+from lmmono.robust.results import FULL, Result, asked_for, read_results, severity_areas
 from lmmono.run import Run
 
 
@@ -94,7 +94,8 @@ def run_tables(run: Run) -> list[Table]:
     if not settings.suites or not run.is_done("robustness"):
         return []
     with astore.open(run.store_path) as store:
-        results, scored = read_results(store), read_doses(store, SCORED, _hook_of(run))
+        results = asked_for(read_results(store), settings)
+        scored = read_doses(store, SCORED, _hook_of(run))
     tables: list[Table] = []
     if settings.families:
         tables.append(area_table(results, settings.families[0].label))

@@ -15,6 +15,7 @@ import numpy as np
 import activation_store as astore
 from lmmono.data.corruption.labels import signal_margin
 from lmmono.metrics import METRICS
+from lmmono.recipe.robustness import Robustness
 
 FULL = "full"
 """Budget of a family that says none."""
@@ -117,6 +118,26 @@ def _read(row: Mapping[str, Any]) -> dict[str, Any]:
     # a budget stands behind the name, as in sae@16, and in the settings
     feature = str(row["feature"]).partition("@")[0]
     return {"feature": feature, "value": value, "settings": json.loads(row["settings"] or "{}")}
+
+
+def asked_for(results: Iterable[Result], settings: Robustness) -> list[Result]:
+    """Return the rows that settings ask for; a store keeps those of earlier settings too."""
+    return [
+        each
+        for each in results
+        if each.suite in settings.suites
+        and each.task in settings.tasks
+        and _is_asked_for(each, settings)
+    ]
+
+
+def _is_asked_for(result: Result, settings: Robustness) -> bool:
+    if result.suite == "noisy_inputs":
+        levels = (0, *settings.severities)
+        return result.corruption in settings.input_noise and result.level in levels
+    if result.suite == "noisy_labels":
+        return result.corruption in settings.label_noise
+    return result.n_shots is None or result.n_shots in settings.shots
 
 
 def severity_areas(results: Iterable[Result]) -> list[Result]:
