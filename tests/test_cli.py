@@ -80,22 +80,19 @@ def study(finished, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["check", "tiny.yaml"]], ids=["help", "check"])
-def test_help_and_check_answer_in_under_a_second_without_torch(here, arguments):
+def test_help_and_check_answer_without_what_is_slow_to_import(here, arguments):
     script = (
-        "import sys, time; began = time.perf_counter()\n"
+        "import sys\n"
         f"sys.argv = ['lmmono', *{arguments!r}]\n"
         "from lmmono.cli import main\n"
         "try: main()\n"
         "except SystemExit as left: assert not left.code, left.code\n"
-        "print(time.perf_counter() - began, 'torch' in sys.modules, file=sys.stderr)"
+        "print(*sys.modules, file=sys.stderr)"
     )
-    answers = [
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        for _ in range(3)
-    ]
-    seconds, torch = zip(*(done.stderr.split() for done in answers), strict=True)
-    assert set(torch) == {"False"}
-    assert min(map(float, seconds)) < 1.0
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    slow = {"torch", "transformers", "sae_lens", "datasets", "duckdb", "pandas", "scipy", "sklearn"}
+    assert not slow & set(done.stderr.split())
 
 
 def test_check_tells_all_faults_of_all_files_and_writes_nothing(here, capsys):
