@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from lmmono.robust.comparisons import (
 )
 from lmmono.robust.doses import Dose, dose_responses, read_doses, spearman_interval
 from lmmono.robust.effective import effective_robustness, logit
-from lmmono.robust.results import asked_for, read_results, severity_areas, stored_rows
+from lmmono.robust.results import Asked, read_results, severity_areas, stored_rows
 
 
 def skewed(n: int, seed: int = 0) -> np.ndarray:
@@ -178,29 +179,42 @@ def test_the_area_is_made_of_trapezoids_from_the_clean_value_on():
     assert real.condition == result(level=0.18, corruption="real", seed=1).condition
 
 
-def test_rows_of_earlier_settings_are_left_out_of_what_a_recipe_shows():
+def test_rows_of_earlier_settings_are_left_out_of_what_a_recipe_shows(tmp_path):
     settings = Robustness(
         suites=("noisy_inputs", "noisy_labels", "few_shot"),
-        tasks=("agnews",),
         input_noise=("typos",),
         severities=(1, 3),
         shots=(4,),
+        seeds=2,
+        resamples=3,
+        budgets=(16,),
     )
+    typos = {"suite": "noisy_inputs", "corruption": "typos"}
+    shots = {"suite": "few_shot", "corruption": None, "level": None}
     kept = [
-        result(suite="noisy_inputs", task="agnews", corruption="typos", level=0.0),
-        result(suite="noisy_inputs", task="agnews", corruption="typos", level=3.0),
-        result(suite="noisy_labels", task="agnews", corruption="symmetric", level=0.1),
-        result(suite="few_shot", task="agnews", corruption=None, level=None, n_shots=4),
+        result(**typos, level=0.0),
+        result(**typos, level=3.0),
+        result(seed=1),
+        result(feature="raw@16"),
+        result(**shots, n_shots=4, seed=2),
     ]
     left = [
-        result(suite="noisy_inputs", task="agnews", corruption="typos", level=2.0),
-        result(suite="noisy_inputs", task="agnews", corruption="ocr", level=3.0),
-        result(suite="noisy_labels", task="agnews", corruption="instance", level=0.1),
-        result(suite="few_shot", task="agnews", corruption=None, level=None, n_shots=16),
-        result(suite="ood", task="agnews", corruption=None, level=None),
-        result(suite="noisy_labels", task="trec", corruption="symmetric", level=0.1),
+        result(**typos, level=2.0),
+        result(**typos | {"corruption": "ocr"}, level=3.0),
+        result(corruption="instance"),
+        result(seed=2),
+        result(probe="gce"),
+        result(task="trec"),
+        result(feature="pca"),
+        result(feature="raw@32"),
+        result(**shots, n_shots=16),
+        result(**shots | {"suite": "ood"}),
     ]
-    assert asked_for([*left, *kept], settings) == kept
+    with astore.open(tmp_path / "run", mode="w") as store:
+        store.append("robustness", stored_rows([*left, *kept]))
+        found = read_results(store, asked=Asked(settings, ["topic"], ["raw"]))
+    known = [replace(each, feature="raw") for each in kept]
+    assert sorted(map(str, found)) == sorted(map(str, known))
 
 
 def test_rows_come_back_from_a_store_as_they_were(tmp_path):

@@ -40,7 +40,8 @@ from lmmono.robust.hypotheses import (
     gains_of,
     verdicts,
 )
-from lmmono.robust.results import FULL, Result, asked_for, read_results, severity_areas
+from lmmono.robust.results import FULL, Result, read_results, severity_areas
+from lmmono.robust.runs import run_results
 from lmmono.run import Run
 
 
@@ -94,7 +95,7 @@ def run_tables(run: Run) -> list[Table]:
     if not settings.suites or not run.is_done("robustness"):
         return []
     with astore.open(run.store_path) as store:
-        results = asked_for(read_results(store), settings)
+        results = run_results(run, store)
         scored = read_doses(store, SCORED, _hook_of(run))
     tables: list[Table] = []
     if settings.families:

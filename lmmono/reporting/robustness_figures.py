@@ -17,7 +17,8 @@ from lmmono.durable import disk_faults
 from lmmono.errors import RunError
 from lmmono.reporting.robustness import by_name, curves_of, family_name, mean_interval, title_of
 from lmmono.robust.comparisons import Comparison, compare_families, grouped
-from lmmono.robust.results import REAL, Result, asked_for, read_results
+from lmmono.robust.results import REAL, Result
+from lmmono.robust.runs import run_results
 from lmmono.run import Run
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def run_figures(run: Run) -> list[Path]:
     if not run.is_done("robustness"):
         raise RunError(f"{run.dir}: no robustness yet; run `lmmono robustness {run.dir}` first")
     with astore.open(run.store_path) as store:
-        results = asked_for(read_results(store), run.recipe.robustness)
+        results = run_results(run, store)
     fresh, final = run.dir / f"{FIGURES}.tmp", run.dir / FIGURES
     with disk_faults(fresh):
         for folder in (fresh, final):

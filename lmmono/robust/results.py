@@ -6,7 +6,7 @@ must not look better for it.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -107,10 +107,59 @@ class Result:
         return signal_margin(self.level, int(n_classes))
 
 
-def read_results(store: astore.Store, metric: str = "accuracy") -> list[Result]:
-    """Return the rows of a store that are of one seed each; summaries over seeds are left out."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The rows that settings ask for; a store keeps those of earlier settings too."""
+
+    settings: Robustness
+    """What the study is of."""
+    tasks: Sequence[str]
+    """Names of its tasks."""
+    features: Sequence[str] | None
+    """Names of its families and tuned models; None takes all."""
+
+    def covers(self, row: Mapping[str, Any]) -> bool:
+        """Say whether a row of table `robustness` is one of them."""
+        settings, suite = self.settings, row["suite"]
+        if suite not in settings.suites or row["task"] not in self.tasks:
+            return False
+        if suite == "noisy_inputs":
+            levels = (0, *settings.severities)
+            asked = row["corruption"] in settings.input_noise and row["level"] in levels
+        elif suite == "noisy_labels":
+            asked = row["corruption"] in settings.label_noise
+        else:
+            asked = row["n_shots"] is None or row["n_shots"] in settings.shots
+        return asked and row["seed"] < self._n_seeds(row) and self._is_of_these(row)
+
+    def _n_seeds(self, row: Mapping[str, Any]) -> int:
+        settings = self.settings
+        if row["suite"] == FINE_TUNING:
+            return settings.fine_tuning.seeds or settings.seeds
+        return settings.seeds if row["n_shots"] is None else max(settings.seeds, settings.resamples)
+
+    def _is_of_these(self, row: Mapping[str, Any]) -> bool:
+        name, _, budget = row["feature"].partition("@")
+        if self.features is not None and name not in self.features:
+            return False
+        if row["suite"] == FINE_TUNING and row["probe"] not in self.settings.learners:
+            return row["probe"] == self.settings.fine_tuning.loss
+        budgets = [str(each) for each in self.settings.budgets]
+        return row["probe"] in self.settings.learners and budget in ("", *budgets)
+
+
+def read_results(
+    store: astore.Store, metric: str = "accuracy", asked: Asked | None = None
+) -> list[Result]:
+    """Return the rows of a store that are of one seed each; summaries over seeds are left out.
+
+    Args:
+        store: The store.
+        metric: Metric of the rows.
+        asked: Those to return; None returns all.
+    """
     rows = store.sql(_RESULTS, metric=metric).to_arrow_table().to_pylist()
-    return [Result(**row | _read(row)) for row in rows]
+    return [Result(**row | _read(row)) for row in rows if asked is None or asked.covers(row)]
 
 
 def _read(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,26 +167,6 @@ def _read(row: Mapping[str, Any]) -> dict[str, Any]:
     # a budget stands behind the name, as in sae@16, and in the settings
     feature = str(row["feature"]).partition("@")[0]
     return {"feature": feature, "value": value, "settings": json.loads(row["settings"] or "{}")}
-
-
-def asked_for(results: Iterable[Result], settings: Robustness) -> list[Result]:
-    """Return the rows that settings ask for; a store keeps those of earlier settings too."""
-    return [
-        each
-        for each in results
-        if each.suite in settings.suites
-        and each.task in settings.tasks
-        and _is_asked_for(each, settings)
-    ]
-
-
-def _is_asked_for(result: Result, settings: Robustness) -> bool:
-    if result.suite == "noisy_inputs":
-        levels = (0, *settings.severities)
-        return result.corruption in settings.input_noise and result.level in levels
-    if result.suite == "noisy_labels":
-        return result.corruption in settings.label_noise
-    return result.n_shots is None or result.n_shots in settings.shots
 
 
 def severity_areas(results: Iterable[Result]) -> list[Result]:

@@ -21,6 +21,7 @@ from lmmono.latents import Code
 from lmmono.manifest import STAGES
 from lmmono.models.hooks import match_hooks
 from lmmono.recipe.dictionaries import TrainedControl
+from lmmono.robust.results import Asked, Result, read_results
 from lmmono.robust.study import Study
 from lmmono.run import Run
 from lmmono.types import Progress, silent
@@ -71,11 +72,20 @@ def robustness_run(run: Run, *, load: Load | None = None, progress: Progress = s
         made = study.run()
         stage.facts.update(
             hook=made.hook,
+            features=list(made.features),
             n_rows=len(made.rows),
             n_failed=sum(row["failure"] is not None for row in made.rows),
             hypotheses=list(settings.hypotheses),
         )
     return run
+
+
+def run_results(run: Run, store: astore.Store) -> list[Result]:
+    """Return the rows of a run's store that its recipe asks for; its suites are done."""
+    settings = run.recipe.robustness
+    made = run.manifest.stages["robustness"].facts.get("features")
+    features = [str(name) for name in made] if isinstance(made, list) else None
+    return read_results(store, asked=Asked(settings, settings.tasks, features))
 
 
 def _claim_features(run: Run) -> None:

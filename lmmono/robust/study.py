@@ -24,7 +24,7 @@ from lmmono.robust.inputs import noised_rows
 from lmmono.robust.layers import choose_hook
 from lmmono.robust.outcomes import Outcomes
 from lmmono.robust.probing import Solve, solving
-from lmmono.robust.results import FINE_TUNING
+from lmmono.robust.results import FINE_TUNING, Asked
 from lmmono.robust.stored import FeatureStore
 from lmmono.robust.suites import Suite, find_suite
 from lmmono.robust.tuned import tuned_rows, tuners
@@ -250,19 +250,13 @@ class Study:
         return [(key_of(row), row["digest"], row["value"]) for row in rows]
 
     def _stored(self) -> list[dict[str, Any]]:
-        """Return all rows of the study's suites and tasks that are of its arms."""
+        """Return all rows that the study asks for, also those that it found."""
         import json
 
         assert self.store is not None
         tasks = [task.name for task in self.tasks]
         suites = list(self.settings.suites)
         rows = self.store.sql(_FOUND, suites=suites, tasks=tasks).to_arrow_table().to_pylist()
-        names, tuned = set(self._named()), set(self._tuned())
-        return [
-            {**row, "settings": json.loads(row["settings"])}
-            for row in rows
-            if row["feature"] in tuned
-            or (
-                row["feature"].partition("@")[0] in names and row["probe"] in self.settings.learners
-            )
-        ]
+        asked = Asked(self.settings, tasks, (*self._named(), *self._tuned()))
+        found = (row for row in rows if asked.covers(row))
+        return [{**row, "settings": json.loads(row["settings"])} for row in found]
