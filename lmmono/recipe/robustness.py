@@ -4,13 +4,11 @@ Holds names alone, so that `lmmono check` knows them without what they stand for
 them with the registries.
 """
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BeforeValidator,
     Field,
-    model_serializer,
     model_validator,
 )
 
@@ -267,13 +265,6 @@ class Robustness(Section):
         if self.suites and not self.families and not self.dictionaries:
             raise clash("want a family or a dictionary to read", "families", "dictionaries")
         return self
-
-    @model_serializer(mode="wrap")
-    def _leave_out(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Leave out the settings of a suite that is not named: they decide nothing."""
-        values = dump(self)
-        unused = set[str]() if "fine_tuning" in self.suites else {"fine_tuning"}
-        return {name: value for name, value in values.items() if name not in unused}
 
 
 MODEL_NOISE: tuple[str, ...] = get_args(ModelNoise)
