@@ -11,7 +11,6 @@ import activation_store as astore
 import lmmono as lm
 from lmmono.data.tasks.task import Labelled, Task
 from lmmono.errors import RobustnessError
-from lmmono.recipe import Recipe
 from lmmono.recipe.robustness import Robustness, Tuning
 from lmmono.robust.comparisons import compare_families
 from lmmono.robust.results import read_results
@@ -103,17 +102,8 @@ def test_what_cannot_be_tuned_is_a_row_that_says_so():
         study(modes=["half"])
 
 
-def test_ranks_and_settings_count_where_they_decide_something(tmp_path):
+def test_every_rank_is_a_model_of_its_own_and_nothing_to_a_whole_one():
     names = [each.label for each in tuners(Tuning(ranks=(4, 8)))]
     assert names == ["tuned-full", "tuned-lora-4", "tuned-lora-8"]
     one, other = (tuners(Tuning(ranks=(rank,)))[0].identity for rank in (4, 8))
     assert one == other, "a rank is nothing to a whole model"
-    path = tmp_path / "r.yaml"
-    path.write_text("name: r\nseed: 0\nmodel: {arch: crate}\nrobustness: {suites: [ood]}\n")
-    seeds = "robustness.fine_tuning.seeds=2"
-    both = "robustness.suites=[ood, fine_tuning]"
-
-    def digest(*overrides: str) -> str:
-        return Recipe.load(path, *overrides).digest("robustness")
-
-    assert digest() == digest(seeds) and digest(both) != digest(both, seeds)

@@ -6,11 +6,7 @@ them with the registries.
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
 from lmmono.errors import nearest
 from lmmono.recipe.sections import Count, Fraction, Section, clash
