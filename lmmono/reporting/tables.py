@@ -182,7 +182,7 @@ def _median(values: Float[ndarray, " units"]) -> str:
 
 
 def _neuron_table(run: Run) -> Table:
-    """Return the neurons of a run whose selectivity is surely highest, each with an excerpt."""
+    """Return the units of a run whose selectivity is surely highest, each with an excerpt."""
     with astore.open(run.store_path) as store:
         found = store.sql(
             _MOST_SELECTIVE, min_activations=MIN_ACTIVATIONS, n_neurons=N_NEURONS
@@ -200,11 +200,11 @@ def _neuron_table(run: Run) -> Table:
             for hook, unit, value, low, high, shuffled, n, density in found
         )
     return Table(
-        title=f"Most selective neurons of {run.name}",
+        title=f"Most selective units of {run.name}",
         columns=("hook", "unit", "selectivity", "shuffled", "activations", "density", "excerpt"),
         rows=rows,
         note=(
-            "Ranked by the lower end of the 95 % interval of token selectivity, among neurons with "
+            "Ranked by the lower end of the 95 % interval of token selectivity, among units with "
             f"at least {MIN_ACTIVATIONS} activations."
         ),
     )
