@@ -8,21 +8,23 @@ Three choices, all the same for any grouping of the tokens into batches, commits
   `QUANTILE_BINS` parts of equal count, it gives the quantile exemplars: bin b stands for the b-th
   tenth of the unit's activations.
 
-A draw keeps the k tokens with the smallest priorities, which depend on (seed, unit, position) only.
-A firing token's priority is a hash. Hashing every (unit, token) would cost as much as the rest of
-the capture, so the priorities of all tokens of one tile are drawn together, smallest first, as the
-order statistics of n uniforms at random positions; nearly always the first is too large already.
+A draw keeps the k tokens with the smallest priorities, which depend on the seed, the unit, and the
+tile and its tokens only. Hashing every (unit, token) would cost as much as the rest of the
+capture, so the priorities of all tokens of one tile are drawn together, smallest first, as the
+order statistics of n exponentials (A. Renyi, 1953) at random places; nearly always the first is
+too large already.
 """
 
 from typing import NamedTuple, no_type_check
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, UInt16, UInt64
+from jaxtyping import Float32, Float64, Int32, Int64, UInt16, UInt64
 
 from activation_store.compiled import compiled
 
 QUANTILE_BINS = 10
-_NEVER = np.uint64(0xFFFFFFFFFFFFFFFF)
+DRAWS = 2
+"""Version of the draws; a capture that was begun with another one cannot go on."""
 
 
 class Top(NamedTuple):
@@ -42,16 +44,16 @@ class Top(NamedTuple):
 class Draw(NamedTuple):
     """A uniform sample of tokens per unit, in no order."""
 
-    key: UInt64[np.ndarray, "units k"]
-    """Priority; the smallest stay."""
+    key: Float64[np.ndarray, "units k"]
+    """Priority, exponentially distributed with mean 1; the smallest stay."""
     act: Float32[np.ndarray, "units k"]
     seq: Int32[np.ndarray, "units k"]
     pos: UInt16[np.ndarray, "units k"]
     doc: Int32[np.ndarray, "units k"]
     size: Int64[np.ndarray, " units"]
     worst: Int64[np.ndarray, " units"]
-    gate: UInt64[np.ndarray, " units"]
-    """Priority above which nothing can enter; the largest number while the list is not full."""
+    gate: Float64[np.ndarray, " units"]
+    """Priority from which on nothing can enter; inf while the list is not full."""
     salt: UInt64[np.ndarray, " units"]
     """Hash of seed, purpose and unit."""
 
@@ -78,14 +80,14 @@ def new_draw(units: Int64[np.ndarray, " units"], k: int, seed: int, purpose: int
     salt = _mixed(_mixed(np.full(len(units), start)) + units.astype(np.uint64))
     n = len(units)
     return Draw(
-        key=np.zeros((n, k), np.uint64),
+        key=np.zeros((n, k)),
         act=np.zeros((n, k), np.float32),
         seq=np.zeros((n, k), np.int32),
         pos=np.zeros((n, k), np.uint16),
         doc=np.zeros((n, k), np.int32),
         size=np.zeros(n, np.int64),
         worst=np.zeros(n, np.int64),
-        gate=np.full(n, _NEVER if k else 0, np.uint64),
+        gate=np.full(n, np.inf if k else 0.0),
         salt=salt,
     )
 
@@ -123,10 +125,11 @@ def offer_top(top: Top, u: int, act: float, seq: int, pos: int, doc: int) -> Non
     """Let one token into the list of unit u if it belongs there; exact for tokens in any order."""
     k = top.act.shape[1]
     n = top.size[u]
-    place = -1
-    for i in range(n):
-        if top.doc[u, i] == doc:
-            place = i
+    place, docs = -1, top.doc[u]
+    # an index without a sign spares the check for one from the end
+    for i in range(np.uint64(n)):
+        if docs[i] == doc:
+            place = np.int64(i)
     if place < 0 and n < k:
         place = n
         top.size[u] = n + 1
@@ -140,12 +143,21 @@ def offer_top(top: Top, u: int, act: float, seq: int, pos: int, doc: int) -> Non
     top.pos[u, place] = pos
     top.doc[u, place] = doc
     if top.size[u] == k:
-        worst = 0
-        for i in range(1, k):
-            if not _ahead(top.act[u, i], top.seq[u, i], top.pos[u, i], top, u, worst):
+        acts, worst = top.act[u], np.uint64(0)
+        for i in range(np.uint64(1), np.uint64(k)):
+            if acts[i] < acts[worst] or (
+                acts[i] == acts[worst] and _is_later(top, u, np.int64(i), np.int64(worst))
+            ):
                 worst = i
         top.worst[u] = worst
-        top.gate[u] = top.act[u, worst]
+        top.gate[u] = acts[worst]
+
+
+@compiled
+@no_type_check
+def _is_later(top: Top, u: int, i: int, j: int) -> bool:
+    """Tell whether entry i is at a later position than entry j."""
+    return position_key(top.seq[u, i], top.pos[u, i]) > position_key(top.seq[u, j], top.pos[u, j])
 
 
 @compiled
@@ -160,7 +172,7 @@ def _ahead(act: float, seq: int, pos: int, top: Top, u: int, i: int) -> bool:
 @compiled
 @no_type_check
 def offer_draw(
-    draw: Draw, u: int, key: np.uint64, act: float, seq: int, pos: int, doc: int
+    draw: Draw, u: int, key: float, act: float, seq: int, pos: int, doc: int
 ) -> None:
     """Let one token into the sample of unit u if its priority is small enough."""
     k = draw.act.shape[1]
@@ -175,12 +187,12 @@ def offer_draw(
     draw.doc[u, place] = doc
     draw.size[u] = n = min(n + 1, k)
     if n == k:
-        worst = 0
-        for i in range(1, k):
-            if draw.key[u, i] > draw.key[u, worst]:
-                worst = i
-        draw.worst[u] = worst
-        draw.gate[u] = draw.key[u, worst]
+        keys, worst, gate = draw.key[u], np.uint64(0), -np.inf
+        # an index without a sign spares the check for one from the end
+        for i in range(np.uint64(k)):
+            if keys[i] > gate:
+                worst, gate = i, keys[i]
+        draw.worst[u], draw.gate[u] = worst, gate
 
 
 @compiled
@@ -192,13 +204,12 @@ def fraction(h: np.uint64) -> float:
 
 @compiled
 @no_type_check
-def is_drawn(salt: np.uint64, gate: np.uint64, tile_key: np.uint64, n: int) -> bool:
+def is_drawn(salt: np.uint64, gate: float, tile_key: np.uint64, n: int) -> bool:
     """Tell whether the smallest of n priorities may enter; false means that none does.
 
-    The smallest of n uniforms is 1 - (1 - h)^(1/n) for a uniform h, which is at least h / n.
+    The smallest of n exponentials is -log(1 - h) / n for a uniform h, which is at least h / n.
     """
-    h = fraction(mix(salt ^ tile_key))
-    return h * 2.0**64 < np.float64(n) * np.float64(gate)
+    return fraction(mix(salt ^ tile_key)) < np.float64(n) * gate
 
 
 @compiled
@@ -207,36 +218,36 @@ def draw_tile(
     draw: Draw,
     u: int,
     tile_key: np.uint64,
-    values: Float32[np.ndarray, " tokens"],
+    at: UInt16[np.ndarray, " n"],
+    values: Float32[np.ndarray, " n"],
     used: np.ndarray,
     seq: int,
     pos: int,
     docs: Int32[np.ndarray, " tokens"],
 ) -> None:
-    """Offer the tokens of one tile to the sample of unit u, in the order of their priorities.
+    """Offer n tokens of one tile to the sample of unit u, in the order of their priorities.
 
-    `values` holds the unit's activations; `used` is scratch of the same length.
+    `at` holds the places of the tokens in the tile, `values` the unit's activations; `used` is
+    scratch of at least the same length.
     """
     n = values.shape[0]
     used[:n] = False
     state = draw.salt[u] ^ tile_key
-    left, smallest = np.float64(1.0), 0.0
+    key = 0.0
     for i in range(n):
-        left *= (1.0 - fraction(mix(state))) ** (1.0 / (n - i))
-        smallest = 1.0 - left
-        key = np.uint64(smallest * 2.0**53) << np.uint64(11)
+        key -= np.log(1.0 - fraction(mix(state))) / (n - i)
         if draw.size[u] == draw.act.shape[1] and key >= draw.gate[u]:
             return
-        at = 0
+        k = 0
         while True:
             state = mix(state)
-            at = np.int64(fraction(mix(state ^ np.uint64(1))) * n)
-            if not used[at]:
+            k = np.int64(fraction(mix(state ^ np.uint64(1))) * n)
+            if not used[k]:
                 break
-        used[at] = True
+        used[k] = True
         state = mix(state)
-        if np.isfinite(values[at]):
-            offer_draw(draw, u, key, values[at], seq, pos + at, docs[at])
+        if np.isfinite(values[k]):
+            offer_draw(draw, u, key, values[k], seq, pos + at[k], docs[at[k]])
 
 
 @compiled

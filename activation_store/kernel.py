@@ -22,21 +22,23 @@ from activation_store.exemplars import (
     draw_tile,
     is_drawn,
     mix,
-    offer_draw,
     offer_top,
     position_key,
 )
 from activation_store.sketch import SIDE, Counts, bucket
 from activation_store.statistics import Moments, add_sums
 from activation_store.strips import (
-    LANE,
     STRIP,
     Strip,
+    add_fired,
     add_up,
     collect,
     drop_odd,
+    find_extremes,
+    is_rectified,
     load,
     new_strip,
+    set_shift,
 )
 
 
@@ -51,7 +53,7 @@ class Tiles(NamedTuple):
     """Position of the first row within its sequence."""
     doc: Int32[np.ndarray, " rows"]
     cut: Float32[np.ndarray, " rows"]
-    """Smallest activation of the token that is kept; -inf keeps all above the threshold."""
+    """Smallest activation of the token that is kept; empty keeps all above the threshold."""
 
 
 class Seen(NamedTuple):
@@ -102,14 +104,20 @@ def scan(
         width = min(STRIP, last - c)
         for tile in range(n_tiles):
             n = tiles.length[tile]
-            load(x, tiles.row[tile], n, c, width, strip)
-            add_up(n, seen.moments, c, width, strip)
-            for lane in range(0, STRIP, LANE):
-                collect(n, threshold, lane, strip)
-            drop_odd(n, c, width, seen.odd, strip)
+            load(x, tiles.row[tile], n, c, width, threshold, strip)
+            set_shift(seen.moments, c, width, strip)
+            rectified = is_rectified(threshold, width, strip)
+            if not rectified:
+                find_extremes(n, strip)
+            collect(n, width, strip)
+            if rectified:
+                add_fired(n, width, strip)
+            else:
+                add_up(n, strip)
+                drop_odd(n, c, width, seen.odd, strip)
             add_sums(seen.moments, c, width, strip.finite, strip.shift, strip.sums)
             _widen(c, width, seen.moments, strip)
-            _count(n, threshold, c, width, seen.sketch, strip)
+            _count(n, c, width, rectified, seen.sketch, strip)
             _choose(tiles, tile, c, width, seen.top, seen.random, seen.firing, strip)
             if entries.pos.shape[0] > 0:
                 entries.seq[before + tile] = tiles.seq[tile]
@@ -131,24 +139,20 @@ def _widen(c: int, width: int, moments: Moments, strip: Strip) -> None:
 
 @compiled
 @no_type_check
-def _count(n: int, threshold: np.float32, c: int, width: int, sketch: Counts, strip: Strip) -> None:
-    """Count every finite value of a strip; what is not active in a ReLU is all zero."""
-    bits = strip.column.view(np.uint32)
-    for u in range(width):
+def _count(n: int, c: int, width: int, rectified: bool, sketch: Counts, strip: Strip) -> None:
+    """Count every finite value of a strip."""
+    fired, bits = strip.fired.view(np.uint32), strip.column.view(np.uint32)
+    for u in range(np.uint64(width)):
         counts = sketch[c + u]
-        rectified = threshold == 0.0 and strip.low[u] >= 0.0
-        m = strip.n[u] if rectified else n
-        for k in range(m):
-            strip.column[k] = strip.act[strip.at[u, k] if rectified else k, u]
-        if strip.bad[u] == 0.0 or rectified:
-            for k in range(m):
-                counts[np.uint64(bucket(bits[k]))] += np.uint32(1)
-        else:
-            for k in range(m):
-                if np.isfinite(strip.column[k]):
-                    counts[np.uint64(bucket(bits[k]))] += np.uint32(1)
         if rectified:
-            counts[SIDE] += np.uint32(strip.finite[u] - m)
+            for k in range(np.uint64(strip.n[u])):
+                counts[np.uint64(bucket(fired[u, k]))] += np.uint32(1)
+            counts[SIDE] += np.uint32(n - strip.n[u])
+        else:
+            for t in range(n):
+                strip.column[t] = strip.act[t, u]
+                if np.isfinite(strip.column[t]):
+                    counts[np.uint64(bucket(bits[t]))] += np.uint32(1)
 
 
 @compiled
@@ -168,21 +172,15 @@ def _choose(
     docs = tiles.doc[tiles.row[tile] : tiles.row[tile] + n]
     tile_key = mix(position_key(seq, pos))
     for u in range(width):
-        unit = c + u
-        if strip.n[u] > 0 and strip.high[u] >= top.gate[unit]:
+        unit, m = c + u, strip.n[u]
+        if m > 0 and strip.high[u] >= top.gate[unit]:
             _offer_best(unit, u, seq, pos, docs, top, strip)
-        salt, gate = firing.salt[unit], firing.gate[unit]
-        if gate > 0:
-            for k in range(strip.n[u]):
-                t = strip.at[u, k]
-                key = mix(salt ^ position_key(seq, pos + t))
-                if key < gate:
-                    offer_draw(firing, unit, key, strip.act[t, u], seq, pos + t, docs[t])
-                    gate = firing.gate[unit]
+        if is_drawn(firing.salt[unit], firing.gate[unit], tile_key, m):
+            at, values = strip.at[u, :m], strip.fired[u, :m]
+            draw_tile(firing, unit, tile_key, at, values, strip.used, seq, pos, docs)
         if is_drawn(random.salt[unit], random.gate[unit], tile_key, n):
-            for t in range(n):
-                strip.column[t] = strip.act[t, u]
-            draw_tile(random, unit, tile_key, strip.column[:n], strip.used, seq, pos, docs)
+            at, values = strip.every[:n], strip.act[:n, u]
+            draw_tile(random, unit, tile_key, at, values, strip.used, seq, pos, docs)
 
 
 @compiled
@@ -191,15 +189,15 @@ def _offer_best(
     unit: int, u: int, seq: int, pos: int, docs: np.ndarray, top: Top, strip: Strip
 ) -> None:
     """Offer the best token of each run of one document: at most one of them can stay."""
-    best = strip.at[u, 0]
+    at, fired = strip.at[u], strip.fired[u]
+    best = 0
     for k in range(1, strip.n[u]):
-        t = strip.at[u, k]
-        if docs[t] != docs[best]:
-            offer_top(top, unit, strip.act[best, u], seq, pos + best, docs[best])
-            best = t
-        elif strip.act[t, u] > strip.act[best, u]:
-            best = t
-    offer_top(top, unit, strip.act[best, u], seq, pos + best, docs[best])
+        if docs[at[k]] != docs[at[best]]:
+            offer_top(top, unit, fired[best], seq, pos + at[best], docs[at[best]])
+            best = k
+        elif fired[k] > fired[best]:
+            best = k
+    offer_top(top, unit, fired[best], seq, pos + at[best], docs[at[best]])
 
 
 @compiled
@@ -220,17 +218,24 @@ def _append(
     end = np.uint64(entries.used[0])
     row, pos = tiles.row[tile], tiles.pos[tile]
     counts = entries.per_unit[entries.used[1] + tile]
-    for u in range(width):
+    whole = tiles.cut.shape[0] == 0
+    for u in range(np.uint64(width)):
+        m = np.uint64(strip.n[u])
         begin = end
-        for k in range(strip.n[u]):
-            t = strip.at[u, k]
-            v = strip.act[t, u]
-            if v > largest:
-                odd[c + u, 2] += 1
-            elif v >= tiles.cut[row + t]:
-                entries.pos[end] = pos + t
-                entries.act[end] = v
-                end += np.uint64(1)
+        if whole and strip.high[u] <= largest:
+            for k in range(m):
+                entries.pos[end + k] = pos + strip.at[u, k]
+                entries.act[end + k] = strip.fired[u, k]
+            end += m
+        else:
+            for k in range(m):
+                v = strip.fired[u, k]
+                if v > largest:
+                    odd[c + u, 2] += 1
+                elif whole or v >= tiles.cut[row + strip.at[u, k]]:
+                    entries.pos[end] = pos + strip.at[u, k]
+                    entries.act[end] = v
+                    end += np.uint64(1)
         counts[place + u] = end - begin
     entries.used[0] = end
 

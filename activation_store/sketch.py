@@ -39,10 +39,8 @@ def new_sketch(n_units: int) -> Counts:
 @no_type_check
 def bucket(bits: np.uint32) -> int:
     """Return the bucket of a float32 given its bits: 0 is the most negative, SIDE is zero."""
-    at = np.int64((bits & np.uint32(0x7FFFFFFF)) >> np.uint32(_SHIFT)) - _FIRST
-    if at < 0:
-        return SIDE
-    at = min(at, SIDE - 1) + 1
+    at = np.int64((bits & np.uint32(0x7FFFFFFF)) >> np.uint32(_SHIFT)) - (_FIRST - 1)
+    at = min(max(at, 0), SIDE)
     return SIDE - at if bits >> np.uint32(31) else SIDE + at
 
 

@@ -23,6 +23,7 @@ from activation_store import catalogue, state, state_files
 from activation_store.accumulator import GROUP_TOKENS, Accumulator, is_block
 from activation_store.blocks import Tensor, as_block, as_tokens, tiles_of
 from activation_store.errors import ContentError, StoreError
+from activation_store.exemplars import DRAWS
 from activation_store.hooks import Rows, Vectors
 from activation_store.ranks import Held, Rank, refuse_shared
 from activation_store.shards import listed, register
@@ -100,6 +101,7 @@ class Writer:
         return {
             "n_ctx": self._n_ctx,
             "seed": self._seed,
+            "draws": DRAWS,
             "world_size": self._rank.world_size,
             "commit_tokens": self._commit_seqs * self._n_ctx,
             **{f"rows {hook.hook}": asdict(hook) for hook in self._rows},

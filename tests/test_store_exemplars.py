@@ -143,12 +143,11 @@ def test_random_exemplars_are_uniform_over_all_tokens_and_units_draw_independent
     assert max(pairs.values()) == 1
 
 
-def test_the_order_of_random_exemplars_is_the_order_of_uniform_priorities() -> None:
+def test_the_order_of_random_exemplars_is_the_order_of_exponential_priorities() -> None:
     x = np.zeros((20, 128, 500), np.float32)
     seen = see(x, np.zeros((20, 128), int), Rows("h", 500, random_k=4), seed=1)
-    smallest = np.sort(seen.random.key.astype(np.float64) / 2.0**64, axis=1)[:, 0]
-    # the smallest of 2,560 uniforms is Beta(1, 2560)
-    assert stats.kstest(smallest, stats.beta(1, 2560).cdf).pvalue > 1e-4
+    # the smallest of 2,560 exponentials is one of mean 1 / 2560
+    assert stats.kstest(seen.random.key.min(axis=1) * 2560, "expon").pvalue > 1e-4
 
 
 def test_quantile_exemplars_are_uniform_over_firing_tokens_in_equal_bins() -> None:
@@ -165,6 +164,9 @@ def test_quantile_exemplars_are_uniform_over_firing_tokens_in_equal_bins() -> No
         at = chosen.place == unit
         assert np.bincount(chosen.bin[at]).tolist() == [k] * QUANTILE_BINS
         assert (np.diff(chosen.act[at]) >= 0).all()
+    # a unit fires on half of 2,560 tokens; those are what its priorities are of
+    counts = (x > 0).sum(axis=(0, 1))
+    assert stats.kstest(seen.firing.key.min(axis=1) * counts, "expon").pvalue > 1e-4
     # among a unit's firing tokens, the share below a drawn one is uniform
     flat = x.reshape(-1, d)
     share = [
