@@ -8,6 +8,7 @@ worth its time.
 
 import hashlib
 import os
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,9 +74,19 @@ class _HashedFile:
         self.hash.update(view)
         self.n_bytes += done
         if self.n_bytes - self._n_synced >= _SYNC_BYTES:
-            os.fdatasync(self._file.fileno())
-            self._n_synced = self.n_bytes
+            self._let_go()
         return done
+
+    def _let_go(self) -> None:
+        """Bring to the disk what was written, and give the memory that holds it to the next bytes.
+
+        Fresh memory costs more than the copy into it, and a long capture would push everything else
+        out of the system's cache.
+        """
+        self.sync()
+        if sys.platform == "linux":
+            os.posix_fadvise(self._file.fileno(), 0, self.n_bytes, os.POSIX_FADV_DONTNEED)
+        self._n_synced = self.n_bytes
 
     def tell(self) -> int:
         return self.n_bytes

@@ -171,9 +171,7 @@ def _ahead(act: float, seq: int, pos: int, top: Top, u: int, i: int) -> bool:
 
 @compiled
 @no_type_check
-def offer_draw(
-    draw: Draw, u: int, key: float, act: float, seq: int, pos: int, doc: int
-) -> None:
+def offer_draw(draw: Draw, u: int, key: float, act: float, seq: int, pos: int, doc: int) -> None:
     """Let one token into the sample of unit u if its priority is small enough."""
     k = draw.act.shape[1]
     n = draw.size[u]

@@ -149,16 +149,19 @@ class Bench:
                 acts = {name: found[i] for i, name in enumerate(names)}
                 writer.add(seq, ids, docs, "val", acts)
                 done += len(ids)
-        self.measure(arm, path)
 
-    def measure(self, arm: str, path: Path) -> None:
-        """Note what the arm wrote."""
-        with astore.open(path) as store:
-            info = store.info()
-        kind = "acts" if arm == "rows" else "vectors"
-        files = (path / "store").glob(f"{kind}-*.parquet")
+    def measure(self, arm: str) -> None:
+        """Note what the arm wrote last."""
+        if arm == "sae-lens":
+            files = (self.folder / arm).rglob("*.arrow")
+            self.n_values[arm] = self.ids.numel() * D_MODEL
+        else:
+            with astore.open(self.folder / arm) as store:
+                info = store.info()
+            kind = "acts" if arm == "rows" else "vectors"
+            files = (self.folder / arm / "store").glob(f"{kind}-*.parquet")
+            self.n_values[arm] = info.n_acts if arm == "rows" else info.n_vectors * D_MODEL
         self.n_bytes[arm] = sum(file.stat().st_size for file in files)
-        self.n_values[arm] = info.n_acts if arm == "rows" else info.n_vectors * D_MODEL
 
     def sae_lens(self) -> None:
         """Cache the same hook with sae-lens, which asks for a TransformerLens-like model."""
@@ -188,8 +191,6 @@ class Bench:
         tokens = Dataset.from_dict({"tokens": self.ids.numpy()})
         tokens.set_format("torch")
         CacheActivationsRunner(config, override_dataset=tokens).run()
-        self.n_bytes["sae-lens"] = sum(f.stat().st_size for f in path.rglob("*.arrow"))
-        self.n_values["sae-lens"] = self.ids.numel() * D_MODEL
 
 
 class Lensed(nn.Module):
@@ -229,8 +230,10 @@ def compare(arguments: argparse.Namespace, n_tokens: int, folder: Path) -> tuple
     arms = {"bare": bench.bare, "rows": bench.rows, "vectors": bench.vectors}
     if arguments.peer:
         arms["sae-lens"] = bench.sae_lens
-    for arm in arms.values():
+    for name, arm in arms.items():
         arm()
+        if name != "bare":
+            bench.measure(name)
     times: Times = {arm: [] for arm in arms}
     cpu: Times = {arm: [] for arm in arms}
     for _ in range(arguments.repeats):

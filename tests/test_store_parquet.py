@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from activation_store.packing import delta_pack, room, run_lengths
 from activation_store.parquet import ActsWriter, RowGroup
 
 
@@ -116,3 +117,11 @@ def test_deltas_of_any_integers_are_read_back(
     np.testing.assert_array_equal(table["pos"].to_numpy(), seq[::-1])
     duck = duckdb.sql(f"SELECT seq_id, pos FROM '{path}'").fetchnumpy()
     np.testing.assert_array_equal(duck["seq_id"], seq)
+    assert delta_pack(seq, np.empty(room(n), np.uint8)) <= 4.2 * n + 560
+
+
+def test_run_lengths_by_hand() -> None:
+    out = np.empty(room(3), np.uint8)
+    # header is twice the length: 300 -> 600 = 0xd8 0x04, then the value; an empty run is left out
+    size = run_lengths(np.array([300, 0, 2]), 2, out)
+    assert out[:size].tolist() == [0xD8, 0x04, 0, 4, 2]
