@@ -61,7 +61,7 @@ def tiles_of(seq: Int32[np.ndarray, " batch"], doc: Int32[np.ndarray, "batch n_c
     Raises:
         ContentError: padding between tokens of one sequence.
     """
-    n, n_ctx = doc.shape
+    n_ctx = doc.shape[1]
     first, stop = _bounds(seq, doc)
     begin = np.arange(0, n_ctx, TILE)
     low = np.maximum(begin[None, :], first[:, None])

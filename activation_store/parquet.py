@@ -63,7 +63,7 @@ class ActsWriter:
         group.runs("unit", _INT32, rows.units.tobytes(), rows.runs, _bounds(rows.units))
         group.column("seq_id", _INT32, _DELTA, n, self._delta(rows.seq_id), _bounds(rows.seq_id))
         group.column("pos", _INT32, _DELTA, n, self._delta(rows.pos))
-        act = memoryview(rows.act.astype(self._dtype, copy=False)).cast("B")
+        act = memoryview(rows.act.astype(self._dtype, copy=False).data).cast("B")
         group.column("act", self._act_type, _PLAIN, n, act)
         # one write for all that is small, and none of it a copy of the activations
         self._put(b"".join(group.parts[:-1]))
