@@ -1,10 +1,12 @@
 """Queries on one store of 10 M and one of 100 M activations, warm, through the locked Python API.
 
-    python benchmarks/store_queries.py [--acts 10 100] [--repeats 60] [--folder FOLDER]
+    python benchmarks/store_queries.py [--acts 10 100] [--repeats 60] [--cold] [--folder FOLDER]
 
 The stores have 6 hooks of 1,536 units at 15 % density, written by the package's own writer from
-random numbers. Prints the median and the smallest wall time of each query in milliseconds, the size
-per stored activation, and as a floor the time to read the same Parquet row groups with PyArrow.
+random numbers. Their files are read once before, unless `--cold`: the writer leaves most of them
+out of the system's cache. Prints the median and the smallest wall time of each query in
+milliseconds, the size per stored activation, and as a floor the time to read the same Parquet row
+groups with PyArrow.
 """
 
 import argparse
@@ -106,11 +108,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--acts", type=int, nargs="+", default=[10, 100], help="millions")
     parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--cold", action="store_true", help="files as the writer left them")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         for n_million in options.acts:
             path = build(options.folder or Path(made), n_million)
+            if not options.cold:
+                for file in path.with_suffix("").iterdir():
+                    file.read_bytes()
             with astore.open(path) as store:
                 info = store.info()
                 size = store.sql("SELECT sum(n_bytes) FROM shards WHERE kind = 'acts'").fetchall()[
