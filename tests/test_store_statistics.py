@@ -59,6 +59,25 @@ def test_moments_equal_scipy_over_all_tokens(scale: float, offset: float) -> Non
     np.testing.assert_array_equal(seen.moments.high, x.reshape(-1, 70).max(0))
 
 
+@pytest.mark.parametrize("below", [0.0, -0.0, -1e-3])
+def test_moments_of_what_is_mostly_zero_equal_scipy_beside_units_that_are_not(below: float) -> None:
+    rng = np.random.default_rng(4)
+    x = np.maximum(rng.standard_normal((9, 200, 140)) - 1, 0).astype(np.float32)
+    # a ReLU's zeros are not looked at one by one, unless a unit of the strip has something else
+    x[4, 7, 3] = below
+    seen = see(x)
+    flat = x.reshape(-1, 140).astype(np.float64)
+    variance, skewness, kurtosis = shape_of(seen.moments)
+    np.testing.assert_allclose(seen.moments.mean, flat.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(variance, flat.var(0), rtol=1e-12)
+    np.testing.assert_allclose(skewness, stats.skew(flat), rtol=1e-12)
+    np.testing.assert_allclose(kurtosis, stats.kurtosis(flat, fisher=False), rtol=1e-12)
+    np.testing.assert_array_equal(seen.moments.active, (flat > 0).sum(0))
+    np.testing.assert_array_equal(seen.moments.low, x.reshape(-1, 140).min(0))
+    np.testing.assert_array_equal(seen.moments.high, x.reshape(-1, 140).max(0))
+    np.testing.assert_array_equal(seen.sketch.sum(axis=1), len(flat))
+
+
 def test_a_unit_that_never_varies_has_no_skewness_and_one_never_seen_has_nothing() -> None:
     x = np.full((1, 300, 3), 0.1, np.float32)
     x[..., 1] = np.nan

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import activation_store as astore
-from activation_store import Rows, StoreError, Vectors
+from activation_store import Rows, StoreError, Vectors, encoding
 from activation_store.writer import Writer
 
 N_CTX = 64
@@ -188,6 +188,17 @@ def test_the_size_of_the_batches_changes_nothing(
     other = tmp_path / "store.duckdb"
     with opened(other, stream) as writer:
         stream.write(writer, batch)
+    assert content(other) == content(path)
+
+
+def test_files_brought_to_the_disk_as_they_grow_have_the_same_bytes(
+    whole: tuple[Stream, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, path = whole
+    monkeypatch.setattr(encoding, "_SYNC_BYTES", 1000)
+    other = tmp_path / "store.duckdb"
+    with opened(other, stream) as writer:
+        stream.write(writer, 32)
     assert content(other) == content(path)
 
 
