@@ -2,6 +2,7 @@
 
     python benchmarks/capture.py [--tokens 65536 131072] [--repeats 5] [--head] [--peer]
         [--device cuda]
+    python benchmarks/capture.py --turns 10
     python benchmarks/capture.py --memory
 
 The model is transformers' GPT-2 with ReLU, 6 layers of d_model 384 and random weights; the biases
@@ -16,7 +17,9 @@ repeat, and each starts with an empty store and ends when everything is on the d
 The floor of a capture is the bare pass plus the time to write the same bytes and sync them. Ratios
 are of wall time and, for a machine that is not quiet, of processor time. With two numbers of tokens
 the last lines say what the further tokens of the longer capture cost: it begins and ends as the
-shorter one does. `--memory` compares the peak memory of a capture of 1 M and of 10 M tokens,
+shorter one does. `--turns` compares within one long capture: segments of 16,384 tokens, bare and
+with each arm in turn, so that all find the machine and its memory in the same state; beginning and
+commit are left out. `--memory` compares the peak memory of a capture of 1 M and of 10 M tokens,
 without a model.
 """
 
@@ -31,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,9 +45,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import activation_store as astore
 from activation_store import Rows, Vectors
+from activation_store.writer import Writer
 
 N_LAYERS, D_MODEL, N_CTX, BATCH, D_VOCAB = 6, 384, 128, 32, 50_257
 RESIDUAL = 3
+RESIDUAL_HOOK = f"blocks.{RESIDUAL}.hook_resid_post"
 DENSITY = 0.15
 Times = dict[str, list[float]]
 """Seconds of each repeat of an arm."""
@@ -123,33 +129,41 @@ class Bench:
             torch.cuda.synchronize()
 
     def rows(self) -> None:
-        """Capture all neurons."""
-        hooks = [Rows(f"blocks.{i}.mlp.hook_post", 4 * D_MODEL) for i in range(N_LAYERS)]
-        modules = [block.mlp.act for block in blocks_of(self.model)]
-        self.capture("rows", modules, rows=hooks)
+        """Capture all neurons into an empty store."""
+        self.capture("rows")
 
     def vectors(self) -> None:
-        """Capture one residual hook."""
-        hook = Vectors(f"blocks.{RESIDUAL}.hook_resid_post", D_MODEL)
-        self.capture("vectors", [blocks_of(self.model)[RESIDUAL]], vectors=[hook])
+        """Capture one residual hook into an empty store."""
+        self.capture("vectors")
 
-    def capture(self, arm: str, modules: list[nn.Module], **hooks: list) -> None:
-        """Capture the outputs of the modules into an empty store."""
-        names = [hook.hook for kind in hooks.values() for hook in kind]
+    def capture(self, arm: str) -> None:
+        with self.opened(arm) as writer:
+            self.feed(arm, writer, 0)
+
+    @contextmanager
+    def opened(self, arm: str) -> Iterator[Writer]:
+        """Give the writer of an arm's store, which is made anew."""
         path = self.folder / arm
         shutil.rmtree(path, ignore_errors=True)
-        done = 0
-        with (
-            recorded(modules) as found,
-            astore.open(path, mode="w") as store,
-            store.writer(**hooks, n_ctx=N_CTX) as writer,
-        ):
+        hooks = [Rows(f"blocks.{i}.mlp.hook_post", 4 * D_MODEL) for i in range(N_LAYERS)]
+        kept = {"rows": hooks} if arm == "rows" else {"vectors": [Vectors(RESIDUAL_HOOK, D_MODEL)]}
+        with astore.open(path, mode="w") as store, store.writer(**kept, n_ctx=N_CTX) as writer:
+            yield writer
+
+    def feed(self, arm: str, writer: Writer, first: int) -> None:
+        """Capture every batch; sequences are numbered from `first`."""
+        blocks = blocks_of(self.model)
+        names = [f"blocks.{i}.mlp.hook_post" for i in range(N_LAYERS)]
+        modules = [block.mlp.act for block in blocks]
+        if arm == "vectors":
+            names, modules = [RESIDUAL_HOOK], [blocks[RESIDUAL]]
+        with recorded(modules) as found:
             for ids in self.batches():
-                seq = np.arange(done, done + len(ids))
+                seq = np.arange(first, first + len(ids))
                 docs = np.repeat(seq[:, None], N_CTX, 1)
                 acts = {name: found[i] for i, name in enumerate(names)}
                 writer.add(seq, ids, docs, "val", acts)
-                done += len(ids)
+                first += len(ids)
 
     def measure(self, arm: str) -> None:
         """Note what the arm wrote last."""
@@ -263,6 +277,32 @@ def compare(arguments: argparse.Namespace, n_tokens: int, folder: Path) -> tuple
     return times, cpu
 
 
+def take_turns(arguments: argparse.Namespace, folder: Path) -> None:
+    """Compare segments of one long capture; the first two rounds are not counted."""
+    bench = Bench(build(arguments.device, arguments.head), 16_384, folder, arguments.device)
+    times: Times = {arm: [] for arm in ("bare", "rows", "vectors")}
+    cpu: Times = {arm: [] for arm in times}
+    with bench.opened("rows") as rows, bench.opened("vectors") as vectors:
+        writers = {"rows": rows, "vectors": vectors}
+        for turn in range(arguments.turns + 2):
+            for arm in times:
+                begin, begin_cpu = time.perf_counter(), time.process_time()
+                if arm == "bare":
+                    bench.bare()
+                else:
+                    bench.feed(arm, writers[arm], turn * len(bench.ids))
+                    settle(writers[arm])
+                times[arm].append(time.perf_counter() - begin)
+                cpu[arm].append(time.process_time() - begin_cpu)
+    show(bench, *({arm: spent[arm][2:] for arm in spent} for spent in (times, cpu)), folder)
+
+
+def settle(writer: Writer) -> None:
+    """Wait until the threads of a writer have written what they were given."""
+    jobs = [job for hook in writer._accumulators for job in hook._busy if job is not None]
+    wait(jobs + writer._spool._waiting_vectors)
+
+
 def compare_lengths(arguments: argparse.Namespace, folder: Path) -> None:
     """Compare captures of each length, then what the longest has beyond the shortest."""
     found = [compare(arguments, n, folder) for n in sorted(arguments.tokens)]
@@ -336,6 +376,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--head", action="store_true")
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--turns", type=int)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--fill", type=int)
     parser.add_argument("--folder", type=Path)
@@ -346,6 +387,8 @@ def main() -> None:
             fill(arguments.fill, Path(folder))
         elif arguments.memory:
             memory(Path(folder))
+        elif arguments.turns:
+            take_turns(arguments, Path(folder))
         else:
             compare_lengths(arguments, Path(folder))
 
