@@ -143,21 +143,12 @@ def offer_top(top: Top, u: int, act: float, seq: int, pos: int, doc: int) -> Non
     top.pos[u, place] = pos
     top.doc[u, place] = doc
     if top.size[u] == k:
-        acts, worst = top.act[u], np.uint64(0)
+        acts, worst = top.act[u], 0
         for i in range(np.uint64(1), np.uint64(k)):
-            if acts[i] < acts[worst] or (
-                acts[i] == acts[worst] and _is_later(top, u, np.int64(i), np.int64(worst))
-            ):
-                worst = i
+            if not _ahead(acts[i], top.seq[u, i], top.pos[u, i], top, u, worst):
+                worst = np.int64(i)
         top.worst[u] = worst
         top.gate[u] = acts[worst]
-
-
-@compiled
-@no_type_check
-def _is_later(top: Top, u: int, i: int, j: int) -> bool:
-    """Tell whether entry i is at a later position than entry j."""
-    return position_key(top.seq[u, i], top.pos[u, i]) > position_key(top.seq[u, j], top.pos[u, j])
 
 
 @compiled
