@@ -1,26 +1,25 @@
 """Capture into a store beside the bare forward pass over the same tokens, and beside sae-lens.
 
-    python benchmarks/capture.py [--tokens 65536 131072] [--repeats 5] [--head] [--peer]
-        [--device cuda]
-    python benchmarks/capture.py --turns 10
+    python benchmarks/capture.py [--tokens 131072] [--repeats 3] [--head] [--peer] [--device cuda]
     python benchmarks/capture.py --memory
 
 The model is transformers' GPT-2 with ReLU, 6 layers of d_model 384 and random weights; the biases
-of its neurons are shifted until each fires on 15 % of the tokens. Arms run in turn, repeat after
-repeat, and each starts with an empty store and ends when everything is on the disk:
+of its neurons are shifted until each fires on 15 % of the tokens. Arms:
 
 - bare: the forward pass. `--head` includes the vocabulary's logits, which a capture does not need.
 - rows: all 9,216 neurons above 0, with statistics and exemplars of every unit.
 - vectors: one residual hook, float16.
 - sae-lens: `CacheActivationsRunner` on the same hook, model, tokens and type (`--peer`).
 
+A repeat is a whole capture by each arm, from an empty store to everything on the disk. The arms
+take turns every 16,384 tokens, at the end of which nothing is left to be written but the commit, so
+that all find the machine in the same state; its speed changes. Opening the store and the commit
+count. sae-lens cannot be stopped on the way: it runs whole, after a whole capture of vectors.
+
 The floor of a capture is the bare pass plus the time to write the same bytes and sync them. Ratios
-are of wall time and, for a machine that is not quiet, of processor time. With two numbers of tokens
-the last lines say what the further tokens of the longer capture cost: it begins and ends as the
-shorter one does. `--turns` compares within one long capture: segments of 16,384 tokens, bare and
-with each arm in turn, so that all find the machine and its memory in the same state; beginning and
-commit are left out. `--memory` compares the peak memory of a capture of 1 M and of 10 M tokens,
-without a model.
+are of wall time and, for a machine that is not quiet, of processor time; "later" are the segments
+but the first two, without opening and commit: what further tokens cost. `--memory` compares the
+peak memory of a capture of 1 M and of 10 M tokens, without a model.
 """
 
 import argparse
@@ -33,10 +32,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,8 +52,10 @@ N_LAYERS, D_MODEL, N_CTX, BATCH, D_VOCAB = 6, 384, 128, 32, 50_257
 RESIDUAL = 3
 RESIDUAL_HOOK = f"blocks.{RESIDUAL}.hook_resid_post"
 DENSITY = 0.15
-Times = dict[str, list[float]]
-"""Seconds of each repeat of an arm."""
+SEGMENT = 16_384
+"""Tokens after which it is another arm's turn."""
+EARLY = 2
+"""Segments at the start of a capture that are dearer than the later ones."""
 
 
 def build(device: str, head: bool) -> nn.Module:
@@ -114,31 +117,19 @@ class Bench:
         self.n_bytes: dict[str, int] = {}
         self.n_values: dict[str, int] = {}
 
-    def batches(self) -> Iterator[Tensor]:
+    def batches(self, ids: Tensor) -> Iterator[Tensor]:
         """Run the model over every batch and yield its tokens."""
-        for ids in self.ids.split(BATCH):
+        for batch in ids.split(BATCH):
             with torch.no_grad():
-                self.model(ids.to(self.device), use_cache=False)
-            yield ids
-
-    def bare(self) -> None:
-        """Run the model only."""
-        for _ in self.batches():
-            pass
+                self.model(batch.to(self.device), use_cache=False)
+            yield batch
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def rows(self) -> None:
-        """Capture all neurons into an empty store."""
-        self.capture("rows")
-
     def vectors(self) -> None:
         """Capture one residual hook into an empty store."""
-        self.capture("vectors")
-
-    def capture(self, arm: str) -> None:
-        with self.opened(arm) as writer:
-            self.feed(arm, writer, 0)
+        with self.opened("vectors") as writer:
+            self.feed("vectors", writer, self.ids, 0)
 
     @contextmanager
     def opened(self, arm: str) -> Iterator[Writer]:
@@ -150,32 +141,33 @@ class Bench:
         with astore.open(path, mode="w") as store, store.writer(**kept, n_ctx=N_CTX) as writer:
             yield writer
 
-    def feed(self, arm: str, writer: Writer, first: int) -> None:
-        """Capture every batch; sequences are numbered from `first`."""
+    def feed(self, arm: str, writer: Writer, tokens: Tensor, first: int) -> None:
+        """Capture every batch and wait until its shards are written.
+
+        Sequences are numbered from `first`.
+        """
         blocks = blocks_of(self.model)
         names = [f"blocks.{i}.mlp.hook_post" for i in range(N_LAYERS)]
         modules = [block.mlp.act for block in blocks]
         if arm == "vectors":
             names, modules = [RESIDUAL_HOOK], [blocks[RESIDUAL]]
         with recorded(modules) as found:
-            for ids in self.batches():
+            for ids in self.batches(tokens):
                 seq = np.arange(first, first + len(ids))
                 docs = np.repeat(seq[:, None], N_CTX, 1)
                 acts = {name: found[i] for i, name in enumerate(names)}
                 writer.add(seq, ids, docs, "val", acts)
                 first += len(ids)
+        jobs = [job for hook in writer._accumulators for job in hook._busy if job is not None]
+        wait(jobs + writer._spool._waiting_vectors)
 
     def measure(self, arm: str) -> None:
         """Note what the arm wrote last."""
-        if arm == "sae-lens":
-            files = (self.folder / arm).rglob("*.arrow")
-            self.n_values[arm] = self.ids.numel() * D_MODEL
-        else:
-            with astore.open(self.folder / arm) as store:
-                info = store.info()
-            kind = "acts" if arm == "rows" else "vectors"
-            files = (self.folder / arm / "store").glob(f"{kind}-*.parquet")
-            self.n_values[arm] = info.n_acts if arm == "rows" else info.n_vectors * D_MODEL
+        with astore.open(self.folder / arm) as store:
+            info = store.info()
+        kind = "acts" if arm == "rows" else "vectors"
+        files = (self.folder / arm / "store").glob(f"{kind}-*.parquet")
+        self.n_values[arm] = info.n_acts if arm == "rows" else info.n_vectors * D_MODEL
         self.n_bytes[arm] = sum(file.stat().st_size for file in files)
 
     def sae_lens(self) -> None:
@@ -253,89 +245,103 @@ def bandwidth(folder: Path, n_bytes: int) -> float:
     return max(1, n_bytes // len(chunk)) * len(chunk) / seconds
 
 
-def compare(arguments: argparse.Namespace, n_tokens: int, folder: Path) -> tuple[Times, Times]:
-    """Run the arms in turn, print medians, ratios and floors; return wall and processor times."""
-    model = build(arguments.device, arguments.head)
-    bench = Bench(model, n_tokens, folder, arguments.device)
-    arms = {"bare": bench.bare, "rows": bench.rows, "vectors": bench.vectors}
-    if arguments.peer:
-        arms["sae-lens"] = bench.sae_lens
-    for name, arm in arms.items():
-        arm()
-        if name != "bare":
-            bench.measure(name)
-    times: Times = {arm: [] for arm in arms}
-    cpu: Times = {arm: [] for arm in arms}
+class Spent(NamedTuple):
+    """Wall seconds and seconds of processor time."""
+
+    wall: float
+    cpu: float
+
+
+@contextmanager
+def noted(into: list[Spent]) -> Iterator[None]:
+    """Note what the block takes."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    into.append(Spent(time.perf_counter() - wall, time.process_time() - cpu))
+
+
+class Repeat:
+    """One whole capture by each arm, the arms in turn."""
+
+    def __init__(self, bench: Bench, ids: Tensor) -> None:
+        self.segments: dict[str, list[Spent]] = {arm: [] for arm in ("bare", "rows", "vectors")}
+        self.ends: dict[str, list[Spent]] = {arm: [] for arm in self.segments}
+        writers: dict[str, Writer] = {}
+        captures = {arm: ExitStack() for arm in ("rows", "vectors")}
+        for arm, capture in captures.items():
+            with noted(self.ends[arm]):
+                writers[arm] = capture.enter_context(bench.opened(arm))
+        first = 0
+        for part in ids.split(SEGMENT // N_CTX):
+            for arm, spent in self.segments.items():
+                with noted(spent):
+                    if arm == "bare":
+                        deque(bench.batches(part), maxlen=0)
+                    else:
+                        bench.feed(arm, writers[arm], part, first)
+            first += len(part)
+        for arm, capture in captures.items():
+            with noted(self.ends[arm]):
+                capture.close()
+
+    def whole(self, arm: str) -> Spent:
+        """Return what the arm took from an empty store to the end."""
+        return total(self.segments[arm] + self.ends[arm])
+
+    def later(self, arm: str) -> Spent:
+        """Return what the arm took for its later segments."""
+        return total(self.segments[arm][EARLY:])
+
+
+def total(parts: list[Spent]) -> Spent:
+    """Return the sum."""
+    return Spent(sum(part.wall for part in parts), sum(part.cpu for part in parts))
+
+
+def compare(arguments: argparse.Namespace, folder: Path) -> None:
+    """Repeat whole captures and print what they took, beside the floors."""
+    bench = Bench(
+        build(arguments.device, arguments.head), arguments.tokens, folder, arguments.device
+    )
+    Repeat(bench, bench.ids[: SEGMENT // N_CTX])  # the first compiles
+    repeats: list[Repeat] = []
+    peers: dict[str, list[Spent]] = {"vectors": [], "sae-lens": []}
     for _ in range(arguments.repeats):
-        for name, arm in arms.items():
-            begin = time.perf_counter()
-            begin_cpu = time.process_time()
-            arm()
-            times[name].append(time.perf_counter() - begin)
-            cpu[name].append(time.process_time() - begin_cpu)
-    show(bench, times, cpu, folder)
-    return times, cpu
+        repeats.append(Repeat(bench, bench.ids))
+        for arm, run in (("vectors", bench.vectors), ("sae-lens", bench.sae_lens)):
+            if arguments.peer:
+                with noted(peers[arm]):
+                    run()
+    for arm in ("rows", "vectors"):
+        bench.measure(arm)
+    show(bench, repeats)
+    if arguments.peer:
+        ratios = [peer.wall / own.wall for own, peer in zip(*peers.values(), strict=True)]
+        print(f"sae-lens / vectors, each whole in turn: {spread(ratios)}")
 
 
-def take_turns(arguments: argparse.Namespace, folder: Path) -> None:
-    """Compare segments of one long capture; the first two rounds are not counted."""
-    bench = Bench(build(arguments.device, arguments.head), 16_384, folder, arguments.device)
-    times: Times = {arm: [] for arm in ("bare", "rows", "vectors")}
-    cpu: Times = {arm: [] for arm in times}
-    with bench.opened("rows") as rows, bench.opened("vectors") as vectors:
-        writers = {"rows": rows, "vectors": vectors}
-        for turn in range(arguments.turns + 2):
-            for arm in times:
-                begin, begin_cpu = time.perf_counter(), time.process_time()
-                if arm == "bare":
-                    bench.bare()
-                else:
-                    bench.feed(arm, writers[arm], turn * len(bench.ids))
-                    settle(writers[arm])
-                times[arm].append(time.perf_counter() - begin)
-                cpu[arm].append(time.process_time() - begin_cpu)
-    show(bench, *({arm: spent[arm][2:] for arm in spent} for spent in (times, cpu)), folder)
+def spread(values: list[float]) -> str:
+    """Return median and range."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def settle(writer: Writer) -> None:
-    """Wait until the threads of a writer have written what they were given."""
-    jobs = [job for hook in writer._accumulators for job in hook._busy if job is not None]
-    wait(jobs + writer._spool._waiting_vectors)
-
-
-def compare_lengths(arguments: argparse.Namespace, folder: Path) -> None:
-    """Compare captures of each length, then what the longest has beyond the shortest."""
-    found = [compare(arguments, n, folder) for n in sorted(arguments.tokens)]
-    for kind, short, long in zip(("wall", "CPU"), found[0], found[-1], strict=True):
-        more = {arm: statistics.median(long[arm]) - statistics.median(short[arm]) for arm in long}
-        if len(found) > 1:
-            ratios = (f"{arm} {more[arm] / more['bare']:.3f}" for arm in more if arm != "bare")
-            print(f"further tokens, {kind}: {', '.join(ratios)}")
-
-
-def show(bench: Bench, times: Times, cpu: Times, folder: Path) -> None:
+def show(bench: Bench, repeats: list[Repeat]) -> None:
     """Print the table."""
-    median = {name: statistics.median(values) for name, values in times.items()}
     n_tokens = bench.ids.numel()
-    if "rows" in bench.n_values:
-        density = bench.n_values["rows"] / (n_tokens * N_LAYERS * 4 * D_MODEL)
-        print(f"{n_tokens} tokens, density {density:.3f}, {torch.get_num_threads()} threads")
-    print("arm        seconds  tokens/s   ratio (range)            by CPU  floor  bytes/value")
-    for name, seconds in median.items():
-        ratios, by_cpu = (
-            [t / b for t, b in zip(spent[name], spent["bare"], strict=True)]
-            for spent in (times, cpu)
-        )
-        line = f"{name:9} {seconds:8.2f} {n_tokens / seconds:9.0f}   "
-        line += f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        line += f"   {statistics.median(by_cpu):.3f}"
-        if name in bench.n_bytes:
-            write = bench.n_bytes[name] / bandwidth(folder, bench.n_bytes[name])
-            floor = 1 + write / median["bare"]
-            line += f"  {floor:.3f}  {bench.n_bytes[name] / bench.n_values[name]:.3f}"
-        print(line)
-    if "sae-lens" in median:
-        print(f"sae-lens / vectors: {median['sae-lens'] / median['vectors']:.2f}")
+    density = bench.n_values["rows"] / (n_tokens * N_LAYERS * 4 * D_MODEL)
+    print(f"{n_tokens} tokens, density {density:.3f}, {torch.get_num_threads()} threads")
+    bare = statistics.median(one.whole("bare").wall for one in repeats)
+    print(f"bare: {bare:.2f} s, {n_tokens / bare:.0f} tokens/s; against it:")
+    for arm in ("rows", "vectors"):
+        write = bench.n_bytes[arm] / bandwidth(bench.folder, bench.n_bytes[arm])
+        print(f"{arm}: floor {1 + write / bare:.3f}", end="")
+        print(f", {bench.n_bytes[arm] / bench.n_values[arm]:.3f} bytes per value")
+        for name, part in (("whole", Repeat.whole), ("later", Repeat.later)):
+            pairs = [(part(one, arm), part(one, "bare")) for one in repeats]
+            print(f"  {name}: wall {spread([own.wall / base.wall for own, base in pairs])}", end="")
+            print(f", CPU {spread([own.cpu / base.cpu for own, base in pairs])}")
+        ends = [total(one.ends[arm]).wall for one in repeats]
+        print(f"  seconds of opening and commit: {spread(ends)}")
 
 
 def memory(folder: Path) -> None:
@@ -371,12 +377,11 @@ def fill(n_tokens: int, folder: Path) -> None:
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[131_072])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=131_072)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--head", action="store_true")
     parser.add_argument("--peer", action="store_true")
-    parser.add_argument("--turns", type=int)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--fill", type=int)
     parser.add_argument("--folder", type=Path)
@@ -387,10 +392,8 @@ def main() -> None:
             fill(arguments.fill, Path(folder))
         elif arguments.memory:
             memory(Path(folder))
-        elif arguments.turns:
-            take_turns(arguments, Path(folder))
         else:
-            compare_lengths(arguments, Path(folder))
+            compare(arguments, Path(folder))
 
 
 if __name__ == "__main__":
