@@ -5,6 +5,7 @@ tokens that are committed.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import duckdb
@@ -64,15 +65,10 @@ def write_tables(
     seed: int,
 ) -> None:
     """Replace the rows of these hooks in the three tables."""
-    for hook in hooks:
-        name = hook.rows.hook
-        con.execute("DELETE FROM hooks WHERE hook = $1 AND kind = 'rows'", [name])
-        con.execute("DELETE FROM unit_stats WHERE hook = $1", [name])
-        con.execute("DELETE FROM exemplars WHERE hook = $1", [name])
-        _insert_row(con, "hooks", _rows_facts(hook, seed))
-        _insert(con, "unit_stats", unit_stats(hook), hook=name)
-        for kind, rows in exemplars(hook).items():
-            _insert(con, "exemplars", rows, hook=name, kind=kind)
+    with ThreadPoolExecutor(1) as ahead:  # the next hook's rows are made while one's are inserted
+        made = ahead.map(_tables, hooks)
+        for hook in hooks:
+            _write_rows(con, hook, seed, *next(made))
     for whole in vectors:
         hook = whole.hook
         con.execute("DELETE FROM hooks WHERE hook = $1 AND kind = 'vectors'", [hook.hook])
@@ -80,6 +76,28 @@ def write_tables(
         facts = {"hook": hook.hook, "kind": "vectors", "d": hook.d, "dtype": hook.dtype}
         seen = {"n_tokens": whole.n_tokens, "n_acts": whole.n_vectors}
         _insert_row(con, "hooks", {**facts, **seen, **counts})
+
+
+def _tables(hook: RowsTotal) -> tuple[pa.Table, dict[str, pa.Table]]:
+    return unit_stats(hook), exemplars(hook)
+
+
+def _write_rows(
+    con: duckdb.DuckDBPyConnection,
+    hook: RowsTotal,
+    seed: int,
+    stats: pa.Table,
+    chosen: dict[str, pa.Table],
+) -> None:
+    """Replace the rows of a hook that is kept as rows."""
+    name = hook.rows.hook
+    con.execute("DELETE FROM hooks WHERE hook = $1 AND kind = 'rows'", [name])
+    con.execute("DELETE FROM unit_stats WHERE hook = $1", [name])
+    con.execute("DELETE FROM exemplars WHERE hook = $1", [name])
+    _insert_row(con, "hooks", _rows_facts(hook, seed))
+    _insert(con, "unit_stats", stats, hook=name)
+    for kind, rows in chosen.items():
+        _insert(con, "exemplars", rows, hook=name, kind=kind)
 
 
 def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: pa.Table, **constants: str) -> None:

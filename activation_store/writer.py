@@ -123,9 +123,9 @@ class Writer:
         with ExitStack() as opening:
             opening.enter_context(catalogue.locked(self._rank.lock(self._where)))
             n_threads = min(8, os.cpu_count() or 1)
-            pool = opening.enter_context(ThreadPoolExecutor(n_threads))
+            self._pool = opening.enter_context(ThreadPoolExecutor(n_threads))
             self._accumulators = [
-                Accumulator(hook, self._seed, pool, n_threads) for hook in self._rows
+                Accumulator(hook, self._seed, self._pool, n_threads) for hook in self._rows
             ]
             self._vector_log = VectorLog(self._vectors)
             self._tokens = TokenLog()
@@ -314,10 +314,7 @@ class Writer:
         self._spool.vectors(self._vector_log.take())
         self._spool.tokens(self._tokens.take())
         shards = self._spool.finish()
-        held = state_files.write(
-            self._where.folder, self._store_id, self._state_number, self._dump()
-        )
-        catalogue.sync(self._where.folder)
+        writing_state = self._pool.submit(self._write_state)
         with catalogue.commit(self._where) as con:
             # half a million rows are inserted in a third of the time by one thread as by two
             con.execute("SET threads = 1")
@@ -328,7 +325,9 @@ class Writer:
             write_tables(con, totals, self._vector_log.totals(others), self._seed)
             self._pin(con)
             state.write(con, "tokens" + self._rank.suffix, self._tokens.dump())
+            held = writing_state.result()
             state.write(con, self._key + self._rank.suffix, held.value())
+            catalogue.sync(self._where.folder)
         if self._state is not None:
             (self._where.folder / self._state.file).unlink(missing_ok=True)
         self._state, self._state_number = held, self._state_number + 1
@@ -341,7 +340,8 @@ class Writer:
                 con.execute("DELETE FROM meta WHERE key = $1", [name])
                 con.execute("INSERT INTO meta VALUES ($1, $2)", [name, value])
 
-    def _dump(self) -> bytes:
+    def _write_state(self) -> state_files.StateFile:
+        """Bring to the disk what must be remembered; runs in a thread."""
         held = {
             "settings": np.array(json.dumps(self.settings)),
             "n_seqs": np.array(self._n_seqs),
@@ -349,7 +349,8 @@ class Writer:
         }
         for hook in self._accumulators:
             held |= hook.dump()
-        return state.to_bytes(held | self._vector_log.dump())
+        data = state.to_bytes(held | self._vector_log.dump())
+        return state_files.write(self._where.folder, self._store_id, self._state_number, data)
 
 
 __all__ = ["Rows", "StoreError", "Vectors", "Writer"]

@@ -52,10 +52,8 @@ N_LAYERS, D_MODEL, N_CTX, BATCH, D_VOCAB = 6, 384, 128, 32, 50_257
 RESIDUAL = 3
 RESIDUAL_HOOK = f"blocks.{RESIDUAL}.hook_resid_post"
 DENSITY = 0.15
-SEGMENT = 16_384
-"""Tokens after which it is another arm's turn."""
-EARLY = 2
-"""Segments at the start of a capture that are dearer than the later ones."""
+SEGMENT, EARLY = 16_384, 2
+"""Tokens after which it is another arm's turn; segments that are dearer than the later ones."""
 
 
 def build(device: str, head: bool) -> nn.Module:
@@ -131,21 +129,21 @@ class Bench:
         with self.opened("vectors") as writer:
             self.feed("vectors", writer, self.ids, 0)
 
+    def forget(self, arm: str) -> None:
+        """Remove what the arm wrote before."""
+        shutil.rmtree(self.folder / arm, ignore_errors=True)
+
     @contextmanager
     def opened(self, arm: str) -> Iterator[Writer]:
-        """Give the writer of an arm's store, which is made anew."""
+        """Give the writer of an arm's store, which is new."""
         path = self.folder / arm
-        shutil.rmtree(path, ignore_errors=True)
         hooks = [Rows(f"blocks.{i}.mlp.hook_post", 4 * D_MODEL) for i in range(N_LAYERS)]
         kept = {"rows": hooks} if arm == "rows" else {"vectors": [Vectors(RESIDUAL_HOOK, D_MODEL)]}
         with astore.open(path, mode="w") as store, store.writer(**kept, n_ctx=N_CTX) as writer:
             yield writer
 
     def feed(self, arm: str, writer: Writer, tokens: Tensor, first: int) -> None:
-        """Capture every batch and wait until its shards are written.
-
-        Sequences are numbered from `first`.
-        """
+        """Capture sequences, numbered from `first`, and wait until their shards are written."""
         blocks = blocks_of(self.model)
         names = [f"blocks.{i}.mlp.hook_post" for i in range(N_LAYERS)]
         modules = [block.mlp.act for block in blocks]
@@ -177,7 +175,6 @@ class Bench:
         from sae_lens import cache_activations_runner as runner
 
         path = self.folder / "sae-lens"
-        shutil.rmtree(path, ignore_errors=True)
         runner.load_model = lambda **_: Lensed(self)  # the name given below is never looked up
         config = CacheActivationsRunnerConfig(
             dataset_path="",
@@ -231,18 +228,19 @@ def keep_memory() -> None:
 
 def bandwidth(folder: Path, n_bytes: int) -> float:
     """Return bytes per second of writing that many bytes to one file, synced on the way."""
-    chunk = np.random.default_rng(0).bytes(min(n_bytes, 1 << 24))
+    chunk = np.random.default_rng(0).bytes(1 << 24)
+    n_chunks = -(-n_bytes // len(chunk))
     path = folder / "bandwidth"
     begin = time.perf_counter()
     with path.open("wb", buffering=0) as file:
-        for _ in range(max(1, n_bytes // len(chunk))):
+        for _ in range(n_chunks):
             file.write(chunk)
             os.fsync(file.fileno())
             if sys.platform == "linux":
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     seconds = time.perf_counter() - begin
     path.unlink()
-    return max(1, n_bytes // len(chunk)) * len(chunk) / seconds
+    return n_chunks * len(chunk) / seconds
 
 
 class Spent(NamedTuple):
@@ -269,6 +267,7 @@ class Repeat:
         writers: dict[str, Writer] = {}
         captures = {arm: ExitStack() for arm in ("rows", "vectors")}
         for arm, capture in captures.items():
+            bench.forget(arm)
             with noted(self.ends[arm]):
                 writers[arm] = capture.enter_context(bench.opened(arm))
         first = 0
@@ -300,9 +299,8 @@ def total(parts: list[Spent]) -> Spent:
 
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
     """Repeat whole captures and print what they took, beside the floors."""
-    bench = Bench(
-        build(arguments.device, arguments.head), arguments.tokens, folder, arguments.device
-    )
+    model = build(arguments.device, arguments.head)
+    bench = Bench(model, arguments.tokens, folder, arguments.device)
     Repeat(bench, bench.ids[: SEGMENT // N_CTX])  # the first compiles
     repeats: list[Repeat] = []
     peers: dict[str, list[Spent]] = {"vectors": [], "sae-lens": []}
@@ -310,6 +308,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         repeats.append(Repeat(bench, bench.ids))
         for arm, run in (("vectors", bench.vectors), ("sae-lens", bench.sae_lens)):
             if arguments.peer:
+                bench.forget(arm)
                 with noted(peers[arm]):
                     run()
     for arm in ("rows", "vectors"):
