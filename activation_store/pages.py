@@ -6,8 +6,10 @@ which rebuilds the lists value by value. A shard in another encoding is read by 
 """
 
 import os
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,10 +57,45 @@ class VectorFile:
             ShardError: the file is gone, or is not what the catalogue says.
         """
         assert out.dtype == self.dtype and out.flags.c_contiguous
+        row_bytes = self.d * self.dtype.itemsize
+        view = memoryview(out.view(np.uint8).reshape(-1).data)
+        with self._opened() as (handle, pages):
+            at = 0
+            for start, stop in runs:
+                if pages is None:
+                    out[at : at + stop - start] = self._decoded(start, stop)
+                else:
+                    done = at * row_bytes
+                    for place, n_bytes in self._places(pages, start, stop):
+                        _fill(handle, view[done : done + n_bytes], place)
+                        done += n_bytes
+                at += stop - start
+
+    def expect(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Have the system bring rows to memory that `read` will ask for; only Linux can."""
+        if sys.platform != "linux":
+            return
+        with suppress(ShardError), self._opened() as (handle, pages):  # `read` will raise it
+            if pages is not None:
+                for start, stop in runs:
+                    for place, n_bytes in self._places(pages, start, stop):
+                        os.posix_fadvise(handle, place, n_bytes, os.POSIX_FADV_WILLNEED)
+
+    @contextmanager
+    def _opened(self) -> Generator[tuple[int, _Pages | None]]:
+        """Give the open file and where its values are, None where they are not plain.
+
+        Raises:
+            ShardError: the file is gone, or is not what the catalogue says.
+        """
         try:
             handle = os.open(self.path, os.O_RDONLY)
             try:
-                self._read(handle, runs, out)
+                with self._turn:
+                    if self._pages is None and self._is_plain:
+                        self._pages = self._find(handle)
+                        self._is_plain = self._pages is not None
+                yield handle, self._pages
             finally:
                 os.close(handle)
         except (OSError, pa.ArrowException, IndexError, ValueError) as fault:
@@ -67,32 +104,15 @@ class VectorFile:
                 f"`lmmono store verify --repair` on the store, which drops only what is lost."
             ) from fault
 
-    def _read(self, handle: int, runs: Sequence[tuple[int, int]], out: np.ndarray) -> None:
-        with self._turn:
-            if self._pages is None and self._is_plain:
-                self._pages = self._find(handle)
-                self._is_plain = self._pages is not None
-        at, row_bytes = 0, self.d * self.dtype.itemsize
-        view = memoryview(out.view(np.uint8).reshape(-1).data)
-        for start, stop in runs:
-            if self._pages is None:
-                out[at : at + stop - start] = self._decoded(start, stop)
-            else:
-                into = view[at * row_bytes : (at + stop - start) * row_bytes]
-                self._copy(handle, self._pages, start * self.d, into)
-            at += stop - start
-
-    def _copy(self, handle: int, pages: _Pages, value: int, into: memoryview) -> None:
-        """Copy values from number `value` on until `into` is full."""
-        width, done = self.dtype.itemsize, 0
+    def _places(self, pages: _Pages, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield place and number of bytes of the parts of rows start..stop-1, in order."""
+        width, value, end = self.dtype.itemsize, start * self.d, stop * self.d
         page = int(np.searchsorted(pages.first, value, "right")) - 1
-        while done < len(into):
-            first, stop = int(pages.first[page]), int(pages.first[page + 1])
-            n_bytes = min((stop - value) * width, len(into) - done)
-            place = int(pages.offset[page]) + (value - first) * width
-            _fill(handle, into[done : done + n_bytes], place)
-            done += n_bytes
-            value, page = stop, page + 1
+        while value < end:
+            first, after = int(pages.first[page]), int(pages.first[page + 1])
+            n_values = min(after, end) - value
+            yield int(pages.offset[page]) + (value - first) * width, n_values * width
+            value, page = after, page + 1
 
     def _find(self, handle: int) -> _Pages | None:
         """Return where the values are, or None where they are not plain."""

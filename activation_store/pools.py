@@ -123,13 +123,23 @@ class Pools:
         self._selection, self._epoch = selection, epoch
         self._buffers, self._threads, self._late = buffers, threads, late
         self._held: dict[int, Filled] = {}
+        self._n_expected = 0
 
     def _pool(self, number: int) -> Filled:
         if number not in self._held:
+            while self._n_expected < min(number + 2, self._epoch.n_pools):
+                self._expect(max(number, self._n_expected))
             self._held[number] = Filled(
                 self._selection, self._epoch, number, self._buffers, self._threads
             )
         return self._held[number]
+
+    def _expect(self, number: int) -> None:
+        """Have the system read a pool in whatever order suits the disk, before it is asked for."""
+        self._n_expected = number + 1
+        places = self._epoch.spans(number)
+        for source, runs in zip(self._selection.sources, self._selection.runs, strict=True):
+            source.expect(runs.rows(places))
 
     def parts(self, start: int, stop: int) -> list[Part]:
         """Return where tokens start to stop of the epoch are, and have them read.

@@ -4,7 +4,7 @@ What is chosen is held as runs of rows, about one per document, so it takes a sm
 share of what the vectors take.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -80,14 +80,26 @@ class Source:
         Raises:
             ShardError: a file is gone or changed.
         """
+        at = 0
+        for file, runs in self._by_file(rows):
+            end = at + sum(stop - start for start, stop in runs)
+            file.read(runs, out[at:end])
+            at = end
+
+    def expect(self, rows: Spans) -> None:
+        """Have the system begin to read what `read` will ask for."""
+        for file, runs in self._by_file(rows):
+            file.expect(runs)
+
+    def _by_file(self, rows: Spans) -> Iterator[tuple[VectorFile, list[tuple[int, int]]]]:
+        """Yield the files that rows lie in, one after the other, and which of their rows."""
         parts, number = cut(rows, self._begins[:-1])
         parts = parts - self._begins[number, None]
-        ends = np.cumsum(parts[:, 1] - parts[:, 0])
-        start, at = 0, 0
+        start = 0
         for stop in [*(np.flatnonzero(np.diff(number)) + 1).tolist(), len(parts)]:
-            file, end = self.files[int(number[start])], int(ends[stop - 1])
-            file.read([(first, last) for first, last in parts[start:stop].tolist()], out[at:end])
-            start, at = stop, end
+            runs = [(first, last) for first, last in parts[start:stop].tolist()]
+            yield self.files[int(number[start])], runs
+            start = stop
 
 
 class Selection(NamedTuple):

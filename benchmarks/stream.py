@@ -3,7 +3,7 @@
     python benchmarks/stream.py [--tokens 262144] [--repeats 5] [--d 384] [--cold] [--peer]
 
 The data are float16 vectors of random numbers in a store, in several commits. Arms run in turn,
-repeat after repeat, each over the whole of the data:
+repeat after repeat, each over the whole of the data; a reader goes on with its next epoch:
 
 - bytes: the shards read front to back into one buffer of 8 MiB. This is the floor.
 - arrow: the shards read front to back by pyarrow, as float16, in stored order.
@@ -24,6 +24,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -68,25 +69,26 @@ def peer(folder: Path, d: int, n_tokens: int) -> Callable[[], None]:
     import torch
     from sae_lens.training.activations_store import ActivationsStore
 
+    reader = ActivationsStore(
+        model=None,
+        dataset=None,
+        streaming=False,
+        hook_name=HOOK,
+        hook_head_index=None,
+        context_size=N_CTX,
+        d_in=d,
+        n_batches_in_buffer=64,
+        total_training_tokens=n_tokens,
+        store_batch_size_prompts=32,
+        train_batch_size_tokens=BATCH_TOKENS,
+        prepend_bos=False,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+        cached_activations_path=str(folder / "data"),
+    )
+
     def run() -> None:
-        reader = ActivationsStore(
-            model=None,
-            dataset=None,
-            streaming=False,
-            hook_name=HOOK,
-            hook_head_index=None,
-            context_size=N_CTX,
-            d_in=d,
-            n_batches_in_buffer=64,
-            total_training_tokens=n_tokens,
-            store_batch_size_prompts=32,
-            train_batch_size_tokens=BATCH_TOKENS,
-            prepend_bos=False,
-            normalize_activations="none",
-            device=torch.device("cpu"),
-            dtype="float32",
-            cached_activations_path=str(folder / "data"),
-        )
         done = 0
         while done < n_tokens:
             done += len(next(reader))
@@ -112,8 +114,11 @@ def arms(store: astore.Store, shards: Sequence[Path]) -> dict[str, Callable[[], 
                     table.column("vector").combine_chunks().flatten().to_numpy()
 
     def stream(**settings: object) -> Callable[[], None]:
+        vectors = store.vectors(HOOK, batch_tokens=BATCH_TOKENS, epochs=None, **settings)
+        batches = iter(vectors)
+
         def run() -> None:
-            for _ in store.vectors(HOOK, batch_tokens=BATCH_TOKENS, **settings):
+            for _ in islice(batches, vectors.n_batches):
                 pass
 
         return run
