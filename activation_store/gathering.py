@@ -1,4 +1,4 @@
-"""Rows taken from any places of an array and widened on the way, in one pass."""
+"""Rows taken from any places of memory, copied or widened on the way, in one pass."""
 
 from typing import Any, no_type_check
 
@@ -8,21 +8,22 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
+from numba.np.numpy_support import carray
 
 from activation_store.compiled import compiled
 
 
-def gather(x: np.ndarray, rows: Int64[np.ndarray, " n"], out: np.ndarray) -> None:
-    """Put row rows[i] of x [m, d] to out[i]; float16 may become float32, exactly.
+def gather(address: Int64[np.ndarray, " n"], dtype: np.dtype[Any], out: np.ndarray) -> None:
+    """Put the row of type `dtype` that begins at address[i] to out[i] of out [n, d].
 
-    numpy widens float16 at a fifth of the speed.
+    float16 may become float32, exactly; numpy widens at a fifth of the speed. Nothing checks the
+    addresses: a wrong one ends the process.
     """
-    if x.dtype == np.float16 and out.dtype == np.float32:
-        _widen(x.view(np.uint16), rows, out)
+    if dtype == np.float16 and out.dtype == np.float32:
+        _widen(address, out)
     else:
-        assert x.dtype == out.dtype
-        np.take(x, rows, axis=0, out=out, mode="clip")
+        assert dtype == out.dtype
+        _copy(address, out.view(np.uint16))
 
 
 @intrinsic
@@ -38,19 +39,29 @@ def _as_float(_context: Any, bits: Any) -> Any:
 
 @intrinsic
 @no_type_check
-def _prefetch(_context: Any, array: Any, _place: Any) -> Any:
-    """Have the processor fetch what lies at a place of an array [n]."""
+def _halves(_context: Any, address: Any) -> Any:
+    """Return a pointer to the 16-bit words at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        data = make_array(signature.args[0])(context, builder, given[0]).data
-        address = builder.bitcast(builder.gep(data, [given[1]]), cgutils.voidptr_t)
+        return builder.inttoptr(given[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint16)(address), generate
+
+
+@intrinsic
+@no_type_check
+def _prefetch(_context: Any, address: Any) -> Any:
+    """Have the processor fetch what lies at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        place = builder.inttoptr(given[0], cgutils.voidptr_t)
         kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, *[cgutils.int32_t] * 3])
         call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
         # for reading, into every cache, of data
-        builder.call(call, [address, *(cgutils.int32_t(number) for number in (0, 3, 1))])
+        builder.call(call, [place, *(cgutils.int32_t(number) for number in (0, 3, 1))])
         return context.get_dummy_value()
 
-    return types.void(array, types.intp), generate
+    return types.void(address), generate
 
 
 # unsigned 32-bit throughout, so that eight numbers are worked on at a time: 64-bit ones halve it
@@ -60,24 +71,36 @@ _TO_MANTISSA, _TO_SIGN = np.uint32(13), np.uint32(16)
 _SCALE = np.float32(2.0**112)
 _AHEAD = 2
 """Rows fetched before they are needed: without, the processor waits for memory at every row."""
-_LINE = 32
-"""float16 numbers in a line of the cache."""
+_LINE = 64
+"""Bytes in a line of the cache."""
 
 
 @compiled
 @no_type_check
-def _widen(
-    x: UInt16[np.ndarray, "m d"],
-    rows: Int64[np.ndarray, " n"],
-    out: Float32[np.ndarray, "n d"],
-) -> None:
-    flat, n, d = x.reshape(-1), len(rows), x.shape[1]
-    for i in range(n):
-        if i + _AHEAD < n:
-            for k in range(0, d, _LINE):
-                _prefetch(flat, rows[i + _AHEAD] * d + k)
-        row, values = x[rows[i]], out[i]
-        for j in range(d):
+def _fetch(address: Int64[np.ndarray, " n"], i: int, n_bytes: int) -> None:
+    """Have a row fetched, if there is one."""
+    if i < len(address):
+        for k in range(0, n_bytes, _LINE):
+            _prefetch(address[i] + k)
+
+
+@compiled
+@no_type_check
+def _copy(address: Int64[np.ndarray, " n"], out: UInt16[np.ndarray, "n d"]) -> None:
+    for i in range(len(address)):
+        _fetch(address, i + _AHEAD, 2 * out.shape[1])
+        row, values = carray(_halves(address[i]), out.shape[1]), out[i]
+        for j in range(out.shape[1]):
+            values[j] = row[j]
+
+
+@compiled
+@no_type_check
+def _widen(address: Int64[np.ndarray, " n"], out: Float32[np.ndarray, "n d"]) -> None:
+    for i in range(len(address)):
+        _fetch(address, i + _AHEAD, 2 * out.shape[1])
+        row, values = carray(_halves(address[i]), out.shape[1]), out[i]
+        for j in range(out.shape[1]):
             half = np.uint32(row[j])
             size = np.uint32(half & _MAGNITUDE)
             # infinite and NaN keep the largest exponent; the scale below leaves it as it is

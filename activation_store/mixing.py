@@ -37,13 +37,6 @@ class Mixing:
     seed: int
     shuffle: bool
 
-    @property
-    def most_tokens(self) -> int:
-        """Tokens of a pool at most."""
-        n_blocks = -(-self.n_tokens // self.block_tokens)
-        n_pools = min(n_blocks, -(-self.n_tokens // self.pool_tokens))
-        return min(self.n_tokens, -(-n_blocks // n_pools) * self.block_tokens)
-
     def epoch(self, number: int) -> "Epoch":
         """Return the order of one epoch."""
         n_blocks = -(-self.n_tokens // self.block_tokens)

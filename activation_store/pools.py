@@ -1,78 +1,42 @@
-"""The vectors that are mixed with each other, in memory: one pool, and the next as it is read."""
+"""The vectors that are mixed with each other: where one pool lies in memory, and the next one."""
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from activation_store.buffers import Buffers
 from activation_store.gathering import gather
 from activation_store.mixing import Epoch
-from activation_store.selection import Selection, cut
-
-_CHUNKS = 16
-"""Pieces at most that a pool is read in by threads, each by one."""
-_CHUNK_TOKENS = 256
-"""Tokens that a piece has at least, if there are as many."""
+from activation_store.pages import Placed
+from activation_store.selection import Selection
 
 
-class Filled:
-    """The vectors of one pool as they are stored, read in chunks, and the order they are given in.
-
-    They are put in order batch by batch: a batch fits in the processor's cache and a pool does not,
-    so rows are read at random places and not written there.
-    """
+class Pool:
+    """The vectors of one pool, in the files as they are mapped, and the order they are given in."""
 
     def __init__(
-        self,
-        selection: Selection,
-        epoch: Epoch,
-        number: int,
-        buffers: Buffers,
-        threads: ThreadPoolExecutor | None,
+        self, selection: Selection, epoch: Epoch, number: int, threads: ThreadPoolExecutor | None
     ) -> None:
-        self._selection, self._threads = selection, threads
-        self._spans = epoch.spans(number)
-        sizes = self._spans[:, 1] - self._spans[:, 0]
-        self._begins = np.cumsum(sizes) - sizes
+        """Bring them to memory, in a thread if there are any."""
+        self._selection = selection
         self.start = int(epoch.starts[number])
         """Tokens of the epoch before this pool."""
         self.stop = int(epoch.starts[number + 1])
         """Tokens of the epoch up to the end of this pool."""
-        self._vectors = buffers.take(self.stop - self.start)
-        self._jobs: list[Future[None]] = []
-        most = 1 if threads is None else _CHUNKS
-        self._n_chunks = max(1, min(most, (self.stop - self.start) // _CHUNK_TOKENS))
-        self._n_begun = 0
-        self._order = Future[np.ndarray]()
-        self._begin(partial(self._sort, epoch, number))
-
-    def begin(self, share: float) -> None:
-        """Have at least this share of the pool read, or being read by a thread."""
-        n, parts = self.stop - self.start, self._n_chunks
-        while self._n_begun < min(1.0, share) * parts:
-            first, stop = n * self._n_begun // parts, n * (self._n_begun + 1) // parts
-            self._n_begun += 1
-            self._begin(partial(self._read, first, stop))
-
-    def _begin(self, job: Callable[[], None]) -> None:
-        if self._threads is None:
-            job()
+        self._placed = Future[list[Placed]]()
+        if threads is None:
+            self._placed.set_result(self._place(epoch, number))
         else:
-            self._jobs.append(self._threads.submit(job))
+            self._placed = threads.submit(self._place, epoch, number)
 
-    def _sort(self, epoch: Epoch, number: int) -> None:
-        self._order.set_result(epoch.order(number))
-
-    def _read(self, first: int, stop: int) -> None:
-        parts, span = cut(np.array([[first, stop]]), self._begins)
-        tokens = parts + (self._spans[:, 0] - self._begins)[span, None]
-        for source, runs, into in zip(
-            self._selection.sources, self._selection.runs, self._vectors, strict=True
-        ):
-            source.read(runs.rows(tokens), into[first:stop])
+    def _place(self, epoch: Epoch, number: int) -> list[Placed]:
+        """Return where the vectors of each source are, in the order they are given."""
+        spans, order = epoch.spans(number), epoch.order(number)
+        found: list[Placed] = []
+        for source, runs in zip(self._selection.sources, self._selection.runs, strict=True):
+            address, memory = source.place(runs.rows(spans))
+            found.append(Placed(address[order], memory))
+        return found
 
     def give(self, source: int, part: slice, out: np.ndarray) -> None:
         """Put a part of one source in `out` in the order it is given, after waiting for it.
@@ -82,15 +46,14 @@ class Filled:
         Raises:
             ShardError: a file of the store is gone or changed.
         """
-        for job in self._jobs:
-            job.result()
-        gather(self._vectors[source], self._order.result()[part], out)
+        placed = self._placed.result()[source]
+        gather(placed.address[part], self._selection.sources[source].dtype, out)
 
 
 class Part(NamedTuple):
     """Tokens of a batch that come from one pool."""
 
-    pool: Filled
+    pool: Pool
     start: int
     """The first of them, counted within the pool."""
     stop: int
@@ -101,37 +64,21 @@ class Part(NamedTuple):
 
 
 class Pools:
-    """The pools of one epoch: the present one and, with threads, the one that is read ahead."""
+    """The pools of one epoch: the present one and, with threads, the one that comes next."""
 
     def __init__(
-        self,
-        selection: Selection,
-        epoch: Epoch,
-        buffers: Buffers,
-        threads: ThreadPoolExecutor | None,
-        late: int,
+        self, selection: Selection, epoch: Epoch, threads: ThreadPoolExecutor | None
     ) -> None:
-        """Read nothing yet.
-
-        Args:
-            selection: what is read.
-            epoch: in which order.
-            buffers: memory for pools.
-            threads: read ahead, if there are any.
-            late: tokens of a pool that are given before the next one is begun.
-        """
-        self._selection, self._epoch = selection, epoch
-        self._buffers, self._threads, self._late = buffers, threads, late
-        self._held: dict[int, Filled] = {}
+        """Read nothing yet; `threads` read ahead, if there are any."""
+        self._selection, self._epoch, self._threads = selection, epoch, threads
+        self._held: dict[int, Pool] = {}
         self._n_expected = 0
 
-    def _pool(self, number: int) -> Filled:
+    def _pool(self, number: int) -> Pool:
         if number not in self._held:
             while self._n_expected < min(number + 2, self._epoch.n_pools):
                 self._expect(max(number, self._n_expected))
-            self._held[number] = Filled(
-                self._selection, self._epoch, number, self._buffers, self._threads
-            )
+            self._held[number] = Pool(self._selection, self._epoch, number, self._threads)
         return self._held[number]
 
     def _expect(self, number: int) -> None:
@@ -142,10 +89,9 @@ class Pools:
             source.expect(runs.rows(places))
 
     def parts(self, start: int, stop: int) -> list[Part]:
-        """Return where tokens start to stop of the epoch are, and have them read.
+        """Return where tokens start to stop of the epoch are, and have them brought to memory.
 
-        Reads as large a share of the next pool ahead as has been taken of the present one, but
-        begins late enough that the memory of the pool before can be used for it.
+        The next pool is begun when half of the present one is taken.
         """
         starts = self._epoch.starts
         first = int(np.searchsorted(starts, start, "right")) - 1
@@ -153,12 +99,10 @@ class Pools:
         found: list[Part] = []
         for number in range(first, end):
             pool = self._pool(number)
-            pool.begin(1.0)
             found.append(Part(pool, max(start - pool.start, 0), min(stop, pool.stop) - pool.start))
-        if self._threads is not None and end < self._epoch.n_pools:
-            size = found[-1].pool.stop - found[-1].pool.start
-            late = min(self._late, size // 2)
-            if found[-1].stop > late:
-                self._pool(end).begin((found[-1].stop - late) / (size - late))
+        last = found[-1].pool
+        is_late = stop > (last.start + last.stop) // 2
+        if self._threads is not None and is_late and end < self._epoch.n_pools:
+            self._pool(end)
         self._held = {i: pool for i, pool in self._held.items() if pool.stop > stop}
         return found

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from activation_store.errors import ContentError
+from activation_store.gathering import gather
 from activation_store.selection import select
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class Replay:
     ) -> Sequences:
         """Return sequences with the vectors that lie from a row on."""
         stored = np.empty((len(keys), self.d), self._source.dtype)
-        self._source.read(np.array([[first_row, first_row + len(keys)]]), stored)
+        placed = self._source.place(np.array([[first_row, first_row + len(keys)]]))
+        gather(placed.address, self._source.dtype, stored)
         seq = tokens.seq[part]
         vectors = np.full((len(seq), self.n_ctx, self.d), np.nan, np.float32)
         row = np.cumsum(np.diff(keys >> 32, prepend=keys[0] >> 32) != 0)

@@ -14,7 +14,8 @@ from jaxtyping import Bool, Int64
 
 from activation_store.errors import ContentError, QueryError, StoreError
 from activation_store.guard import read_only
-from activation_store.pages import VectorFile
+from activation_store.pages import Placed, VectorFile
+from activation_store.spans import Spans, cut
 
 if TYPE_CHECKING:
     from activation_store.store import Store
@@ -22,8 +23,6 @@ else:  # for annotations only
     Store = object
 
 Keys = Int64[np.ndarray, " n"]
-Spans = Int64[np.ndarray, "_ 2"]
-"""The first of some numbers that follow each other, and the one after the last."""
 
 
 class Runs(NamedTuple):
@@ -44,23 +43,6 @@ class Runs(NamedTuple):
         return parts + (self.row - self.first)[run, None]
 
 
-def cut(spans: Spans, begins: Int64[np.ndarray, " k"]) -> tuple[Spans, Int64[np.ndarray, " m"]]:
-    """Return the spans cut where the ranges begin, and the range that each part lies in.
-
-    >>> parts, within = cut(np.array([[1, 5], [7, 8]]), np.array([0, 4, 6]))
-    >>> parts.tolist(), within.tolist()
-    ([[1, 4], [4, 5], [7, 8]], [0, 1, 2])
-    """
-    first = np.searchsorted(begins, spans[:, 0], "right") - 1
-    n = np.searchsorted(begins, spans[:, 1], "left") - first
-    within = np.repeat(first - np.cumsum(n) + n, n) + np.arange(n.sum())
-    ends = np.append(begins[1:], np.iinfo(np.int64).max)
-    parts = np.repeat(spans, n, axis=0)
-    parts[:, 0] = np.maximum(parts[:, 0], begins[within])
-    parts[:, 1] = np.minimum(parts[:, 1], ends[within])
-    return parts, within
-
-
 class Source:
     """All vectors of one hook: its shards one after the other, in the order they were written."""
 
@@ -74,31 +56,28 @@ class Source:
         """Vectors of the hook."""
         return int(self._begins[-1])
 
-    def read(self, rows: Spans, out: np.ndarray) -> None:
-        """Read the vectors at `rows` into `out` [n, d] of the stored type.
+    def place(self, rows: Spans) -> Placed:
+        """Bring the vectors at `rows` to memory and say where they are.
 
         Raises:
             ShardError: a file is gone or changed.
         """
-        at = 0
-        for file, runs in self._by_file(rows):
-            end = at + sum(stop - start for start, stop in runs)
-            file.read(runs, out[at:end])
-            at = end
+        found = [file.place(runs) for file, runs in self._by_file(rows)]
+        address = np.concatenate([np.zeros(0, np.int64), *(placed.address for placed in found)])
+        return Placed(address, tuple(part for placed in found for part in placed.memory))
 
     def expect(self, rows: Spans) -> None:
-        """Have the system begin to read what `read` will ask for."""
+        """Have the system begin to read what `place` will be asked for."""
         for file, runs in self._by_file(rows):
             file.expect(runs)
 
-    def _by_file(self, rows: Spans) -> Iterator[tuple[VectorFile, list[tuple[int, int]]]]:
+    def _by_file(self, rows: Spans) -> Iterator[tuple[VectorFile, Spans]]:
         """Yield the files that rows lie in, one after the other, and which of their rows."""
         parts, number = cut(rows, self._begins[:-1])
         parts = parts - self._begins[number, None]
         start = 0
         for stop in [*(np.flatnonzero(np.diff(number)) + 1).tolist(), len(parts)]:
-            runs = [(first, last) for first, last in parts[start:stop].tolist()]
-            yield self.files[int(number[start])], runs
+            yield self.files[int(number[start])], parts[start:stop]
             start = stop
 
 

@@ -53,8 +53,9 @@ class VectorStream:
     Every `for` loop begins at the cursor that the stream was made with. `cursor` is the place after
     the batch that was given last.
 
-    Memory: up to three times the buffer, as it is stored, and some batches. A batch is an array
-    that nothing else uses while you hold it: keep it or change it as you like.
+    Memory: some batches; vectors are used where the system holds the files, which are mapped and
+    must not be shortened meanwhile. A batch is an array that nothing else uses while you hold it:
+    keep it or change it as you like.
     """
 
     def __init__(
@@ -186,20 +187,15 @@ class VectorStream:
                 threads.shutdown(wait=True, cancel_futures=True)
 
     def _plan(self, threads: ThreadPoolExecutor) -> Iterator[Planned]:
-        """Yield, batch by batch, the place after it and the job that makes it.
-
-        With `prefetch` the reading of the next pool is begun bit by bit as batches are planned.
-        """
+        """Yield, batch by batch, the place after it and the job that makes it."""
         number, begin = self._begin
         sources = self._selection.sources
-        buffers = Buffers(self._mixing.most_tokens, [(s.d, s.dtype) for s in sources], kept=3)
         # those read ahead, the one that is worked on, and the one given before
         kept = self.prefetch + 3
         batches = Buffers(self.batch_tokens, [(s.d, self.dtype) for s in sources], kept)
         while self.epochs is None or number < self.epochs:
             epoch = self._mixing.epoch(number)
-            ahead = threads if self.prefetch else None
-            pools = Pools(self._selection, epoch, buffers, ahead, kept * self.batch_tokens)
+            pools = Pools(self._selection, epoch, threads if self.prefetch else None)
             for start in range(begin, self.n_tokens, self.batch_tokens):
                 stop = min(start + self.batch_tokens, self.n_tokens)
                 is_last = stop == self.n_tokens
