@@ -42,7 +42,6 @@ class Placed(NamedTuple):
 
 
 class _Mapped(NamedTuple):
-    file: mmap.mmap
     memory: UInt8[np.ndarray, " bytes"]
     """The bytes of the file."""
     pages: "_Pages"
@@ -73,9 +72,9 @@ class VectorFile:
         """Have the system begin to read what `place` will be asked for."""
         with suppress(ShardError):  # `place` will raise it
             if (mapped := self._map()) is not None:
+                begin = mapped.memory.ctypes.data
                 for at, n_bytes in self._parts(mapped.pages, runs).tolist():
-                    start = at // mmap.PAGESIZE * mmap.PAGESIZE
-                    mapped.file.madvise(mmap.MADV_WILLNEED, start, at + n_bytes - start)
+                    _advise(begin + at, n_bytes, mmap.MADV_WILLNEED)
 
     def place(self, runs: Spans) -> Placed:
         """Bring runs of rows to memory and say where they are; waits for the disk.
@@ -121,14 +120,14 @@ class VectorFile:
         with self._turn:
             if self._mapped is None and self._is_plain:
                 try:
-                    with self.path.open("rb") as file:
-                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                    pages = self._find(mapped)
+                    with pa.memory_map(str(self.path)) as file:  # Python's mmap holds it open
+                        memory = np.frombuffer(file.read_buffer(), np.uint8)
+                    pages = self._find(memory)
                 except (OSError, pa.ArrowException, IndexError, ValueError) as fault:
                     raise self._fault(fault) from fault
                 self._is_plain = pages is not None
                 if pages is not None:
-                    self._mapped = _Mapped(mapped, np.frombuffer(mapped, np.uint8), pages)
+                    self._mapped = _Mapped(memory, pages)
             return self._mapped
 
     def _parts(self, pages: _Pages, runs: Spans) -> Int64[np.ndarray, "parts 2"]:
@@ -137,7 +136,7 @@ class VectorFile:
         at = pages.offset[page] + (rows[:, 0] - pages.first[page]) * self._row_bytes
         return np.stack([at, (rows[:, 1] - rows[:, 0]) * self._row_bytes], axis=1)
 
-    def _find(self, data: mmap.mmap) -> _Pages | None:
+    def _find(self, memory: UInt8[np.ndarray, " bytes"]) -> _Pages | None:
         """Return where the values are, or None where they are not plain or not in whole rows."""
         with pq.ParquetFile(self.path) as file:
             metadata = file.metadata
@@ -152,13 +151,15 @@ class VectorFile:
                 return None
             at, end = chunk.data_page_offset, first[-1] + chunk.num_values // self.d
             while first[-1] < end:
-                header, size = _struct(data[at : at + _HEADER_BYTES], 0)
+                header, size = _struct(memory[at : at + _HEADER_BYTES].tobytes(), 0)
                 n_rows, excess = divmod(_plain_values(header), self.d)
                 if excess:
                     return None
-                at += size + header[3]
+                begin, at = at + size, at + size + header[3]
                 offset.append(at - n_rows * self._row_bytes)
                 first.append(first[-1] + n_rows)
+                if offset[-1] < begin or at > len(memory):
+                    raise ValueError("the values of a page are not where its header says")
         if first[-1] != self.n_rows:
             raise ValueError(f"holds {first[-1]} vectors of {self.d}, want {self.n_rows}")
         return _Pages(np.array(first, np.int64), np.array(offset, np.int64))
@@ -204,17 +205,21 @@ def _bring(address: int, n_bytes: int) -> None:
     Raises:
         OSError: they cannot be read; where the system does not tell, using them ends the process.
     """
-    if sys.platform != "linux":
-        return
+    number = _advise(address, n_bytes, _POPULATE_READ) if sys.platform == "linux" else 0
+    if number == errno.EFAULT:
+        raise OSError(number, "the file ends too early, or the disk cannot be read")
+    if number not in (0, errno.EINVAL):  # which says that Linux is older
+        raise OSError(number, os.strerror(number))
+
+
+def _advise(address: int, n_bytes: int, advice: int) -> int:
+    """Tell the system what comes, and return why it cannot be, or 0.
+
+    The C library's function, as Python's holds the interpreter's lock while the disk is read.
+    """
     start = address // mmap.PAGESIZE * mmap.PAGESIZE
     size = ctypes.c_size_t(address + n_bytes - start)
-    # mmap's own method holds the interpreter's lock while the disk is read
-    if _C.madvise(ctypes.c_void_p(start), size, _POPULATE_READ):
-        number = ctypes.get_errno()
-        if number == errno.EFAULT:
-            raise OSError(number, "the file ends too early, or the disk cannot be read")
-        if number != errno.EINVAL:  # which says that Linux is older
-            raise OSError(number, os.strerror(number))
+    return ctypes.get_errno() if _C.madvise(ctypes.c_void_p(start), size, advice) else 0
 
 
 def _plain_values(header: dict[int, Any]) -> int:

@@ -1,9 +1,13 @@
 """Vectors for training: every token once, mixed, the same order always, resumable to the bit."""
 
 import json
+import os
+import sys
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -347,6 +351,33 @@ def test_a_shard_that_is_shortened_between_pools_is_named(tmp_path):
     file.path.write_bytes(file.path.read_bytes()[:5000])
     with pytest.raises(astore.ShardError, match="has 5000 bytes, had.*verify --repair"):
         file.place(np.array([[0, 10]]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are listed in /proc")
+def test_mapped_shards_are_not_held_open(store):
+    stream = store.vectors(A, **SMALL)
+    list(stream)
+    shards = {file.path for file in stream._selection.sources[0].files}
+    assert len(shards) > 1
+    assert not shards & {Path(os.path.realpath(path)) for path in Path("/proc/self/fd").iterdir()}
+
+
+@pytest.mark.parametrize("last_of_size", [0x00, 0x7F])
+def test_a_shard_whose_page_header_lies_is_named(tmp_path, last_of_size):
+    with astore.open(tmp_path / "run", "w") as store:
+        fill(store, [Vectors(A, D)])
+        name, n_rows = store.sql("SELECT file, n_rows FROM vector_shards LIMIT 1").fetchone()
+    path = tmp_path / "run" / "store" / name
+    at = pq.read_metadata(path).row_group(0).column(3).data_page_offset
+    data = bytearray(path.read_bytes())
+    # kind, size, and size once more, of three bytes each as a varint (parquet.thrift, PageHeader)
+    assert data[at : at + 3] == b"\x15\x00\x15"
+    assert data[at + 6] == 0x15
+    data[at + 9] = last_of_size
+    path.write_bytes(data)
+    file = VectorFile(path, n_rows, D, "float16")
+    with pytest.raises(astore.ShardError, match=f"{name}.*not where its header says"):
+        file.place(np.array([[0, n_rows]]))
 
 
 def test_a_shard_that_is_removed_while_it_is_read_is_read_to_its_end(tmp_path):
