@@ -1,8 +1,8 @@
 """Vectors as they lie in a shard: the file is mapped to memory and its rows are used from there.
 
 Vectors are stored uncompressed and plain, so the values of a page are its last bytes, as they are
-in memory. Only page headers are parsed. Reading this way is 17 times as fast as Arrow's reader,
-which rebuilds the lists value by value. A shard in another encoding is read by Arrow.
+in memory. Only page headers are parsed. Arrow's reader, which rebuilds the lists value by value,
+takes several times as long (`benchmarks/stream.py`). A shard in another encoding is read by Arrow.
 """
 
 import ctypes

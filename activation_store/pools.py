@@ -11,7 +11,7 @@ from activation_store.pages import Placed
 from activation_store.selection import Selection
 
 
-class Pool:
+class MappedPool:
     """The vectors of one pool, in the files as they are mapped, and the order they are given in."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Pool:
 class Part(NamedTuple):
     """Tokens of a batch that come from one pool."""
 
-    pool: Pool
+    pool: MappedPool
     start: int
     """The first of them, counted within the pool."""
     stop: int
@@ -71,14 +71,16 @@ class Pools:
     ) -> None:
         """Read nothing yet; `threads` read ahead, if there are any."""
         self._selection, self._epoch, self._threads = selection, epoch, threads
-        self._held: dict[int, Pool] = {}
+        self._held: dict[int, MappedPool] = {}
         self._n_expected = 0
 
-    def _pool(self, number: int) -> Pool:
+    def _pool(self, number: int) -> MappedPool:
         if number not in self._held:
-            while self._n_expected < min(number + 2, self._epoch.n_pools):
-                self._expect(max(number, self._n_expected))
-            self._held[number] = Pool(self._selection, self._epoch, number, self._threads)
+            for coming in range(
+                max(number, self._n_expected), min(number + 2, self._epoch.n_pools)
+            ):
+                self._expect(coming)
+            self._held[number] = MappedPool(self._selection, self._epoch, number, self._threads)
         return self._held[number]
 
     def _expect(self, number: int) -> None:

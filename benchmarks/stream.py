@@ -116,7 +116,8 @@ def arms(store: astore.Store, shards: Sequence[Path], cold: bool) -> dict[str, C
 
     def stream(**settings: object) -> Callable[[], None]:
         def begun() -> tuple[int, Iterator[np.ndarray]]:
-            vectors = store.vectors(HOOK, batch_tokens=BATCH_TOKENS, epochs=None, **settings)
+            epochs = 1 if cold else None
+            vectors = store.vectors(HOOK, batch_tokens=BATCH_TOKENS, epochs=epochs, **settings)
             return vectors.n_batches, iter(vectors)
 
         held = None if cold else begun()
