@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from activation_store.catalog.verification import Report
 from activation_store.errors import (
     ContentError,
     LockedError,
@@ -13,16 +14,15 @@ from activation_store.errors import (
     WriteError,
 )
 from activation_store.hooks import Rows, Vectors
-from activation_store.lake import Lake
+from activation_store.lake.shared import Lake
 from activation_store.opening import compact, open, verify
 from activation_store.store import Info, Store
 from activation_store.unit import Exemplar, Unit
-from activation_store.verification import Report
 
 if TYPE_CHECKING:
-    from activation_store.capturing import Batch, capture
-    from activation_store.exporting import export
-    from activation_store.writer import Writer
+    from activation_store.read.exporting import export
+    from activation_store.write.recorder import Batch, capture
+    from activation_store.write.writer import Writer
 
 __all__ = [
     "Batch",
@@ -50,7 +50,12 @@ __all__ = [
     "verify",
 ]
 
-_LAZY = {"Writer": "writer", "Batch": "capturing", "capture": "capturing", "export": "exporting"}
+_LAZY = {
+    "Writer": "write.writer",
+    "Batch": "write.recorder",
+    "capture": "write.recorder",
+    "export": "read.exporting",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,17 +3,19 @@
 import os
 from typing import TYPE_CHECKING, TypeAlias, overload
 
-from activation_store import lake_commit, lake_schema, store, verification
+from activation_store import store
+from activation_store.catalog import verification
+from activation_store.catalog.verification import Report
 from activation_store.errors import StoreError
-from activation_store.lake import Lake
-from activation_store.lake_files import LakeFiles
-from activation_store.lake_place import PREFIX, LakePlace, connect, lake_place, turn
+from activation_store.lake import lake_commit, lake_schema
+from activation_store.lake.lake_files import LakeFiles
+from activation_store.lake.lake_place import PREFIX, LakePlace, connect, lake_place, turn
+from activation_store.lake.shared import Lake
 from activation_store.store import Mode, Store
-from activation_store.verification import Report
 
 if TYPE_CHECKING:
-    from activation_store.compaction import Compaction
-    from activation_store.lake_compaction import Compaction as LakeCompaction
+    from activation_store.catalog.compaction import Compaction
+    from activation_store.lake.lake_compaction import Compaction as LakeCompaction
 else:  # for annotations only: these take numba to import
     Compaction = LakeCompaction = object
 
@@ -88,7 +90,7 @@ def verify(
     place = _lake_at(path, data_path)
     if place is None:
         return verification.verify(path, repair=repair)
-    from activation_store.lake_repair import verify_lake
+    from activation_store.lake.lake_repair import verify_lake
 
     return verify_lake(place, repair=repair)
 
@@ -107,7 +109,7 @@ def compact(
     """
     place = _lake_at(path, data_path)
     if place is None:
-        from activation_store.compaction import compact
+        from activation_store.catalog.compaction import compact
 
         return compact(path)
     with _open_lake(place, "a", trusted=False) as lake:

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import duckdb
 
-from activation_store import catalogue, guard, migrations, reader, tables
+from activation_store.catalog import catalogue, guard, migrations, reader, tables
+from activation_store.catalog.presence import Presence
+from activation_store.catalog.verification import Report, verify
 from activation_store.errors import ContentError, QueryError, StoreError, damaged_shard
-from activation_store.presence import Presence
 from activation_store.unit import Exemplar, ExemplarKind, Unit, read_exemplars, read_unit
-from activation_store.verification import Report, verify
 
 if TYPE_CHECKING:
     from activation_store.hooks import Rows, Vectors
-    from activation_store.stream import VectorStream
-    from activation_store.writer import Writer
+    from activation_store.read.stream import VectorStream
+    from activation_store.write.writer import Writer
 
 Mode = Literal["r", "w", "a"]
 
@@ -249,7 +249,7 @@ class Store:
         Raises:
             ContentError: a hook without vectors, or a setting or cursor that does not fit.
         """
-        from activation_store.stream import VectorStream
+        from activation_store.read.stream import VectorStream
 
         return VectorStream(self, hook, **settings)
 
@@ -333,7 +333,7 @@ class Store:
         Raises:
             StoreError: the store is open for reading.
         """
-        from activation_store.writer import Writer
+        from activation_store.write.writer import Writer
 
         self._check_writable()
         return Writer(

@@ -46,7 +46,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import activation_store as astore
 from activation_store import Rows, Vectors
-from activation_store.writer import Writer
+from activation_store.write.writer import Writer
 
 N_LAYERS, D_MODEL, N_CTX, BATCH, D_VOCAB = 6, 384, 128, 32, 50_257
 RESIDUAL = 3

@@ -17,11 +17,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lmmono.explaining.clients import Prompt
-from lmmono.explaining.llm_examples import Shown
-from lmmono.explaining.llm_prompts import max_act_prompt
-from lmmono.explaining.llm_simulation import simulation_text
-from lmmono.explaining.local import LocalClient
+from lmmono.clients.client import Prompt
+from lmmono.clients.local import LocalClient
+from lmmono.explanations.llm_examples import Shown
+from lmmono.explanations.llm_prompts import max_act_prompt
+from lmmono.explanations.llm_simulation import simulation_text
 
 WORDS = [" the", " cat", " sat", " on", " a", " mat", " by", " door", ".", " and", " rain", " fell"]
 

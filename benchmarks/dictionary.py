@@ -38,12 +38,12 @@ from torch import Tensor
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.dictionary.architectures import sae_lens, trainer, training_sae
-from lmmono.dictionary.sparse_step import Scratch, SparseStep
-from lmmono.dictionary.vectors import StoreVectors, Vectors
-from lmmono.models.lens import to_hooked
+from lmmono.dictionaries.architectures import sae_lens, trainer, training_sae
+from lmmono.dictionaries.sparse_step import Scratch, SparseStep
+from lmmono.dictionaries.vector_source import StoreVectors, Vectors
+from lmmono.interop.lens import to_hooked
 from lmmono.recipe import Recipe
-from lmmono.run import Run
+from lmmono.runs.folder import Run
 
 HOOK, N_CTX, BATCH, WARM_UP_STEPS = "blocks.1.hook_resid_post", 128, 4096, 3
 RECIPE = """

@@ -6,15 +6,15 @@ A planted unit: each of its top records holds the concept, 15 in 100 random ones
 hears the concept in 70 of 100 records and imagines it in 15 of 100 without. The truth is the score
 of very many records in the same proportion. Methods: tokens as if independent (Fisher's z), the
 percentile bootstrap over records within kinds (1,000 resamples), and the jackknife of
-`lmmono.scoring.intervals`. Prints coverage and median width.
+`lmmono.stats.unit_intervals`. Prints coverage and median width.
 """
 
 import argparse
 
 import numpy as np
 
-from lmmono.scoring.agreement import AGREEMENTS, Agreement, record_sums
-from lmmono.scoring.intervals import unit_intervals
+from lmmono.stats.agreement import AGREEMENTS, Agreement, record_sums
+from lmmono.stats.unit_intervals import unit_intervals
 
 PEARSON = AGREEMENTS["pearson"]
 AT_ONCE = 50

@@ -17,7 +17,7 @@ import duckdb
 import numpy as np
 
 import activation_store as astore
-from activation_store.lake_place import LAKE, connect, lake_place
+from activation_store.lake.lake_place import LAKE, connect, lake_place
 
 N_CTX, D, DENSITY_CUT, SEQS = 128, 1024, 1.2816, 40
 QUERIES = {

@@ -25,9 +25,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from lmmono.robust.basis import basis
-from lmmono.robust.logistic import AT_ONCE, L2_PATH, Path, fit_path
-from lmmono.robust.tuning import choose
+from lmmono.probes.basis import basis
+from lmmono.probes.logistic import AT_ONCE, L2_PATH, Path, fit_path
+from lmmono.probes.tuning import choose
 
 T = TypeVar("T")
 

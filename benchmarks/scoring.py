@@ -94,8 +94,10 @@ def run(path: Path) -> None:
     """Explain and score one copy of the store; print what it took as JSON."""
     started = time.perf_counter()
     import lmmono as lm
-    from lmmono.explaining import explanations, lookup, reader
-    from lmmono.scoring import simulation
+    from lmmono.explanations import explain as explanations
+    from lmmono.explanations import lookup
+    from lmmono.records import acts_reader as reader
+    from lmmono.scores import simulation
 
     clock = Clock()
     clock.on(reader, "read_records", "read records")

@@ -17,7 +17,7 @@ import torch
 from lmmono.data.batches import train_batches
 from lmmono.models.build import build_model
 from lmmono.recipe import Recipe
-from lmmono.run import Run
+from lmmono.runs.folder import Run
 from lmmono.training import train
 from lmmono.training.optimizer import build_optimizer, lr_at, set_lr
 

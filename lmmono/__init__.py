@@ -7,34 +7,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmmono.capturing import capture, capture_run
+    from lmmono.captures.capture import capture, capture_run
+    from lmmono.captures.latents import store_latents
+    from lmmono.clients.local import LocalClient
+    from lmmono.clients.replayed import ReplayClient
+    from lmmono.clients.server import ServerClient
+    from lmmono.clients.server_limits import Limits, Price
     from lmmono.data.tokens import TokenCorpus, TokenRows
-    from lmmono.dictionary.classical import Classical
-    from lmmono.dictionary.controls import Control, shuffled
-    from lmmono.dictionary.estimator import Dictionary, load_dictionary
-    from lmmono.dictionary.evaluation import SAEReport, evaluate
-    from lmmono.dictionary.hub import load_from_hub, push_dictionary
-    from lmmono.dictionary.interchange import export_dictionary, import_dictionary
-    from lmmono.dictionary.live import model_vectors
-    from lmmono.dictionary.recovery import recovery
-    from lmmono.dictionary.runs import dictionary_run
-    from lmmono.dictionary.sae import SAE, fit_together
-    from lmmono.dictionary.splicing import run_with_sae
-    from lmmono.dictionary.stability import stability
+    from lmmono.dictionaries.classical import Classical
+    from lmmono.dictionaries.controls import Control, shuffled
+    from lmmono.dictionaries.dictionary_run import dictionary_run
+    from lmmono.dictionaries.estimator import Dictionary, load_dictionary
+    from lmmono.dictionaries.evaluation import SAEReport, evaluate
+    from lmmono.dictionaries.live import model_vectors
+    from lmmono.dictionaries.recovery import recovery
+    from lmmono.dictionaries.sae import SAE, fit_together
+    from lmmono.dictionaries.splicing import run_with_sae
+    from lmmono.dictionaries.stability import stability
     from lmmono.errors import LmmonoError
-    from lmmono.explaining.explanations import Explanations, explain
-    from lmmono.explaining.llm_ranking import Ranking
-    from lmmono.explaining.local import LocalClient
-    from lmmono.explaining.records import Counts
-    from lmmono.explaining.replay import ReplayClient
-    from lmmono.explaining.runs import explain_run
-    from lmmono.explaining.sampling import Sample, sample
-    from lmmono.explaining.server import ServerClient
-    from lmmono.explaining.server_limits import Limits, Price
-    from lmmono.generation import generate
-    from lmmono.latents import store_latents
+    from lmmono.explanations.explain import Explanations, explain
+    from lmmono.explanations.explain_run import explain_run
+    from lmmono.explanations.llm_ranking import Ranking
+    from lmmono.interop.dictionary_hub import load_from_hub, push_dictionary
+    from lmmono.interop.interchange import export_dictionary, import_dictionary
+    from lmmono.interop.neuronpedia import export_neuronpedia
+    from lmmono.interop.openai_results import export_simulations
     from lmmono.models.build import build_model
     from lmmono.models.crate import CrateConfig, CrateForCausalLM
+    from lmmono.models.generation import generate
     from lmmono.models.hooks import (
         Edit,
         hook_names,
@@ -47,18 +47,18 @@ if TYPE_CHECKING:
     from lmmono.models.storage import load_model
     from lmmono.models.untrained import untrained
     from lmmono.recipe import Recipe
-    from lmmono.reporting.figures import pareto
-    from lmmono.reporting.tables import comparison
-    from lmmono.robust.outcomes import Outcomes
-    from lmmono.robust.runs import robustness_run
-    from lmmono.robust.study import robustness
-    from lmmono.run import Run, open_run
-    from lmmono.scoring.audit import Audit, audit_scorer
-    from lmmono.scoring.differences import Difference, compare
-    from lmmono.scoring.neuronpedia import export_neuronpedia
-    from lmmono.scoring.openai_results import export_simulations
-    from lmmono.scoring.runs import score_run
-    from lmmono.scoring.scores import Scores, score
+    from lmmono.records.record import Counts
+    from lmmono.records.sampling import Sample, sample
+    from lmmono.reports.figures import pareto
+    from lmmono.reports.tables import comparison
+    from lmmono.runs.folder import Run, open_run
+    from lmmono.scores.audit import Audit, audit_scorer
+    from lmmono.scores.score import Scores, score
+    from lmmono.scores.score_run import score_run
+    from lmmono.studies.differences import Difference, compare
+    from lmmono.studies.outcomes import Outcomes
+    from lmmono.suites.robustness_run import robustness_run
+    from lmmono.suites.study import robustness
     from lmmono.training import train
 
 __all__ = [
@@ -132,35 +132,68 @@ __all__ = [
 ]
 
 _HOMES = {
-    "capturing": ("capture", "capture_run"),
-    "data.tokens": ("TokenCorpus", "TokenRows"),
-    "dictionary.classical": ("Classical",),
-    "dictionary.controls": ("Control", "shuffled"),
-    "dictionary.estimator": ("Dictionary", "load_dictionary"),
-    "dictionary.evaluation": ("SAEReport", "evaluate"),
-    "dictionary.hub": ("load_from_hub", "push_dictionary"),
-    "dictionary.interchange": ("export_dictionary", "import_dictionary"),
-    "dictionary.live": ("model_vectors",),
-    "dictionary.recovery": ("recovery",),
-    "dictionary.runs": ("dictionary_run",),
-    "dictionary.sae": ("SAE", "fit_together"),
-    "dictionary.splicing": ("run_with_sae",),
-    "dictionary.stability": ("stability",),
-    "errors": ("LmmonoError",),
-    "explaining.explanations": ("Explanations", "explain"),
-    "explaining.llm_ranking": ("Ranking",),
-    "explaining.local": ("LocalClient",),
-    "explaining.records": ("Counts",),
-    "explaining.replay": ("ReplayClient",),
-    "explaining.runs": ("explain_run",),
-    "explaining.sampling": ("Sample", "sample"),
-    "explaining.server": ("ServerClient",),
-    "explaining.server_limits": ("Limits", "Price"),
-    "generation": ("generate",),
-    "latents": ("store_latents",),
-    "models.build": ("build_model",),
-    "models.crate": ("CrateConfig", "CrateForCausalLM"),
-    "models.hooks": (
+    "lmmono.captures.capture": (
+        "capture",
+        "capture_run",
+    ),
+    "lmmono.captures.latents": ("store_latents",),
+    "lmmono.clients.local": ("LocalClient",),
+    "lmmono.clients.replayed": ("ReplayClient",),
+    "lmmono.clients.server": ("ServerClient",),
+    "lmmono.clients.server_limits": (
+        "Limits",
+        "Price",
+    ),
+    "lmmono.data.tokens": (
+        "TokenCorpus",
+        "TokenRows",
+    ),
+    "lmmono.dictionaries.classical": ("Classical",),
+    "lmmono.dictionaries.controls": (
+        "Control",
+        "shuffled",
+    ),
+    "lmmono.dictionaries.dictionary_run": ("dictionary_run",),
+    "lmmono.dictionaries.estimator": (
+        "Dictionary",
+        "load_dictionary",
+    ),
+    "lmmono.dictionaries.evaluation": (
+        "SAEReport",
+        "evaluate",
+    ),
+    "lmmono.dictionaries.live": ("model_vectors",),
+    "lmmono.dictionaries.recovery": ("recovery",),
+    "lmmono.dictionaries.sae": (
+        "SAE",
+        "fit_together",
+    ),
+    "lmmono.dictionaries.splicing": ("run_with_sae",),
+    "lmmono.dictionaries.stability": ("stability",),
+    "lmmono.errors": ("LmmonoError",),
+    "lmmono.explanations.explain": (
+        "Explanations",
+        "explain",
+    ),
+    "lmmono.explanations.explain_run": ("explain_run",),
+    "lmmono.explanations.llm_ranking": ("Ranking",),
+    "lmmono.interop.dictionary_hub": (
+        "load_from_hub",
+        "push_dictionary",
+    ),
+    "lmmono.interop.interchange": (
+        "export_dictionary",
+        "import_dictionary",
+    ),
+    "lmmono.interop.neuronpedia": ("export_neuronpedia",),
+    "lmmono.interop.openai_results": ("export_simulations",),
+    "lmmono.models.build": ("build_model",),
+    "lmmono.models.crate": (
+        "CrateConfig",
+        "CrateForCausalLM",
+    ),
+    "lmmono.models.generation": ("generate",),
+    "lmmono.models.hooks": (
         "Edit",
         "hook_names",
         "match_hooks",
@@ -168,23 +201,38 @@ _HOMES = {
         "run_with_cache",
         "run_with_edit",
     ),
-    "models.presets": ("preset",),
-    "models.storage": ("load_model",),
-    "models.untrained": ("untrained",),
-    "recipe": ("Recipe",),
-    "reporting.figures": ("pareto",),
-    "reporting.tables": ("comparison",),
-    "robust.outcomes": ("Outcomes",),
-    "robust.runs": ("robustness_run",),
-    "robust.study": ("robustness",),
-    "run": ("Run", "open_run"),
-    "scoring.audit": ("Audit", "audit_scorer"),
-    "scoring.runs": ("score_run",),
-    "scoring.differences": ("Difference", "compare"),
-    "scoring.neuronpedia": ("export_neuronpedia",),
-    "scoring.openai_results": ("export_simulations",),
-    "scoring.scores": ("Scores", "score"),
-    "training": ("train",),
+    "lmmono.models.presets": ("preset",),
+    "lmmono.models.storage": ("load_model",),
+    "lmmono.models.untrained": ("untrained",),
+    "lmmono.recipe": ("Recipe",),
+    "lmmono.records.record": ("Counts",),
+    "lmmono.records.sampling": (
+        "Sample",
+        "sample",
+    ),
+    "lmmono.reports.figures": ("pareto",),
+    "lmmono.reports.tables": ("comparison",),
+    "lmmono.runs.folder": (
+        "Run",
+        "open_run",
+    ),
+    "lmmono.scores.audit": (
+        "Audit",
+        "audit_scorer",
+    ),
+    "lmmono.scores.score": (
+        "Scores",
+        "score",
+    ),
+    "lmmono.scores.score_run": ("score_run",),
+    "lmmono.studies.differences": (
+        "Difference",
+        "compare",
+    ),
+    "lmmono.studies.outcomes": ("Outcomes",),
+    "lmmono.suites.robustness_run": ("robustness_run",),
+    "lmmono.suites.study": ("robustness",),
+    "lmmono.training": ("train",),
 }
 
 
@@ -192,7 +240,7 @@ def __getattr__(name: str) -> Any:
     """Import the module that holds a public name."""
     for module, names in _HOMES.items():
         if name in names:
-            return getattr(import_module(f"lmmono.{module}"), name)
+            return getattr(import_module(module), name)
     raise AttributeError(f"module 'lmmono' has no attribute {name!r}")
 
 

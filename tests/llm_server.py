@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from lmmono.explaining.clients import Message, Prompt
-from lmmono.explaining.local import LocalClient
+from lmmono.clients.client import Message, Prompt
+from lmmono.clients.local import LocalClient
 
 
 @dataclass(frozen=True)

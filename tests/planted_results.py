@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lmmono.robust.results import Result
+from lmmono.suites.robustness_rows import Result
 
 
 def result(feature="raw", value=0.5, **changes) -> Result:

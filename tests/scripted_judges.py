@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lmmono.explaining.clients import Answer, Reading
-from lmmono.explaining.explanation import Usage
+from lmmono.clients.client import Answer, Reading
+from lmmono.explanations.explanation import Usage
 
 
 class Scripted:

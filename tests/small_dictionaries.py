@@ -9,8 +9,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from lmmono.data.tokens import TokenRows
-from lmmono.dictionary.estimator import Dictionary
-from lmmono.recipe.dictionaries import Identity
+from lmmono.dictionaries.estimator import Dictionary
+from lmmono.recipe.dictionary_settings import Identity
 
 
 class Given(Dictionary):

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import activation_store as astore
-from activation_store import catalogue, shards, tables
+from activation_store.catalog import catalogue, tables
+from activation_store.shards import names as shards
 
 HOOK = "blocks.0.mlp.hook_post"
 HOSTILE = """it's "x"; DROP TABLE shards; --"""

@@ -7,10 +7,10 @@ from scipy.stats import spearmanr
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.explaining.reader import RecordReader
-from lmmono.explaining.stored import read_explanations
-from lmmono.scoring.anthropic import KINDS, PLAN, WINDOW, read_examples
-from lmmono.scoring.registry import Job, find_scorer
+from lmmono.explanations.stored_explanations import read_explanations
+from lmmono.records.acts_reader import RecordReader
+from lmmono.scores.anthropic import KINDS, PLAN, WINDOW, read_examples
+from lmmono.scores.scorer_registry import Job, find_scorer
 
 UNITS = (ON_CAT, SILENT, NOISE)
 

@@ -7,14 +7,14 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from lmmono.data.corruption.synonyms import synonyms_of
-from lmmono.data.tasks.planted import planted_task
-from lmmono.data.tasks.registry import find_task
+from lmmono.data.tasks.planted_tasks import planted_task
 from lmmono.data.tasks.task import Labelled
+from lmmono.data.tasks.task_registry import find_task
 from lmmono.errors import DataError
-from lmmono.robust.attack_checks import check_attack
-from lmmono.robust.attacks import Limits, attack, slips
-from lmmono.robust.hotflip import hotflip
-from lmmono.robust.preservation import audit_preservation
+from lmmono.suites.attack_checks import check_attack
+from lmmono.suites.attacks import Limits, attack, slips
+from lmmono.suites.hotflip import hotflip
+from lmmono.suites.preservation import audit_preservation
 
 TEXTS = ["the film is good and  long", "a bad\nday at sea", "good food", "it is late"]
 LABELS = np.array([1, 0, 1, 1])

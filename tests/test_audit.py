@@ -5,10 +5,10 @@ import pytest
 
 from lmmono.errors import ExplainError
 from lmmono.recipe import Recipe
-from lmmono.scoring import audit, known_units
-from lmmono.scoring.audit import audit_scorer
-from lmmono.scoring.known_units import LEVELS
-from lmmono.scoring.lies import FALSE, broad, narrow, near_miss
+from lmmono.scores import audit, known_units
+from lmmono.scores.audit import audit_scorer
+from lmmono.scores.known_units import LEVELS
+from lmmono.scores.lies import FALSE, broad, narrow, near_miss
 from lmmono.training import train
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from ruamel.yaml import YAML
 
 import activation_store as astore
-from activation_store.writer import Writer
-from lmmono.run import open_run
+from activation_store.write.writer import Writer
+from lmmono.runs.folder import open_run
 
 COMMIT_TOKENS, N_COMMITS = 1024, 2
 SAME = (
@@ -50,7 +50,7 @@ def rows_of_rank(store: astore.Store, first: int, last: int) -> int:
 
 
 def test_two_processes_capture_what_one_does_also_when_one_is_killed(tmp_path: Path) -> None:
-    from lmmono.capturing import capture_run
+    from lmmono.captures.capture import capture_run
     from lmmono.recipe import Recipe
     from lmmono.training import train
 
@@ -90,7 +90,7 @@ def test_two_processes_capture_what_one_does_also_when_one_is_killed(tmp_path: P
 
 
 if __name__ == "__main__":
-    from lmmono.cli import main
+    from lmmono.cli.app import main
 
     astore.Store.writer = partialmethod(  # type: ignore[method-assign]
         astore.Store.writer, commit_tokens=COMMIT_TOKENS

@@ -9,16 +9,16 @@ import torch
 from scipy import stats
 
 import activation_store as astore
-from lmmono.capturing import capture, capture_run
+from lmmono.captures.capture import capture, capture_run
 from lmmono.data.tokens import TokenCorpus, prepare
 from lmmono.errors import ModelError, RunError
-from lmmono.metrics import entropies
 from lmmono.models.build import build_model
 from lmmono.models.hooks import run_with_cache
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import CrateModel, Data, Gpt2Model, PlantedCorpus, Splits
-from lmmono.reporting.tables import comparison
-from lmmono.scoring.statistics import N_GROUPS, score_token_selectivity
+from lmmono.registry.metrics import entropies
+from lmmono.reports.tables import comparison
+from lmmono.scores.token_statistics import N_GROUPS, score_token_selectivity
 from lmmono.training import train
 
 HOOK = "blocks.1.mlp.hook_post"

@@ -10,10 +10,10 @@ from scripted_judges import Scripted, always, at_random, labels, never
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.explaining.reader import RecordReader
-from lmmono.scoring.classification import marked_tokens
-from lmmono.scoring.contrasts import CLASSES, read_contrasts
-from lmmono.scoring.registry import Job, find_scorer
+from lmmono.records.acts_reader import RecordReader
+from lmmono.records.contrasts import CLASSES, read_contrasts
+from lmmono.scores.classification import marked_tokens
+from lmmono.scores.scorer_registry import Job, find_scorer
 
 KNOWN = [ON_CAT, ON_PAIR, SILENT, NOISE]
 SETTINGS = {"window": 16, "n": 20}
@@ -101,8 +101,8 @@ def test_calls_and_tokens_of_a_unit_are_told_once(store):
 
 
 def test_probabilities_of_the_labels_rank_records_where_the_client_gives_them():
-    from lmmono.explaining.clients import Answer
-    from lmmono.scoring.judging import _parsed
+    from lmmono.clients.client import Answer
+    from lmmono.scores.judging import _parsed
 
     half = {"0": np.log(0.3), "1": np.log(0.1), " 1": np.log(0.1), "x": np.log(0.5)}
     sure = {"1": 0.0}

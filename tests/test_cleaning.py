@@ -8,10 +8,10 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from lmmono.errors import RobustnessError
-from lmmono.robust import cleaning
-from lmmono.robust.cleaning import outvoted, pruned, relabelled
-from lmmono.robust.problems import Problems
-from lmmono.robust.tuning import tuned_logistic
+from lmmono.probes import cleaning
+from lmmono.probes.cleaning import outvoted, pruned, relabelled
+from lmmono.probes.problems import Problems
+from lmmono.probes.tuning import tuned_logistic
 
 
 def drawn(rate=0.2, n=150, m=100):

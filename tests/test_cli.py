@@ -13,8 +13,8 @@ import forks
 import pyarrow as pa
 import pytest
 
-from lmmono.cli import main
-from lmmono.run import open_run
+from lmmono.cli.app import main
+from lmmono.runs.folder import open_run
 
 TINY = """\
 name: tiny
@@ -44,7 +44,7 @@ def call(*arguments: object) -> int:
 
 def started(*arguments: object, **options) -> subprocess.Popen[str]:
     """Start the command line as a process of its own."""
-    command = [sys.executable, "-m", "lmmono.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "lmmono.cli.app", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **pipes, **options)
 
@@ -84,7 +84,7 @@ def test_help_and_check_answer_without_what_is_slow_to_import(here, arguments):
     script = (
         "import sys\n"
         f"sys.argv = ['lmmono', *{arguments!r}]\n"
-        "from lmmono.cli import main\n"
+        "from lmmono.cli.app import main\n"
         "try: main()\n"
         "except SystemExit as left: assert not left.code, left.code\n"
         "print(*sys.modules, file=sys.stderr)"
@@ -309,7 +309,7 @@ def test_a_reader_that_leaves_early_is_no_error(study):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_training_is_kept_and_goes_on(here, number, code):
     long = ("train", "tiny.yaml", "arm=crate", "train.steps=100000")
-    process = forks.start("-m", "lmmono.cli", *long)
+    process = forks.start("-m", "lmmono.cli.app", *long)
     run = here / "runs/tiny/crate"
     deadline = time.monotonic() + 60
     while not (run / "metrics.parquet").exists() and time.monotonic() < deadline:

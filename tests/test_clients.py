@@ -16,12 +16,12 @@ from llm_server import Calls, Refusal, asked, hosting, said, serving
 from small_clients import CHAT, byte_tokens, reader_of_bytes
 
 import lmmono
+from lmmono.clients.client import Answer, Client, Message, Prompt
+from lmmono.clients.local import LocalClient
+from lmmono.clients.replayed import ReplayClient
+from lmmono.clients.server import ServerClient
+from lmmono.clients.server_limits import Limits, Price
 from lmmono.errors import ClientError
-from lmmono.explaining.clients import Answer, Client, Message, Prompt
-from lmmono.explaining.local import LocalClient
-from lmmono.explaining.replay import ReplayClient
-from lmmono.explaining.server import ServerClient
-from lmmono.explaining.server_limits import Limits, Price
 
 KEY = "sk-a-secret-of-ours"
 
@@ -282,9 +282,9 @@ def test_replay_files_are_shared_and_others_are_left_alone(tmp_path) -> None:
 
 PROGRAM = """
 import sys
-from lmmono.explaining.clients import Message, Prompt
-from lmmono.explaining.replay import ReplayClient
-from lmmono.explaining.server import ServerClient
+from lmmono.clients.client import Message, Prompt
+from lmmono.clients.replayed import ReplayClient
+from lmmono.clients.server import ServerClient
 client = ReplayClient(ServerClient("judge", base_url=sys.argv[1], n_threads=3), sys.argv[2])
 client.complete([Prompt((Message("user", str(i)),)) for i in range(20)], max_tokens=5)
 assert "torch" not in sys.modules

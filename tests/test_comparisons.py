@@ -11,18 +11,18 @@ from scipy import stats
 
 import activation_store as astore
 from lmmono.errors import DataError
-from lmmono.recipe.robustness import Robustness
-from lmmono.robust import comparisons
-from lmmono.robust.comparisons import (
+from lmmono.recipe.robustness_settings import Robustness
+from lmmono.studies import comparisons
+from lmmono.studies.comparisons import (
     compare_families,
     effect,
     holm,
     paired,
     sign_flip_p,
 )
-from lmmono.robust.doses import Dose, dose_responses, read_doses, spearman_interval
-from lmmono.robust.effective import effective_robustness, logit
-from lmmono.robust.results import Asked, read_results, severity_areas, stored_rows
+from lmmono.studies.doses import Dose, dose_responses, read_doses, spearman_interval
+from lmmono.studies.effective import effective_robustness, logit
+from lmmono.suites.robustness_rows import Asked, read_results, severity_areas, stored_rows
 
 
 def skewed(n: int, seed: int = 0) -> np.ndarray:

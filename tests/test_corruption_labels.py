@@ -14,7 +14,7 @@ from lmmono.data.corruption.labels import (
     signal_margin,
 )
 from lmmono.data.corruption.weak import opinions, weak_opinions
-from lmmono.data.tasks.planted import planted_task
+from lmmono.data.tasks.planted_tasks import planted_task
 from lmmono.errors import DataError
 
 N, C = 600, 4

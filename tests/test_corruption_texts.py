@@ -24,7 +24,7 @@ from lmmono.data.corruption.texts import (
 )
 from lmmono.data.planted import Language
 from lmmono.errors import DataError
-from lmmono.recipe.robustness import TextNoise
+from lmmono.recipe.robustness_settings import TextNoise
 
 LANGUAGE = Language(3)
 TEXTS = [LANGUAGE.text(i) for i in range(8)]

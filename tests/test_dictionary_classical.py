@@ -11,11 +11,11 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.decomposition import NMF, PCA, FastICA, sparse_encode
 from torch import Tensor
 
-from lmmono.dictionary.classical import Classical
-from lmmono.dictionary.coding import keep_largest, non_negative_code, orthogonal_pursuit
-from lmmono.dictionary.controls import Control
-from lmmono.dictionary.estimator import load_dictionary
-from lmmono.dictionary.vectors import ArrayVectors
+from lmmono.dictionaries.classical import Classical
+from lmmono.dictionaries.coding import keep_largest, non_negative_code, orthogonal_pursuit
+from lmmono.dictionaries.controls import Control
+from lmmono.dictionaries.estimator import load_dictionary
+from lmmono.dictionaries.vector_source import ArrayVectors
 from lmmono.errors import DictionaryError
 
 D_IN = 12

@@ -14,12 +14,12 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.dictionary.controls import Control
-from lmmono.dictionary.intervals import Draws, ratio
-from lmmono.dictionary.measures import dead_fraction, recovered
+from lmmono.dictionaries.controls import Control
+from lmmono.dictionaries.measures import dead_fraction, recovered
 from lmmono.errors import DictionaryError
-from lmmono.metrics import METRICS
 from lmmono.models.hooks import Edit, attached, run_with_cache, run_with_edit
+from lmmono.registry.metrics import METRICS
+from lmmono.stats.document_intervals import Draws, ratio
 
 POST, RESID = "blocks.0.mlp.hook_post", "blocks.1.hook_resid_post"
 

@@ -11,10 +11,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import activation_store as astore
-from lmmono.capturing import capture
+from lmmono.captures.capture import capture
 from lmmono.data.tokens import TokenRows
-from lmmono.dictionary.classical import Classical
-from lmmono.dictionary.live import model_vectors
+from lmmono.dictionaries.classical import Classical
+from lmmono.dictionaries.live import model_vectors
 from lmmono.errors import DataError, DictionaryError, ModelError
 from lmmono.models.hooks import run_with_cache
 

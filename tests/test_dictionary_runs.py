@@ -15,11 +15,11 @@ import torch
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.cli import main
+from lmmono.cli.app import main
 from lmmono.errors import DictionaryError, RunError, TrainingStopped
 from lmmono.recipe import Recipe
-from lmmono.run import Run, open_run
-from lmmono.scoring.runs import score_run
+from lmmono.runs.folder import Run, open_run
+from lmmono.scores.score_run import score_run
 
 HOOK, NEURONS = "blocks.0.hook_resid_post", "blocks.0.mlp.hook_post"
 STEPS, STOP = 100, 60
@@ -338,7 +338,7 @@ def test_a_stopped_command_keeps_its_checkpoint_and_says_so(here, number, code):
     long = f"dictionary.learn=[{TOPK.replace(str(STEPS), '30000')}]"
     often = "dictionary.checkpoint_every_steps=20"
     command = ["dictionary", "tiny.yaml", ALONE[0], long, *ALONE[2:], often]
-    process = forks.start("-m", "lmmono.cli", *command)
+    process = forks.start("-m", "lmmono.cli.app", *command)
     checkpoint = here / f"runs/tiny/dictionaries/{HOOK}/topk-x2-k4/checkpoint.safetensors"
     deadline = time.monotonic() + 90
     while not checkpoint.exists() and time.monotonic() < deadline:

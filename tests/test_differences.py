@@ -7,8 +7,8 @@ from explained_store import HOOK, planted_store
 import activation_store as astore
 import lmmono as lm
 from lmmono.errors import ExplainError
-from lmmono.scoring.agreement import record_sums
-from lmmono.scoring.differences import NORMAL, _HookUnits, _Pair
+from lmmono.stats.agreement import record_sums
+from lmmono.studies.differences import NORMAL, _HookUnits, _Pair
 
 
 def units(rng, n, mean, densities=None):

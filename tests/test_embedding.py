@@ -9,13 +9,13 @@ from sklearn.metrics import roc_auc_score
 
 import activation_store as astore
 import lmmono as lm
+from lmmono.clients.client import Reading
 from lmmono.errors import ExplainError
-from lmmono.explaining.clients import Reading
-from lmmono.explaining.reader import RecordReader
-from lmmono.scoring.areas import area_row
-from lmmono.scoring.embedding import Encoder
-from lmmono.scoring.registry import Job, find_scorer
-from lmmono.scoring.surprisal import mean_logprob
+from lmmono.records.acts_reader import RecordReader
+from lmmono.scores.areas import area_row
+from lmmono.scores.embedding import Encoder
+from lmmono.scores.scorer_registry import Job, find_scorer
+from lmmono.scores.surprisal import mean_logprob
 
 UNITS = (ON_CAT, SILENT, NOISE)
 

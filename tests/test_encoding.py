@@ -9,9 +9,9 @@ from lookup_model import N_WORDS, tokenizer
 import activation_store as astore
 from lmmono.errors import RobustnessError
 from lmmono.models.hooks import run_with_cache
-from lmmono.robust.encoding import SIGMAS, Encoder, Feature, InputNoise, make_features
-from lmmono.robust.families import FeatureFamily
-from lmmono.robust.stored import FeatureStore
+from lmmono.suites.feature_families import FeatureFamily
+from lmmono.suites.stored_codes import FeatureStore
+from lmmono.suites.text_codes import SIGMAS, Encoder, Feature, InputNoise, make_features
 
 STREAM = "blocks.1.hook_resid_post"
 WORDS = [f"w{i}" for i in range(1, 40)]

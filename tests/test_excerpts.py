@@ -7,8 +7,8 @@ from small_store import small_store, split
 
 import activation_store as astore
 from lmmono.errors import ExplainError
-from lmmono.explaining.excerpts import cut, read_excerpts
-from lmmono.explaining.grid import PADDING, TokenGrid
+from lmmono.records.exemplar_records import cut, read_excerpts
+from lmmono.records.token_grid import PADDING, TokenGrid
 
 
 def pieces_by_hand(token_ids, doc_ids, wanted, window, min_tokens):

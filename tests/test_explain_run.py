@@ -8,13 +8,13 @@ from test_cli import TINY, call
 import activation_store as astore
 import lmmono as lm
 from lmmono.errors import RecipeError
-from lmmono.explaining.explainers import EXPLAINERS
-from lmmono.manifest import STAGES
+from lmmono.explanations.explainers import EXPLAINERS
 from lmmono.recipe import Recipe
-from lmmono.recipe.explaining import ELSEWHERE, PRESETS, UNEXPLAINED, ExplainerName
-from lmmono.run import open_run
-from lmmono.scoring.registry import find_scorer
-from lmmono.scoring.scorers import SCORERS
+from lmmono.recipe.explain_settings import ELSEWHERE, PRESETS, UNEXPLAINED, ExplainerName
+from lmmono.runs.folder import open_run
+from lmmono.runs.manifest import STAGES
+from lmmono.scores.scorer_registry import find_scorer
+from lmmono.scores.scorers import SCORERS
 
 ONE = TINY.partition("arms:")[0].replace("capture: {", "capture: {splits: [explain, score], ")
 ASKED = """\

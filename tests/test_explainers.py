@@ -23,12 +23,12 @@ from scipy.stats import pearsonr
 
 import activation_store as astore
 import lmmono as lm
+from lmmono.clients.programs import PROGRAMS, program_from_json
 from lmmono.errors import ExplainError
-from lmmono.explaining.contexts import Context
-from lmmono.explaining.controls import NEAREST, Constant, other_units
-from lmmono.explaining.lookup import Lookup, shrink
-from lmmono.explaining.programs import PROGRAMS, program_from_json
-from lmmono.explaining.stored import read_explanations
+from lmmono.explanations.contexts import Context
+from lmmono.explanations.explanation_controls import NEAREST, Constant, other_units
+from lmmono.explanations.lookup import Lookup, shrink
+from lmmono.explanations.stored_explanations import read_explanations
 
 PROGRAM_EXPLAINERS = ("token_lookup", "context_rules", "context_boosted", "constant")
 

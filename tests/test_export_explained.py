@@ -16,10 +16,10 @@ from test_cli import call
 
 import activation_store as astore
 import lmmono as lm
+from lmmono.clients.server import ServerClient
 from lmmono.errors import ExplainError
-from lmmono.explaining.explanation import Explanation
-from lmmono.explaining.server import ServerClient
-from lmmono.scoring.exporting import export_store
+from lmmono.explanations.explanation import Explanation
+from lmmono.interop.store_export import export_store
 
 UNITS = [ON_CAT, SILENT, TWO_DOCUMENTS, NOISE]
 

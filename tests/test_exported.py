@@ -36,9 +36,9 @@ def test_every_public_name_is_there_and_says_what_it_is(name):
 
 @pytest.mark.parametrize("name", activation_store.__all__)
 def test_every_public_name_of_the_store_is_there_whatever_was_imported_before(name):
-    import activation_store.compaction
-    import activation_store.exporting
-    import activation_store.verification
+    import activation_store.catalog.compaction
+    import activation_store.catalog.verification
+    import activation_store.read.exporting
 
     assert activation_store.__all__ == sorted(activation_store.__all__)
     found = getattr(activation_store, name)
@@ -52,7 +52,7 @@ def test_an_unknown_name_is_no_attribute():
 
 def test_importing_the_package_and_reading_recipes_loads_nothing_heavy():
     script = (
-        "import sys, lmmono, lmmono.cli\n"
+        "import sys, lmmono, lmmono.cli.app\n"
         "lmmono.Recipe, lmmono.open_run, lmmono.LmmonoError\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )

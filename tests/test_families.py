@@ -6,15 +6,15 @@ import torch
 from sklearn.decomposition import PCA
 
 from lmmono.data.corruption.texts import TEXT_CORRUPTIONS, TEXT_NOISE
-from lmmono.data.tasks.registry import task_names
-from lmmono.dictionary.controls import Control
+from lmmono.data.tasks.task_registry import task_names
+from lmmono.dictionaries.controls import Control
 from lmmono.errors import RobustnessError
-from lmmono.recipe import robustness
-from lmmono.recipe.robustness import FAMILY_SETTINGS, Family
-from lmmono.robust.families import FAMILIES, FeatureFamily, as_family
-from lmmono.robust.hypotheses import HYPOTHESES
-from lmmono.robust.learners import LEARNERS
-from lmmono.robust.suites import SUITES
+from lmmono.probes.learners import LEARNERS
+from lmmono.recipe import robustness_settings as robustness
+from lmmono.recipe.robustness_settings import FAMILY_SETTINGS, Family
+from lmmono.studies.hypotheses import HYPOTHESES
+from lmmono.suites.feature_families import FAMILIES, FeatureFamily, as_family
+from lmmono.suites.suite import SUITES
 
 ROWS = torch.from_numpy(np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32))
 ROWS = ROWS @ torch.diag(torch.arange(1.0, 9.0)) + 3

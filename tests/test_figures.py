@@ -10,8 +10,8 @@ import pytest
 import activation_store as astore
 import lmmono as lm
 from lmmono.errors import RunError
-from lmmono.reporting.dictionaries import Measured, measured
-from lmmono.reporting.figures import front
+from lmmono.reports.dictionary_tables import Measured, measured
+from lmmono.reports.figures import front
 
 HOOK = "blocks.0.hook_resid_post"
 

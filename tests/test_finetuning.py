@@ -9,7 +9,7 @@ import torch
 from small_models import tiny
 
 from lmmono.errors import RobustnessError
-from lmmono.robust.finetuning import LOSSES, FineTuning, Texts, finetune
+from lmmono.probes.finetuning import LOSSES, FineTuning, Texts, finetune
 
 TOKENIZER = lookup_model.tokenizer()
 HOW = {

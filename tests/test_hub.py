@@ -11,10 +11,10 @@ from hub_server import TOKEN, Hub, serving
 from huggingface_hub import constants, snapshot_download
 
 import lmmono as lm
-from lmmono.dictionary.architectures import sae_lens
-from lmmono.dictionary.hub import card, load_from_hub, push_dictionary
-from lmmono.dictionary.vectors import ArrayVectors
+from lmmono.dictionaries.architectures import sae_lens
+from lmmono.dictionaries.vector_source import ArrayVectors
 from lmmono.errors import DictionaryError
+from lmmono.interop.dictionary_hub import card, load_from_hub, push_dictionary
 
 # huggingface_hub's own upload of large files calls its HTTP client in an old way
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -7,11 +7,11 @@ import pytest
 from planted_results import noisy_labels, other_domain, result
 
 from lmmono.errors import DataError
-from lmmono.recipe.robustness import Robustness
-from lmmono.robust.comparisons import effect
-from lmmono.robust.doses import Dose
-from lmmono.robust.hypotheses import HYPOTHESES, Evidence, from_all, verdicts
-from lmmono.robust.results import Result
+from lmmono.recipe.robustness_settings import Robustness
+from lmmono.studies.comparisons import effect
+from lmmono.studies.doses import Dose
+from lmmono.studies.hypotheses import HYPOTHESES, Evidence, from_all, verdicts
+from lmmono.suites.robustness_rows import Result
 
 DENSE = {"raw": 0.0, "pca-16": 0.0, "random_projection-64": 0.0}
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lmmono as lm
-from lmmono.dictionary.architectures import sae_lens, training_sae
-from lmmono.dictionary.interchange import Imported, export_dictionary, import_dictionary
+from lmmono.dictionaries.architectures import sae_lens, training_sae
 from lmmono.errors import DictionaryError
+from lmmono.interop.interchange import Imported, export_dictionary, import_dictionary
 
 D_IN, D_SAE, HOOK = 12, 40, "blocks.1.hook_resid_post"
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}

@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import pearsonr, spearmanr, t
 from sklearn.metrics import r2_score
 
-from lmmono.scoring.agreement import AGREEMENTS, record_sums
-from lmmono.scoring.intervals import leave_one_out, mean_interval, unit_intervals, unit_method
+from lmmono.stats.agreement import AGREEMENTS, record_sums
+from lmmono.stats.unit_intervals import leave_one_out, mean_interval, unit_intervals, unit_method
 
 TRUTH = np.array([[0.0, 2.0, 0.0, 4.0], [1.0, 0.0, 0.0, 3.0]])
 PREDICTED = np.array([[1.0, 2.0, 0.0, 3.0], [0.0, 0.0, 1.0, 3.0]])

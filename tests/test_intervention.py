@@ -8,13 +8,13 @@ from small_models import tiny
 
 import activation_store as astore
 from lmmono.errors import ExplainError
-from lmmono.explaining.explanation import Explanation
-from lmmono.explaining.lookup import Lookup
-from lmmono.explaining.reader import RecordReader
+from lmmono.explanations.explanation import Explanation
+from lmmono.explanations.lookup import Lookup
 from lmmono.models.hooks import Edit, run_with_cache, run_with_edit
-from lmmono.scoring.intervention import Predictions, correlation
-from lmmono.scoring.registry import Job, find_scorer
-from lmmono.scoring.steering import Steering, divergence
+from lmmono.records.acts_reader import RecordReader
+from lmmono.scores.intervention import Predictions, correlation
+from lmmono.scores.scorer_registry import Job, find_scorer
+from lmmono.scores.steering import Steering, divergence
 
 HOOK = "blocks.0.mlp.hook_post"
 N_ROWS, N_CTX = 24, 24
@@ -113,7 +113,7 @@ def test_an_explanation_that_names_what_is_promoted_correlates_with_the_change()
 
 
 def test_following_tokens_are_predicted_from_bigrams_and_own_ones_from_the_program(store):
-    from lmmono.explaining.grid import TokenGrid
+    from lmmono.records.token_grid import TokenGrid
 
     ids = np.array([1, 2, 1, 2, 3, 1, 2, 3, 1, 2, 3, 3, 1, 2, 0, 0, 0, 0, 0] * 5, np.int32)
     grid = TokenGrid("explain", np.array([0]), len(ids), ids, np.zeros(len(ids), np.int64))

@@ -9,10 +9,10 @@ from scripted_judges import Scripted, texts_of
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.explaining.reader import RecordReader
-from lmmono.scoring.contrasts import read_contrasts
-from lmmono.scoring.intruder import draw_trials
-from lmmono.scoring.registry import Job, find_scorer
+from lmmono.records.acts_reader import RecordReader
+from lmmono.records.contrasts import read_contrasts
+from lmmono.scores.intruder import draw_trials
+from lmmono.scores.scorer_registry import Job, find_scorer
 
 UNITS = (ON_CAT, ON_PAIR, SILENT, NOISE)
 SETTINGS = {"window": 16, "trials": 10}

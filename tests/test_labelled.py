@@ -15,10 +15,10 @@ from explained_store import (
 
 import activation_store as astore
 from lmmono.errors import ExplainError
-from lmmono.explaining.reader import RecordReader
-from lmmono.scoring.labelled import consistency, selectivity, strongest
-from lmmono.scoring.labels import TokenLabels, read_labelled
-from lmmono.scoring.registry import Job, find_scorer
+from lmmono.records.acts_reader import RecordReader
+from lmmono.scores.labelled import consistency, selectivity, strongest
+from lmmono.scores.labels import TokenLabels, read_labelled
+from lmmono.scores.scorer_registry import Job, find_scorer
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_fms_is_high_where_one_unit_holds_the_concept_and_counts_redundancy(stor
 
 
 def test_fms_follows_its_equation_by_hand():
-    from lmmono.scoring.probing import monosemanticity
+    from lmmono.scores.unit_probing import monosemanticity
 
     # best 0.9, without it 0.6, deeper trees 0.92 and 0.94
     value = monosemanticity(0.9, 0.6, [0.92, 0.94])

@@ -15,16 +15,16 @@ from torch import Tensor
 
 import activation_store as astore
 import lmmono as lm
-from activation_store.compaction import compact
-from activation_store.replay import Replay
-from lmmono.capturing import capture
+from activation_store.catalog.compaction import compact
+from activation_store.read.replay import Replay
+from lmmono.captures.capture import capture
+from lmmono.captures.latents import store_latents
 from lmmono.data.tokens import TokenCorpus, TokenRows, prepare
 from lmmono.errors import DictionaryError
-from lmmono.latents import store_latents
 from lmmono.models.build import build_model
 from lmmono.models.hooks import run_with_cache
 from lmmono.recipe.sections import CrateModel, Data, PlantedCorpus, Splits
-from lmmono.scoring.statistics import score_token_selectivity
+from lmmono.scores.token_statistics import score_token_selectivity
 
 HOOK, STREAM = "blocks.0.mlp.hook_post", "blocks.0.hook_resid_post"
 LATENTS = f"{STREAM}.hook_sae_acts_post"
@@ -248,7 +248,7 @@ def stop_at(tokens: int) -> lm.types.Progress:
 def test_a_stop_leaves_the_hook_away_and_the_next_call_stores_it_whole(
     store: astore.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmmono.latents.CODE_BYTES", 4 * D_SAE * 64)
+    monkeypatch.setattr("lmmono.captures.latents.CODE_BYTES", 4 * D_SAE * 64)
     with pytest.raises(Stopped):
         store_latents(store, Relu(), max_density=0.9, progress=stop_at(640))
     known = "SELECT n_tokens FROM hooks WHERE hook = $h"
@@ -261,7 +261,7 @@ def test_a_stop_leaves_the_hook_away_and_the_next_call_stores_it_whole(
 def test_with_commits_a_stopped_call_goes_on_and_ends_with_the_same_store(
     store: astore.Store, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmmono.latents.CODE_BYTES", 4 * D_SAE * 64)
+    monkeypatch.setattr("lmmono.captures.latents.CODE_BYTES", 4 * D_SAE * 64)
     settings: dict[str, Any] = {"max_density": 0.9, "commit_tokens": 1}
     with pytest.raises(Stopped):
         store_latents(store, Relu(), **settings, progress=stop_at(2048))
@@ -277,7 +277,7 @@ def test_with_commits_a_stopped_call_goes_on_and_ends_with_the_same_store(
 KILLED = """
 import os, sys
 sys.path.insert(0, sys.argv[2])
-import activation_store as astore, lmmono.latents as latents
+import activation_store as astore, lmmono.captures.latents as latents
 from test_latents import D_SAE, Relu
 latents.CODE_BYTES = 4 * D_SAE * 64
 die = lambda what, done, total, **facts: done >= 640 and os._exit(9)

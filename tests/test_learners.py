@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from lmmono.errors import RobustnessError
-from lmmono.robust.basis import basis
-from lmmono.robust.descent import Batch, descend
-from lmmono.robust.learners import LEARNERS, find_learner
-from lmmono.robust.logistic import fit_path
-from lmmono.robust.losses import cross_entropy, symmetric_cross_entropy
-from lmmono.robust.noise_rates import noise_matrices, noise_rates
-from lmmono.robust.objectives import PLANS, co_teaching, early_learning, mixup, plain
-from lmmono.robust.problems import Problems
+from lmmono.probes.basis import basis
+from lmmono.probes.descent import Batch, descend
+from lmmono.probes.learners import LEARNERS, find_learner
+from lmmono.probes.logistic import fit_path
+from lmmono.probes.losses import cross_entropy, symmetric_cross_entropy
+from lmmono.probes.noise_rates import noise_matrices, noise_rates
+from lmmono.probes.objectives import PLANS, co_teaching, early_learning, mixup, plain
+from lmmono.probes.problems import Problems
 
 N, M, D = 90, 60, 6
 TRUE_RATE = 0.3

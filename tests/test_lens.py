@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lmmono.errors import ModelError
+from lmmono.interop.lens import to_hooked
 from lmmono.models.build import build_model
 from lmmono.models.hooks import hook_names, run_with_cache
-from lmmono.models.lens import to_hooked
 from lmmono.recipe.sections import CrateModel, Gpt2Model
 
 # TransformerLens announces its own 4.0 whenever one of its models is built
@@ -237,7 +237,7 @@ def test_a_network_of_no_family_is_refused():
 
 def test_importing_the_models_imports_neither_transformer_lens_nor_sae_lens():
     code = (
-        "import sys, lmmono.models, lmmono.models.lens, lmmono.models.hooks, lmmono.models.build;"
+        "import sys, lmmono.models, lmmono.interop.lens, lmmono.models.hooks, lmmono.models.build;"
         "print([m for m in ('transformer_lens', 'sae_lens') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

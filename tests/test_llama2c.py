@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmmono.errors import ModelError
+from lmmono.interop.llama2c import load_llama2c, read_tokenizer
 from lmmono.models.hooks import Edit, recording, run_with_edit
-from lmmono.models.llama2c import load_llama2c, read_tokenizer
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from small_store import HOOK, WORDS
 
 import activation_store as astore
 import lmmono as lm
+from lmmono.clients.server import ServerClient
+from lmmono.clients.server_limits import Price
 from lmmono.errors import ExplainError
-from lmmono.explaining.llm_prompts import levels, pairs_prompt, parse_explanation
-from lmmono.explaining.llm_ranking import Ranking
-from lmmono.explaining.server import ServerClient
-from lmmono.explaining.server_limits import Price
+from lmmono.explanations.llm_prompts import levels, pairs_prompt, parse_explanation
+from lmmono.explanations.llm_ranking import Ranking
 
 EXPLAINERS = ("llm_token_act_pair", "llm_max_act", "llm_contrastive")
 READ = expecting(ten_on_the_token)

@@ -14,20 +14,20 @@ from small_store import HOOK
 
 import activation_store as astore
 import lmmono as lm
+from lmmono.clients.local import LocalClient
+from lmmono.clients.server import ServerClient
+from lmmono.clients.server_limits import Price
 from lmmono.errors import ClientError, ExplainError
-from lmmono.explaining import llm_simulation
-from lmmono.explaining.explanation import Explanation
-from lmmono.explaining.llm_simulation import Simulation, simulate, simulation_text
-from lmmono.explaining.local import LocalClient
-from lmmono.explaining.reader import RecordReader
-from lmmono.explaining.server import ServerClient
-from lmmono.explaining.server_limits import Price
-from lmmono.scoring.judged_simulation import (
+from lmmono.explanations import llm_simulation
+from lmmono.explanations.explanation import Explanation
+from lmmono.explanations.llm_simulation import Simulation, simulate, simulation_text
+from lmmono.records.acts_reader import RecordReader
+from lmmono.scores.judged_simulation import (
     simulate_by_reading,
     simulate_calibrated,
     straight_line,
 )
-from lmmono.scoring.registry import Job
+from lmmono.scores.scorer_registry import Job
 
 WORDS = (" the", " cat", "\n", "\t1", " 10", "unknown")
 RECORDS = np.array([[0, 1, 2, -1], [3, 4, 5, 0]])

@@ -7,9 +7,9 @@ import torch
 from small_clients import CHAT, byte_tokens, letters, model_of, reader_of_bytes
 from small_models import FAMILIES
 
+from lmmono.clients.client import Answer, Client, Message, Prompt
+from lmmono.clients.local import LocalClient
 from lmmono.errors import ClientError, ModelError
-from lmmono.explaining.clients import Answer, Client, Message, Prompt
-from lmmono.explaining.local import LocalClient
 from lmmono.models.storage import save_model
 
 TEXTS = ["the cat 10\tx", "the cat 9", "the cab sat on 1 mat", "the c"]

@@ -6,10 +6,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from lmmono.errors import RobustnessError
-from lmmono.robust.basis import basis
-from lmmono.robust.logistic import L2_PATH, fit_path
-from lmmono.robust.problems import Problems
-from lmmono.robust.tuning import choose, tuned_logistic
+from lmmono.probes.basis import basis
+from lmmono.probes.logistic import L2_PATH, fit_path
+from lmmono.probes.problems import Problems
+from lmmono.probes.tuning import choose, tuned_logistic
 
 PATH = (100.0, 1.0, 0.03)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
-from lmmono.robust import losses
+from lmmono.probes import losses
 
 # two rows, three classes: p = (1/2, 1/4, 1/4) with label 0, and (1/8, 1/8, 3/4) with label 1
 P = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]], dtype=torch.float64).T

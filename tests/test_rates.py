@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score
 
-from lmmono.scoring import rates
+from lmmono.stats import rates
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from lmmono.errors import RecipeError
-from lmmono.manifest import STAGES
 from lmmono.recipe import SECTIONS, Recipe
 from lmmono.recipe.schema import schema_text
 from lmmono.recipe.sections import CrateModel, Data, Gpt2Model, PlantedCorpus, Train
 from lmmono.recipe.tree import read_override
+from lmmono.runs.manifest import STAGES
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

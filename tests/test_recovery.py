@@ -8,12 +8,12 @@ from sklearn.metrics import f1_score, roc_auc_score
 import activation_store as astore
 import lmmono as lm
 from lmmono.data.truth import planted_language, row_truth
-from lmmono.dictionary.controls import Control
-from lmmono.dictionary.detection import best_thresholds, choose, measure, scan
-from lmmono.dictionary.intervals import Draws
-from lmmono.dictionary.recovery import recovery_of
+from lmmono.dictionaries.controls import Control
+from lmmono.dictionaries.detection import best_thresholds, choose, measure, scan
+from lmmono.dictionaries.recovery import recovery_of
 from lmmono.errors import DictionaryError
 from lmmono.models.hooks import run_with_cache
+from lmmono.stats.document_intervals import Draws
 
 POST = "blocks.0.mlp.hook_post"
 

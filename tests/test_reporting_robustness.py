@@ -9,7 +9,8 @@ from planted_results import noisy_labels, other_domain, result
 
 import activation_store as astore
 from lmmono.errors import RunError
-from lmmono.reporting.robustness import (
+from lmmono.reports.robustness_figures import robustness_figures
+from lmmono.reports.robustness_tables import (
     area_table,
     comparison_table,
     dose_table,
@@ -18,12 +19,11 @@ from lmmono.reporting.robustness import (
     robustness_tables,
     verdict_table,
 )
-from lmmono.reporting.robustness_figures import robustness_figures
-from lmmono.robust.comparisons import compare_families
-from lmmono.robust.doses import Dose
-from lmmono.robust.effective import effective_robustness
-from lmmono.robust.hypotheses import Evidence, verdicts
-from lmmono.robust.results import stored_rows
+from lmmono.studies.comparisons import compare_families
+from lmmono.studies.doses import Dose
+from lmmono.studies.effective import effective_robustness
+from lmmono.studies.hypotheses import Evidence, verdicts
+from lmmono.suites.robustness_rows import stored_rows
 
 ROWS = noisy_labels({"raw": 0.0, "sae": 0.02, "pca-16": 0.0}, seeds=6, levels=(0.0, 0.1, 0.4))
 

@@ -11,14 +11,14 @@ from scipy.stats import binomtest
 import lmmono as lm
 from lmmono.data.tasks.task import Labelled, Task
 from lmmono.errors import RobustnessError
-from lmmono.recipe.robustness import Robustness
-from lmmono.robust.bench import wilson
-from lmmono.robust.comparisons import compare_families
-from lmmono.robust.consistency import semantic_consistency
-from lmmono.robust.outcomes import Outcomes
-from lmmono.robust.probing import fit_probes, telling
-from lmmono.robust.problems import Problems
-from lmmono.robust.suites import SUITES, Draw, find_suite
+from lmmono.probes.probing import fit_probes, telling
+from lmmono.probes.problems import Problems
+from lmmono.recipe.robustness_settings import Robustness
+from lmmono.studies.comparisons import compare_families
+from lmmono.studies.outcomes import Outcomes
+from lmmono.suites.bench import wilson
+from lmmono.suites.consistency import semantic_consistency
+from lmmono.suites.suite import SUITES, Draw, find_suite
 
 BOTH = {"raw": None, "code": true_code}
 SMALL = {"n_train": None, "n_val": 100, "n_test": 400, "hook": HOOK}

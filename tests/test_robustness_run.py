@@ -16,9 +16,9 @@ from test_docs import BLOCK
 import activation_store as astore
 import lmmono as lm
 from lmmono.errors import RecipeError, RobustnessError
-from lmmono.manifest import STAGES
 from lmmono.recipe import Recipe
-from lmmono.run import open_run
+from lmmono.runs.folder import open_run
+from lmmono.runs.manifest import STAGES
 
 ROOT = Path(__file__).parents[1]
 PLANTED = ROOT / "recipes" / "robustness_planted.yaml"

@@ -11,13 +11,13 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from lmmono import provenance
-from lmmono.durable import disk_faults, write_whole
 from lmmono.errors import RunError
-from lmmono.manifest import STAGES
+from lmmono.files import provenance
+from lmmono.files.atomic import disk_faults, write_whole
 from lmmono.recipe import SECTIONS, Recipe
 from lmmono.recipe.sections import Capture, CrateModel, Train
-from lmmono.run import Run, changes, find_runs, open_run
+from lmmono.runs.folder import Run, changes, find_runs, open_run
+from lmmono.runs.manifest import STAGES
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_one_process_at_a_time_works_in_a_run(recipe):
 def test_a_killed_process_leaves_no_lock_and_no_finished_stage(recipe):
     run = Run.create(recipe)
     script = (
-        "import os, signal, sys; from lmmono.run import open_run\n"
+        "import os, signal, sys; from lmmono.runs.folder import open_run\n"
         "with open_run(sys.argv[1]).stage('train', 'd'): os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(run.dir)], check=False)

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.dictionary.architectures import read_inference, sae_lens, trainer, training_sae
-from lmmono.dictionary.soundness import open_vectors
-from lmmono.dictionary.sparse_step import Scratch, SparseStep
-from lmmono.dictionary.vectors import ArrayVectors
+from lmmono.dictionaries.architectures import read_inference, sae_lens, trainer, training_sae
+from lmmono.dictionaries.soundness import open_vectors
+from lmmono.dictionaries.sparse_step import Scratch, SparseStep
+from lmmono.dictionaries.vector_source import ArrayVectors
 from lmmono.errors import DictionaryError
 
 D_IN, D_SAE, STEPS = 12, 32, 80

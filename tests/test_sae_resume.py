@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import lmmono as lm
-from lmmono.dictionary.checkpoint import FILE
-from lmmono.dictionary.vectors import ArrayVectors
+from lmmono.dictionaries.fit_checkpoint import FILE
+from lmmono.dictionaries.vector_source import ArrayVectors
 from lmmono.errors import DictionaryError, TrainingStopped
 from tests.test_sae import ARCHS, make, planted, vectors
 

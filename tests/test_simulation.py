@@ -21,14 +21,14 @@ from scipy.stats import pearsonr
 import activation_store as astore
 import lmmono as lm
 from lmmono.errors import ExplainError
-from lmmono.explaining.controls import Constant
-from lmmono.explaining.explanation import Explanation
-from lmmono.explaining.lookup import Lookup
-from lmmono.explaining.reader import RecordReader
-from lmmono.metrics import METRICS
-from lmmono.scoring import simulation
-from lmmono.scoring.registry import SCORERS, Job, find_scorer
-from lmmono.scoring.simulation import scored_records, simulated
+from lmmono.explanations.explanation import Explanation
+from lmmono.explanations.explanation_controls import Constant
+from lmmono.explanations.lookup import Lookup
+from lmmono.records.acts_reader import RecordReader
+from lmmono.registry.metrics import METRICS
+from lmmono.scores import simulation
+from lmmono.scores.scorer_registry import SCORERS, Job, find_scorer
+from lmmono.scores.simulation import scored_records, simulated
 
 BOTH = ["simulation_tar", "simulation_random"]
 MEASURES = ("", "_spearman", "_r2", "_uncentred_r2", "_deviation")

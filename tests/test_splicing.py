@@ -6,8 +6,8 @@ from small_dictionaries import Given
 from small_models import small, some_tokens, tiny
 
 import lmmono as lm
-from lmmono.dictionary.controls import Control
-from lmmono.dictionary.splicing import spliced
+from lmmono.dictionaries.controls import Control
+from lmmono.dictionaries.splicing import spliced
 from lmmono.errors import DictionaryError, ModelError
 from lmmono.models.hooks import Edit, run_with_cache, run_with_edit
 

@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.dictionary.controls import Control
-from lmmono.dictionary.stability import matched_cosines
+from lmmono.dictionaries.controls import Control
+from lmmono.dictionaries.stability import matched_cosines
 from lmmono.errors import DictionaryError
 
 HOOK = "blocks.0.mlp.hook_post"

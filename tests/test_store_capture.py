@@ -11,7 +11,7 @@ from torch import nn
 
 import activation_store as astore
 from activation_store import StoreError
-from activation_store.capturing import Batch, digest, match_modules
+from activation_store.write.recorder import Batch, digest, match_modules
 
 
 class Block(nn.Module):

@@ -12,8 +12,10 @@ from small_store import HOOK, HOSTILE, small_store
 from small_store import D as SMALL_D
 
 import activation_store as astore
-from activation_store import Rows, catalogue, state_files
-from activation_store.compaction import compact
+from activation_store import Rows
+from activation_store.catalog import catalogue
+from activation_store.catalog.compaction import compact
+from activation_store.write import state_files
 
 A, B = "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post"
 N, CTX, D = 64, 32, 24
@@ -158,7 +160,7 @@ def test_a_damaged_shard_is_named_and_nothing_changes(run):
 
 KILLED = """
 import sys
-from activation_store.compaction import compact
+from activation_store.catalog.compaction import compact
 print("begin", flush=True)
 compact(sys.argv[1], block_acts=4000, shard_acts=9000)
 print("end", flush=True)
@@ -196,7 +198,7 @@ def test_duckdb_alone_sees_the_new_shards(run, monkeypatch):
 
 
 def test_the_command_line_compacts_and_exports(run, tmp_path, capsys, monkeypatch):
-    from lmmono.cli import main
+    from lmmono.cli.app import main
 
     for words in (["compact", str(run)], ["export", str(run), "--to", "parquet", "--out", "out"]):
         monkeypatch.chdir(tmp_path)

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from activation_store.accumulator import new_seen
-from activation_store.blocks import tiles_of
-from activation_store.exemplars import (
+from activation_store.hooks import Rows
+from activation_store.write.accumulator import new_seen
+from activation_store.write.blocks import tiles_of
+from activation_store.write.exemplars import (
     QUANTILE_BINS,
     Chosen,
     new_top,
@@ -19,9 +20,8 @@ from activation_store.exemplars import (
     random_exemplars,
     top_exemplars,
 )
-from activation_store.hooks import Rows
-from activation_store.kernel import Entries, Seen, scan
-from activation_store.state import merge_seen
+from activation_store.write.kernel import Entries, Seen, scan
+from activation_store.write.state import merge_seen
 
 
 def see(x: np.ndarray, docs: np.ndarray, rows: Rows, seed: int = 0, first_seq: int = 0) -> Seen:

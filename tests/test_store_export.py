@@ -15,7 +15,7 @@ from small_store import HOOK, HOSTILE, N_CTX, WORDS, small_store
 
 import activation_store as astore
 from activation_store import Rows
-from activation_store.exporting import export, export_delphi, export_openai, export_parquet
+from activation_store.read.exporting import export, export_delphi, export_openai, export_parquet
 
 D, CTX, N = 12, 16, 24
 

@@ -19,9 +19,10 @@ import pytest
 from kills import N_KILLS, Kills, remains
 
 import activation_store as astore
-from activation_store import Rows, StoreError, Vectors, state_files
-from activation_store import encoding as encoding_module
-from activation_store.writer import Writer
+from activation_store import Rows, StoreError, Vectors
+from activation_store.shards import encoding as encoding_module
+from activation_store.write import state_files
+from activation_store.write.writer import Writer
 
 N, N_CTX, D = 400, 64, 70
 

@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import activation_store as astore
-from activation_store import catalogue, lake_compaction, lake_place
-from activation_store.lake_place import LAKE, extension_files
-from lmmono.cli import main
+from activation_store.catalog import catalogue
+from activation_store.lake import lake_compaction, lake_place
+from activation_store.lake.lake_place import LAKE, extension_files
+from lmmono.cli.app import main
 
 N_CTX, D, HOOKS = 16, 8, ("blocks.0.mlp.hook_post", 'it\'s "x"; DROP TABLE shards; --')
 N_STORES, SEQS = 4, 4
@@ -188,7 +189,7 @@ def score(unit: int, value: float) -> dict:
 WRITER = """
 import os, sys, time
 import activation_store as astore
-from activation_store import lake_schema
+from activation_store.lake import lake_schema
 address, data, store, number, stage, flag = sys.argv[1:]
 lake = astore.open(address, "a", data_path=data)
 
@@ -294,7 +295,7 @@ def test_a_store_that_has_grown_is_published_again(at, stores, tmp_path):
 
 
 def test_a_store_may_be_compacted_between_two_publications(at, stores, tmp_path):
-    from activation_store.compaction import compact
+    from activation_store.catalog.compaction import compact
 
     with at.open("w") as lake:
         capture(tmp_path / "s", range(SEQS))

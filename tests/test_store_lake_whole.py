@@ -139,7 +139,7 @@ class Said:
     """Exit code and words of one command."""
 
     def __init__(self, capsys, monkeypatch, *words: str) -> None:
-        from lmmono.cli import main
+        from lmmono.cli.app import main
 
         monkeypatch.setattr(sys, "argv", ["lmmono", *words])
         with pytest.raises(SystemExit) as left:

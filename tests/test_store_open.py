@@ -14,7 +14,8 @@ import pytest
 from small_store import HOOK, HOSTILE, N_CTX, N_SEQ, D, small_store
 
 import activation_store as astore
-from activation_store import catalogue, shards
+from activation_store.catalog import catalogue
+from activation_store.shards import names as shards
 
 COUNT = "SELECT count(*) FROM activations"
 
@@ -244,7 +245,7 @@ def test_two_processes_that_write_at_once_lose_nothing_and_a_reader_is_never_blo
 
 HOLDER = """
 import sys, time
-from activation_store import catalogue
+from activation_store.catalog import catalogue
 with catalogue.locked(catalogue.place(sys.argv[1]).commit_lock):
     print("held", flush=True)
     time.sleep(60)

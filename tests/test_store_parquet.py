@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activation_store.packing import delta_pack, room, run_lengths
-from activation_store.parquet import ActsWriter, RowGroup
+from activation_store.shards.packing import delta_pack, room, run_lengths
+from activation_store.shards.parquet import ActsWriter, RowGroup
 
 
 def row_group(rng: np.random.Generator, n_units: int, n_seqs: int, density: float) -> RowGroup:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from small_store import small_store
 
 import activation_store as astore
-from activation_store import catalogue, migrations, tables
-from activation_store.catalogue import SCHEMA_VERSION
+from activation_store.catalog import catalogue, migrations, tables
+from activation_store.catalog.catalogue import SCHEMA_VERSION
 
 PROMISED = {
     *("runs", "documents", "tokens", "vocabulary", "hooks", "acts", "unit_stats", "exemplars"),

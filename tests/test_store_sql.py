@@ -11,7 +11,7 @@ import pytest
 from small_store import HOOK, HOSTILE, N_CTX, N_SEQ, WORDS, D, small_store, split
 
 import activation_store as astore
-from activation_store import catalogue
+from activation_store.catalog import catalogue
 from activation_store.unit import marked
 
 

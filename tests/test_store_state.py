@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import activation_store as astore
-from activation_store import Rows, catalogue, state_files
+from activation_store import Rows
+from activation_store.catalog import catalogue
+from activation_store.write import state_files
 
 N, N_CTX, D = 12, 16, 8
 

@@ -7,7 +7,8 @@ import pytest
 from small_store import HOOK, N_CTX, N_SEQ, small_store
 
 import activation_store as astore
-from activation_store import catalogue, shards
+from activation_store.catalog import catalogue
+from activation_store.shards import names as shards
 
 
 @pytest.fixture

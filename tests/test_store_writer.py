@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import activation_store as astore
-from activation_store import Rows, StoreError, Vectors, encoding
-from activation_store.writer import Writer
+from activation_store import Rows, StoreError, Vectors
+from activation_store.shards import encoding
+from activation_store.write.writer import Writer
 
 N_CTX = 64
 

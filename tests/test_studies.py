@@ -10,8 +10,8 @@ from test_cli import TINY, call
 import activation_store as astore
 import lmmono as lm
 from lmmono.errors import ExplainError, RunError
-from lmmono.reporting.studies import _score_table, are_twins, over_seeds, study_tables
-from lmmono.run import Run, find_runs, open_run
+from lmmono.reports.study_tables import _score_table, are_twins, over_seeds, study_tables
+from lmmono.runs.folder import Run, find_runs, open_run
 
 STUDY = TINY.replace("seed: 0", "seeds: [0, 1]").replace("steps: 12", "steps: 4") + (
     "explain: {explainers: [token_lookup], units: 4, window: 32}\n"

@@ -15,10 +15,10 @@ from sklearn.linear_model import LogisticRegression
 from lmmono.data.planted import Habits
 from lmmono.data.planted.lexicon import NAMES, Lexicon
 from lmmono.data.tasks.leakage import leakage, text_key, without_leakage
-from lmmono.data.tasks.planted import PLANTED, TASKS, planted_task
+from lmmono.data.tasks.planted_tasks import PLANTED, TASKS, planted_task
 from lmmono.data.tasks.reading import Table, assemble, read_table, read_task
-from lmmono.data.tasks.registry import RECORDS, find_record, find_task, task_names
 from lmmono.data.tasks.task import NO_PARTNER, Labelled, Task
+from lmmono.data.tasks.task_registry import RECORDS, find_record, find_task, task_names
 from lmmono.errors import DataError
 
 SMALL = {"n_train": 80, "n_val": 40, "n_test": 40}

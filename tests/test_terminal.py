@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from lmmono.terminal import LineProgress, show_table, shown_progress, write_result
+from lmmono.cli.terminal import LineProgress, show_table, shown_progress, write_result
 from lmmono.types import Progress
 
 

@@ -10,10 +10,10 @@ from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFa
 
 from lmmono.data.corpora import documents
 from lmmono.data.document import PIECE_CHARACTERS
-from lmmono.data.encoding import plain_encoder
 from lmmono.data.planted import Language
 from lmmono.data.splits import split_of
 from lmmono.data.tokenizers import build_tokenizer
+from lmmono.data.tokenizing import plain_encoder
 from lmmono.data.vocabulary import shown_tokens
 from lmmono.errors import DataError
 from lmmono.recipe.sections import (

@@ -5,15 +5,15 @@ import pytest
 from typer.testing import CliRunner
 
 import activation_store as astore
-from lmmono.cli import app
+from lmmono.cli.app import app
 from lmmono.errors import DataError
-from lmmono.reporting.toy import superposition_tables, two_feature_table
-from lmmono.robust.codes import ToyData, axes, dimensionality, random_code, trained
-from lmmono.robust.comparisons import compare_families
-from lmmono.robust.results import read_results
-from lmmono.robust.separability import MONO, POLY, mean_ratio, noisy_ratio, two_feature_ratio
-from lmmono.robust.toy import ToySettings, superposition
-from lmmono.robust.two_features import TwoFeatureErrors, two_feature_errors
+from lmmono.reports.toy_tables import superposition_tables, two_feature_table
+from lmmono.studies.comparisons import compare_families
+from lmmono.suites.robustness_rows import read_results
+from lmmono.toy.codes import ToyData, axes, dimensionality, random_code, trained
+from lmmono.toy.separability import MONO, POLY, mean_ratio, noisy_ratio, two_feature_ratio
+from lmmono.toy.superposition import ToySettings, superposition
+from lmmono.toy.two_features import TwoFeatureErrors, two_feature_errors
 
 SMALL = ToySettings(
     n_train=(100, 400), label_noise=(0.0, 0.4), input_noise=(0.2,), seeds=2, steps=50, n_test=500

@@ -21,9 +21,9 @@ from lmmono.models.build import build_model
 from lmmono.models.hooks import run_with_cache
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import CrateModel, Train
-from lmmono.run import Run
+from lmmono.runs.folder import Run
 from lmmono.training import train
-from lmmono.training.evaluation import evaluate, minimal_pair_accuracy
+from lmmono.training.held_out import evaluate, minimal_pair_accuracy
 from lmmono.training.optimizer import build_optimizer, lr_at
 from lmmono.training.watch import LossWatch
 
@@ -116,7 +116,7 @@ def test_two_processes_match_one_at_the_same_global_batch(recipe_file: Path, who
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     command += ["--num_processes=2"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    command += ["--main_process_port=0", "-m", "lmmono.cli", "train", str(recipe_file)]
+    command += ["--main_process_port=0", "-m", "lmmono.cli.app", "train", str(recipe_file)]
     command += ["name=two"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -11,11 +11,11 @@ import activation_store as astore
 import lmmono as lm
 from lmmono.data.tasks.task import Labelled, Task
 from lmmono.errors import RobustnessError
-from lmmono.recipe.robustness import Robustness, Tuning
-from lmmono.robust.comparisons import compare_families
-from lmmono.robust.results import read_results
-from lmmono.robust.suites import SUITES
-from lmmono.robust.tuned import tuners
+from lmmono.recipe.robustness_settings import Robustness, Tuning
+from lmmono.studies.comparisons import compare_families
+from lmmono.suites.robustness_rows import read_results
+from lmmono.suites.suite import SUITES
+from lmmono.suites.tuned import tuners
 
 HOW = {"ranks": [2], "epochs": 2, "full_lr": [0.01], "lora_lr": [0.03], "margins": [1.0, 0.6]}
 LEAST = {"n_train": None, "n_val": None, "n_test": None, "seeds": 2, "rates": (), "margins": (0.6,)}

@@ -18,10 +18,10 @@ from scipy import stats
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.explaining.reader import RecordReader
-from lmmono.scoring.decorrelation import tokens_apart, units_alike
-from lmmono.scoring.registry import Job, find_scorer
-from lmmono.scoring.unit_statistics import jackknife, read_corpus
+from lmmono.records.acts_reader import RecordReader
+from lmmono.scores.decorrelation import tokens_apart, units_alike
+from lmmono.scores.scorer_registry import Job, find_scorer
+from lmmono.scores.unit_statistics import jackknife, read_corpus
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from itertools import islice
 from typing import Any
 
 from lmmono.data.document import Document
-from lmmono.data.files import SourceFile, read_paragraphs, read_rows, row_count, source_files
-from lmmono.data.hub import hub_documents, hub_fingerprint
+from lmmono.data.hub_documents import hub_documents, hub_fingerprint
 from lmmono.data.planted import VERSION, Language
+from lmmono.data.text_files import SourceFile, read_paragraphs, read_rows, row_count, source_files
 from lmmono.errors import DataError
 from lmmono.recipe.sections import Corpus, FilesCorpus, HubCorpus, PlantedCorpus
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmmono.data.files import read_rows, source_files
+from lmmono.data.text_files import read_rows, source_files
 from lmmono.errors import DataError
 
 COLUMNS = (("sentence_good", "sentence_bad", "UID"), ("good", "bad", "uid"))

@@ -12,9 +12,9 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
 from lmmono.data.document import Document
-from lmmono.data.encoding import BLOCK_CHARACTERS, plain_encoder
 from lmmono.data.splits import split_of
 from lmmono.data.tokenizers import end_of_text_id
+from lmmono.data.tokenizing import BLOCK_CHARACTERS, plain_encoder
 from lmmono.recipe.sections import Data
 from lmmono.types import SPLITS, Split
 

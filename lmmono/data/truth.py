@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
-from lmmono.data.encoding import exact_backend
 from lmmono.data.planted import Language, PlantedDocument
+from lmmono.data.tokenizing import exact_backend
 from lmmono.data.tokens import TokenCorpus, TokenRows
 from lmmono.errors import DataError
 from lmmono.recipe.sections import PlantedCorpus

@@ -14,8 +14,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 import lmmono.models.crate  # pyright: ignore[reportUnusedImport]  # noqa: F401  # Auto* classes
-from lmmono.durable import disk_faults
 from lmmono.errors import ModelError
+from lmmono.files.atomic import disk_faults
 
 
 def save_model(model: PreTrainedModel, path: Path | str) -> Path:

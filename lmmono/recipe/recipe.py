@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from lmmono.errors import RecipeError
-from lmmono.recipe.dictionaries import Dictionaries
-from lmmono.recipe.explaining import Explain, Score, unexplained_clash
-from lmmono.recipe.robustness import Robustness
+from lmmono.recipe.dictionary_settings import Dictionaries
+from lmmono.recipe.explain_settings import Explain, Score, unexplained_clash
+from lmmono.recipe.robustness_settings import Robustness
 from lmmono.recipe.sections import Capture, Data, Model, Section, Train, clash
 
 SECTIONS = ("data", "model", "train", "capture", "dictionary", "explain", "score", "robustness")

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lmmono.durable import flush
 from lmmono.errors import TrainError
+from lmmono.files.atomic import flush
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lmmono.metrics import METRICS
-from lmmono.training.evaluation import Evaluation
+from lmmono.registry.metrics import METRICS
+from lmmono.training.held_out import Evaluation
 
 SCHEMA = pa.schema(
     [
@@ -34,7 +34,7 @@ class LogRow:
     split: str
     """Split it was measured on."""
     metric: str
-    """Name in `lmmono.metrics.METRICS`."""
+    """Name in `lmmono.registry.metrics.METRICS`."""
     value: float
     """The number."""
     n_tokens: int

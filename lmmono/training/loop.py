@@ -21,20 +21,20 @@ from lmmono.data.batches import train_batches
 from lmmono.data.minimal_pairs import read_minimal_pairs
 from lmmono.data.tokens import TokenRows
 from lmmono.errors import RecipeError, TrainingStopped
+from lmmono.files.signals import StopRequest, stop_requests
 from lmmono.models.build import build_model
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import Train
-from lmmono.run import Run
+from lmmono.runs.folder import Run
 from lmmono.training.checkpoint import (
     Position,
     load_checkpoint,
     remove_checkpoint,
     save_checkpoint,
 )
-from lmmono.training.evaluation import Evaluation, evaluate, minimal_pair_accuracy
+from lmmono.training.held_out import Evaluation, evaluate, minimal_pair_accuracy
 from lmmono.training.log import LogRow, TrainingLog, evaluation_rows
 from lmmono.training.optimizer import build_optimizer, lr_at, set_lr
-from lmmono.training.signals import StopRequest, stop_requests
 from lmmono.training.watch import LossWatch
 from lmmono.types import Progress, silent
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from lmmono.errors import DataError, nearest
-from lmmono.recipe.robustness import LabelNoise
+from lmmono.recipe.robustness_settings import LabelNoise
 
 LABEL_NOISE: tuple[LabelNoise, ...] = get_args(LabelNoise)
 """`symmetric`: to any other class. `pair_flip`: to the next class. `matrix`: by class, to others

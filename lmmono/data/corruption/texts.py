@@ -21,7 +21,7 @@ import numpy as np
 from lmmono.data.corruption.edits import Edit, lookalike, misread, recase, repunctuate, typo
 from lmmono.data.corruption.synonyms import Synonyms, wordnet_synonyms
 from lmmono.errors import DataError, nearest
-from lmmono.recipe.robustness import TextNoise
+from lmmono.recipe.robustness_settings import TextNoise
 
 TEXT_NOISE: tuple[TextNoise, ...] = get_args(TextNoise)
 

@@ -1,7 +1,7 @@
 """Built-in tasks of tweets and comments: emotion, irony, offence, hate; sentiment in steps."""
 
 from lmmono.data.tasks.reading import Table, numbered
-from lmmono.data.tasks.registry import Shift, TaskRecord
+from lmmono.data.tasks.task_registry import Shift, TaskRecord
 
 _ALL = {"train": "train", "validation": "val", "test": "test"}
 

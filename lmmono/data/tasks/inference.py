@@ -1,7 +1,7 @@
 """Built-in tasks of two texts: whether one entails the other."""
 
 from lmmono.data.tasks.reading import Table, numbered
-from lmmono.data.tasks.registry import Shift, TaskRecord
+from lmmono.data.tasks.task_registry import Shift, TaskRecord
 
 _INFERENCE = ("entailment", "neutral", "contradiction")
 _PREMISE = ("premise", "hypothesis")

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lmmono.data.files import missing_column, read_rows, source_files
-from lmmono.data.hub import labelled_rows
+from lmmono.data.hub_documents import labelled_rows
 from lmmono.data.tasks.leakage import text_key
 from lmmono.data.tasks.task import NO_PARTNER, Labelled, Task
+from lmmono.data.text_files import missing_column, read_rows, source_files
 from lmmono.errors import DataError, nearest
 
 SPLITS: dict[str, str] = {

@@ -1,7 +1,7 @@
 """Built-in tasks of sentiment in reviews."""
 
 from lmmono.data.tasks.reading import Table, numbered
-from lmmono.data.tasks.registry import Shift, TaskRecord
+from lmmono.data.tasks.task_registry import Shift, TaskRecord
 
 _POLAR = ("negative", "positive")
 _TRAIN_TEST = {"train": "train", "test": "test"}

@@ -1,7 +1,7 @@
 """Built-in tasks of topics, questions and kinds of sentence, two with real label noise."""
 
 from lmmono.data.tasks.reading import Table, numbered
-from lmmono.data.tasks.registry import Shift, TaskRecord
+from lmmono.data.tasks.task_registry import Shift, TaskRecord
 
 _NEWS = ("World", "Sports", "Business", "Sci/Tech")
 _QUESTIONS = ("DESC", "ENTY", "HUM", "ABBR", "LOC", "NUM")

@@ -1,0 +1,177 @@
+"""Rows of the catalogue's tables: their keys, and how new rows are checked and put in.
+
+A row whose key is there already is replaced, so writing the same rows twice changes nothing.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from typing import Any, cast
+
+import duckdb
+import pyarrow as pa
+
+from activation_store.catalog.migrations import Column, expected_tables
+from activation_store.errors import ContentError
+
+KEYS: dict[str, tuple[str, ...]] = {
+    "meta": ("key",),
+    "runs": ("run",),
+    "documents": ("doc_id",),
+    "vocabulary": ("token_id",),
+    "hooks": ("hook", "kind"),
+    "shards": ("file",),
+    "unit_stats": ("hook", "unit"),
+    "exemplars": ("hook", "unit", "kind", "rank"),
+    "dictionaries": ("hook", "name"),
+    "explanations": ("hook", "unit", "explainer", "seed", "rank", "prompt_hash"),
+    "scores": (
+        "metric",
+        "metric_version",
+        "preset",
+        "control",
+        "hook",
+        "unit",
+        "dictionary",
+        "seed",
+        "split",
+        "explainer",
+        "judge",
+        "prompt_hash",
+    ),
+    "robustness": (
+        "suite",
+        "task",
+        "feature",
+        "corruption",
+        "level",
+        "probe",
+        "n_shots",
+        "metric",
+        "metric_version",
+        "seed",
+        "split",
+    ),
+    "writer_state": ("key",),
+}
+"""Columns by which a row of each table is known; NULL equals NULL."""
+
+APPENDABLE = (
+    "dictionaries",
+    "documents",
+    "explanations",
+    "robustness",
+    "runs",
+    "scores",
+    "vocabulary",
+)
+"""Tables that callers add rows to; the others belong to the writer."""
+
+_ARROW = {
+    "VARCHAR": pa.string(),
+    "JSON": pa.string(),
+    "INTEGER": pa.int32(),
+    "BIGINT": pa.int64(),
+    "FLOAT": pa.float32(),
+    "DOUBLE": pa.float64(),
+    "TIMESTAMP": pa.timestamp("us"),
+    "BLOB": pa.binary(),
+    "INTEGER[]": pa.list_(pa.int32()),
+}
+
+
+def arrow_rows(table: str, rows: Any) -> pa.Table:
+    """Return `rows` with exactly the columns and types of `table`; columns not given are NULL.
+
+    Args:
+        table: name of a table of the catalogue.
+        rows: Arrow data, whatever gives an Arrow stream (polars, DuckDB), or a list of dicts.
+            `created_at` is the present time where it is not given; JSON columns take Python values.
+
+    Raises:
+        ContentError: an unknown column, a value of another type, or none where one must be.
+    """
+    columns = expected_tables()[table]
+    given = _columns(rows, columns)
+    if unknown := [name for name in given if name not in columns]:
+        close = get_close_matches(unknown[0], columns, n=1) or [", ".join(columns)]
+        raise ContentError(f"{table}: no column {unknown[0]!r}; did you mean {close[0]}?")
+    n_rows = len(next(iter(given.values()), []))
+    if "created_at" in columns and "created_at" not in given:
+        given["created_at"] = pa.array([datetime.now(UTC).replace(tzinfo=None)] * n_rows)
+    filled = {
+        name: _typed(f"{table}.{name}", column, given.get(name, pa.nulls(n_rows)))
+        for name, column in columns.items()
+    }
+    return pa.table(filled)
+
+
+def _columns(rows: Any, columns: Mapping[str, Column]) -> dict[str, Any]:
+    """Return the values by column name, as Arrow arrays or lists."""
+    if isinstance(rows, Sequence) and not isinstance(rows, str | bytes):
+        items = cast(Sequence[Mapping[str, Any]], rows)
+        names = list(dict.fromkeys(name for row in items for name in row))
+        return {name: [_json(row.get(name), columns.get(name)) for row in items] for name in names}
+    table = pa.table(rows)
+    return dict(zip(table.column_names, table.columns, strict=True))
+
+
+def _json(value: Any, column: Column | None) -> Any:
+    if column is None or column.kind != "JSON" or value is None or isinstance(value, str):
+        return value
+    return json.dumps(value)
+
+
+def _typed(where: str, column: Column, values: Any) -> pa.ChunkedArray | pa.Array:
+    wanted = _ARROW[column.kind]
+    try:
+        typed = values.cast(wanted) if hasattr(values, "cast") else pa.array(values, wanted)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as fault:
+        raise ContentError(
+            f"{where}: want {column.kind}, got other values: {str(fault).splitlines()[0]}"
+        ) from fault
+    if column.required and typed.null_count:
+        raise ContentError(f"{where}: {typed.null_count} rows have no value; every row needs one.")
+    return typed
+
+
+def replace(con: duckdb.DuckDBPyConnection, table: str, rows: Any) -> int:
+    """Put rows into a catalogue open for a commit, in place of those with the same keys.
+
+    Returns:
+        The number of rows put in.
+
+    Raises:
+        ContentError: the rows do not fit the table, or two of them have the same key.
+    """
+    incoming = arrow_rows(table, rows)
+    if incoming.num_rows == 0:
+        return 0
+    keys = KEYS[table]
+    con.register("incoming", incoming)
+    try:
+        _refuse_twins(con, table)
+        same = " AND ".join(f"t.{key} IS NOT DISTINCT FROM i.{key}" for key in keys)
+        con.execute(f"DELETE FROM {table} t USING incoming i WHERE {same}")
+        con.execute(
+            f"INSERT INTO {table} BY NAME SELECT * FROM incoming ORDER BY {', '.join(keys)}"
+        ).fetchall()
+    except (duckdb.ConstraintException, duckdb.ConversionException) as fault:
+        raise ContentError(f"{table}: {str(fault).splitlines()[0]}") from fault
+    finally:
+        with suppress(duckdb.TransactionException):  # DuckDB 2, where a row did not fit
+            con.unregister("incoming")
+    return incoming.num_rows
+
+
+def _refuse_twins(con: duckdb.DuckDBPyConnection, table: str) -> None:
+    keys = ", ".join(KEYS[table])
+    twins = con.execute(
+        f"SELECT {keys}, count(*) FROM incoming GROUP BY {keys} HAVING count(*) > 1 LIMIT 1"
+    ).fetchall()
+    if twins:
+        twin = twins[0]
+        named = ", ".join(f"{k}={v!r}" for k, v in zip(KEYS[table], twin, strict=False))
+        raise ContentError(f"{table}: {twin[-1]} of the rows have the same key: {named}.")

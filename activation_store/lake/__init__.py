@@ -1,0 +1,1 @@
+"""One store that many processes and machines share, on DuckLake."""

@@ -1,0 +1,1 @@
+"""Vectors for training and rows for people, read back from a store."""

@@ -1,0 +1,1 @@
+"""Parquet shards: their names, their encoding, and their pages."""

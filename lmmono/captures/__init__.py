@@ -1,0 +1,1 @@
+"""From a model to a store: activations, and the latents of dictionaries."""

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from lmmono.cli.app import main
+
+__all__ = ["main"]

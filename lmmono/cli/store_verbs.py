@@ -1,0 +1,70 @@
+"""The verbs of `lmmono store`: they look after stores, and write them for other tools."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+store_app = typer.Typer(help="Look after activation stores.", no_args_is_help=True)
+
+RunOrStore = Annotated[
+    str,
+    typer.Argument(metavar="RUN|STORE|LAKE", help="A run folder, a store, or ducklake:ADDRESS."),
+]
+DataPath = Annotated[
+    str | None, typer.Option(metavar="FOLDER|s3://...", help="Where the data of a lake lies.")
+]
+
+
+@store_app.command()
+def info(place: RunOrStore, data_path: DataPath = None) -> None:
+    """Say what a store holds, in numbers."""
+    from lmmono.cli.querying import open_stores
+
+    with open_stores([place], data_path) as store:
+        typer.echo(store.info())
+
+
+@store_app.command()
+def verify(
+    place: RunOrStore,
+    repair: Annotated[bool, typer.Option("--repair", help="Drop what is lost.")] = False,
+    data_path: DataPath = None,
+) -> None:
+    """Check every byte of a store; exit code 2 if it is not whole."""
+    import activation_store as astore
+    from lmmono.cli.querying import store_address
+
+    report = astore.verify(store_address(place), repair=repair, data_path=data_path)
+    typer.echo(report)
+    raise typer.Exit(0 if report.ok else 2)
+
+
+@store_app.command("compact")
+def store_compact(place: RunOrStore, data_path: DataPath = None) -> None:
+    """Merge the small shards that many commits leave behind; the rows stay the same."""
+    import activation_store as astore
+    from lmmono.cli.querying import store_address
+
+    typer.echo(astore.compact(store_address(place), data_path=data_path))
+
+
+@store_app.command("export")
+def store_export(
+    place: RunOrStore,
+    to: Annotated[
+        str,
+        typer.Option(help="parquet, delphi, openai, openai-simulations or neuronpedia."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
+    hook: Annotated[
+        list[str] | None, typer.Option(help="Hooks; openai and neuronpedia take one.")
+    ] = None,
+    data_path: DataPath = None,
+) -> None:
+    """Write a store in the layout of another tool, its explanations and scores too where it can."""
+    from lmmono.cli.querying import open_stores
+    from lmmono.interop.store_export import export_store
+
+    with open_stores([place], data_path) as store:
+        typer.echo(export_store(store, to, out, tuple(hook or ())))

@@ -1,0 +1,129 @@
+"""Asking a language model: one protocol for local models, servers and the replay cache.
+
+Holds the words of the protocol only; `local`, `server` and `replay` hold the clients. A call that
+fails is a value, so that one bad answer costs one item.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+from lmmono.explanations.explanation import Failure, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    """Who speaks."""
+    content: str
+    """What is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model is asked: turns, or a bare text to go on from."""
+
+    messages: tuple[Message, ...] = ()
+    """Turns of a chat; empty for a bare text."""
+    text: str = ""
+    """Bare text, for base models."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all that is said."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for one prompt."""
+
+    text: str | None
+    """The completion; None where it failed."""
+    failure: Failure | None = None
+    """Why there is none. no_answer: the server failed after retries, or said nothing. unparsed:
+    it said what no client can read. refused: a limit is reached, or replay has no such answer."""
+    detail: str = ""
+    """What went wrong, for people; never holds a key."""
+    tokens: tuple[str, ...] = ()
+    """Tokens of the completion, where alternatives were asked for."""
+    alternatives: tuple[dict[str, float], ...] = ()
+    """Per token of the completion: the likeliest tokens and their log-probabilities, in nats."""
+    usage: Usage = field(default_factory=Usage)
+    """What it took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The tokens of a bare text and what the model expected instead of each."""
+
+    tokens: tuple[str, ...] = ()
+    """Strings that join to the text; a character of several tokens is in the last of them."""
+    logprobs: tuple[float | None, ...] = ()
+    """Log-probability of each token after those before it, in nats; None for the first."""
+    alternatives: tuple[dict[str, float], ...] = ()
+    """Per position: the likeliest tokens there and their log-probabilities; empty for the first."""
+    failure: Failure | None = None
+    """Why there is nothing; as for an answer."""
+    detail: str = ""
+    """What went wrong, for people; never holds a key."""
+    usage: Usage = field(default_factory=Usage)
+    """What it took."""
+
+
+Heard = Callable[[int, Answer], None]
+"""Called with the place of a prompt and its answer as soon as it is there, from any thread, one
+call at a time."""
+
+Read = Callable[[int, Reading], None]
+"""As `Heard`, for texts that are read."""
+
+
+@runtime_checkable
+class Client(Protocol):
+    """A language model that can be asked."""
+
+    @property
+    def name(self) -> str:
+        """Model and version, as stored with every score."""
+        ...
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        n_alternatives: int = 0,
+        on_answer: Heard | None = None,
+    ) -> list[Answer]:
+        """Return an answer for each prompt, in order.
+
+        Args:
+            prompts: What is asked.
+            max_tokens: Most tokens of an answer.
+            temperature: 0 takes the likeliest token; above 0 samples.
+            seed: Seed of the sampling; the same prompt and seed give the same answer, whatever
+                else is asked with it, as far as the model's host keeps to it.
+            n_alternatives: Alternatives wanted at each token.
+            on_answer: Told each answer when it comes.
+
+        Raises:
+            ClientError: The model cannot be reached at all, or the settings are refused.
+        """
+        ...
+
+    def read(
+        self, texts: Sequence[str], *, n_alternatives: int = 0, on_reading: Read | None = None
+    ) -> list[Reading]:
+        """Return, for each bare text, its tokens with log-probabilities; nothing is generated.
+
+        Raises:
+            ClientError: The model cannot be reached, or gives no log-probabilities of its prompt.
+        """
+        ...

@@ -1,0 +1,254 @@
+"""One way to use every learned code: settings in the constructor, data in `fit`.
+
+Holds what all dictionaries share: shapes, checks, the folder they are saved in. A kind of
+dictionary fills in how it is fitted, encodes and decodes, and which files hold its weights.
+"""
+
+import hashlib
+import json
+import time
+from abc import ABC, abstractmethod
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from jaxtyping import Float
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from lmmono.dictionaries.vector_source import Vectors, as_vectors
+from lmmono.errors import DictionaryError, nearest
+from lmmono.files import provenance
+from lmmono.files.atomic import disk_faults, write_whole
+from lmmono.types import Progress, silent
+
+FORMAT = 1
+"""Version of `dictionary.json`; a folder of a newer one is refused."""
+
+_HOMES = {
+    "sae": ("lmmono.dictionaries.sae", "SAE"),
+    "classical": ("lmmono.dictionaries.classical", "Classical"),
+    "control": ("lmmono.dictionaries.controls", "Control"),
+    "imported": ("lmmono.interop.interchange", "Imported"),
+}
+
+T = TypeVar("T", bound="Dictionary")  # not Self: beartype checks methods, not this class
+
+
+class Dictionary(ABC):
+    """A code of a hook's vectors, fitted or to be fitted.
+
+    Attributes:
+        settings: The checked settings, a frozen class of `lmmono.recipe.dictionary_settings`.
+        seed: Seed of everything random in the fit.
+        hook: Hook whose vectors it was fitted on; None for bare arrays.
+        d_in: Width of the vectors; 0 before `fit`.
+        d_sae: Number of latents; 0 before `fit`.
+        facts: What the fit says of itself: n_tokens, seconds, input_scale, digests.
+    """
+
+    kind: ClassVar[str]
+    """Name in `dictionary.json`: sae, classical or control."""
+    adapter: ClassVar[TypeAdapter[Any]]
+    """Checks the settings of this kind."""
+
+    def __init__(self, arch: str, *, seed: int = 0, **settings: Any) -> None:
+        """Check the settings; nothing is computed before `fit`.
+
+        Raises:
+            DictionaryError: A setting is unknown, missing or out of range; names all of them.
+        """
+        try:
+            self.settings = self.adapter.validate_python({"arch": arch, **settings})
+        except ValidationError as error:
+            raise DictionaryError(_faults(f"{type(self).__name__}({arch!r})", error)) from None
+        self.seed, self.hook = seed, None
+        self.d_in = self.d_sae = 0
+        self.facts: dict[str, Any] = {}
+
+    @property
+    def arch(self) -> str:
+        """The kind of code, such as topk or pca."""
+        return str(self.settings.arch)
+
+    def fit(self: T, vectors: Any, *, progress: Progress = silent, **options: Any) -> T:
+        """Learn the code of some vectors.
+
+        Args:
+            vectors: `store.vectors(...)`, `lm.model_vectors(...)`, an array or tensor [n, d_in],
+                or any other `Vectors` of one hook.
+            progress: Called with steps done, and what is known of the loss.
+            **options: What the kind's own `_fit` takes, such as the folder of an `SAE`.
+
+        Returns:
+            This dictionary, fitted.
+
+        Raises:
+            DictionaryError: The vectors are NaN or infinite, too few, or of the wrong width; or
+                the fit came to nothing. The dictionary stays unfitted.
+        """
+        source = as_vectors(vectors)
+        began = time.monotonic()
+        try:
+            self.begin(source)
+            self._fit(source, progress=progress, **options)
+        except BaseException:
+            self.clear()
+            raise
+        self.facts.setdefault("seconds", round(time.monotonic() - began, 3))
+        return self
+
+    def begin(self, source: Vectors, hook: str | None = None) -> None:
+        """Take widths and hook from the vectors; what `fit` does first."""
+        self.hook = source.only_hook() if hook is None else hook
+        self.d_in = source.widths[self.hook]
+        width = getattr(self.settings, "width", None)
+        self.d_sae = self.d_in if width is None else width(self.d_in)
+        self.facts = {"vectors": source.digest, **source.facts}
+
+    def clear(self) -> None:
+        """Make this an unfitted dictionary again; what a failed `fit` does."""
+        self.hook, self.d_in, self.d_sae, self.facts = None, 0, 0, {}
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Return the code of vectors in the hook's own units; any leading shape.
+
+        Raises:
+            DictionaryError: The dictionary is not fitted, or the width is another.
+        """
+        self._check_width(x, self.d_in, "encode", "d_in")
+        return self._encode(x.reshape(-1, self.d_in).float()).reshape(*x.shape[:-1], -1)
+
+    @torch.no_grad()
+    def decode(self, acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """Return the vectors that codes stand for, in the hook's own units.
+
+        Raises:
+            DictionaryError: The dictionary is not fitted, or the width is another.
+        """
+        self._check_width(acts, self.d_sae, "decode", "d_sae")
+        return self._decode(acts.reshape(-1, self.d_sae).float()).reshape(*acts.shape[:-1], -1)
+
+    def reconstruct(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Return what the code keeps of vectors: `decode(encode(x))`."""
+        return self.decode(self.encode(x))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the weights."""
+        whole = hashlib.sha256()
+        for name, tensor in sorted(self.tensors().items()):
+            whole.update(name.encode())
+            whole.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return whole.hexdigest()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the dictionary into a folder; `dictionary.json` comes last.
+
+        Raises:
+            DictionaryError: It is not fitted, or the folder holds something else.
+            RunError: The disk refuses.
+        """
+        folder = Path(folder)
+        self._check_fitted("save")
+        if folder.exists() and any(folder.iterdir()) and not (folder / "dictionary.json").exists():
+            raise DictionaryError(
+                f"{folder}: holds something that is no dictionary; choose another"
+            )
+        return self.write(folder)
+
+    def write(self, folder: Path) -> Path:
+        """Write the dictionary into a folder whatever it holds; `dictionary.json` comes last."""
+        with disk_faults(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "dictionary.json").unlink(missing_ok=True)
+            self._save(folder)
+        write_whole(folder / "dictionary.json", json.dumps(self._described(), indent=2) + "\n")
+        return folder
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weights by name, `W_dec` [d_sae, d_in] among them: the latents' directions."""
+
+    @abstractmethod
+    def _fit(self, source: Vectors, *, progress: Progress, **options: Any) -> None: ...
+
+    @abstractmethod
+    def _encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]: ...
+
+    @abstractmethod
+    def _decode(self, acts: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]: ...
+
+    @abstractmethod
+    def _save(self, folder: Path) -> None: ...
+
+    @abstractmethod
+    def _load(self, folder: Path) -> None: ...
+
+    def __repr__(self) -> str:
+        shape = f"{self.d_in} -> {self.d_sae}, {self.hook}" if self.d_in else "not fitted"
+        return f"{type(self).__name__}({self.arch}: {shape}, seed {self.seed})"
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "kind": self.kind,
+            "settings": self.settings.model_dump(mode="json"),
+            "seed": self.seed,
+            "hook": self.hook,
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "facts": self.facts,
+            "versions": provenance.versions(),
+        }
+
+    def _check_fitted(self, what: str) -> None:
+        if not self.d_in:
+            raise DictionaryError(
+                f"{what}: this {self.arch} dictionary is not fitted; fit it first"
+            )
+
+    def _check_width(self, x: Tensor, width: int, what: str, name: str) -> None:
+        self._check_fitted(what)
+        if x.shape[-1] != width:
+            raise DictionaryError(
+                f"{what}: want vectors of width {name} = {width}, got {x.shape[-1]}"
+                + (f"; this dictionary was fitted on {self.hook}" if self.hook else "")
+            )
+
+
+def load_dictionary(folder: str | Path) -> Dictionary:
+    """Return the dictionary that `Dictionary.save` wrote into a folder.
+
+    Raises:
+        DictionaryError: The folder holds none, one of a newer lmmono, or a damaged one.
+    """
+    path = Path(folder) / "dictionary.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DictionaryError(f"{folder}: no dictionary (it has no dictionary.json)") from None
+    except ValueError as error:
+        raise DictionaryError(f"{path}: cut short or changed by hand ({error})") from None
+    if found.get("format", 0) > FORMAT:
+        raise DictionaryError(f"{path}: written by a newer lmmono; update lmmono")
+    if found.get("kind") not in _HOMES:
+        raise DictionaryError(f"{path}: unknown kind; {nearest(str(found.get('kind')), _HOMES)}")
+    module, name = _HOMES[found["kind"]]
+    cls = getattr(import_module(module), name)
+    dictionary: Dictionary = cls(seed=found["seed"], **found["settings"])
+    for key in ("hook", "d_in", "d_sae", "facts"):
+        setattr(dictionary, key, found[key])
+    dictionary._load(Path(folder))  # pyright: ignore[reportPrivateUsage]
+    return dictionary
+
+
+def _faults(where: str, error: ValidationError) -> str:
+    lines = [
+        f"{where}: {'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}"
+        + (f", got {fault['input']!r}" if fault["type"] != "missing" else "")
+        for fault in error.errors(include_url=False)
+    ]
+    return "\n".join(lines)

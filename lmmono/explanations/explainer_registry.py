@@ -1,0 +1,106 @@
+"""The explainers by name: what each is shown, needs and cites. One record per explainer.
+
+Holds no explainer: a record names the module and function that explains, imported when it is used.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal
+
+import activation_store as astore
+from lmmono.clients.client import Client
+from lmmono.errors import ExplainError, nearest
+from lmmono.explanations.explanation import Explanation, Failure, Program
+from lmmono.records.record import Records
+from lmmono.types import Progress, silent
+
+MIN_FIRING_RECORDS = 5
+"""A unit with fewer top records is not explained: `too_few_records`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What an explainer is asked to do: the units of some records of one hook."""
+
+    records: Records
+    """What is shown; an explainer sees nothing else of the activations."""
+    vocabulary: tuple[str, ...]
+    """String of each token id; empty where the store has none."""
+    explainer: str
+    """Name under which the explanations are stored."""
+    seed: int = 0
+    """Seed of all that is drawn."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the explainer."""
+    store: astore.Store | None = None
+    """The store, for explainers that reuse what is explained there."""
+    client: Client | None = None
+    """Language model that writes."""
+    progress: Progress = silent
+    """Told how far the work is."""
+
+    def refused(self, i: int) -> Explanation | None:
+        """Return why the i-th unit cannot be explained, or None."""
+        if self.records.max_act[i] == 0:
+            return self.failed(i, "silent")
+        n_firing = int((self.records.acts[i] > 0).any(axis=1).sum())
+        return self.failed(i, "too_few_records") if n_firing < MIN_FIRING_RECORDS else None
+
+    def failed(self, i: int, failure: Failure, **facts: Any) -> Explanation:
+        """Return the explanation of a unit that has none."""
+        return self._explanation(i, failure=failure, **facts)
+
+    def explained(self, i: int, text: str, program: Program | None, **facts: Any) -> Explanation:
+        """Return the explanation of the i-th unit."""
+        return self._explanation(i, text=text, program=program, **facts)
+
+    def _explanation(self, i: int, **facts: Any) -> Explanation:
+        records = self.records
+        origin = {"split": records.excerpts.split, "seed": self.seed, "explainer": self.explainer}
+        n = int((records.index[i] >= 0).sum())
+        return Explanation(
+            hook=records.hook, unit=int(records.units[i]), n_records=n, **origin, **facts
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Explainer:
+    """One explainer."""
+
+    name: str
+    """Name in tables, recipes and on the command line."""
+    home: str
+    """`module:function`; takes a `Task`, returns explanations."""
+    citation: str
+    """Where the algorithm comes from."""
+    about: str
+    """What it says of a unit, in a sentence."""
+    shown: dict[str, int] = field(default_factory=lambda: {"top": 20, "random": 20})
+    """Records of each kind it is shown by default."""
+    needs: tuple[Literal["client"], ...] = ()
+    """What must be given besides a store."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Its settings by default."""
+
+    def load(self) -> Callable[[Task], Sequence[Explanation]]:
+        """Import and return the function that explains."""
+        module, _, function = self.home.partition(":")
+        return getattr(import_module(module), function)
+
+
+EXPLAINERS: dict[str, Explainer] = {}
+"""Filled by `lmmono.explanations.explainers`."""
+
+
+def find_explainer(name: str) -> Explainer:
+    """Return the explainer of a name.
+
+    Raises:
+        ExplainError: There is none; says which are near.
+    """
+    import_module("lmmono.explanations.explainers")  # fills the table
+
+    if name not in EXPLAINERS:
+        raise ExplainError(f"explainer {name!r} is not known; {nearest(name, sorted(EXPLAINERS))}")
+    return EXPLAINERS[name]

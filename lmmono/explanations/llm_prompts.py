@@ -1,0 +1,149 @@
+"""What language models are asked about a unit, and how their answers are read."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from lmmono.clients.client import Message, Prompt
+from lmmono.explanations.llm_examples import EXAMPLES, Example, Shown
+
+LEVELS = 10
+"""Activations are shown as 0 to this."""
+
+ANSWER = "Explanation:"
+"""How an answer begins."""
+
+MAX_CHARACTERS = 400
+"""A longer explanation is none."""
+
+SPARSE = 0.2
+"""Where fewer tokens fire, those that fire are listed once more by themselves."""
+
+_ABOUT = (
+    "You study single units of a language model. A unit reads a text token by token and gives each "
+    f"token an activation from 0 (silent) to {LEVELS} (strongest). "
+)
+_ASK = (
+    f"Say in one short phrase what makes the unit fire. Answer with one line that begins with "
+    f'"{ANSWER}". Name the general pattern; do not list the tokens, and do not mention '
+    "activations or excerpts."
+)
+
+
+def levels(
+    acts: Float[ndarray, "records window"], scale: float | None = None
+) -> Int[ndarray, "records window"]:
+    """Return activations as whole numbers of 0 to 10: min(10, floor(10 max(0, x) / scale)).
+
+    Args:
+        acts: Activations, in units of the hook.
+        scale: What 10 stands for; None takes the largest of `acts` (Bills et al. 2023).
+    """
+    positive = np.maximum(np.asarray(acts, np.float64), 0.0)
+    top = float(positive.max(initial=0.0)) if scale is None else scale
+    if top <= 0:
+        return np.zeros(positive.shape, np.int64)
+    return np.minimum(np.floor(LEVELS * positive / top), LEVELS).astype(np.int64)
+
+
+def visible(token: str) -> str:
+    r"""Return a token on one line: line ends, tabs and the like as people write them.
+
+    >>> visible("a\n\t")
+    'a\\n\\t'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
+
+
+def pairs_prompt(records: Sequence[Shown]) -> Prompt:
+    """Ask with each token and its activation on a line of its own."""
+    about = _ABOUT + "You see excerpts, one token per line: the token, a tab, its activation. "
+    return _prompt(about + _ASK, [_pairs(each.firing) for each in EXAMPLES], _pairs(records))
+
+
+def max_act_prompt(records: Sequence[Shown]) -> Prompt:
+    """Ask with excerpts as text, the tokens that fire in double brackets, and the strongest."""
+    about = _ABOUT + (
+        "You see excerpts of text in which it fires. Tokens that fire stand in [[double "
+        "brackets]]; under each excerpt are its strongest tokens with their activations. "
+    )
+    return _prompt(about + _ASK, [_marked(each.firing) for each in EXAMPLES], _marked(records))
+
+
+def contrastive_prompt(firing: Sequence[Shown], silent: Sequence[Shown]) -> Prompt:
+    """Ask with excerpts in which it fires and others in which it does not."""
+    about = _ABOUT + (
+        "You see excerpts of text in which it fires, with the tokens that fire in [[double "
+        "brackets]], and then excerpts in which it is silent throughout. The explanation must hold "
+        "for the first and not for the others. "
+    )
+    examples = [_contrast(each.firing, each.silent) for each in EXAMPLES]
+    return _prompt(about + _ASK, examples, _contrast(firing, silent))
+
+
+def parse_explanation(answer: str) -> str | None:
+    """Return the explanation in an answer; None where it has not the form asked for.
+
+    The form is one line that begins with `Explanation:`, emphasis aside, of at most 400 characters,
+    with nothing before it and no second explanation after it.
+
+    >>> parse_explanation("Explanation: names of rivers.")
+    'names of rivers'
+    >>> parse_explanation("I am sorry, I cannot help with that.") is None
+    True
+    """
+    lines = [line.strip().strip("*").strip() for line in answer.strip().splitlines()]
+    heads = [line for line in lines if line.lower().startswith(ANSWER.lower())]
+    if len(heads) != 1 or lines[0] != heads[0]:
+        return None
+    text = heads[0][len(ANSWER) :].strip(" *\"'").removesuffix(".").strip()
+    has_words = any(character.isalnum() for character in text)
+    return text if has_words and len(text) <= MAX_CHARACTERS else None
+
+
+def _prompt(about: str, examples: Iterable[str], asked: str) -> Prompt:
+    turns = [Message("system", about)]
+    for example, shown in zip(EXAMPLES, examples, strict=True):
+        turns += [Message("user", shown), Message("assistant", _answer(example))]
+    return Prompt((*turns, Message("user", asked)))
+
+
+def _answer(example: Example) -> str:
+    return f"{ANSWER} {example.explanation}"
+
+
+def _pairs(records: Sequence[Shown]) -> str:
+    lines: list[str] = []
+    for i, record in enumerate(records, start=1):
+        lines += [f"Excerpt {i}", *_lines(record), ""]
+    pairs = [pair for record in records for pair in record]
+    firing = [(token, act) for token, act in pairs if act]
+    if len(firing) < SPARSE * len(pairs):
+        lines += ["The tokens that fire, once more", *_lines(firing), ""]
+    return "\n".join(lines).rstrip("\n")
+
+
+def _lines(pairs: Iterable[tuple[str, int]]) -> list[str]:
+    return [f"{visible(token)}\t{act}" for token, act in pairs]
+
+
+def _marked(records: Sequence[Shown]) -> str:
+    blocks: list[str] = []
+    for i, record in enumerate(records, start=1):
+        strongest = sorted((pair for pair in record if pair[1]), key=lambda pair: -pair[1])[:5]
+        named = ", ".join(f'"{visible(token)}" {act}' for token, act in strongest)
+        blocks.append(f"Excerpt {i}: {_text(record)}\nStrongest: {named or 'none'}")
+    return "\n\n".join(blocks)
+
+
+def _contrast(firing: Sequence[Shown], silent: Sequence[Shown]) -> str:
+    fires = [f"Fires {i}: {_text(record)}" for i, record in enumerate(firing, start=1)]
+    rests = [f"Silent {i}: {_text(record)}" for i, record in enumerate(silent, start=1)]
+    return "\n".join([*fires, "", *rests])
+
+
+def _text(record: Shown) -> str:
+    marked = [f"[[{visible(token)}]]" if act else visible(token) for token, act in record]
+    return "".join(marked).strip()

@@ -1,0 +1,183 @@
+"""Explanations with their scores as OpenAI's `NeuronSimulationResults`, record by record.
+
+The layout of Bills et al. 2023 (neuron_explainer): what an explanation predicts beside the truth,
+and the three formulas over each record and over all. Of the store's rows it keeps nothing else, so
+intervals and controls stay behind; Neuronpedia's layout has room for them.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+import activation_store as astore
+from activation_store.read.exporting import layer_of, whole_folder
+from lmmono.clients.client import Client
+from lmmono.errors import ExplainError
+from lmmono.explanations.explanation import Explanation
+from lmmono.explanations.stored_explanations import read_vocabulary
+from lmmono.records.acts_reader import RecordReader
+from lmmono.records.record import Records
+from lmmono.scores.scorer_registry import Job, find_scorer
+from lmmono.scores.simulation import UNITS_AT_ONCE, predictions, scored_records
+from lmmono.stats.agreement import AGREEMENTS, record_sums
+
+_FORMULAS = {
+    "ev_correlation_score": "pearson",
+    "rsquared_score": "uncentred_r2",
+    "absolute_dev_explained_score": "deviation",
+}
+"""Their field by our measure."""
+
+Json = dict[str, Any]
+
+
+def export_simulations(
+    store: astore.Store,
+    out: str | os.PathLike[str],
+    hook: str,
+    *,
+    explainers: Sequence[str] | None = None,
+    units: Sequence[int] | None = None,
+    preset: str | None = None,
+    simulator: str = "program",
+    seed: int = 0,
+    client: Client | None = None,
+    layer: int | None = None,
+) -> Path:
+    """Write what explanations predict of a hook's units beside the truth, and return the folder.
+
+        <layer>/<unit>.jsonl   one line: a NeuronSimulationResults
+
+    The records are those of `simulation_tar`, so the scores of a unit are those in the store of the
+    same seed and preset. A score that is not defined is null. An explanation that failed, or whose
+    simulation did, is left out. A program's distribution is all at its value; a language model's
+    is not kept: its lists are empty.
+
+    Args:
+        store: An open store with explanations.
+        out: Folder to write.
+        hook: A hook stored as rows.
+        explainers: As stored; None takes all of the hook, with a program alone those that have one.
+        units: Units; None takes all that are explained.
+        preset: Records as in a paper; None takes 20 top and 20 random ones.
+        simulator: As the setting of the scorer: `program`, `llm` or `llm_calibrated`.
+        seed: Seed of the records and the explanations.
+        client: Language model that simulates.
+        layer: Number of the layer; by default the N in `blocks.N.`.
+
+    Raises:
+        ExplainError: No such explanations, or no program where one is wanted.
+        StoreError: `out` holds something already, or the hook's name has no layer.
+    """
+    scorer, reader = find_scorer("simulation_tar"), RecordReader(store, seed=seed)
+    settings = {**scorer.settings, **scorer.presets.get(preset or "", {}), "simulator": simulator}
+    names = list(explainers or _explainers(store, hook, simulator))
+    stored = {name: reader.explanations(hook, name) for name in names}
+    wanted = sorted({unit for said in stored.values() for unit in said})
+    chosen = wanted if units is None else [unit for unit in wanted if unit in set(units)]
+    job = Job(store, hook, reader, tuple(chosen), settings, seed=seed, client=client)
+    records, words = scored_records(job, ("top", "random")), read_vocabulary(store)
+    number = layer_of(hook) if layer is None else layer
+    with whole_folder(out) as folder:
+        at = folder / str(number)
+        at.mkdir()
+        for unit, told in _scored(job, records, stored, words):
+            neuron = _named("NeuronId", layer_index=number, neuron_index=unit)
+            line = _named("NeuronSimulationResults", neuron_id=neuron, scored_explanations=told)
+            text = json.dumps(line, allow_nan=False) + "\n"
+            (at / f"{unit}.jsonl").write_text(text, encoding="utf-8")
+    return Path(out)
+
+
+def _explainers(store: astore.Store, hook: str, simulator: str) -> list[str]:
+    query = """SELECT DISTINCT explainer FROM explanations
+        WHERE hook = $hook AND (program IS NOT NULL OR $reads) ORDER BY explainer"""
+    reads = simulator != "program"
+    found = [name for (name,) in store.sql(query, hook=hook, reads=reads).fetchall()]
+    if not found:
+        raise ExplainError(f"{store.path}: no explanations of {hook!r} to simulate by {simulator}")
+    return found
+
+
+def _scored(
+    job: Job,
+    records: Records,
+    stored: dict[str, dict[int, Explanation]],
+    words: tuple[str, ...],
+) -> Iterator[tuple[int, list[Json]]]:
+    """Yield each unit with its scored explanations."""
+    for first in range(0, len(records.units), UNITS_AT_ONCE):
+        mine = np.arange(first, min(first + UNITS_AT_ONCE, len(records.units)))
+        index, units = records.index[mine], [int(unit) for unit in records.units[mine]]
+        there = (index >= 0)[:, :, None]
+        ids = np.where(there, records.excerpts.token_ids[index], np.int32(-1))
+        told: dict[int, list[Json]] = {unit: [] for unit in units}
+        for said in stored.values():
+            rows = [i for i, unit in enumerate(units) if unit in said]
+            explanations = [said[units[i]] for i in rows]
+            predicted, answers = predictions(job, explanations, ids[rows])
+            sums = record_sums(records.acts[mine][rows], predicted, ids[rows] >= 0)
+            for k, (i, explanation) in enumerate(zip(rows, explanations, strict=True)):
+                if explanation.text is not None and not isinstance(answers[k], str):
+                    truth = records.acts[mine[i]]
+                    parts = _sequences(job, ids[i], truth, predicted[k], sums[k], words)
+                    told[units[i]].append(_explanation(explanation.text, parts, sums[k]))
+        yield from told.items()
+
+
+def _explanation(text: str, parts: list[Json], sums: Float[ndarray, "records sums"]) -> Json:
+    whole = _named(
+        "ScoredSimulation", scored_sequence_simulations=parts, **_scores(sums.sum(axis=0))
+    )
+    return _named("ScoredExplanation", explanation=text, scored_simulation=whole)
+
+
+def _sequences(
+    job: Job,
+    ids: Int[ndarray, "records window"],
+    truth: Float[ndarray, "records window"],
+    predicted: Float[ndarray, "records window"],
+    sums: Float[ndarray, "records sums"],
+    words: tuple[str, ...],
+) -> list[Json]:
+    """Return the records that there are, each with its own scores."""
+    normalised = job.settings["simulator"] == "llm"
+    by_program = job.settings["simulator"] == "program"
+    found: list[Json] = []
+    for record in np.flatnonzero((ids >= 0).any(axis=1)):
+        there = ids[record] >= 0
+        values = [float(value) for value in predicted[record][there]]
+        simulation = _named(
+            "SequenceSimulation",
+            tokens=[words[i] if i < len(words) else f"[{i}]" for i in ids[record][there].tolist()],
+            expected_activations=values,
+            activation_scale=(
+                "simulated_normalized_activations" if normalised else "neuron_activations"
+            ),
+            distribution_values=[[value] if by_program else [] for value in values],
+            distribution_probabilities=[[1.0] if by_program else [] for _ in values],
+            uncalibrated_simulation=None,
+        )
+        acts = [float(act) for act in truth[record][there]]
+        scores = _scores(sums[record])
+        found.append(
+            _named(
+                "ScoredSequenceSimulation", simulation=simulation, true_activations=acts, **scores
+            )
+        )
+    return found
+
+
+def _scores(sums: Float[ndarray, " sums"]) -> Json:
+    values = {field: float(AGREEMENTS[name].of(sums[None])[0]) for field, name in _FORMULAS.items()}
+    return {field: None if np.isnan(value) else value for field, value in values.items()}
+
+
+def _named(dataclass_name: str, **fields: Any) -> Json:
+    return {"dataclass_name": dataclass_name, **fields}

@@ -1,0 +1,1 @@
+"""Probes: linear classifiers of features, many at a time, and tuned models."""

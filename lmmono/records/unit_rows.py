@@ -1,0 +1,215 @@
+"""The stored activations of a hook, unit by unit, as cells of a grid of tokens.
+
+Shards keep units together only within blocks of sequences, so what is read is brought into order by
+counting, in one pass and without a sort.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import no_type_check
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+import activation_store as astore
+from activation_store.compiled import compiled
+from lmmono.errors import ExplainError
+from lmmono.records.token_grid import PADDING, TokenGrid
+
+ROWS_AT_ONCE = 4_000_000
+"""Stored activations held in memory together, about 0.1 GB with what is made of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRows:
+    """The positive activations of some units of a hook on the tokens of a grid."""
+
+    units: Int[ndarray, " units"]
+    """The units, ascending."""
+    starts: Int[ndarray, " units_plus_one"]
+    """Rows `starts[i]` to `starts[i + 1]` belong to unit i."""
+    cells: Int[ndarray, " rows"]
+    """Cell of the grid of each row."""
+    acts: Float[ndarray, " rows"]
+    """float32 activation of each row, above 0, in units of the hook."""
+
+    def of(self, i: int) -> tuple[Int[ndarray, " rows"], Float[ndarray, " rows"]]:
+        """Return cells and activations of the i-th unit."""
+        mine = slice(int(self.starts[i]), int(self.starts[i + 1]))
+        return self.cells[mine], self.acts[mine]
+
+    def largest(
+        self, owner: Int[ndarray, " cells"], n_owners: int
+    ) -> Float[ndarray, "units owners"]:
+        """Return each unit's largest activation per owner of cells; 0 where it is silent."""
+        largest = np.zeros((len(self.units), n_owners), np.float32)
+        _largest(self.starts, self.cells, self.acts, owner, largest)
+        return largest
+
+    def gather(
+        self, first_cells: Int[ndarray, "units records"], window: int, n_cells: int
+    ) -> Float[ndarray, "units records window"]:
+        """Return activations in windows of cells; 0 where none is stored or the cell is -1."""
+        acts = np.zeros((*first_cells.shape, window), np.float32)
+        _gather(
+            self.starts, self.cells, self.acts, first_cells, np.zeros(n_cells, np.float32), acts
+        )
+        return acts
+
+
+def checked_units(
+    store: astore.Store, hook: str, units: Sequence[int] | None
+) -> Int[ndarray, " units"]:
+    """Return the units asked for, ascending, each once; None takes all of the hook.
+
+    Raises:
+        ExplainError: The hook is not stored as rows, or has no such unit.
+    """
+    found = store.sql("SELECT d FROM hooks WHERE hook = $hook AND kind = 'rows'", hook=hook)
+    rows = found.fetchall()
+    if not rows:
+        known = store.sql("SELECT hook FROM hooks WHERE kind = 'rows' ORDER BY hook").fetchall()
+        names = ", ".join(name for (name,) in known) or "none"
+        raise ExplainError(f"{store.path}: {hook!r} is not stored as rows; stored so: {names}")
+    ((d,),) = rows
+    chosen = np.arange(d) if units is None else np.unique(np.asarray(units, np.int64))
+    if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < d:
+        raise ExplainError(f"{hook}: want units 0 to {d - 1}, got {chosen[0]} to {chosen[-1]}")
+    return chosen
+
+
+def read_unit_rows(
+    store: astore.Store,
+    hook: str,
+    units: Int[ndarray, " units"],
+    grid: TokenGrid,
+    *,
+    units_at_once: int = 512,
+) -> Iterator[UnitRows]:
+    """Yield the activations of units on the tokens of a grid, as many units as fit in memory."""
+    counts = dict(
+        store.sql("SELECT unit, n_active FROM unit_stats WHERE hook = $hook", hook=hook).fetchall()
+    )
+    query = """SELECT unit, seq_id, pos, act FROM acts
+        WHERE hook = $hook AND unit BETWEEN $low AND $high AND act > 0
+            AND seq_id BETWEEN $first_seq AND $last_seq"""
+    seqs = {"first_seq": int(grid.seq_ids[0]), "last_seq": int(grid.seq_ids[-1])}
+    for first, last in _chunks([counts.get(int(u), 0) for u in units], units_at_once):
+        mine = units[first:last]
+        low, high = int(mine[0]), int(mine[-1])
+        one_by_one = " AND unit IN (SELECT unnest($units))"
+        scattered = {} if high - low < 2 * len(mine) else {"units": mine.tolist()}
+        wanted = query + (one_by_one if scattered else "")
+        table = store.sql(wanted, hook=hook, low=low, high=high, **seqs, **scattered)
+        yield _in_order(table.to_arrow_table(), mine, grid)
+
+
+def _in_order(table: pa.Table, units: Int[ndarray, " units"], grid: TokenGrid) -> UnitRows:
+    unit, seq, pos, act = (table[name].to_numpy() for name in ("unit", "seq_id", "pos", "act"))
+    slots = np.full(int(units[-1] - units[0]) + 1, -1, np.int32)
+    slots[units - units[0]] = np.arange(len(units))
+    starts, cells, acts = _count_sorted(
+        unit,
+        seq,
+        pos,
+        act,
+        int(units[0]),
+        slots,
+        len(units),
+        grid.seq_ids.astype(np.int32),
+        grid.n_ctx,
+        grid.token_ids != PADDING,
+    )
+    return UnitRows(units, starts, cells, acts)
+
+
+def _chunks(n_active: Sequence[int], units_at_once: int) -> Iterator[tuple[int, int]]:
+    """Yield [first, last) ranges of units that together fit in memory; at least one unit each."""
+    first, held = 0, 0
+    for i, n in enumerate(n_active):
+        if i > first and (held + n > ROWS_AT_ONCE or i - first == units_at_once):
+            yield first, i
+            first, held = i, 0
+        held += n
+    if first < len(n_active):
+        yield first, len(n_active)
+
+
+@compiled
+@no_type_check
+def _count_sorted(
+    unit: ndarray,
+    seq: ndarray,
+    pos: ndarray,
+    act: ndarray,
+    low: int,
+    slots: ndarray,
+    n_units: int,
+    seq_ids: ndarray,
+    n_ctx: int,
+    is_token: ndarray,
+) -> tuple[ndarray, ndarray, ndarray]:
+    """Return starts per unit, cells and acts; rows of a unit keep the order they came in."""
+    cell = np.full(len(unit), -1, np.int32)
+    starts = np.zeros(n_units + 1, np.int64)
+    last_seq, row = np.int32(-1), -1
+    for i in range(len(unit)):
+        slot = slots[unit[i] - low]
+        if slot < 0:
+            continue
+        if seq[i] != last_seq:
+            last_seq = seq[i]
+            row = np.searchsorted(seq_ids, last_seq)
+            if row == len(seq_ids) or seq_ids[row] != last_seq:
+                row = -1
+        if row >= 0 and pos[i] < n_ctx and is_token[row * n_ctx + pos[i]]:
+            cell[i] = row * n_ctx + pos[i]
+            starts[slot + 1] += 1
+    starts = np.cumsum(starts)
+    place = starts[:-1].copy()
+    cells = np.empty(starts[-1], np.int32)
+    acts = np.empty(starts[-1], np.float32)
+    for i in range(len(unit)):
+        if cell[i] >= 0:
+            slot = slots[unit[i] - low]
+            cells[place[slot]] = cell[i]
+            acts[place[slot]] = act[i]
+            place[slot] += 1
+    return starts, cells, acts
+
+
+@compiled
+@no_type_check
+def _largest(
+    starts: ndarray, cells: ndarray, acts: ndarray, owner: ndarray, largest: ndarray
+) -> None:
+    for unit in range(len(starts) - 1):
+        for i in range(starts[unit], starts[unit + 1]):
+            of = owner[cells[i]]
+            if of >= 0 and acts[i] > largest[unit, of]:
+                largest[unit, of] = acts[i]
+
+
+@compiled
+@no_type_check
+def _gather(
+    starts: ndarray,
+    cells: ndarray,
+    acts: ndarray,
+    first_cells: ndarray,
+    dense: ndarray,
+    out: ndarray,
+) -> None:
+    """Copy windows out of one unit's activations at a time, spread over all cells."""
+    for unit in range(len(starts) - 1):
+        for i in range(starts[unit], starts[unit + 1]):
+            dense[cells[i]] = acts[i]
+        for record in range(first_cells.shape[1]):
+            first = first_cells[unit, record]
+            if first >= 0:
+                for offset in range(min(out.shape[2], len(dense) - first)):
+                    out[unit, record, offset] = dense[first + offset]
+        for i in range(starts[unit], starts[unit + 1]):
+            dense[cells[i]] = 0.0

@@ -1,0 +1,1 @@
+"""Records of what lmmono offers, by name; imports nothing heavy."""

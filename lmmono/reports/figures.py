@@ -1,0 +1,148 @@
+"""Figures of what runs measured, as SVG: equal input gives equal bytes; no display is needed."""
+
+import math
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmmono.errors import RunError
+from lmmono.registry.metrics import METRICS
+from lmmono.reports.dictionary_tables import Interval, Measured, check_measure, measured
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+else:  # for annotations only: matplotlib takes half a second to import
+    Axes = object
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
+"""Okabe and Ito's colours, which colour-blind people tell apart."""
+_CONTROL_MARKERS = {
+    "identity": "s",
+    "pca": "D",
+    "random": "x",
+    "dense": "P",
+    "shuffled": "v",
+    "untrained": "^",
+}
+
+
+def pareto(
+    source: Any,
+    *,
+    x: str = "l0",
+    y: str = "fvu",
+    hooks: Sequence[str] | None = None,
+    path: str | Path = "pareto.svg",
+) -> Path:
+    """Draw one measure of dictionaries against another: a panel for each run and hook.
+
+    Every dictionary is a point with the intervals of both measures; a line joins those that no
+    other beats in both. Controls are grey, each kind with a marker of its own, and never on the
+    line.
+
+    Args:
+        source: Stores, runs, their folders, `lmmono.reports.dictionary_tables.Measured`, or a
+            sequence of these.
+        x: Measure along: a metric with its preset in brackets, such as `l0`.
+        y: Measure upwards: `fvu`, `ce_loss_recovered (mean)`; without a preset, `(mean)` is taken.
+        hooks: Hooks to draw; None draws all.
+        path: File to write.
+
+    Returns:
+        The file.
+
+    Raises:
+        RunError: A measure is unknown, or no dictionary has both.
+        StoreError: A store cannot be opened.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    x, y = (_with_preset(measure) for measure in (x, y))
+    points = [
+        each
+        for each in measured(source)
+        if (hooks is None or each.hook in hooks)
+        and not any(math.isnan(each.get(measure)[0]) for measure in (x, y))
+    ]
+    if not points:
+        raise RunError(f"pareto: no dictionary has both {x} and {y}; run `lmmono dictionary` first")
+    panels = list(dict.fromkeys((each.run, each.hook) for each in points))
+    n_columns = min(2, len(panels))
+    n_rows = math.ceil(len(panels) / n_columns)
+    # the salt and the date are all that differs between two drawings of one thing
+    with mpl.rc_context({"svg.hashsalt": "lmmono", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(5.5 * n_columns, 4 * n_rows), layout="constrained")
+        grid = figure.subplots(n_rows, n_columns, squeeze=False).flat
+        for axes, (run, hook) in zip(grid, panels, strict=False):
+            part = [each for each in points if (each.run, each.hook) == (run, hook)]
+            _draw(axes, part, x, y)
+            axes.set_title(f"{run}: {hook}", fontsize=9)
+        for axes in list(grid)[len(panels) :]:
+            axes.set_axis_off()
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": "lmmono"})
+    return Path(path)
+
+
+def front(points: Sequence[Measured], x: str, y: str) -> list[Measured]:
+    """Return the results that no other result beats in both measures, in the order of x."""
+    signs = [-1 if METRICS[check_measure(m)].better == "higher" else 1 for m in (x, y)]
+
+    def costs(point: Measured) -> tuple[float, float]:
+        return signs[0] * point.get(x)[0], signs[1] * point.get(y)[0]
+
+    kept: list[Measured] = []
+    for point in sorted((each for each in points if each.control is None), key=costs):
+        if not kept or costs(point)[1] < costs(kept[-1])[1]:
+            kept.append(point)
+    return sorted(kept, key=lambda point: point.get(x)[0])
+
+
+def _draw(axes: "Axes", points: Sequence[Measured], x: str, y: str) -> None:
+    """Draw the dictionaries of one run and hook."""
+    archs = dict.fromkeys(each.arch for each in points if each.control is None)
+    colours = dict(zip(archs, cycle(_COLOURS), strict=False))
+    for each in points:
+        colour = "0.55" if each.control else colours[each.arch]
+        label = each.control or each.arch
+        shown = axes.get_legend_handles_labels()[1]
+        axes.errorbar(
+            each.get(x)[0],
+            each.get(y)[0],
+            xerr=_arms(each.get(x)),
+            yerr=_arms(each.get(y)),
+            fmt=_CONTROL_MARKERS.get(each.control or "", "o"),
+            color=colour,
+            markersize=5,
+            capsize=2,
+            label=None if label in shown else label,
+        )
+    best = front(points, x, y)
+    axes.plot([p.get(x)[0] for p in best], [p.get(y)[0] for p in best], color="0.3", linewidth=0.8)
+    along = [each.get(x)[0] for each in points]
+    if x == "l0" and max(along) >= 4 * min(along) > 0:
+        axes.set_xscale("log")
+    elif x == "l0":  # one L0 aimed at: what they missed it by is not the figure's subject
+        axes.set_xlim(0.5 * min(along), 1.5 * max(along))
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend(fontsize=8)
+
+
+def _arms(interval: Interval) -> list[list[float]] | None:
+    """Return the lengths of an error bar below and above, as matplotlib takes them."""
+    value, low, high = interval
+    if math.isnan(low):
+        return None
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
+
+
+def _with_preset(measure: str) -> str:
+    """Name the ablation of a measure that has several.
+
+    >>> _with_preset("ce_loss_recovered")
+    'ce_loss_recovered (mean)'
+    """
+    metric = check_measure(measure)
+    return f"{metric} (mean)" if measure == "ce_loss_recovered" else measure

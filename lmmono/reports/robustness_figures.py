@@ -1,0 +1,194 @@
+"""Figures of the robustness suites: values over levels, and the differences from a baseline.
+
+Families are told apart by colour, marker and dash together, the same in every figure.
+"""
+
+import math
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+import activation_store as astore
+from lmmono.errors import RunError
+from lmmono.files.atomic import disk_faults
+from lmmono.reports.robustness_tables import (
+    by_name,
+    curves_of,
+    family_name,
+    mean_interval,
+    title_of,
+)
+from lmmono.runs.folder import Run
+from lmmono.studies.comparisons import Comparison, compare_families, grouped
+from lmmono.suites.robustness_rows import REAL, Result
+from lmmono.suites.robustness_run import run_results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+else:  # for annotations only: matplotlib takes half a second to import
+    Axes = object
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
+"""Okabe and Ito's colours, which colour-blind people tell apart."""
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ("-", "--", ":", "-.")
+"""One for each round through the colours."""
+
+FIGURES = "robustness"
+"""Folder of a run that holds the figures of its suites."""
+
+Style = tuple[str, str, str]
+"""Colour, marker and dash of a family."""
+
+
+def run_figures(run: Run) -> list[Path]:
+    """Draw the figures of a run's suites into its folder `robustness/`, which appears when whole.
+
+    Empty where there is nothing to draw: no suite has levels, or the recipe no family to hold the
+    others against.
+
+    Raises:
+        RunError: The suites are not done, or the folder cannot be written.
+    """
+    if not run.is_done("robustness"):
+        raise RunError(f"{run.dir}: no robustness yet; run `lmmono robustness {run.dir}` first")
+    with astore.open(run.store_path) as store:
+        results = run_results(run, store)
+    fresh, final = run.dir / f"{FIGURES}.tmp", run.dir / FIGURES
+    with disk_faults(fresh):
+        for folder in (fresh, final):
+            shutil.rmtree(folder, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        families = run.recipe.robustness.families
+        if families and any(each.level and each.corruption != REAL for each in results):
+            robustness_figures(results, families[0].label, fresh)
+        fresh.replace(final)
+    return sorted(final.iterdir())
+
+
+def robustness_figures(
+    results: Sequence[Result],
+    baseline: str,
+    folder: str | Path,
+    *,
+    format: Literal["svg", "png"] = "svg",
+) -> list[Path]:
+    """Draw a figure per corruption: values over levels, and below them what the baseline lacks.
+
+    Panels are tasks, with their numbers of shots; bars are 95 % intervals over seeds, those of the
+    lower row of paired differences. Equal input gives equal bytes.
+
+    Args:
+        results: Rows of one metric.
+        baseline: Family that the others are held against.
+        folder: Where the figures go; made if it is not there.
+        format: Kind of file.
+
+    Returns:
+        The files, `<suite>_<corruption>.<format>`.
+
+    Raises:
+        RunError: No row has a corruption with a level.
+        DataError: No row is of the baseline.
+    """
+    curves = curves_of([each for each in results if each.corruption != REAL])
+    if not curves:
+        raise RunError("robustness figures: no row has a corruption with a level")
+    styles = _styles(results)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    by_kind: dict[tuple[str, str], list[list[Result]]] = {}
+    for curve in curves:
+        first = next(each for each in curve if each.level)
+        by_kind.setdefault((first.suite, first.corruption or ""), []).append(curve)
+    paths: list[Path] = []
+    for kind, panels in by_kind.items():
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", "_".join(kind))
+        _figure(panels, baseline, styles, folder / f"{name}.{format}")
+        paths.append(folder / f"{name}.{format}")
+    return paths
+
+
+def _figure(
+    panels: Sequence[Sequence[Result]], baseline: str, styles: Mapping[str, Style], path: Path
+) -> None:
+    """Draw one corruption: a column per panel, values above differences."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    # the salt and the date are all that differs between two drawings of one thing
+    with mpl.rc_context({"svg.hashsalt": "lmmono", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(4.2 * len(panels) + 1.4, 6.2), layout="constrained")
+        grid = figure.subplots(2, len(panels), squeeze=False, sharex="col")
+        for column, curves in enumerate(panels):
+            upper, lower = grid[0][column], grid[1][column]
+            first = next(each for each in curves if each.level)
+            upper.set_title(title_of(first, short=True), fontsize=9)
+            upper.set_ylabel(first.metric)
+            _draw_values(upper, curves, styles)
+            _draw_differences(lower, curves, baseline, styles)
+            lower.set_xlabel(f"level of {first.corruption}")
+            lower.set_ylabel(f"less {baseline}, paired")
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right upper")
+        about = {"Date": None, "Creator": "lmmono"} if path.suffix == ".svg" else {"Software": None}
+        figure.savefig(path, format=path.suffix[1:], dpi=150, metadata=about)
+
+
+def _draw_values(axes: "Axes", curves: Sequence[Result], styles: Mapping[str, Style]) -> None:
+    for name, mine in by_name(curves).items():
+        points = grouped(sorted(mine, key=lambda each: each.level or 0.0), lambda each: each.level)
+        intervals = [mean_interval([each.value for each in part]) for part in points]
+        _line(axes, [part[0].level or 0.0 for part in points], intervals, name, styles[name])
+
+
+def _draw_differences(
+    axes: "Axes", curves: Sequence[Result], baseline: str, styles: Mapping[str, Style]
+) -> None:
+    axes.axhline(0.0, color="0.6", linewidth=0.8)
+    whole = [each for each in curves if not math.isnan(each.value)]
+    levels = {each.condition: each.level or 0.0 for each in whole}
+    found: dict[str, list[Comparison]] = {}
+    for each in compare_families(whole, baseline):
+        found.setdefault(family_name(each.feature, each.budget), []).append(each)
+    for name, mine in found.items():
+        mine.sort(key=lambda each: levels[each.condition])
+        intervals = [(e.effect.value, e.effect.ci_low, e.effect.ci_high) for e in mine]
+        _line(axes, [levels[each.condition] for each in mine], intervals, name, styles[name])
+
+
+def _line(
+    axes: "Axes",
+    along: Sequence[float],
+    intervals: Sequence[tuple[float, float, float]],
+    name: str,
+    style: Style,
+) -> None:
+    values, low, high = np.array(intervals).T
+    arms = np.nan_to_num(np.clip([values - low, high - values], 0.0, None))
+    colour, marker, dash = style
+    axes.errorbar(
+        list(along),
+        values,
+        yerr=arms,
+        color=colour,
+        marker=marker,
+        linestyle=dash,
+        markersize=4,
+        linewidth=1.2,
+        capsize=2,
+        label=name,
+    )
+
+
+def _styles(results: Sequence[Result]) -> dict[str, Style]:
+    """Return a style for each family, the same in every figure."""
+    names = sorted({family_name(each.feature, each.budget) for each in results})
+    n = len(_COLOURS)
+    return {
+        name: (_COLOURS[i % n], _MARKERS[i % n], _DASHES[i // n % len(_DASHES)])
+        for i, name in enumerate(names)
+    }

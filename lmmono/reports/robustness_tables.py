@@ -1,0 +1,343 @@
+"""Tables of the robustness suites, from the rows of table `robustness`.
+
+Every number stands with its interval, and says what failed.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+import activation_store as astore
+from lmmono.errors import DataError, RunError
+from lmmono.registry.metrics import METRICS
+from lmmono.reports.tables import Table
+from lmmono.runs.folder import Run
+from lmmono.studies.comparisons import (
+    FEW_SEEDS,
+    Comparison,
+    Effect,
+    compare_families,
+    grouped,
+    student_interval,
+)
+from lmmono.studies.doses import (
+    ROW_MEASURES,
+    SCORED,
+    Dose,
+    dose_responses,
+    doses_of,
+    read_doses,
+)
+from lmmono.studies.effective import EffectiveRobustness, effective_robustness
+from lmmono.studies.hypotheses import (
+    DENSE,
+    Evidence,
+    NotTestedError,
+    Verdict,
+    first_word,
+    gains_of,
+    verdicts,
+)
+from lmmono.suites.robustness_rows import FULL, Result, read_results, severity_areas
+from lmmono.suites.robustness_run import run_results
+
+
+def robustness_tables(
+    store: astore.Store,
+    *,
+    baseline: str = "raw",
+    hypotheses: Sequence[str] = (),
+    metric: str = "accuracy",
+    measure: str | None = None,
+) -> list[Table]:
+    """Return what a store says of robustness: values, differences, areas, domains, verdicts.
+
+    Args:
+        store: Open store.
+        baseline: Family that the others are held against.
+        hypotheses: Those that the recipe registered.
+        metric: Metric of the rows.
+        measure: How monosemantic dictionaries are, for H3: a metric of scorers; None takes what the
+            rows say of the codes that they are of.
+
+    Raises:
+        DataError: No row is of the baseline, or a hypothesis is unknown.
+        RunError: There are no rows.
+    """
+    results = read_results(store, metric)
+    if not results:
+        raise RunError(f"{store.path}: no rows of {metric} in table robustness")
+    compared = compare_families(results, baseline)
+    tables = [
+        *level_tables(results),
+        comparison_table(compared, title=f"Difference from {baseline}"),
+        area_table(results, baseline),
+    ]
+    if any((each.split or "").startswith("ood:") for each in results):
+        tables.append(_effective(results))
+    if (doses := dose_table(results, read_doses(store, SCORED))).rows:
+        tables.append(doses)
+    if hypotheses:
+        evidence = Evidence(results, read_doses(store, [measure]) if measure else None)
+        tables.append(verdict_table(verdicts(hypotheses, evidence)))
+    return tables
+
+
+def run_tables(run: Run) -> list[Table]:
+    """Return what a run's suites came to: areas against its first family, and the verdicts.
+
+    Empty where the recipe has no suites, or they are not done; `robustness_tables` says all.
+    """
+    settings = run.recipe.robustness
+    if not settings.suites or not run.is_done("robustness"):
+        return []
+    with astore.open(run.store_path) as store:
+        results = run_results(run, store)
+        scored = read_doses(store, SCORED, _hook_of(run))
+    tables: list[Table] = []
+    if settings.families:
+        tables.append(area_table(results, settings.families[0].label))
+    tables.append(dose_table(results, scored))
+    if settings.hypotheses:
+        tables.append(verdict_table(verdicts(settings.hypotheses, Evidence(results))))
+    return [replace(each, title=f"{each.title}, {run.name}") for each in tables if each.rows]
+
+
+def _hook_of(run: Run) -> str | None:
+    hook = run.manifest.stages["robustness"].facts.get("hook")
+    return None if hook is None else str(hook)
+
+
+def _effective(results: Sequence[Result]) -> Table:
+    """Return the table of other domains; where there is no line, it says why."""
+    mine = [each for each in results if each.suite == "ood"]
+    dense = sorted({each.feature for each in mine if first_word(each.feature) in DENSE})
+    try:
+        return effective_table(effective_robustness(mine, dense))
+    except DataError as missing:
+        return replace(effective_table([]), note=f"Not worked out: {missing}")
+
+
+def level_tables(results: Sequence[Result]) -> list[Table]:
+    """Return a table per task and corruption: families down, levels along, means over seeds."""
+    tables: list[Table] = []
+    for curves in curves_of(results):
+        first = next(each for each in curves if each.level)
+        ordered = sorted(curves, key=lambda each: each.level or 0.0)
+        levels = list(dict.fromkeys(each.strength for each in ordered))
+        rows = [
+            (name, *(_over_seeds([r for r in mine if r.strength == level]) for level in levels))
+            for name, mine in by_name(curves).items()
+        ]
+        tables.append(
+            Table(
+                title=title_of(first),
+                columns=("family", *map(_strength, levels)),
+                rows=tuple(rows),
+                note=f"{first.metric}, mean over seeds with its 95 % interval (Student t); "
+                f"level 0 is clean.",
+            )
+        )
+    return tables
+
+
+def area_table(results: Sequence[Result], baseline: str) -> Table:
+    """Return the areas under the severity curves, and how they differ from the baseline's."""
+    areas = severity_areas(results)
+    return comparison_table(
+        compare_families(areas, baseline) if areas else [],
+        title="Area under the severity curve",
+        note="Area over levels from 0 on, divided by the largest level.",
+    )
+
+
+def comparison_table(found: Iterable[Comparison], *, title: str, note: str = "") -> Table:
+    """Return paired differences, one row each."""
+    rows = [
+        (
+            each.task,
+            _condition(each),
+            family_name(each.feature, each.budget),
+            f"{each.mean:.3f}",
+            f"{each.baseline_mean:.3f}",
+            _difference(each.effect),
+            f"{each.effect.p:.2g}",
+            f"{each.p_holm:.2g}",
+            f"{each.win_rate:.0%}",
+            f"{each.effect.n_seeds}" + (f" ({each.n_lost} lost)" if each.n_lost else ""),
+        )
+        for each in found
+    ]
+    methods = f"over seeds within tasks: Student t, BCa bootstrap from {FEW_SEEDS} seeds on"
+    return Table(
+        title=title,
+        columns=(
+            *("task", "condition", "family", "mean", "baseline", "difference"),
+            *("p", "p (Holm)", "wins", "seeds"),
+        ),
+        rows=tuple(rows),
+        note=f"{note} Family less baseline, paired by task, seed and noise draw; 95 % interval "
+        f"({methods}); p of flipping signs, two-sided; Holm over the families of a "
+        "condition.".strip(),
+    )
+
+
+def _difference(found: Effect) -> str:
+    interval = f" [{found.ci_low:+.3f}, {found.ci_high:+.3f}]"
+    return f"{found.value:+.3f}" + ("" if math.isnan(found.ci_low) else interval)
+
+
+def effective_table(found: Iterable[EffectiveRobustness]) -> Table:
+    """Return how far above the baselines' line each family lies, domain by domain."""
+    rows = [
+        (
+            each.task,
+            each.split,
+            each.feature,
+            f"{each.at_home:.3f}",
+            f"{each.elsewhere:.3f}",
+            str(each.effect).partition(", p")[0],
+            f"{each.effect.p:.2g}",
+            f"{each.p_holm:.2g}",
+            f"{each.intercept:+.2f} {each.slope:+.2f} x",
+        )
+        for each in found
+    ]
+    return Table(
+        title="Effective robustness",
+        columns=(
+            *("task", "domain", "family", "at home", "elsewhere", "above the line"),
+            *("p", "p (Holm)", "line"),
+        ),
+        rows=tuple(rows),
+        note="Logits above the line through the baselines' accuracies at home (x) and elsewhere.",
+    )
+
+
+def dose_table(results: Sequence[Result], scored: Sequence[Dose] = ()) -> Table:
+    """Return how the gain under label noise goes with each measure, over dictionaries of one width.
+
+    Without rows where fewer than 3 dictionaries have a gain: of 20 on, H3 may be judged.
+
+    Args:
+        results: Rows of one metric; they say some measures themselves.
+        scored: Further measures of the same dictionaries.
+    """
+    evidence = Evidence(results)
+    doses = [dose for measure in ROW_MEASURES for dose in doses_of(results, measure)]
+    try:
+        found = dose_responses([*doses, *scored], gains_of(evidence))
+    except (NotTestedError, DataError):
+        found = []
+    rows = [
+        (
+            each.measure,
+            f"{each.width}",
+            f"{each.n}",
+            f"{each.rho:+.2f}" + _interval((each.ci_low, each.ci_high), "+.2f"),
+            f"{each.p:.2g}",
+            f"{each.slope:+.3g}" + _interval((each.slope_low, each.slope_high), "+.3g"),
+        )
+        for each in found
+    ]
+    return Table(
+        title="Gain under label noise against measures of dictionaries",
+        columns=("measure", "width", "dictionaries", "Spearman", "p", "slope"),
+        rows=tuple(rows),
+        note="Gain: mean over seeds and noisy conditions, less the best dense control, probes of "
+        "all coordinates. Interval of Bonett and Wright; p of dealing gains out anew, two-sided, "
+        "not corrected; slope of Theil and Sen, gain per unit of the measure. l0 is no measure of "
+        "meaning: what goes with it as well may be its doing.",
+    )
+
+
+def _interval(ends: tuple[float, float], form: str) -> str:
+    return "" if math.isnan(ends[0]) else f" [{ends[0]:{form}}, {ends[1]:{form}}]"
+
+
+def verdict_table(found: Iterable[Verdict]) -> Table:
+    """Return the registered hypotheses with what came out."""
+    rows = tuple((each.name, each.claim, each.outcome, each.reason) for each in found)
+    return Table(
+        title="Hypotheses registered before the run",
+        columns=("", "claim", "verdict", "numbers"),
+        rows=rows,
+        note="Supported: some family is surely above 0 and none surely below (p < 0.05 after Holm "
+        "over all findings, 95 % interval without 0); opposite: the reverse.",
+    )
+
+
+def curves_of(results: Sequence[Result]) -> list[list[Result]]:
+    """Return the rows of each curve with those of its clean point, which has no kind or its own."""
+
+    def about(each: Result) -> tuple[Any, ...]:
+        return each.suite, each.task, each.learner, each.n_shots, each.metric, each.split
+
+    clean = [each for each in results if each.level == 0.0]
+    noisy = [each for each in results if each.level]
+    found: list[list[Result]] = []
+    for mine in grouped(noisy, lambda each: (about(each), each.corruption)):
+        starts = [each for each in clean if about(each) == about(mine[0])]
+        own = [each for each in starts if each.corruption == mine[0].corruption]
+        found.append([*(own or [r for r in starts if r.corruption is None]), *mine])
+    return found
+
+
+def by_name(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Return results by family and budget, in the order of their names."""
+    found: dict[str, list[Result]] = {}
+    for each in results:
+        found.setdefault(family_name(each.feature, each.budget), []).append(each)
+    return dict(sorted(found.items()))
+
+
+def family_name(feature: str, budget: str) -> str:
+    """Return a family with its budget, where it has one."""
+    return feature if budget == FULL else f"{feature} ({budget})"
+
+
+def _over_seeds(results: Sequence[Result]) -> str:
+    """Return the mean over seeds with its interval; says how many rows have no value."""
+    values = [each.value for each in results if not math.isnan(each.value)]
+    failed = len(results) - len(values)
+    if not values:
+        return "-" if not results else f"failed: {results[0].failure}"
+    mean, low, high = mean_interval(values)
+    text = f"{mean:.3f}" + ("" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]")
+    return text + (f" ({failed} failed)" if failed else "")
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return mean and 95 % interval (Student t) over values; NaN values are left out."""
+    known = np.array([value for value in values if not math.isnan(value)])
+    if len(known) < 2:
+        return (float(known.mean()) if len(known) else math.nan), math.nan, math.nan
+    return float(known.mean()), *student_interval([known])
+
+
+def title_of(first: Result, *, short: bool = False) -> str:
+    """Return what a curve is of."""
+    shots = "" if first.n_shots is None else f", {first.n_shots} per class"
+    split = "" if first.split in (None, "test") else f" -> {first.split}"
+    if short:
+        return f"{first.task}{split}{shots}"
+    better = METRICS[first.metric].better if first.metric in METRICS else "neither"
+    arrow = "" if better == "neither" else f" ({better} is better)"
+    probe = f", {first.learner}" if first.learner else ""
+    return f"{first.task}{split}, {first.corruption}{probe}{shots}: {first.metric}{arrow}"
+
+
+def _strength(level: float | str | None) -> str:
+    return f"{level:.3g}" if isinstance(level, float) else str(level or "")
+
+
+def _condition(found: Comparison) -> str:
+    suite, corruption, level, probe, n_shots, _, split = found.condition
+    kind = "clean" if corruption is None or level == 0.0 else f"{corruption}"
+    strength = f" {_strength(level)}" if level else ""
+    shots = "" if n_shots is None else f", {n_shots} per class"
+    domain = "" if split in (None, "test") else f", {split}"
+    return f"{suite}: {kind}{strength}" + (f", {probe}" if probe else "") + shots + domain

@@ -1,0 +1,265 @@
+"""Tables of a study: its arms over training seeds, and arms that differ in architecture alone.
+
+Every interval here is Student's t over training seeds. Units and tokens of one network hang
+together, so an interval over them says nothing of the next network of the kind.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+import activation_store as astore
+from lmmono.errors import RunError
+from lmmono.recipe import Recipe
+from lmmono.reports.tables import Table
+from lmmono.runs.folder import Run, find_runs, open_run
+from lmmono.scores.scorer_registry import SCORERS, Scorer, find_scorer
+from lmmono.stats.unit_intervals import mean_interval
+from lmmono.studies.differences import Difference, Estimate, compare
+from lmmono.types import Progress, silent
+
+Key = tuple[str, str, str]
+"""A scorer, the explainer that it scores, as stored, and what the units are: a name of `UNITS`."""
+
+UNITS = {
+    "neurons": "blocks.*.mlp.hook_post",
+    "latents": "blocks.*.mlp.hook_post.hook_sae_acts_post",
+}
+"""Hooks whose units are compared, all blocks together."""
+
+_DENSITIES = """
+SELECT avg(density) AS density, median(kurtosis) AS kurtosis,
+    avg((n_active = 0)::INT) AS never, avg((density > 0.99)::INT) AS always
+FROM unit_stats WHERE hook LIKE 'blocks.%.mlp.hook_post'
+"""
+
+_SCORES = """
+SELECT DISTINCT ON (metric, explainer, control, hook)
+    metric, explainer, control, hook, value, nan_fraction
+FROM scores WHERE unit IS NULL AND preset IS NULL AND judge IS NULL AND explainer IS NOT NULL
+    AND list_contains($metrics, metric) AND list_contains($hooks, hook)
+"""
+
+
+def study_tables(folders: Sequence[Path], progress: Progress = silent) -> tuple[Table, ...]:
+    """Return the tables of a study whose runs are scored.
+
+    Args:
+        folders: Folders of runs of one recipe with arms; the seeds of an arm make one row.
+        progress: Told which pairs of arms are compared.
+
+    Raises:
+        RunError: There is no run, or one is not scored or belongs to no arm.
+        StoreError: A store cannot be read.
+    """
+    arms = _by_arm([open_run(path) for folder in folders for path in find_runs(folder)])
+    with ExitStack() as stack:
+        stores = {
+            name: [stack.enter_context(astore.open(run.store_path)) for run in mine]
+            for name, mine in arms.items()
+        }
+        scores = {name: [_read_scores(store) for store in mine] for name, mine in stores.items()}
+        keys = list(dict.fromkeys(key for mine in scores.values() for one in mine for key in one))
+        tables = [_arm_table(arms, stores)]
+        tables += [_score_table(key, scores) for key in keys]
+        pairs = [pair for pair in combinations(arms, 2) if are_twins(*(arms[n] for n in pair))]
+        if pairs and keys:
+            seeds = {name: [run.recipe.seed for run in mine] for name, mine in arms.items()}
+            tables.append(_twin_table(pairs, scores, stores, seeds, progress))
+        return tuple(tables)
+
+
+def are_twins(a: Sequence[Run], b: Sequence[Run]) -> bool:
+    """Say whether two arms differ in the kind of model alone, with the same training seeds."""
+    first, second = a[0].recipe, b[0].recipe
+    seeds = [[run.recipe.seed for run in arm] for arm in (a, b)]
+    return (
+        seeds[0] == seeds[1]
+        and first.model.arch != second.model.arch
+        and _around_the_architecture(first) == _around_the_architecture(second)
+    )
+
+
+def _around_the_architecture(recipe: Recipe) -> tuple[object, ...]:
+    shape = tuple(getattr(recipe.model, name) for name in ("n_layers", "d_model", "n_heads"))
+    return (*shape, recipe.data, recipe.train, recipe.capture, recipe.explain, recipe.score)
+
+
+def _by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    if not runs:
+        raise RunError("want the folder of a study whose runs are scored, found no run there")
+    arms: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.recipe.seed):
+        if run.recipe.arm is None:
+            raise RunError(f"{run.dir}: belongs to no arm; want runs of a study with arms")
+        if not run.is_done("score"):
+            raise RunError(f"{run.dir}: not scored yet; run `lmmono score {run.dir}` first")
+        arms.setdefault(run.recipe.arm, []).append(run)
+    return arms
+
+
+def _read_scores(store: astore.Store) -> dict[Key, dict[str, tuple[float, float]]]:
+    """Return the model's mean and its share of undefined units, by scorer, then by control.
+
+    Control "" is the score itself, "defined" the mean over units that have one.
+    """
+    found: dict[Key, dict[str, tuple[float, float]]] = {}
+    names = {scorer.metrics[0]: scorer.name for scorer in _scorers()}
+    metrics = [*names, *(f"{name}_defined" for name in names)]
+    kinds = {hook: kind for kind, hook in UNITS.items()}
+    rows = store.sql(_SCORES, hooks=list(kinds), metrics=metrics).fetchall()
+    for metric, explainer, control, hook, value, undefined in rows:
+        headline = metric.removesuffix("_defined")
+        if value is None or (metric != headline and control is not None):
+            continue
+        column = "defined" if metric != headline else control or ""
+        key = (names[headline], explainer, kinds[hook])
+        found.setdefault(key, {})[column] = (float(value), float(undefined or 0.0))
+    order = [*names.values(), *UNITS]
+    return dict(sorted(found.items(), key=lambda one: (*map(order.index, one[0][::2]), one[0][1])))
+
+
+def _scorers() -> Iterator[Scorer]:
+    """Yield the scorers of explanations; means of statistics of units say little: heavy tails."""
+    find_scorer("simulation_tar")  # fills the table
+    for scorer in SCORERS.values():
+        if scorer.per == "unit" and {"explanation", "program"} & set(scorer.needs):
+            yield scorer
+
+
+def _arm_table(arms: dict[str, list[Run]], stores: dict[str, list[astore.Store]]) -> Table:
+    rows: list[tuple[str, ...]] = []
+    for name, runs in arms.items():
+        facts = [store.sql(_DENSITIES).fetchall()[0] for store in stores[name]]
+        density, kurtosis, never, always = np.array(facts, np.float64).T
+        n_parameters = runs[0].manifest.stages["train"].facts["n_parameters"]
+        losses = np.array([run.val_loss for run in runs])
+        numbers = [over_seeds(each) for each in (losses, density, kurtosis)]
+        shares = (f"{never.mean():.1%}", f"{always.mean():.1%}")
+        rows.append((name, str(len(runs)), f"{n_parameters:,}", *numbers, *shares))
+    return Table(
+        title="Arms",
+        columns=(
+            "arm",
+            "seeds",
+            "parameters",
+            "val loss",
+            "density",
+            "kurtosis",
+            "never",
+            "always",
+        ),
+        rows=tuple(rows),
+        note=(
+            "Means over training seeds with 95 % intervals (Student t over seeds). val loss: nats "
+            "per token. density: share of pairs (token, neuron) above the threshold, all layers. "
+            "kurtosis: median over neurons. never, always: neurons above the threshold on no "
+            "token, and on more than 99 % of them."
+        ),
+    )
+
+
+def _score_table(
+    key: Key, scores: dict[str, list[dict[Key, dict[str, tuple[float, float]]]]]
+) -> Table:
+    """Return one scorer of one explainer and kind of unit: every arm, with its controls."""
+    scorer, explainer, kind = key
+    found = {
+        arm: [one[key] for one in mine if key in one]
+        for arm, mine in scores.items()
+        if any(key in one for one in mine)
+    }
+    columns = list(dict.fromkeys(c for mine in found.values() for one in mine for c in one))
+    columns.sort(key=lambda column: (column != "", column != "defined", column))
+    rows = [
+        (
+            arm,
+            f"{np.mean([one[''][1] for one in mine if '' in one] or [np.nan]):.1%}",
+            *(over_seeds(np.array([one[c][0] for one in mine if c in one])) for c in columns),
+        )
+        for arm, mine in found.items()
+    ]
+    chance = find_scorer(scorer).chance
+    return Table(
+        title=f"{scorer} of {explainer}, {kind}",
+        columns=("arm", "undefined", *("score" if c == "" else c for c in columns)),
+        rows=tuple(rows),
+        note=(
+            f"{find_scorer(scorer).about}"
+            + ("." if chance is None else f"; guessing gets {chance:g}.")
+            + " Mean over layers of means over units, then over training seeds with 95 % intervals "
+            "(Student t). score: units without a defined value count as guessing; defined: they "
+            "are left out. The other columns are controls of the same units."
+        ),
+    )
+
+
+def _twin_table(
+    pairs: Sequence[tuple[str, str]],
+    scores: dict[str, list[dict[Key, dict[str, tuple[float, float]]]]],
+    stores: dict[str, list[astore.Store]],
+    seeds: dict[str, list[int]],
+    progress: Progress,
+) -> Table:
+    """Return the differences of arms that differ in architecture alone."""
+    rows: list[tuple[str, ...]] = []
+    for done, (a, b) in enumerate(pairs, start=1):
+        every = [*scores[a], *scores[b]]
+        for key in (key for key in every[0] if all(key in one for one in every)):
+            scorer, explainer, kind = key
+            found = compare(
+                stores[a],
+                stores[b],
+                scorer=scorer,
+                hooks=UNITS[kind],
+                explainer=explainer,
+                seed=seeds[a],
+            )
+            rows.append((f"{a} - {b}", kind, scorer, explainer, *_cells(found)))
+        progress(f"compare {a} - {b}", done, len(pairs))
+    return Table(
+        title="Twins",
+        columns=(
+            "arms",
+            "units",
+            "scorer",
+            "explainer",
+            "raw",
+            "defined only",
+            "density-matched",
+            "overlap",
+        ),
+        rows=tuple(rows),
+        note=(
+            "Differences of model means, with 95 % intervals over pairs of training runs (Student "
+            "t); an interval that holds 0 tells nothing apart. density-matched: units weighted so "
+            "that both models have the same densities; overlap: share of densities that both have."
+        ),
+    )
+
+
+def _cells(found: Difference) -> tuple[str, ...]:
+    return (
+        _estimate(found.raw),
+        _estimate(found.defined),
+        _estimate(found.density_matched),
+        f"{found.overlap:.0%}",
+    )
+
+
+def _estimate(found: Estimate) -> str:
+    interval = "" if np.isnan(found.ci_low) else f" [{found.ci_low:+.3f}, {found.ci_high:+.3f}]"
+    return f"{found.difference:+.3f}{interval}"
+
+
+def over_seeds(values: Float[ndarray, " seeds"]) -> str:
+    """Return the mean over training seeds, with its interval where there are several."""
+    if not len(values):
+        return "-"
+    mean, low, high = mean_interval([values])
+    return f"{mean:.3g}" + ("" if np.isnan(low) else f" [{low:.3g}, {high:.3g}]")

@@ -1,0 +1,363 @@
+"""A run folder: the resolved recipe, what was done to get here, and where everything lies.
+
+    runs/x/recipe.yaml       the recipe with every default written out
+           manifest.json     commit, versions, machine, and a record of every stage
+           metrics.parquet   numbers of training
+           model/            weights and tokenizer
+           store.duckdb      the activation store, with its shards in store/
+           robustness/       figures of the robustness suites
+           replaced/         what other settings made, each a run folder of its own
+
+What a stage made with other settings is never reused and never deleted: it moves to `replaced/`.
+Only one process at a time works in a folder.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmmono.errors import RecipeError, RunError, nearest
+from lmmono.files import provenance
+from lmmono.files.atomic import disk_faults, flush, locked, write_whole
+from lmmono.recipe import SECTIONS, Recipe
+from lmmono.runs.manifest import STAGES, Manifest, StageRecord
+from lmmono.types import Split
+
+if TYPE_CHECKING:
+    from pyarrow import Table
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from lmmono.data.tokens import TokenCorpus, TokenRows
+else:  # for annotations only: importing these takes seconds, and listing runs needs none of them
+    PreTrainedModel = PreTrainedTokenizerFast = Table = TokenCorpus = TokenRows = object
+
+
+_RECIPE_HEAD = "# The recipe of this run, with every default written out."
+
+
+@dataclass(slots=True)
+class StageInProgress:
+    """A stage that is being worked on; fill `facts` before the end."""
+
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Goes into the manifest when the stage succeeds; values JSON can hold."""
+
+
+class Run:
+    """An opened run folder; models, tokens and tables are read when first asked for."""
+
+    def __init__(self, folder: Path, recipe: Recipe, manifest: Manifest) -> None:
+        self.dir = folder
+        self.recipe = recipe
+        self.manifest = manifest
+        self.set_aside: Path | None = None
+        """Where `create` put what other settings had made here; None if there was nothing."""
+
+    @classmethod
+    def create(cls, recipe: Recipe) -> "Run":
+        """Open the run folder of a recipe, made now if there is none.
+
+        A stage that was begun here with other settings is not reused, nor are those that build on
+        it, and none is deleted: they move to `replaced/`, with the recipe and the manifest that
+        made them, where they can be opened as a run. Stages whose settings are the same stay.
+
+        Raises:
+            RecipeError: The recipe stands for several runs.
+            RunError: The folder holds something else than a run, another process works in it, or
+                it cannot be written.
+        """
+        recipe = recipe.only()
+        folder = recipe.dir
+        if not _holds_something(folder):
+            run = cls(folder, recipe, Manifest.new(recipe))
+            run._write()
+            return run
+        run = open_run(folder)
+        if run.recipe != recipe:
+            with locked(folder):
+                run._adopt(recipe)
+        return run
+
+    def __repr__(self) -> str:
+        files = (path.stat().st_size for path in self.dir.rglob("*") if path.is_file())
+        return f"Run({self.dir}, {sum(files) / 1e6:.1f} MB)"
+
+    @property
+    def name(self) -> str:
+        """The name shown to people: that of the recipe, in a study with the run's folder."""
+        return "/".join(filter(None, (self.recipe.name, self.recipe.folder)))
+
+    @property
+    def store_path(self) -> Path:
+        """Where the activation store lies, or will lie."""
+        return self.dir / "store.duckdb"
+
+    @property
+    def val_loss(self) -> float:
+        """Loss on held-out documents after training, nats per token.
+
+        Raises:
+            RunError: Training has not finished.
+        """
+        record = self.manifest.stages.get("train")
+        if record is None or record.state != "finished":
+            raise RunError(f"{self.dir}: not trained yet; {self._train_first()}")
+        return float(record.facts["val_loss"])  # pyright: ignore[reportArgumentType]
+
+    @cached_property
+    def metrics(self) -> Table:
+        """The numbers of training, as `metrics.parquet` holds them.
+
+        Raises:
+            RunError: There are none yet.
+        """
+        import pyarrow.parquet as pq
+
+        path = self.dir / "metrics.parquet"
+        if not path.is_file():
+            raise RunError(f"{path}: no such file; {self._train_first()}")
+        return pq.read_table(path)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The trained model, in evaluation mode.
+
+        Raises:
+            RunError: There is none yet.
+            ModelError: It cannot be read.
+        """
+        from lmmono.models.storage import load_model
+
+        if not (self.dir / "model").is_dir():
+            raise RunError(f"{self.dir}: holds no model yet; {self._train_first()}")
+        model = load_model(self.dir / "model")
+        # so that hooks take text too; torch types attributes as tensors and modules only
+        model.tokenizer = self.tokenizer  # pyright: ignore[reportArgumentType]
+        return model
+
+    @cached_property
+    def corpus(self) -> TokenCorpus:
+        """The prepared corpus; made now if the runs' cache does not hold it.
+
+        Raises:
+            DataError: The text cannot be read, or is too small.
+        """
+        from lmmono.data.tokens import prepare
+
+        return prepare(self.recipe.data, self.cache_dir / "data")
+
+    @property
+    def cache_dir(self) -> Path:
+        """Prepared corpora: $LMMONO_CACHE, or `.cache` in the folder of the runs."""
+        if shared := os.environ.get("LMMONO_CACHE"):
+            return Path(shared)
+        return (self.dir.parent.parent if self.recipe.folder else self.dir.parent) / ".cache"
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer: of the model, and before there is one, of the corpus."""
+        from transformers import PreTrainedTokenizerFast
+
+        if not (self.dir / "model" / "tokenizer.json").is_file():
+            return self.corpus.tokenizer
+        return PreTrainedTokenizerFast.from_pretrained(self.dir / "model")
+
+    def tokens(self, split: Split) -> TokenRows:
+        """Return the token rows of a split.
+
+        Raises:
+            DataError: The split has no whole row.
+        """
+        return self.corpus.tokens(split)
+
+    def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Write model and tokenizer to `model/`: it appears when it is whole.
+
+        Raises:
+            RunError: The folder cannot be written; an older model is still there.
+        """
+        from lmmono.models.storage import save_model
+
+        fresh, final = self.dir / "model.tmp", self.dir / "model"
+        with disk_faults(fresh):
+            shutil.rmtree(fresh, ignore_errors=True)
+            save_model(model, fresh)
+            tokenizer.save_pretrained(fresh)
+            for path in fresh.iterdir():
+                flush(path)
+            shutil.rmtree(final, ignore_errors=True)
+            fresh.replace(final)
+            flush(self.dir)
+
+    def is_finished(self, stage: str, digest: str) -> bool:
+        """Say whether a stage has succeeded with the settings of this digest."""
+        record = self.manifest.stages.get(stage)
+        return record is not None and record.state == "finished" and record.digest == digest
+
+    def is_done(self, stage: str) -> bool:
+        """Say whether a stage of `STAGES` has succeeded with this run's settings."""
+        return self.is_finished(stage, self.recipe.digest(*STAGES[stage].sections))
+
+    @contextmanager
+    def stage(self, name: str, digest: str) -> Generator[StageInProgress, None, None]:
+        """Work on a stage: it counts as finished when the block ends without an exception.
+
+        The folder is locked meanwhile. Time and memory are recorded also where the block fails.
+
+        Raises:
+            RunError: Another process works in the folder, or it cannot be written.
+        """
+        with locked(self.dir):
+            self.manifest = Manifest.read(self.dir)  # what a process before this one has done
+            before = self.manifest.stages.get(name)
+            record = StageRecord.begin(digest, before)
+            self._record(name, record)
+            provenance.reset_peak_memory()
+            began, stage = time.monotonic(), StageInProgress()
+            try:
+                yield stage
+            except BaseException:
+                with suppress(RunError):  # the reason of the failure matters more than its record
+                    self._record(name, record.after(began))
+                raise
+            done = {"state": "finished", "facts": stage.facts}
+            self._record(name, StageRecord.model_validate({**dict(record.after(began)), **done}))
+
+    def reopen(self, stage: str) -> None:
+        """Count a stage as not begun, because what it reads has changed; inside another stage.
+
+        Raises:
+            RunError: The folder cannot be written.
+        """
+        stages = {name: each for name, each in self.manifest.stages.items() if name != stage}
+        self.manifest = self.manifest.model_copy(update={"stages": stages})
+        self.manifest.write(self.dir)
+
+    def _record(self, name: str, record: StageRecord) -> None:
+        stages = {**self.manifest.stages, name: record}
+        self.manifest = self.manifest.model_copy(update={"stages": stages})
+        self.manifest.write(self.dir)
+
+    def _adopt(self, recipe: Recipe) -> None:
+        """Take other settings; what they would make otherwise is set aside."""
+        stale = self.manifest.stale_stages(recipe)
+        aside = _free_name(self.dir / "replaced", self.manifest.recipe_digest[:8])
+        if stale:
+            Run(aside, self.recipe, self.manifest)._write()
+            self.set_aside = aside
+        kept = {name: record for name, record in self.manifest.stages.items() if name not in stale}
+        self.recipe, self.manifest = (
+            recipe,
+            Manifest.new(recipe).model_copy(update={"stages": kept}),
+        )
+        self._write()
+        # after the manifest: a crash here leaves files that nobody counts on, not a record of
+        # files that are gone
+        with disk_faults(aside):
+            for product in (product for name in stale for product in STAGES[name].products):
+                if (self.dir / product).exists():
+                    (self.dir / product).replace(aside / product)
+
+    def _write(self) -> None:
+        with disk_faults(self.dir):
+            self.dir.mkdir(parents=True, exist_ok=True)
+        write_whole(self.dir / "recipe.yaml", _resolved_yaml(self.recipe))
+        # last, because a folder counts as a run when it has a manifest
+        self.manifest.write(self.dir)
+
+    def _train_first(self) -> str:
+        return f"run `lmmono train {self.dir / 'recipe.yaml'}` first"
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run folder.
+
+    Raises:
+        RunError: There is no such folder, it is no run folder, or it is damaged.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such run folder; {_nearby(folder)}")
+    if not (folder / "manifest.json").is_file():
+        raise RunError(_no_run(folder))
+    manifest = Manifest.read(folder)
+    try:
+        recipe = Recipe.load(folder / "recipe.yaml")
+    except RecipeError as error:
+        raise RunError(f"{folder}: its recipe cannot be read:\n{error}") from None
+    return Run(folder, recipe, manifest)
+
+
+def find_runs(folder: str | Path) -> list[Path]:
+    """Return the run folders at or under a folder, at most two levels down, sorted."""
+    root = Path(folder)
+    patterns = ("manifest.json", "*/manifest.json", "*/*/manifest.json")
+    found = {path.parent for pattern in patterns for path in root.glob(pattern)}
+    return sorted(path for path in found if path.parent.name != "replaced")
+
+
+def _nearby(folder: Path) -> str:
+    known = [str(path) for path in find_runs(folder.parent)] if folder.parent.is_dir() else []
+    return nearest(str(folder), known) if known else "`lmmono run RECIPE` makes one"
+
+
+def _no_run(folder: Path) -> str:
+    inner = find_runs(folder)
+    if inner:
+        return f"{folder}: holds several runs; name one: {', '.join(map(str, inner))}"
+    return f"{folder}: no run folder (it has no manifest.json); {_nearby(folder)}"
+
+
+def _holds_something(folder: Path) -> bool:
+    """Say whether anything but a run whose making was cut short is there."""
+    if not folder.is_dir():
+        return folder.exists()
+    recipe = folder / "recipe.yaml"
+    ours = recipe.is_file() and recipe.read_bytes().startswith(_RECIPE_HEAD.encode())
+    started = {"recipe.yaml"} if ours else set[str]()
+    started |= {"recipe.yaml.tmp", "manifest.json.tmp"}
+    return any(path.name not in started for path in folder.iterdir())
+
+
+def _free_name(folder: Path, name: str) -> Path:
+    taken = len(list(folder.glob(f"{name}*")))
+    return folder / (f"{name}-{taken + 1}" if taken else name)
+
+
+def changes(before: Recipe, now: Recipe) -> list[str]:
+    """Return what differs between two recipes' results, as `train.lr: 0.002 before, 0.001 now`."""
+    old, new = (
+        dict(_leaves(r.model_dump(mode="json", include={"seed", *SECTIONS}))) for r in (before, now)
+    )
+    return [
+        f"{key}: {old.get(key, 'absent')} before, {new.get(key, 'absent')} now"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _leaves(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield above + key, value
+
+
+def _resolved_yaml(recipe: Recipe) -> str:
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    text = StringIO()
+    unset = {"seeds", "arms"} | ({"arm", "folder"} if recipe.folder is None else set())
+    yaml.dump(recipe.model_dump(mode="json", exclude=unset), text)
+    return f"{_RECIPE_HEAD}\n{text.getvalue()}"

@@ -1,0 +1,173 @@
+"""What made a run: commit, versions, machine, and a record of every stage, as `manifest.json`."""
+
+import json
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from lmmono.errors import RunError
+from lmmono.files import provenance
+from lmmono.files.atomic import write_whole
+from lmmono.recipe import SECTIONS, Recipe
+
+FORMAT = 1
+"""Version of the manifest; a folder of a newer one is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a stage of a run reads and makes."""
+
+    sections: tuple[str, ...]
+    """Parts of the recipe that decide its result, those of the stages it builds on included."""
+    products: tuple[str, ...]
+    """Files and folders it makes in the run folder."""
+
+
+_MODEL = ("data", "model", "train")
+
+STAGES = {
+    "train": Stage(
+        _MODEL, ("model", "metrics.parquet", "checkpoint", "checkpoint.old", "checkpoint.tmp")
+    ),
+    "capture": Stage((*_MODEL, "capture"), ("store.duckdb", "store.duckdb.wal", "store")),
+    "vectors": Stage(
+        (*_MODEL, "dictionary.hooks", "dictionary.max_tokens"),
+        ("vectors.duckdb", "vectors.duckdb.wal", "vectors"),
+    ),
+    "dictionary": Stage((*_MODEL, "capture", "dictionary"), ("dictionaries",)),
+    # rows in the store that capture makes
+    "explain": Stage((*_MODEL, "capture", "explain"), ()),
+    "score": Stage((*_MODEL, "capture", "explain", "score"), ()),
+    "features": Stage(_MODEL, ("features.duckdb", "features.duckdb.wal", "features")),
+    # rows in the same store, and figures of them
+    "robustness": Stage((*_MODEL, "capture", "dictionary", "robustness"), ("robustness",)),
+}
+"""The stages in their order."""
+
+
+class StageRecord(BaseModel):
+    """What is known of one stage of a run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    state: Literal["begun", "finished"]
+    """`begun` until the stage has succeeded, also when it was interrupted."""
+    digest: str
+    """Hash of the settings that decide the result."""
+    started: str
+    """Time (UTC, ISO 8601) at which the last attempt began."""
+    commit: str | None
+    """Git commit of the working folder at that time."""
+    wall_seconds: float
+    """Time taken, all attempts together."""
+    peak_memory_bytes: int
+    """Most of all attempts, of this process: `lmmono.files.provenance.peak_memory_bytes`."""
+    facts: dict[str, JsonValue]
+    """What the stage says of its result."""
+
+    @classmethod
+    def begin(cls, digest: str, before: "StageRecord | None") -> "StageRecord":
+        """Return the record of an attempt that begins now; an earlier attempt's costs go on."""
+        earlier = before if before and before.digest == digest else None
+        return cls(
+            state="begun",
+            digest=digest,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            commit=provenance.git_commit(),
+            wall_seconds=earlier.wall_seconds if earlier else 0.0,
+            peak_memory_bytes=earlier.peak_memory_bytes if earlier else 0,
+            facts={},
+        )
+
+    def after(self, began: float) -> "StageRecord":
+        """Return the record with the costs since `began` (`time.monotonic`) added."""
+        wall = round(self.wall_seconds + time.monotonic() - began, 3)
+        peak = max(self.peak_memory_bytes, provenance.peak_memory_bytes())
+        return self.model_copy(update={"wall_seconds": wall, "peak_memory_bytes": peak})
+
+
+class Manifest(BaseModel):
+    """What made a run; kept as `manifest.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    """Version of this record."""
+    recipe_digest: str
+    """Hash of the seed and all sections."""
+    seed: int
+    """The run's seed."""
+    commit: str | None
+    """Git commit of the working folder when the run was made."""
+    versions: dict[str, str]
+    """Python and packages then."""
+    machine: dict[str, str | int]
+    """System, cores and memory then."""
+    stages: dict[str, StageRecord]
+    """The stages begun so far."""
+
+    @classmethod
+    def new(cls, recipe: Recipe) -> "Manifest":
+        """Return the manifest of a run that begins now, here."""
+        return cls(
+            format=FORMAT,
+            recipe_digest=recipe.digest(*SECTIONS),
+            seed=recipe.seed,
+            commit=provenance.git_commit(),
+            versions=provenance.versions(),
+            machine=provenance.machine(),
+            stages={},
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Return the manifest of a run folder.
+
+        Raises:
+            RunError: It is cut short, changed, unreadable, or of a newer lmmono.
+        """
+        path = folder / "manifest.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+            found = json.loads(text).get("format", 0)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+        except (ValueError, AttributeError) as error:
+            raise _damaged(path, str(error)) from None
+        if isinstance(found, int) and found > FORMAT:
+            raise RunError(
+                f"{path}: written by a newer lmmono (format {found}, this one reads up to "
+                f"{FORMAT}); update lmmono"
+            )
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise _damaged(path, f"{where}: {first['msg']}") from None
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`; a crash leaves the old one or the new one.
+
+        Raises:
+            RunError: The folder cannot be written.
+        """
+        write_whole(folder / "manifest.json", self.model_dump_json(indent=2) + "\n")
+
+    def stale_stages(self, recipe: Recipe) -> list[str]:
+        """Return the stages begun with other settings than a recipe's."""
+        return [
+            name
+            for name, stage in STAGES.items()
+            if name in self.stages and self.stages[name].digest != recipe.digest(*stage.sections)
+        ]
+
+
+def _damaged(path: Path, reason: str) -> RunError:
+    way_out = "restore the file, or remove the folder and run again"
+    return RunError(f"{path}: cut short or changed by hand ({reason}); {way_out}")

@@ -1,0 +1,277 @@
+"""Classification scorers: does the explanation tell where the unit fires from where it does not?
+
+`detection` asks about whole records: the unit fires somewhere in it, or nowhere. `fuzz` marks
+tokens and asks whether the unit fires on exactly these. Both are balanced: as many records of each
+class. Paulo et al. 2024, "Automatically interpreting millions of features in large language models"
+(arXiv 2410.13928). Unlike theirs, marks of the two classes lie at the same positions, the text is
+never replaced, records are drawn without replacement from documents that did not explain the unit,
+and what the judge leaves unanswered is counted.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+from numpy import ndarray
+
+from lmmono.explanations.explanation import Explanation
+from lmmono.explanations.stored_explanations import read_vocabulary
+from lmmono.records.contrasts import Class, Contrasts, read_contrasts
+from lmmono.scores.explained import explanations_of, program_of, spent, undefined
+from lmmono.scores.judging import Items, Verdict, judge_by_client, judge_by_program, predicted
+from lmmono.scores.scorer_registry import Job, Row
+from lmmono.stats.rates import (
+    ACCURACY_METHOD,
+    AUROC_METHOD,
+    PRECISION_METHOD,
+    auroc,
+    auroc_interval,
+    average_precision,
+    average_precision_interval,
+    balanced_accuracy,
+    best_threshold,
+)
+
+MIN_RECORDS = 5
+"""A class with fewer records is too small to score: `too_few_records`."""
+
+CHANCE = 0.5
+"""Balanced accuracy and AUROC of a judge that guesses; a unit without explanation gets it."""
+
+
+def detect(job: Job) -> list[Row]:
+    """Score units by whole records: firing ones against silent ones and against near misses."""
+    classes: tuple[Class, ...] = ("firing", "silent", "near_miss")
+    names = {"silent": "detection", "near_miss": "detection_near_miss"}
+    return _Classification(job, classes, names, _whole).rows()
+
+
+def fuzz(job: Job) -> list[Row]:
+    """Score units by marked tokens: true marks against marks in silence and against wrong ones."""
+    classes: tuple[Class, ...] = ("firing", "silent", "more_firing")
+    names = {"silent": "fuzz", "more_firing": "fuzz_active"}
+    return _Classification(job, classes, names, marked_tokens).rows()
+
+
+Marks = Callable[[Contrasts, int], "Bool[ndarray, 'units records window'] | None"]
+
+
+def _whole(_: Contrasts, __: int) -> None:
+    return None
+
+
+def marked_tokens(contrasts: Contrasts, seed: int) -> Bool[ndarray, "units records window"]:
+    """Return what is marked in firing, silent and more firing records, in this order.
+
+    Firing records show where the unit fires. The others get the marks of a firing record at the
+    same positions, so that neither number nor place of the marks tells; in more firing ones, tokens
+    on which the unit does fire are left out, and as many others are marked.
+    """
+    true_marks = contrasts.marks("firing")
+    silent = np.zeros_like(true_marks)
+    wrong = np.zeros_like(true_marks)
+    ids = contrasts.token_ids(("silent", "more_firing")).reshape(
+        len(true_marks), 2, *silent[0].shape
+    )
+    fires = contrasts.acts[:, 3] > 0
+    for i, unit in enumerate(contrasts.units):
+        rng = np.random.default_rng((seed, int(unit), 13))
+        like = true_marks[i][true_marks[i].any(axis=1)]
+        if len(like):
+            for marks, allowed in ((silent, ids[i, 0] >= 0), (wrong, (ids[i, 1] >= 0) & ~fires[i])):
+                for record, free in enumerate(allowed):
+                    marks[i, record] = _moved(like[record % len(like)], free, rng)
+    return np.concatenate([true_marks, silent, wrong], axis=1)
+
+
+def _moved(
+    marks: Bool[ndarray, " window"], free: Bool[ndarray, " window"], rng: np.random.Generator
+) -> Bool[ndarray, " window"]:
+    """Return the same marks where they are free, and as many others at random."""
+    kept = marks & free
+    spare = np.flatnonzero(free & ~kept)
+    n = min(int(marks.sum() - kept.sum()), len(spare))
+    kept[rng.choice(spare, n, replace=False)] = True
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The items of all units of one split: `n` records of each class, one class after the other."""
+
+    contrasts: Contrasts
+    items: list[Items]
+    present: Bool[ndarray, "units items"]
+    n: int
+
+    def of(self, i: int, which: int) -> Int[ndarray, " items"]:
+        """Return the items of a class that there are for a unit."""
+        here = np.arange(which * self.n, (which + 1) * self.n)
+        return here[self.present[i, here]]
+
+
+class _Classification:
+    """One scorer at work on one hook."""
+
+    def __init__(
+        self, job: Job, classes: tuple[Class, ...], names: dict[str, str], marks: Marks
+    ) -> None:
+        self._job, self._classes, self._names, self._marks = job, classes, names, marks
+        self._score = self._read("score")
+        self._learn = self._read("explain") if job.client is None else None
+        units = [int(unit) for unit in self._score.contrasts.units]
+        self._units, self._explanations = units, explanations_of(job, units)
+        rng = [np.random.default_rng((job.seed, *job.hook.encode(), unit, 17)) for unit in units]
+        self._order = [
+            each.permutation(np.flatnonzero(here))
+            for each, here in zip(rng, self._score.present, strict=True)
+        ]
+
+    def _read(self, split: Any) -> _Asked:
+        settings = self._job.settings
+        n, window = int(settings["n"]), int(settings["window"])
+        contrasts = read_contrasts(self._job, split, n, window, bool(settings["ranked"]))
+        ids, marks = contrasts.token_ids(self._classes), self._marks(contrasts, self._job.seed)
+        present = contrasts.of(self._classes) >= 0
+        if marks is not None:
+            present = present & marks.any(axis=2)
+        each = [None] * len(ids) if marks is None else marks
+        items = [Items(one, mark) for one, mark in zip(ids, each, strict=True)]
+        return _Asked(contrasts, items, present, n)
+
+    def rows(self) -> list[Row]:
+        """Return the rows of all units, controls included."""
+        rows: list[Row] = []
+        for control, explanations in self._explanations.items():
+            started = time.perf_counter()
+            verdicts = self._judged(explanations)
+            each_took = (time.perf_counter() - started) / max(len(verdicts), 1)
+            if self._job.client is None:
+                usage = [replace(verdict.usage, seconds=each_took) for verdict in verdicts]
+                pairs = zip(verdicts, usage, strict=True)
+                verdicts = [replace(verdict, usage=took) for verdict, took in pairs]
+            rows += self._rows(control, explanations, verdicts)
+            if control is None and self._job.controls:
+                pairs = zip(verdicts, self._order, strict=True)
+                shuffled = [_shuffled(verdict, order) for verdict, order in pairs]
+                rows += self._rows("shuffled_pairing", explanations, shuffled)
+        return rows
+
+    def _judged(self, explanations: Sequence[Explanation]) -> list[Verdict]:
+        job, score = self._job, self._score
+        if job.client is not None:
+            words = read_vocabulary(job.store)
+            batch = int(job.settings["batch"])
+            order = [
+                places if self._lacks(i) is None else places[:0]
+                for i, places in enumerate(self._order)
+            ]
+            return judge_by_client(job.client, explanations, score.items, order, words, batch)
+        return [self._by_program(i, each) for i, each in enumerate(explanations)]
+
+    def _by_program(self, i: int, explanation: Explanation) -> Verdict:
+        learn = self._learn
+        assert learn is not None
+        nothing = np.full(len(self._score.items[i].token_ids), np.nan)
+        if explanation.failure is not None or self._lacks(i) is not None:
+            return Verdict(nothing, nothing)
+        program = program_of(explanation)
+        known = predicted(program, learn.items[i])
+        others = np.concatenate([learn.of(i, 1), learn.of(i, 2)])
+        threshold = best_threshold(known[learn.of(i, 0)], known[others])
+        return judge_by_program(program, self._score.items[i], threshold)
+
+    def _lacks(self, i: int) -> str | None:
+        """Return why a unit cannot be scored at all, or None."""
+        for asked in (self._score, self._learn):
+            if asked is not None:
+                n_others = max(len(asked.of(i, 1)), len(asked.of(i, 2)))
+                if min(len(asked.of(i, 0)), n_others) < MIN_RECORDS:
+                    return "too_few_records"
+        return None
+
+    def _rows(
+        self,
+        control: str | None,
+        explanations: Sequence[Explanation],
+        verdicts: Sequence[Verdict],
+    ) -> list[Row]:
+        rows: list[Row] = []
+        for i, (explanation, verdict) in enumerate(zip(explanations, verdicts, strict=True)):
+            cost = spent(verdict.usage)
+            for which, name in enumerate(self._names.values(), start=1):
+                firing, other = self._score.of(i, 0), self._score.of(i, which)
+                failure = explanation.failure or self._lacks(i) or verdict.failure
+                if failure is None and min(len(firing), len(other)) < MIN_RECORDS:
+                    failure = "too_few_records"
+                known = self._facts(i, firing, other) | {"control": control}
+                known["prompt_hash"] = verdict.prompt_hash
+                found = _measured(name, verdict, firing, other, failure)
+                for metric, columns in found.items():
+                    rows.append(self._job.row(metric, self._units[i], **known, **columns, **cost))
+                    cost = {}  # what asking took is told once
+        return rows
+
+    def _facts(self, i: int, firing: ndarray, other: ndarray) -> Row:
+        both = np.concatenate([firing, other])
+        contrasts = self._score.contrasts
+        excerpts = contrasts.excerpts
+        index = contrasts.of(self._classes)[i][both]
+        return {
+            "n": len(both),
+            "n_records": len(both),
+            "n_documents": len(np.unique(excerpts.doc_ids[index])),
+            "n_tokens": int((excerpts.token_ids[index] >= 0).sum()),
+        }
+
+
+def _shuffled(verdict: Verdict, order: Int[ndarray, " items"]) -> Verdict:
+    """Return a verdict whose answers belong to other items: each is given the next one's."""
+    scores, fires = verdict.scores.copy(), verdict.fires.copy()
+    scores[order], fires[order] = np.roll(scores[order], 1), np.roll(fires[order], 1)
+    return Verdict(scores, fires, verdict.failure, prompt_hash=verdict.prompt_hash)
+
+
+def _measured(
+    name: str,
+    verdict: Verdict,
+    firing: Int[ndarray, " firing"],
+    other: Int[ndarray, " other"],
+    failure: str | None,
+) -> dict[str, Row]:
+    """Return the columns of each measure: balanced accuracy, AUROC, average precision."""
+    metrics = (name, f"{name}_auroc", f"{name}_average_precision")
+    if failure is not None:
+        prior = len(firing) / max(len(firing) + len(other), 1)
+        chances = (CHANCE, CHANCE, prior)
+        return {
+            each: undefined(failure, value) for each, value in zip(metrics, chances, strict=True)
+        }
+    a, b = verdict.fires[firing], verdict.fires[other]
+    counts = {
+        "tp": int((a == 1).sum()),
+        "tn": int((b == 0).sum()),
+        "fp": int((b == 1).sum()),
+        "fn": int((a == 0).sum()),
+        "unanswered": int(np.isnan(a).sum() + np.isnan(b).sum()),
+    }
+    right_a = counts["tp"] + np.isnan(a).sum() / 2
+    right_b = counts["tn"] + np.isnan(b).sum() / 2
+    n_a, n_b = len(firing), len(other)
+    accuracy, low, high = balanced_accuracy(right_a, n_a, right_b, n_b)
+    area = auroc(verdict.scores[firing], verdict.scores[other])
+    precision = average_precision(verdict.scores[firing], verdict.scores[other])
+    found = (
+        (accuracy, (low, high), ACCURACY_METHOD),
+        (area, auroc_interval(area, n_a, n_b), AUROC_METHOD),
+        (precision, average_precision_interval(precision, n_a), PRECISION_METHOD),
+    )
+    shared = {"nan_fraction": 0.0, "n_failures": counts["unanswered"], "details": counts}
+    return {
+        metric: {"value": value, "ci_low": ends[0], "ci_high": ends[1], "ci_method": method}
+        | shared
+        for metric, (value, ends, method) in zip(metrics, found, strict=True)
+    }

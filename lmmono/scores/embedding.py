@@ -1,0 +1,106 @@
+"""`embedding`: is the explanation nearer to texts in which the unit fires than to silent ones?
+
+No language model judges; a sentence encoder places the explanation and the texts, and the AUROC of
+their cosines is the score. Paulo et al. 2024 (arXiv 2410.13928).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from lmmono.errors import ExplainError
+from lmmono.explanations.stored_explanations import read_vocabulary
+from lmmono.records.contrasts import Class, read_contrasts
+from lmmono.scores.areas import area_row, present_classes
+from lmmono.scores.explained import explanations_of
+from lmmono.scores.judging import shown_text
+from lmmono.scores.scorer_registry import Job, Row
+
+CLASSES: tuple[Class, ...] = ("firing", "silent", "near_miss")
+
+QUERY = "A text that fits this description: {}"
+"""What is said before the explanation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A sentence encoder with the name it has in stored rows."""
+
+    name: str
+    """Name and version."""
+    encode: Callable[[Sequence[str]], Float[ndarray, "texts d"]]
+    """Returns a vector per text; of any length, cosines are taken."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def open_encoder(encoder: Encoder | str) -> Encoder:
+    """Return an encoder; a name is one of sentence-transformers, or a folder that holds one.
+
+    Raises:
+        ExplainError: sentence-transformers is not installed, or has no such model here.
+    """
+    if isinstance(encoder, Encoder):
+        return encoder
+    try:
+        from sentence_transformers import (  # pyright: ignore[reportMissingImports]
+            SentenceTransformer,
+        )
+    except ImportError as fault:
+        raise ExplainError(
+            f"encoder {encoder!r} needs sentence-transformers: pip install 'lmmono[embed]', or "
+            f"pass encoder=Encoder(name, function)"
+        ) from fault
+    try:
+        model = SentenceTransformer(encoder)
+    except OSError as fault:
+        raise ExplainError(f"encoder {encoder!r} cannot be opened: {fault}") from fault
+    return Encoder(encoder, lambda texts: np.asarray(model.encode(list(texts))))
+
+
+def score_embedding(job: Job) -> list[Row]:
+    """Score units by the AUROC of the cosines of firing and silent texts, and of near misses."""
+    encoder, settings = open_encoder(job.settings["encoder"]), job.settings
+    contrasts = read_contrasts(
+        job, "score", int(settings["n"]), int(settings["window"]), bool(settings["ranked"])
+    )
+    units, index = contrasts.units.tolist(), contrasts.of(CLASSES)
+    used = np.unique(index[index >= 0])
+    words = read_vocabulary(job.store)
+    texts = [shown_text(contrasts.excerpts.token_ids[i], None, words) for i in used]
+    vectors = _normal(encoder.encode(texts))
+    rows: list[Row] = []
+    explained = explanations_of(job, units)
+    queries = sorted({each.text for all_of in explained.values() for each in all_of if each.text})
+    placed = dict(zip(queries, _normal(encoder.encode([QUERY.format(q) for q in queries])),
+                      strict=True))  # fmt: skip
+    for control, explanations in explained.items():
+        for i, (unit, explanation) in enumerate(zip(units, explanations, strict=True)):
+            scores = np.full(len(index[i]), np.nan)
+            if explanation.text is not None:
+                there = index[i] >= 0
+                at = np.searchsorted(used, index[i][there])
+                scores[there] = vectors[at] @ placed[explanation.text]
+            sides = present_classes(index[i], len(CLASSES))
+            for metric, other in (("embedding", 1), ("embedding_near_miss", 2)):
+                named = {"control": control, "details": {"encoder": encoder.name}}
+                both = scores[sides[0]], scores[sides[other]]
+                rows.append(area_row(job, metric, unit, *both, explanation.failure) | named)
+            if control is None and job.controls:
+                order = np.random.default_rng((job.seed, unit, 61)).permutation(len(scores))
+                mixed = scores[order][~np.isnan(scores[order])]
+                n = len(sides[0])
+                both = mixed[:n], mixed[n : n + len(sides[1])]
+                row = area_row(job, "embedding", unit, *both, explanation.failure)
+                rows.append(row | {"control": "shuffled_pairing"})
+    return rows
+
+
+def _normal(vectors: ndarray) -> Float[ndarray, "texts d"]:
+    vectors = np.asarray(vectors, np.float64)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(norms, 1e-12)

@@ -1,0 +1,213 @@
+"""Judges of records: a program, or a language model that reads the explanation.
+
+A judge says of each record whether the unit fires in it, or at the marked tokens. What it does not
+answer is NaN: counted, never left out.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+
+from lmmono.clients.client import Answer, Client, Message, Prompt
+from lmmono.explanations.explanation import Explanation, Failure, Program, Usage
+
+N_ALTERNATIVES = 5
+"""Alternatives asked for at each token, for the probability of a 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """What is judged for one unit."""
+
+    token_ids: Int[ndarray, "items window"]
+    marked: Bool[ndarray, "items window"] | None
+    """Tokens that are shown as firing; None where whole records are judged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a judge said of one unit's items."""
+
+    scores: Float[ndarray, " items"]
+    """How sure it is that the unit fires; NaN where it did not answer."""
+    fires: Float[ndarray, " items"]
+    """1 or 0; NaN where it did not answer."""
+    failure: Failure | None = None
+    """Why there is no answer at all."""
+    usage: Usage = field(default_factory=Usage)
+    """What it took."""
+    prompt_hash: str | None = None
+    """sha256 of the prompts."""
+
+
+def predicted(program: Program, items: Items) -> Float[ndarray, " items"]:
+    """Return a program's score of each item: its predicted maximum, or mean on marked tokens."""
+    acts, there = program.simulate(items.token_ids), items.token_ids >= 0
+    if items.marked is None:
+        return np.where(there, acts, -np.inf).max(axis=1)
+    marked = items.marked & there
+    return (acts * marked).sum(axis=1) / np.maximum(marked.sum(axis=1), 1)
+
+
+def judge_by_program(program: Program, items: Items, threshold: float) -> Verdict:
+    """Return a program's verdict; the threshold comes from other records."""
+    scores = predicted(program, items)
+    return Verdict(scores, (scores > threshold).astype(float))
+
+
+_SYSTEM = """You are told what makes one unit of a language model fire, and shown numbered texts.
+Decide for each text whether the unit fires {where}. Answer with one list of {zero_one} only, such \
+as {example}: a 1 where it fires, a 0 where it does not, one entry per text, in order."""
+
+_SHOWN: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    (
+        "colours",
+        (" the door was<< red>> and", " a cold night in", " her<< blue>> eyes looked"),
+        "[1,0,1]",
+    ),
+    (
+        "the second half of a quotation",
+        (' he said << no>>"', " we went home early"),
+        "[0,0]",
+    ),
+)
+
+
+def judge_by_client(
+    client: Client,
+    explanations: Sequence[Explanation],
+    items: Sequence[Items],
+    order: Sequence[ndarray],
+    vocabulary: tuple[str, ...],
+    batch: int,
+) -> list[Verdict]:
+    """Ask a language model about every unit's items, `batch` at a time in the order given.
+
+    An item that is not in the order is not asked about and stays NaN.
+    """
+    prompts: list[Prompt] = []
+    asked: list[tuple[int, ndarray]] = []
+    for i, (explanation, mine, places) in enumerate(zip(explanations, items, order, strict=True)):
+        if explanation.text is not None:
+            for first in range(0, len(places), batch):
+                chosen = places[first : first + batch]
+                prompts.append(_prompt(explanation.text, mine, chosen, vocabulary))
+                asked.append((i, chosen))
+    answers = client.complete(prompts, max_tokens=3 * batch + 8, n_alternatives=N_ALTERNATIVES)
+    return _collected(items, prompts, asked, answers)
+
+
+def _collected(
+    items: Sequence[Items],
+    prompts: Sequence[Prompt],
+    asked: Sequence[tuple[int, ndarray]],
+    answers: Sequence[Answer],
+) -> list[Verdict]:
+    scores = [np.full(len(each.token_ids), np.nan) for each in items]
+    fires = [np.full(len(each.token_ids), np.nan) for each in items]
+    usages, hashes = [Usage() for _ in items], [list[str]() for _ in items]
+    failures: list[set[Failure]] = [set() for _ in items]
+    for (i, chosen), prompt, answer in zip(asked, prompts, answers, strict=True):
+        usages[i] = usages[i] + answer.usage
+        hashes[i].append(prompt.sha256)
+        said = _parsed(answer, len(chosen))
+        if said is None:
+            failures[i].add(answer.failure or "unparsed")
+        else:
+            fires[i][chosen], scores[i][chosen] = said
+    return [
+        Verdict(
+            scores[i],
+            fires[i],
+            next(iter(sorted(failures[i]))) if np.isnan(fires[i]).all() and failures[i] else None,
+            usages[i],
+            joined_hash(hashes[i]),
+        )
+        for i in range(len(items))
+    ]
+
+
+def joined_hash(hashes: Sequence[str]) -> str | None:
+    """Return one sha256 for the prompts of a unit; that of the only one, or None for none."""
+    if len(hashes) <= 1:
+        return hashes[0] if hashes else None
+    return Prompt(text="".join(hashes)).sha256
+
+
+def _prompt(
+    text: str, items: Items, chosen: Int[ndarray, " batch"], vocabulary: tuple[str, ...]
+) -> Prompt:
+    is_marked = items.marked is not None
+    where = "exactly on the tokens marked << >>" if is_marked else "anywhere in it"
+    example = json.dumps([1, 0, 0, 1, 1][: len(chosen)]).replace(" ", "")
+    system = _SYSTEM.format(where=where, zero_one="0s and 1s", example=example)
+    messages = [Message("system", system)]
+    for meaning, texts, answer in _SHOWN:
+        shown = [each if is_marked else each.replace("<<", "").replace(">>", "") for each in texts]
+        messages.append(Message("user", _question(meaning, shown)))
+        messages.append(Message("assistant", answer))
+    texts = [
+        shown_text(
+            items.token_ids[i], None if items.marked is None else items.marked[i], vocabulary
+        )
+        for i in chosen
+    ]
+    return Prompt((*messages, Message("user", _question(text, texts))))
+
+
+def _question(meaning: str, texts: Sequence[str]) -> str:
+    numbered = "\n".join(f"Text {i}: {text}" for i, text in enumerate(texts, start=1))
+    return f"The unit fires on: {meaning}\n{numbered}"
+
+
+def shown_text(
+    token_ids: Int[ndarray, " window"],
+    marked: Bool[ndarray, " window"] | None,
+    vocabulary: tuple[str, ...],
+) -> str:
+    """Return a record as people read it, one line, neighbouring marked tokens in one pair of marks.
+
+    >>> shown_text(np.array([0, 1, 0, -1]), np.array([False, True, False, False]), ("a", "b"))
+    'a<<b>>a'
+    """
+    there = token_ids >= 0
+    on = [False, *([False] * int(there.sum()) if marked is None else marked[there].tolist()), False]
+    parts: list[str] = []
+    for i, token_id in enumerate(token_ids[there]):
+        word = vocabulary[token_id] if token_id < len(vocabulary) else f"[{token_id}]"
+        parts.append(f"{'<<' * (on[i + 1] and not on[i])}{word}")
+        parts.append(">>" * (on[i + 1] and not on[i + 2]))
+    return "".join(parts).replace("\n", "\\n")
+
+
+def _parsed(answer: Answer, n: int) -> tuple[Float[ndarray, " n"], Float[ndarray, " n"]] | None:
+    """Return the labels and how sure each is, or None where the answer is no list of n labels."""
+    if answer.text is None:
+        return None
+    bracketed = re.search(r"\[([^\]]*)\]", answer.text)
+    said = re.fullmatch(r"\s*[01](\s*,?\s*[01])*\s*", bracketed[1] if bracketed else answer.text)
+    labels = np.array([float(digit) for digit in re.findall("[01]", said[0])]) if said else None
+    if labels is None or len(labels) != n:
+        return None
+    sure = _probabilities(answer)
+    return labels, labels if len(sure) != n else sure
+
+
+def _probabilities(answer: Answer) -> Float[ndarray, " digits"]:
+    """Return P(1) / (P(0) + P(1)) at each token of the answer that is a digit."""
+    found: list[float] = []
+    for token, alternatives in zip(answer.tokens, answer.alternatives, strict=False):
+        if token.strip(" [],") in ("0", "1"):
+            mass = {"0": 0.0, "1": 0.0}
+            for other, logprob in {token: -np.inf, **alternatives}.items():
+                digit = other.strip(" [],")
+                if digit in mass:
+                    mass[digit] += float(np.exp(logprob))
+            total = mass["0"] + mass["1"]
+            found.append(mass["1"] / total if total > 0 else float(token.strip(" [],")))
+    return np.array(found)

@@ -1,0 +1,200 @@
+"""Units whose meaning is known: planted ones, and those of a trained model that follow a feature.
+
+Planted units are exact functions of features of the planted language: as they are, with noise, in
+superposition with another feature, or both. A trained model's neuron is taken to mean the feature
+with which it correlates most, where that is much; what it fires on besides stays in it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+
+import activation_store as astore
+from lmmono.captures.capture import capture
+from lmmono.data.planted import Language
+from lmmono.data.tokens import TokenRows
+from lmmono.data.truth import planted_language, row_truth
+from lmmono.runs.folder import Run
+
+LEVELS: dict[str, tuple[float, float]] = {
+    "exact": (0.0, 0.0),
+    "noise 0.3": (0.3, 0.0),
+    "superposed 0.5": (0.0, 0.5),
+    "noise 0.3, superposed 0.5": (0.3, 0.5),
+}
+"""Noise (share of firing lost, and as much falsely added) and weight of a second feature."""
+
+RATES = (0.003, 0.2)
+"""Features with a share of words in this range are looked at."""
+
+MATCHED = 0.5
+"""Least correlation of a trained neuron with the feature that it is taken to mean."""
+
+N_CTX = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One unit of known meaning."""
+
+    hook: str
+    unit: int
+    level: str
+    """What it is: a level of planted noise, or `trained`."""
+    feature: int
+    """Row of the features."""
+    kind: str
+    """Kind of the feature."""
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """Units of known meaning, and how often each word has each feature."""
+
+    units: tuple[Known, ...]
+    words: tuple[str, ...]
+    """String of each token id."""
+    counts: Float[ndarray, " words"]
+    """Tokens of each word in the text."""
+    hits: Float[ndarray, "features words"]
+    """Those of them that have the feature."""
+
+
+def write_planted(store: astore.Store, n_documents: int, seed: int) -> Truth:
+    """Write units that are functions of features, a hook per level, into an empty store."""
+    language = Language(seed)
+    number = {word: i for i, word in enumerate(language.vocabulary)}
+    told = [language.document(i) for i in range(n_documents)]
+    ids = np.array([number[word] for each in told for word in each.words], np.int64)
+    docs = np.repeat(np.arange(n_documents), [len(each.words) for each in told])
+    whole = len(ids) // (2 * N_CTX) * 2 * N_CTX
+    truth = np.concatenate([each.truth for each in told])[:whole]
+    kept = _frequent(truth)
+    words = tuple(f" {word}" for word in language.vocabulary)
+    store.add_vocabulary(words)
+    _write(store, ids[:whole], docs[:whole], truth[:, kept], seed)
+    kinds = [language.features[i].kind for i in kept]
+    units = [
+        Known(_hook(at), i, level, i, kind)
+        for at, level in enumerate(LEVELS)
+        for i, kind in enumerate(kinds)
+    ]
+    return _truth(tuple(units), words, ids[:whole], truth[:, kept])
+
+
+def write_trained(store: astore.Store, run: Run, max_tokens: int, seed: int) -> Truth:
+    """Write the neurons of a run on the planted language; those that follow a feature are known.
+
+    Which feature that is, is found on split `explain`.
+
+    Raises:
+        DataError: The run's corpus is not a planted one.
+        ModelError: The model has no neurons.
+    """
+    language = planted_language(run.corpus)
+    parts = [run.tokens(split).limit(max_tokens) for split in ("explain", "score")]
+    settings: dict[str, Any] = {"max_density": 1.0, "top_k": 1, "random_k": 1, "quantile_k": 1}
+    capture(run.model, parts, hooks="blocks.*.mlp.hook_post", into=store, seed=seed, **settings)
+    ids = parts[0].ids.reshape(-1).astype(np.int64)
+    truth = row_truth(run.corpus, parts[0]).reshape(len(ids), -1)
+    kept = _frequent(truth)
+    truth, units = truth[:, kept], list[Known]()
+    widths = store.sql("SELECT hook, d FROM hooks WHERE kind = 'rows' ORDER BY hook").fetchall()
+    for hook, d in widths:
+        alike = _correlations(_dense(store, hook, d, parts[0]), truth)
+        best = alike.argmax(axis=1)
+        for unit in np.flatnonzero(alike.max(axis=1) >= MATCHED).tolist():
+            feature = int(best[unit])
+            kind = language.features[kept[feature]].kind
+            units.append(Known(hook, unit, "trained", feature, kind))
+    words = store.sql("SELECT token FROM vocabulary ORDER BY token_id").fetchall()
+    return _truth(tuple(units), tuple(str(word) for (word,) in words), ids, truth)
+
+
+def _frequent(truth: Bool[ndarray, "tokens features"]) -> Int[ndarray, " kept"]:
+    rates = truth.mean(axis=0)
+    return np.flatnonzero((rates >= RATES[0]) & (rates <= RATES[1]))
+
+
+def _truth(
+    units: tuple[Known, ...],
+    words: tuple[str, ...],
+    ids: Int[ndarray, " tokens"],
+    truth: Bool[ndarray, "tokens features"],
+) -> Truth:
+    counts = np.bincount(ids, minlength=len(words)).astype(float)
+    hits = [np.bincount(ids, each, len(words)) for each in truth.T.astype(float)]
+    return Truth(units, words, counts, np.stack(hits))
+
+
+def _hook(level: int) -> str:
+    return f"blocks.{level}.mlp.hook_post"
+
+
+def _write(
+    store: astore.Store,
+    ids: Int[ndarray, " tokens"],
+    docs: Int[ndarray, " tokens"],
+    truth: Bool[ndarray, "tokens features"],
+    seed: int,
+) -> None:
+    """Write a hook per level, half of the rows for each split."""
+    d = truth.shape[1]
+    hooks = [_hook(level) for level in range(len(LEVELS))]
+    rng = np.random.default_rng((seed, 1))
+    other = rng.permutation(d)
+    acts = [_fire(truth, other, *level, rng) for level in LEVELS.values()]
+    rows = [astore.Rows(hook, d, max_density=1.0) for hook in hooks]
+    ids, docs = ids.reshape(-1, N_CTX), docs.reshape(-1, N_CTX).copy()
+    middle = len(ids) // 2
+    docs[middle:] += docs.max() + 1  # a document cut in two is two documents
+    with store.writer(rows=rows, n_ctx=N_CTX, seed=seed) as writer:
+        for split, part in (("explain", slice(0, middle)), ("score", slice(middle, None))):
+            here = {h: a.reshape(*ids.shape, d)[part] for h, a in zip(hooks, acts, strict=True)}
+            writer.add(np.arange(len(ids))[part], ids[part], docs[part], split, here)
+
+
+def _fire(
+    truth: Bool[ndarray, "tokens features"],
+    other: Int[ndarray, " features"],
+    noise: float,
+    weight: float,
+    rng: np.random.Generator,
+) -> Float[ndarray, "tokens features"]:
+    """Return activations: 1 on the feature, `weight` on another, with firing lost and added."""
+    acts = np.maximum(truth, weight * truth[:, other]).astype(np.float32)
+    if noise:
+        draws = rng.random(acts.shape, np.float32)
+        lost, added = draws < noise, draws < noise * truth.mean(axis=0)
+        size = rng.lognormal(0.0, noise, acts.shape).astype(np.float32)
+        acts = np.where(acts > 0, np.where(lost, 0, acts * size), np.where(added, size, 0))
+    return acts.astype(np.float32)
+
+
+def _dense(
+    store: astore.Store, hook: str, d: int, rows: TokenRows
+) -> Float[ndarray, "tokens units"]:
+    """Return the activations of a hook on rows of tokens, 0 where none is stored."""
+    query = """SELECT seq_id, pos, unit, act FROM acts
+        WHERE hook = $hook AND seq_id >= $first AND seq_id < $after"""
+    first, n_ctx = rows.first_seq_id, rows.n_ctx
+    found = store.sql(query, hook=hook, first=first, after=first + len(rows)).fetchnumpy()
+    seq, pos, unit, act = (np.asarray(found[name]) for name in ("seq_id", "pos", "unit", "act"))
+    dense = np.zeros((rows.ids.size, d), np.float32)
+    dense[(seq.astype(np.int64) - first) * n_ctx + pos, unit] = act
+    return dense
+
+
+def _correlations(
+    acts: Float[ndarray, "tokens units"], truth: Bool[ndarray, "tokens features"]
+) -> Float[ndarray, "units features"]:
+    """Return Pearson's correlation of every unit with every feature; 0 where one is constant."""
+    sides = [acts - acts.mean(axis=0), truth - truth.mean(axis=0, dtype=np.float32)]
+    a, b = (
+        side / np.maximum(np.sqrt(np.square(side).sum(axis=0, keepdims=True)), 1e-12)
+        for side in sides
+    )
+    return a.T @ b

@@ -1,0 +1,153 @@
+"""Statistics of units that need labels: how well a unit keeps to one concept.
+
+`semantic_consistency` is the largest share of a concept among the items on which the unit fires
+(arXiv 2410.21331). The raw share is large by chance where a unit fires rarely, or a concept is
+common; the corrected one is (SC - E) / (1 - E), E being its mean over shuffled labels at the same
+support. The `top` variants take the same number of items for each unit, its strongest, so that
+dense and sparse codes can be compared.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+
+from lmmono.scores.labels import Labelled, read_labelled
+from lmmono.scores.scorer_registry import Job, Row
+from lmmono.scores.unit_statistics import METHOD, N_GROUPS, jackknife
+
+MIN_SUPPORT = 20
+"""A unit that fires on fewer items has no consistency: `too_few_records`."""
+
+
+def consistency(
+    active: Bool[ndarray, "items units"], labels: Bool[ndarray, "items concepts"]
+) -> Float[ndarray, " units"]:
+    """Return the largest share of a concept among each unit's active items; NaN without any.
+
+    >>> active = np.array([[True], [True], [True], [False]])
+    >>> labels = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
+    >>> consistency(active, labels).round(3)
+    array([0.667])
+    """
+    counts = active.T.astype(np.float32) @ labels.astype(np.float32)
+    support = active.sum(axis=0)
+    return np.where(support > 0, counts.max(axis=1) / np.maximum(support, 1), np.nan)
+
+
+def strongest(acts: Float[ndarray, "items units"], share: float) -> Bool[ndarray, "items units"]:
+    """Return each unit's strongest items, the same number for each, at least one; none if 0."""
+    k = max(1, int(np.ceil(share * len(acts))))
+    top = np.argpartition(-acts, k - 1, axis=0)[:k]
+    chosen = np.zeros(acts.shape, bool)
+    np.put_along_axis(chosen, top, True, axis=0)
+    return chosen & (acts > 0)
+
+
+def selectivity(
+    acts: Float[ndarray, "items units"],
+    labels: Bool[ndarray, "items concepts"],
+    concepts: Int[ndarray, " units"],
+) -> Float[ndarray, " units"]:
+    """Return (mean with - mean without) / (mean with + mean without) of each unit's concept.
+
+    Morcos et al. 2018 (arXiv 1803.06959). NaN where the unit is silent or the concept is missing.
+    """
+    mine = labels[:, concepts].astype(np.float64)
+    n_with = mine.sum(axis=0)
+    n_without = len(mine) - n_with
+    with_it = (acts * mine).sum(axis=0) / np.maximum(n_with, 1)
+    without = (acts * (1 - mine)).sum(axis=0) / np.maximum(n_without, 1)
+    total = with_it + without
+    defined = (total > 0) & (n_with > 0) & (n_without > 0)
+    return np.where(defined, (with_it - without) / np.where(defined, total, 1), np.nan)
+
+
+def mean_differences(
+    acts: Float[ndarray, "items units"], labels: Bool[ndarray, "items concepts"]
+) -> Float[ndarray, "concepts units"]:
+    """Return for each concept how much larger each unit's mean is on items that have it."""
+    mine = labels.T.astype(np.float32)
+    n = mine.sum(axis=1, keepdims=True)
+    sums = mine @ acts
+    total = acts.sum(axis=0)
+    return sums / np.maximum(n, 1) - (total - sums) / np.maximum(len(acts) - n, 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Measured:
+    """Values of all units by metric: over all documents, then without each group of them."""
+
+    parts: dict[str, Float[ndarray, "units parts"]]
+    support: dict[str, Int[ndarray, " units"]]
+
+
+def score_labelled(job: Job) -> list[Row]:
+    """Score units by selectivity and consistency, raw and corrected; control `shuffled_labels`."""
+    known, learned = read_labelled(job, "score"), read_labelled(job, "explain")
+    found: dict[str | None, _Measured] = {None: _measure(job, known, known.labels, learned)}
+    if job.controls:
+        labels = known.shuffled(np.random.default_rng((job.seed, 19)))
+        found["shuffled_labels"] = _measure(job, known, labels, learned)
+    units = list(range(known.acts.shape[1])) if job.units is None else sorted(job.units)
+    rows: list[Row] = []
+    for control, measured in found.items():
+        for metric, parts in measured.parts.items():
+            low, high = jackknife(parts)
+            for i, unit in enumerate(units):
+                support = int(measured.support[metric][i])
+                columns = _columns(metric, parts[i, 0], low[i], high[i], support)
+                counts = {"n": support, "n_documents": len(np.unique(known.doc_ids))}
+                rows.append(job.row(metric, unit, control=control, **counts, **columns))
+    return rows
+
+
+def _columns(metric: str, value: float, low: float, high: float, support: int) -> Row:
+    if support < MIN_SUPPORT or np.isnan(value):
+        failure = "too_few_records" if support else "silent"
+        return {"value": None, "n_failures": 1, "failure": failure}
+    known: Row = {"value": float(value), "n_failures": 0}
+    if np.isnan(low):
+        return known
+    least = 0.0 if metric.endswith("raw") else -1.0
+    method = METHOD if metric != "semantic_consistency" else f"{METHOD}, shuffled labels held fast"
+    ends = np.clip([low, high], least, 1.0)
+    return known | {"ci_low": float(ends[0]), "ci_high": float(ends[1]), "ci_method": method}
+
+
+def _measure(
+    job: Job, known: Labelled, labels: Bool[ndarray, "items concepts"], learned: Labelled
+) -> _Measured:
+    concepts = _best_concepts(learned)
+    groups = np.searchsorted(np.unique(known.doc_ids), known.doc_ids) % N_GROUPS
+    kept = [np.ones(len(groups), bool), *(groups != g for g in np.unique(groups))]
+    parts = {
+        "class_selectivity": np.stack(
+            [selectivity(known.acts[k], labels[k], concepts) for k in kept], axis=1
+        )
+    }
+    firing = known.acts > 0
+    support = {"class_selectivity": firing.sum(axis=0)}
+    shuffles = [
+        known.shuffled(np.random.default_rng((job.seed, 23, i)))
+        for i in range(int(job.settings["permutations"]))
+    ]
+    tops = strongest(known.acts, float(job.settings["top_share"]))
+    for name, active in (("semantic_consistency", firing), ("semantic_consistency_top", tops)):
+        raw = np.stack([consistency(active[k], labels[k]) for k in kept], axis=1)
+        chance = np.mean([consistency(active, each) for each in shuffles], axis=0)[:, None]
+        room = np.where(chance < 1, 1 - chance, np.nan)
+        parts |= {name: (raw - chance) / room, f"{name}_raw": raw}
+        support |= dict.fromkeys((name, f"{name}_raw"), active.sum(axis=0))
+    return _Measured(parts, support)
+
+
+def _best_concepts(learned: Labelled) -> Int[ndarray, " units"]:
+    """Return the concept that each unit selects best on the explain split."""
+    n_concepts, n_units = learned.labels.shape[1], learned.acts.shape[1]
+    each = [
+        selectivity(learned.acts, learned.labels, np.full(n_units, concept))
+        for concept in range(n_concepts)
+    ]
+    return np.nan_to_num(np.stack(each), nan=-np.inf).argmax(axis=0)

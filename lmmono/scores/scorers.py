@@ -1,0 +1,231 @@
+"""The scorers that there are; adding one is adding an entry."""
+
+from typing import Any
+
+from lmmono.scores.scorer_registry import SCORERS, Scorer
+
+_SIMULATION: dict[str, Any] = {
+    "top": 20,
+    "random": 20,
+    "window": 64,
+    "protocol": None,
+    "simulator": "program",
+}
+
+_PAPERS: dict[str, dict[str, Any]] = {
+    "openai": {"protocol": "openai"},
+    "openai_crate": {"protocol": "openai_crate"},
+}
+
+_CLASSES: dict[str, Any] = {"n": 50, "window": 32, "ranked": False, "batch": 5}
+
+_RANKED: dict[str, dict[str, Any]] = {"ranked": {"ranked": True}}
+
+_TEXTS: dict[str, Any] = {"n": 50, "window": 32, "ranked": False}
+
+_TRIALS: dict[str, Any] = {"trials": 20, "size": 5, "window": 32, "ranked": False}
+
+_STEERED: dict[str, Any] = {"prompts": 8, "prompt": 32, "kl": 0.5}
+
+_RATES = ("", "_auroc", "_average_precision")
+
+_MEASURES = ("", "_spearman", "_r2", "_uncentred_r2", "_deviation")
+
+for scorer in (
+    Scorer(
+        "token_selectivity",
+        ("token_selectivity",),
+        "lmmono.scores.token_statistics:token_selectivity",
+        needs=(),
+        chance=None,
+        citation="own; a normalised conditional entropy",
+        about="how few kinds of token carry a unit's activation",
+        seeded=False,
+    ),
+    Scorer(
+        "simulation_tar",
+        tuple(f"simulation_tar{name}" for name in _MEASURES),
+        "lmmono.scores.simulation:score_top_and_random",
+        needs=("explanation",),
+        chance=0.0,
+        citation="Bills et al. 2023, Language models can explain neurons in language models",
+        about="agreement of simulated and true activations on top and random records together",
+        settings=_SIMULATION,
+        presets=_PAPERS,
+    ),
+    Scorer(
+        "simulation_random",
+        tuple(f"simulation_random{name}" for name in _MEASURES),
+        "lmmono.scores.simulation:score_random",
+        needs=("explanation",),
+        chance=0.0,
+        citation="Bills et al. 2023, Language models can explain neurons in language models",
+        about="agreement of simulated and true activations on random records, firing or not",
+        settings=_SIMULATION,
+        presets=_PAPERS,
+    ),
+    Scorer(
+        "detection",
+        tuple(f"{name}{end}" for name in ("detection", "detection_near_miss") for end in _RATES),
+        "lmmono.scores.classification:detect",
+        needs=("explanation",),
+        chance=0.5,
+        citation="Paulo et al. 2024 (arXiv 2410.13928); near misses: own",
+        about="telling records in which the unit fires from silent ones by its explanation",
+        settings=_CLASSES,
+        presets=_RANKED,
+    ),
+    Scorer(
+        "fuzz",
+        tuple(f"{name}{end}" for name in ("fuzz", "fuzz_active") for end in _RATES),
+        "lmmono.scores.classification:fuzz",
+        needs=("explanation",),
+        chance=0.5,
+        citation="Paulo et al. 2024 (arXiv 2410.13928)",
+        about="telling by the explanation whether marked tokens are those on which the unit fires",
+        settings=_CLASSES,
+        presets=_RANKED,
+    ),
+    Scorer(
+        "unit_statistics",
+        (
+            "unit_kurtosis",
+            "unit_density",
+            "monosemanticity_scale",
+            "token_entropy",
+            "token_purity",
+            "ngram_consistency",
+        ),
+        "lmmono.scores.unit_statistics:score_statistics",
+        needs=(),
+        chance=None,
+        citation="moments: textbook; scale: arXiv 2312.11560; tokens and n-grams: own",
+        about="how rarely a unit fires, how far it stands out, and on how few tokens and n-grams",
+        settings={"ngram": 2},
+        seeded=False,
+    ),
+    Scorer(
+        "feature_decorrelation",
+        ("feature_decorrelation", "unit_correlation"),
+        "lmmono.scores.decorrelation:score_decorrelation",
+        needs=(),
+        chance=None,
+        citation="Yan et al. 2024 (arXiv 2406.17969); units: Zbontar et al. 2021, Barlow Twins",
+        about="how little the activations of different tokens, and different units, are alike",
+        settings={"tokens": 4096},
+        per="hook",
+    ),
+    Scorer(
+        "labelled",
+        (
+            "semantic_consistency",
+            "semantic_consistency_raw",
+            "semantic_consistency_top",
+            "semantic_consistency_top_raw",
+            "class_selectivity",
+        ),
+        "lmmono.scores.labelled:score_labelled",
+        needs=("labels",),
+        chance=0.0,
+        citation="arXiv 2410.21331; chance correction: own; Morcos et al. 2018 (arXiv 1803.06959)",
+        about="how well a unit keeps to one concept of given labels, raw and beyond chance",
+        settings={"items": 20_000, "permutations": 20, "top_share": 0.01},
+    ),
+    Scorer(
+        "sparse_probing",
+        ("sparse_probing_auc_1", "sparse_probing_auc_2", "sparse_probing_auc_5"),
+        "lmmono.scores.unit_probing:score_probes",
+        needs=("labels",),
+        chance=0.5,
+        citation="Gurnee et al. 2023 (arXiv 2305.01610)",
+        about="how much of a concept the best 1, 2 or 5 units of a hook hold",
+        settings={"items": 20_000},
+        per="hook",
+    ),
+    Scorer(
+        "fms",
+        ("fms", "fms_corrected"),
+        "lmmono.scores.unit_probing:score_fms",
+        needs=("labels",),
+        chance=None,
+        citation="Härle et al. 2025 (arXiv 2506.19382)",
+        about="whether one unit holds a concept, and nothing but that unit does",
+        settings={"items": 20_000, "per_class": 500, "depth": 4},
+        per="hook",
+    ),
+    Scorer(
+        "intruder",
+        ("intruder",),
+        "lmmono.scores.intruder:score_by_client",
+        needs=("client",),
+        chance=0.2,
+        citation="Paulo et al. 2024 (arXiv 2410.13928)",
+        about="whether a language model finds the one record of five that has no true marks",
+        settings=_TRIALS,
+        presets=_RANKED,
+    ),
+    Scorer(
+        "intruder_program",
+        ("intruder_program",),
+        "lmmono.scores.intruder:score_by_programs",
+        needs=("program",),
+        chance=0.2,
+        citation="Paulo et al. 2024 (arXiv 2410.13928), with a program for the judge",
+        about="whether an explanation's program predicts least for the one record of five",
+        settings=_TRIALS,
+        presets=_RANKED,
+    ),
+    Scorer(
+        "anthropic_intervals",
+        ("anthropic_intervals",),
+        "lmmono.scores.anthropic:score_intervals",
+        needs=("explanation",),
+        chance=0.0,
+        citation="Bricken et al. 2023, Towards Monosemanticity",
+        about="rank agreement of predicted and true activations on examples of all levels",
+        settings={"simulator": "program"},
+    ),
+    Scorer(
+        "effect",
+        ("ablation_kl", "steering_kl", "steering_strength"),
+        "lmmono.scores.intervention:score_effects",
+        needs=("model",),
+        chance=None,
+        citation="Paulo et al. 2024 (arXiv 2410.13928); strength by matched KL",
+        about="how much a unit changes the next token, and which tokens it promotes",
+        settings=_STEERED,
+    ),
+    Scorer(
+        "intervention",
+        ("intervention", "intervention_own"),
+        "lmmono.scores.intervention:score_interventions",
+        needs=("program", "model"),
+        chance=0.0,
+        citation="after Paulo et al. 2024 (arXiv 2410.13928), with a program for the reader",
+        about="whether steering a unit promotes the tokens that its explanation predicts",
+        settings=_STEERED,
+    ),
+    Scorer(
+        "embedding",
+        ("embedding", "embedding_near_miss"),
+        "lmmono.scores.embedding:score_embedding",
+        needs=("explanation", "encoder"),
+        chance=0.5,
+        citation="Paulo et al. 2024 (arXiv 2410.13928)",
+        about="whether the explanation lies nearer to texts in which the unit fires",
+        settings={**_TEXTS, "encoder": "sentence-transformers/all-MiniLM-L6-v2"},
+        presets=_RANKED,
+    ),
+    Scorer(
+        "surprisal",
+        ("surprisal", "surprisal_near_miss"),
+        "lmmono.scores.surprisal:score_surprisal",
+        needs=("explanation", "client"),
+        chance=0.5,
+        citation="Paulo et al. 2024 (arXiv 2410.13928)",
+        about="whether the explanation makes a model expect texts in which the unit fires",
+        settings={**_TEXTS, "n": 20},
+        presets=_RANKED,
+    ),
+):
+    SCORERS[scorer.name] = scorer

@@ -1,0 +1,99 @@
+"""`surprisal`: does the explanation make a language model expect the texts in which the unit fires?
+
+Each text is read twice, after a prompt with the explanation and after a neutral one. Its gain is
+the mean over its tokens of how much more likely the explanation makes them, in nats. The score is
+the AUROC of the gain between firing and silent texts. Paulo et al. 2024 (arXiv 2410.13928).
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from lmmono.clients.client import Prompt, Reading
+from lmmono.explanations.explanation import Explanation, Usage
+from lmmono.explanations.stored_explanations import read_vocabulary
+from lmmono.records.contrasts import Class, Contrasts, read_contrasts
+from lmmono.scores.areas import area_row, present_classes
+from lmmono.scores.explained import explanations_of, spent
+from lmmono.scores.judging import joined_hash, shown_text
+from lmmono.scores.scorer_registry import Job, Row
+
+WITH = "The following text has to do with this: {}\n\n"
+"""What is read before a text, with the explanation."""
+
+WITHOUT = "The following text is an ordinary one:\n\n"
+"""What is read before a text, without one."""
+
+CLASSES: tuple[Class, ...] = ("firing", "silent", "near_miss")
+
+
+def mean_logprob(reading: Reading, before: str) -> float:
+    """Return the mean log-probability of the tokens that begin after `before`, in nats.
+
+    NaN where there is none. A token that begins before and ends after it is left out.
+    """
+    if reading.failure is not None:
+        return float("nan")
+    ends = list(accumulate(len(token) for token in reading.tokens))
+    starts = [0, *ends[:-1]]
+    found = [
+        logprob
+        for start, logprob in zip(starts, reading.logprobs, strict=True)
+        if start >= len(before) and logprob is not None
+    ]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def score_surprisal(job: Job) -> list[Row]:
+    """Score units by the AUROC of the gain; texts are read once without an explanation."""
+    assert job.client is not None
+    settings = job.settings
+    contrasts = read_contrasts(
+        job, "score", int(settings["n"]), int(settings["window"]), bool(settings["ranked"])
+    )
+    units, index = contrasts.units.tolist(), contrasts.of(CLASSES)
+    texts = _texts(job, contrasts)
+    used = sorted(texts)
+    plain = job.client.read([WITHOUT + texts[i] for i in used])
+    neutral = {i: mean_logprob(reading, WITHOUT) for i, reading in zip(used, plain, strict=True)}
+    rows: list[Row] = []
+    for control, explanations in explanations_of(job, units).items():
+        for i, (unit, explanation) in enumerate(zip(units, explanations, strict=True)):
+            gains, cost = _gains(job, explanation, index[i], texts, neutral)
+            sides = present_classes(index[i], len(CLASSES))
+            for metric, other in (("surprisal", 1), ("surprisal_near_miss", 2)):
+                both = gains[sides[0]], gains[sides[other]]
+                row = area_row(job, metric, unit, *both, explanation.failure)
+                rows.append(row | cost | {"control": control})
+                cost = {"prompt_hash": cost.get("prompt_hash")}  # what it took is told once
+    return rows
+
+
+def _texts(job: Job, contrasts: Contrasts) -> dict[int, str]:
+    words, index = read_vocabulary(job.store), contrasts.of(CLASSES)
+    ids = contrasts.excerpts.token_ids
+    return {int(i): shown_text(ids[i], None, words) for i in np.unique(index[index >= 0])}
+
+
+def _gains(
+    job: Job,
+    explanation: Explanation,
+    index: ndarray,
+    texts: dict[int, str],
+    neutral: dict[int, float],
+) -> tuple[Float[ndarray, " records"], Row]:
+    """Return the gain of each record, NaN where the model did not read it, and what it took."""
+    gains = np.full(len(index), np.nan)
+    if explanation.text is None:
+        return gains, {}
+    assert job.client is not None
+    before, there = WITH.format(explanation.text), np.flatnonzero(index >= 0)
+    asked = [before + texts[int(index[i])] for i in there]
+    readings: Sequence[Reading] = job.client.read(asked)
+    for i, reading in zip(there, readings, strict=True):
+        gains[i] = mean_logprob(reading, before) - neutral[int(index[i])]
+    usage = sum((reading.usage for reading in readings), Usage())
+    return gains, spent(usage) | {"prompt_hash": joined_hash([Prompt(text=before).sha256])}

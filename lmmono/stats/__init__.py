@@ -1,0 +1,1 @@
+"""Statistics: intervals, resampling, tests, and rates."""

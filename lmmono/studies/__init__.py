@@ -1,0 +1,1 @@
+"""What is concluded from rows: paired differences, hypotheses, doses."""

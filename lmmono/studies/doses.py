@@ -1,0 +1,192 @@
+"""Is a more monosemantic code a more robust one: gain over dictionaries against a measure of them.
+
+Rows of table `robustness` say how monosemantic the code was that their probe read; scorers say more
+of dictionaries, in table `scores`. Only dictionaries of one width are held against each other:
+width alone changes both sides. A correlation over dictionaries that differ in how sparse they are
+is no cause either, so `l0` stands beside the measures.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+from scipy.stats import norm, permutation_test, rankdata, theilslopes
+
+import activation_store as astore
+from lmmono.studies.comparisons import LEVEL, N_RESAMPLES
+from lmmono.suites.robustness_rows import FULL, Result
+
+MIN_DICTIONARIES = 4
+"""Fewer have no interval."""
+
+CONSISTENCY = "semantic_consistency"
+"""The measure of H3, corrected for chance; see `lmmono.suites.consistency`."""
+
+ROW_MEASURES = (CONSISTENCY, "l0")
+"""What rows of table `robustness` say of codes, in `settings`."""
+
+SCORED = ("semantic_consistency_top", "fms_corrected", "mcc")
+"""What scorers say of latents or dictionaries, corrected for chance or held against the truth."""
+
+_DOSES = """SELECT d.name AS feature, d.d_sae AS width, s.metric AS measure, s.value
+    FROM scores s JOIN dictionaries d
+        ON s.hook = d.latents_hook OR (s.hook = d.hook AND s.dictionary = d.name)
+    WHERE list_contains($measures::VARCHAR[], s.metric) AND s.unit IS NULL AND s.control IS NULL
+        AND s.value IS NOT NULL AND (d.hook = $hook OR $hook IS NULL)
+    QUALIFY row_number() OVER (
+        PARTITION BY d.name, s.metric ORDER BY d.hook, s.preset NULLS FIRST, s.seed) = 1
+    ORDER BY ALL"""
+
+
+@dataclass(frozen=True, slots=True)
+class Dose:
+    """How monosemantic a dictionary is, by one measure."""
+
+    feature: str
+    """Feature family that is the dictionary, or the dictionary's name."""
+    width: int
+    """Latents."""
+    measure: str
+    """Name of the measure; chance-corrected where there is such a one."""
+    value: float
+    """Its mean over latents."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoseResponse:
+    """How the gain goes with a measure, over dictionaries of one width."""
+
+    measure: str
+    """Name of the measure."""
+    width: int
+    """Latents of every dictionary."""
+    n: int
+    """Dictionaries."""
+    rho: float
+    """Spearman's correlation of measure and gain."""
+    ci_low: float
+    """Lower end of its 95 % interval; NaN with fewer than 4 dictionaries."""
+    ci_high: float
+    """Upper end."""
+    p: float
+    """Two-sided, of dealing the gains out anew."""
+    slope: float
+    """Median of the slopes of all pairs (Theil and Sen), gain per unit of the measure."""
+    slope_low: float
+    """Lower end of its 95 % interval."""
+    slope_high: float
+    """Upper end."""
+
+
+def doses_of(results: Sequence[Result], measure: str = CONSISTENCY) -> list[Dose]:
+    """Return what rows say of the code of each family: the mean over tasks of one measure.
+
+    A family without the measure on a task where others have it is left out: a mean over fewer tasks
+    would be another measure.
+
+    Args:
+        results: Rows; those with a budget or a further pooling say nothing of dictionaries here.
+        measure: One of `ROW_MEASURES`.
+    """
+    found: dict[str, dict[str, float]] = {}
+    widths: dict[str, int] = {}
+    for each in results:
+        value, width = each.settings.get(measure), each.settings.get("d")
+        if is_whole(each) and value is not None and width is not None:
+            found.setdefault(each.feature, {})[each.task] = float(value)
+            widths[each.feature] = int(width)
+    tasks = {task for by_task in found.values() for task in by_task}
+    return [
+        Dose(feature, widths[feature], measure, float(np.mean(list(by_task.values()))))
+        for feature, by_task in sorted(found.items())
+        if by_task.keys() == tasks
+    ]
+
+
+def is_whole(result: Result) -> bool:
+    """Say whether a row is of all coordinates, pooled as the first pooling does.
+
+    Further poolings of a dictionary are the same dictionary, and it must not count twice.
+    """
+    return result.budget == FULL and ":" not in result.feature
+
+
+def read_doses(
+    store: astore.Store, measures: Sequence[str] = (CONSISTENCY,), hook: str | None = None
+) -> list[Dose]:
+    """Return the measures of every dictionary that was scored: by name, or by its latents.
+
+    Args:
+        store: Open store.
+        measures: Metrics of table `scores`.
+        hook: Hook of the dictionaries; None takes the first of each name.
+    """
+    rows = store.sql(_DOSES, measures=list(measures), hook=hook).to_arrow_table().to_pylist()
+    return [Dose(**row) for row in rows]
+
+
+def dose_responses(
+    doses: Sequence[Dose], gains: Mapping[str, float], *, seed: int = 0
+) -> list[DoseResponse]:
+    """Return how gains go with each measure at each width, over dictionaries that have both.
+
+    The interval of rho is Bonett and Wright's (2000): normal on the scale of atanh, with variance
+    (1 + rho^2 / 2) / (n - 3). A width with fewer than 3 dictionaries, or a measure that is the same
+    in all, is left out.
+
+    Args:
+        doses: Measures of dictionaries.
+        gains: Mean gain over the baseline by feature family.
+        seed: Seed of the permutations.
+    """
+    found: list[DoseResponse] = []
+    for measure, width in sorted({(each.measure, each.width) for each in doses}):
+        mine = [d for d in doses if (d.measure, d.width) == (measure, width) and d.feature in gains]
+        x = np.array([each.value for each in mine])
+        y = np.array([gains[each.feature] for each in mine])
+        if len(mine) >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
+            found.append(_response(x, y, measure, width, seed))
+    return found
+
+
+def _response(
+    x: Float[ndarray, " n"], y: Float[ndarray, " n"], measure: str, width: int, seed: int
+) -> DoseResponse:
+    ranks = [_standard(rankdata(each)) for each in (x, y)]
+    rho = float(np.clip(ranks[0] @ ranks[1], -1, 1))
+
+    def of_dealt(dealt: Float[ndarray, "..."], axis: int = -1) -> Float[ndarray, "..."]:
+        return np.asarray(np.moveaxis(dealt, axis, -1) @ ranks[1])
+
+    made = permutation_test(
+        (ranks[0],),
+        of_dealt,
+        permutation_type="pairings",
+        vectorized=True,
+        n_resamples=N_RESAMPLES,
+        batch=2_000,
+        rng=np.random.default_rng(seed),
+    )
+    low, high = spearman_interval(rho, len(x))
+    slope: Any = theilslopes(y, x, alpha=LEVEL)
+    slopes = (float(slope.slope), float(slope.low_slope), float(slope.high_slope))
+    return DoseResponse(measure, width, len(x), rho, low, high, float(made.pvalue), *slopes)
+
+
+def _standard(ranks: Float[ndarray, " n"]) -> Float[ndarray, " n"]:
+    centred = ranks - ranks.mean()
+    return centred / np.sqrt((centred**2).sum())
+
+
+def spearman_interval(rho: float, n: int) -> tuple[float, float]:
+    """Return Bonett and Wright's interval of Spearman's correlation over n pairs."""
+    if n < MIN_DICTIONARIES:
+        return math.nan, math.nan
+    inside = float(np.clip(rho, -1 + 1e-9, 1 - 1e-9))
+    half = float(norm.ppf((1 + LEVEL) / 2)) * math.sqrt((1 + inside**2 / 2) / (n - 3))
+    centre = math.atanh(inside)
+    return math.tanh(centre - half), math.tanh(centre + half)

@@ -1,0 +1,384 @@
+"""What is expected of monosemantic codes, said before the run, and what came out.
+
+A recipe names hypotheses in `robustness.hypotheses`; its digest is in the run's manifest before a
+probe is fitted. Each is one-sided in its claim and judged two-sided, so that the opposite can come
+out too. Nothing here reads a row that the hypothesis does not name.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from lmmono.errors import DataError, nearest
+from lmmono.studies.comparisons import Effect, by_seed, effect, holm
+from lmmono.studies.doses import Dose, dose_responses, doses_of, is_whole
+from lmmono.studies.effective import EffectiveRobustness, effective_robustness
+from lmmono.suites.robustness_rows import Result
+
+ALPHA = 0.05
+"""Any verdict but `not supported` needs p below this after Holm, and an interval without 0."""
+
+MIN_SEEDS = 5
+"""Seeds of a task that a verdict needs."""
+
+MIN_DICTIONARIES = 20
+"""Dictionaries of one width that H3 needs."""
+
+DENSE = ("raw", "random_projection", "pca", "dense_ae", "dense", "identity")
+"""First words of families that are dense: what a monosemantic code must beat."""
+
+OTHERS = (
+    *("relu", "random_relu", "random_topk", "random", "neurons", "top_neurons"),
+    *("shuffled", "untrained", "ica", "nmf"),
+)
+"""First words of families that are neither: they learned nothing sparse, or the model did."""
+
+Outcome = Literal["supported", "not supported", "opposite", "not tested"]
+
+SURE: tuple[Outcome, ...] = ("supported", "opposite")
+"""Outcomes that say something."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one family, or one width, says of a hypothesis."""
+
+    what: str
+    """The family with its budget, task or domain; for H3 the width."""
+    against: str
+    """What it was held against."""
+    value: float
+    """Mean difference in the metric; logits for H4, Spearman's correlation for H3."""
+    ci_low: float
+    """Lower end of the 95 % interval."""
+    ci_high: float
+    """Upper end."""
+    p: float
+    """Two-sided."""
+    p_holm: float
+    """p after Holm's correction over the findings of the hypothesis."""
+    n: int
+    """Seeds, over all tasks; for H3 dictionaries."""
+    least_p: float = 0.0
+    """The least p that so many can give."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """What this finding says by itself."""
+        if self.p_holm < ALPHA and self.ci_low > 0:
+            return "supported"
+        if self.p_holm < ALPHA and self.ci_high < 0:
+            return "opposite"
+        return "not supported"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came out of a hypothesis."""
+
+    name: str
+    """H1 to H4."""
+    claim: str
+    """What was expected."""
+    outcome: Outcome
+    """`supported`: some family is surely above 0 and none surely below; `opposite`: the reverse."""
+    reason: str
+    """The numbers behind it, or why it was not tested."""
+    findings: tuple[Finding, ...] = ()
+    """Every family by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What hypotheses are judged on."""
+
+    results: Sequence[Result]
+    """Rows of one metric."""
+    doses: Sequence[Dose] | None = None
+    """How monosemantic each dictionary is, for H3; None takes what the rows say of their codes."""
+    probe: str = "logistic"
+    """Learner whose rows count: tuned on noisy validation labels."""
+    claimed: Sequence[str] | None = None
+    """Families that are claimed to be robust; None takes all that are neither dense nor others."""
+    dense: Sequence[str] | None = None
+    """Dense controls; None takes those whose first word is one of `DENSE`."""
+
+    def is_claimed(self, feature: str) -> bool:
+        """Say whether a family is one that the hypotheses are about."""
+        if self.claimed is not None:
+            return feature in self.claimed
+        return not self.is_dense(feature) and first_word(feature) not in OTHERS
+
+    def is_dense(self, feature: str) -> bool:
+        """Say whether a family is a dense control."""
+        return feature in self.dense if self.dense is not None else first_word(feature) in DENSE
+
+
+def first_word(feature: str) -> str:
+    """Return the kind of a family's name.
+
+    >>> first_word("pca-16"), first_word("random_topk-64-8")
+    ('pca', 'random_topk')
+    """
+    return re.split(r"[^a-z_]", feature, maxsplit=1)[0]
+
+
+class NotTestedError(Exception):
+    """Rows that do not suffice for a hypothesis; says which are missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """Something to be expected, and how it is judged."""
+
+    name: str
+    """Name in recipes."""
+    claim: str
+    """What is expected."""
+    judge: Callable[[Evidence], list[Finding]]
+    """Evidence to findings, p not yet corrected; raises `NotTestedError`."""
+
+
+def verdicts(names: Sequence[str], evidence: Evidence) -> list[Verdict]:
+    """Return what came out of each hypothesis.
+
+    Args:
+        names: Those that the recipe registered.
+        evidence: Rows of its run.
+
+    Raises:
+        DataError: A name is unknown.
+    """
+    for name in names:
+        if name not in HYPOTHESES:
+            raise DataError(f"hypothesis {name!r}: unknown; {nearest(name, HYPOTHESES)}")
+    return [_verdict(HYPOTHESES[name], evidence) for name in names]
+
+
+def _verdict(hypothesis: Hypothesis, evidence: Evidence) -> Verdict:
+    about = hypothesis.name, hypothesis.claim
+    try:
+        raw = hypothesis.judge(evidence)
+    except (NotTestedError, DataError) as missing:
+        return Verdict(*about, "not tested", str(missing))
+    if len(raw) * min(each.least_p for each in raw) >= ALPHA:
+        over = f" over {len(raw)} findings" if len(raw) > 1 else ""
+        reason = f"{raw[0].n} seeds give no p below {ALPHA}{over}; want more seeds"
+        return Verdict(*about, "not tested", reason)
+    corrected = holm([each.p for each in raw])
+    findings = tuple(replace(each, p_holm=p) for each, p in zip(raw, corrected, strict=True))
+    sure: list[Outcome] = [name for name in SURE if any(each.outcome == name for each in findings)]
+    outcome: Outcome = sure[0] if len(sure) == 1 else "not supported"
+    counts = ", ".join(
+        f"{n} {name}"
+        for name in ("supported", "opposite", "not supported")
+        if (n := sum(each.outcome == name for each in findings))
+    )
+    best = max(findings, key=lambda each: each.value)
+    reason = (
+        f"of {len(findings)}: {counts}; best {best.what} against {best.against} {best.value:+.4f} "
+        f"[{best.ci_low:+.4f}, {best.ci_high:+.4f}], p = {best.p_holm:.3g} (Holm)"
+    )
+    return Verdict(*about, outcome, reason, findings)
+
+
+def _noisy_labels(evidence: Evidence, low: float, high: float) -> list[Result]:
+    """Return the rows of noisy labels whose margin is in a range."""
+    rows = [
+        each
+        for each in evidence.results
+        if each.suite == "noisy_labels" and each.probe == evidence.probe and each.level
+    ]
+    if rows and all(math.isnan(each.margin) for each in rows):
+        raise NotTestedError("rows of noisy_labels do not say n_classes, so no margin is known")
+    found = [each for each in rows if low - 1e-9 <= each.margin <= high + 1e-9]
+    if not found:
+        raise NotTestedError(f"no row of noisy_labels with a margin from {low:g} to {high:g}")
+    return found
+
+
+def _against_dense(evidence: Evidence, rows: Sequence[Result]) -> list[Finding]:
+    """Return each claimed family's difference from the best dense control of its budget."""
+    found: list[Finding] = []
+    arms = sorted({(r.feature, r.budget) for r in rows if evidence.is_claimed(r.feature)})
+    if not arms:
+        raise NotTestedError("no family that is claimed to be robust has rows")
+    for feature, budget in arms:
+        same = [each for each in rows if each.budget == budget]
+        controls = sorted({each.feature for each in same if evidence.is_dense(each.feature)})
+        if controls:
+            effects = {c: effect(d) for c, d in differences(same, feature, controls).items()}
+            found.append(from_all(f"{feature} ({budget})", effects))
+    if not found:
+        raise NotTestedError("no dense control has rows at the budget of a claimed family")
+    return found
+
+
+def from_all(what: str, effects: Mapping[str, Effect]) -> Finding:
+    """Return how a family differs from the best of several controls, none chosen by its luck.
+
+    Better than the best is better than each: p is then the largest one (an intersection-union
+    test), and no correction is due. Worse than the best is worse than some: p is the least times
+    their number. The interval is that of the least difference: least lower, least upper end.
+    """
+    least = min(effects, key=lambda name: effects[name].value)
+    value, some = effects[least].value, list(effects.values())
+    if value > 0:
+        p = max(each.p for each in some)
+    else:
+        p = min(1.0, len(some) * min(each.p for each in some if each.value <= 0))
+    low, high = min(each.ci_low for each in some), min(each.ci_high for each in some)
+    return Finding(what, least, value, low, high, p, 1.0, some[0].n_seeds, some[0].least_p)
+
+
+def differences(
+    rows: Sequence[Result], feature: str, controls: Sequence[str]
+) -> dict[str, list[Float[ndarray, " _"]]]:
+    """Return a family's mean difference from each control, one per seed of each task.
+
+    Only conditions in which the family and all controls have a value count.
+    """
+    means = _common_means(rows, [feature, *controls])
+    if not means:
+        raise NotTestedError(f"{feature} and the controls share no condition with values")
+    for task in sorted({task for task, _ in means}):
+        n_seeds = sum(task == each for each, _ in means)
+        if n_seeds < MIN_SEEDS:
+            raise NotTestedError(f"task {task} has {n_seeds} whole seeds, want {MIN_SEEDS}")
+    return {
+        control: by_seed({key: values[0] - values[i] for key, values in means.items()})
+        for i, control in enumerate(controls, start=1)
+    }
+
+
+def _common_means(
+    rows: Sequence[Result], families: Sequence[str]
+) -> dict[tuple[str, int], list[float]]:
+    """Return the mean of each family over the conditions that all have, by task and seed."""
+    values: dict[tuple[str, int], dict[object, dict[str, float]]] = {}
+    for each in rows:
+        if each.feature in families and not math.isnan(each.value):
+            cells = values.setdefault((each.task, each.seed), {})
+            cells.setdefault((each.draw, each.condition), {})[each.feature] = each.value
+    means: dict[tuple[str, int], list[float]] = {}
+    for key, cells in values.items():
+        shared = [cell for cell in cells.values() if len(cell) == len(families)]
+        whole = [[cell[family] for family in families] for cell in shared]
+        if whole:
+            means[key] = np.mean(whole, axis=0).tolist()
+    return means
+
+
+def _h1(evidence: Evidence) -> list[Finding]:
+    return _against_dense(evidence, _noisy_labels(evidence, 0.8, 1.0))
+
+
+def _h2(evidence: Evidence) -> list[Finding]:
+    return _against_dense(evidence, _noisy_labels(evidence, 0.0, 0.2))
+
+
+def _h3(evidence: Evidence) -> list[Finding]:
+    """Return how the gain under label noise goes with the measure, width by width."""
+    rows = [each for each in _noisy_labels(evidence, 0.0, 1.0) if is_whole(each)]
+    gains = gains_of(evidence, rows)
+    doses = doses_of(rows) if evidence.doses is None else evidence.doses
+    widths = Counter(each.width for each in doses if each.feature in gains)
+    if max(widths.values(), default=0) < MIN_DICTIONARIES:
+        most = ", ".join(f"{n} of width {width}" for width, n in sorted(widths.items()))
+        raise NotTestedError(
+            f"want {MIN_DICTIONARIES} dictionaries of one width with a measure and a gain, "
+            f"got {most or 'none'}"
+        )
+    found = [r for r in dose_responses(doses, gains) if r.n >= MIN_DICTIONARIES]
+    if not found:
+        raise NotTestedError("the measure or the gain is the same in all dictionaries")
+    return [
+        Finding(f"width {r.width}", r.measure, r.rho, r.ci_low, r.ci_high, r.p, 1.0, r.n)
+        for r in found
+    ]
+
+
+def gains_of(evidence: Evidence, rows: Sequence[Result] | None = None) -> Mapping[str, float]:
+    """Return each claimed family's mean gain over the best dense control, at the full budget.
+
+    Args:
+        evidence: Says which families are claimed and which are controls.
+        rows: Rows to take it from; None: all of the evidence's under label noise.
+
+    Raises:
+        NotTestedError: There are none of either, or too few.
+    """
+    if rows is None:
+        rows = _noisy_labels(evidence, 0.0, 1.0)
+    full = [each for each in rows if is_whole(each)]
+    controls = sorted({each.feature for each in full if evidence.is_dense(each.feature)})
+    claimed = sorted({each.feature for each in full if evidence.is_claimed(each.feature)})
+    if not controls or not claimed:
+        raise NotTestedError("want rows of dictionaries and of a dense control at the full budget")
+    gains: dict[str, float] = {}
+    for feature in claimed:
+        by_control = differences(full, feature, controls).values()
+        gains[feature] = min(float(np.mean([each.mean() for each in part])) for part in by_control)
+    return gains
+
+
+def _h4(evidence: Evidence) -> list[Finding]:
+    """Return each claimed family's effective robustness, domain by domain."""
+    rows = [r for r in evidence.results if r.suite == "ood" and r.probe == evidence.probe]
+    dense = sorted({each.feature for each in rows if evidence.is_dense(each.feature)})
+    mine = [r for r in rows if evidence.is_claimed(r.feature) or r.feature in dense]
+    if not any((each.split or "").startswith("ood:") for each in mine):
+        raise NotTestedError("no row of suite ood on another domain")
+    found = effective_robustness(mine, dense)
+    if not found:
+        raise NotTestedError("no family that is claimed to be robust has rows")
+    few = min(each.effect.n_seeds for each in found)
+    if few < MIN_SEEDS:
+        raise NotTestedError(f"want {MIN_SEEDS} seeds, got {few}")
+    line = "line of " + ", ".join(dense)
+    return [_above(line, each) for each in found]
+
+
+def _above(line: str, found: EffectiveRobustness) -> Finding:
+    what, made = f"{found.feature}: {found.task} -> {found.split[4:]}", found.effect
+    ends = (made.value, made.ci_low, made.ci_high)
+    return Finding(what, line, *ends, made.p, 1.0, made.n_seeds, made.least_p)
+
+
+HYPOTHESES: dict[str, Hypothesis] = {
+    each.name: each
+    for each in (
+        Hypothesis(
+            "H1",
+            "under realistic label noise (margin rho >= 0.8) a monosemantic code beats the best "
+            "dense control of its budget, both tuned on noisy validation labels",
+            _h1,
+        ),
+        Hypothesis(
+            "H2",
+            "under extreme label noise (margin rho <= 0.2) a monosemantic code beats the best "
+            "dense control of its budget, both tuned on noisy validation labels",
+            _h2,
+        ),
+        Hypothesis(
+            "H3",
+            "over 20 or more dictionaries of one width, the gain under label noise grows with the "
+            "chance-corrected semantic consistency",
+            _h3,
+        ),
+        Hypothesis(
+            "H4",
+            "on other domains a monosemantic code lies above the line that the dense controls make "
+            "of accuracy at home and elsewhere",
+            _h4,
+        ),
+    )
+}
+"""The hypotheses by name; recipes name the same."""

@@ -1,0 +1,310 @@
+"""Feature families: the codes that a probe reads, all through one `fit` and `transform`.
+
+A family is fitted on token rows of clean training texts, without labels, and used unchanged ever
+after: on noisy labels, noisy inputs and other domains alike. Beside the codes that are asked about
+stand those that learned nothing or nothing sparse, at any width, so that a gain can be laid to
+sparsity, to width, or to neither.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import gelu, normalize
+
+from lmmono.errors import RobustnessError, nearest
+from lmmono.recipe.robustness_settings import FAMILY_SETTINGS, Family
+
+Rows = Float[Tensor, "n d_in"]
+Encode = Callable[[Tensor], Tensor]
+Point = Literal["stream", "neurons"]
+"""Where a family reads: the hook that is probed, or the MLP's neurons of the same layer."""
+
+AE_STEPS, AE_BATCH, AE_RATE = 400, 256, 2e-3
+"""Steps, rows per step and Adam's rate of the dense auto-encoder."""
+
+SAMPLE_ROWS = 64
+"""Rows whose code tells one encoder from another, where it has no digest of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a family may be given; None takes its own."""
+
+    d: int | None = None
+    """Width of the code."""
+    k: int | None = None
+    """Coordinates that stay."""
+    seed: int = 0
+    """Seed of everything random in it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Code:
+    """What fitting gives."""
+
+    encode: Encode
+    """Rows [n, d_in] to codes [n, d], on the device of the rows."""
+    n_parameters: int | None
+    """Numbers that were learned or drawn; None where nothing is known of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of family."""
+
+    name: str
+    """Name in `features`, recipes and tables."""
+    about: str
+    """What the code is, in one line."""
+    learn: Callable[[Tensor, Settings], Code]
+    """Rows and settings to a code."""
+    point: Point = "stream"
+    """Where it reads."""
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Settings that it knows."""
+        return FAMILY_SETTINGS[self.name]
+
+
+class FeatureFamily:
+    """A code of token rows: settings in the constructor, rows in `fit`.
+
+    Attributes:
+        name: Its name; of a kind, or free for an encoder.
+        point: Where it reads, unless `hook` says so.
+        hook: The only hook it reads, such as that of a dictionary; None for any.
+        d: Width of the code; 0 before `fit`, as the next ones.
+        d_in: Width of the rows.
+        l0: Mean number of coordinates that are not zero, on the rows of the fit.
+        n_parameters: Numbers learned or drawn; None where that is unknown.
+        digest: Says which code this is, over runs.
+    """
+
+    def __init__(
+        self, name: str, *, d: int | None = None, k: int | None = None, seed: int = 0
+    ) -> None:
+        """Check the settings; nothing is computed before `fit`.
+
+        Raises:
+            RobustnessError: The name is unknown, or a setting is not one of the kind's.
+        """
+        if name not in FAMILIES:
+            raise RobustnessError(f"feature family {name!r}: unknown; {nearest(name, FAMILIES)}")
+        kind = FAMILIES[name]
+        for setting, value in (("d", d), ("k", k)):
+            if value is not None and (setting not in kind.takes or value < 1):
+                takes = ", ".join(kind.takes) or "none"
+                raise RobustnessError(f"{name}: {setting}={value}: want a number >= 1 of {takes}")
+        self.name, self.point, self.hook = name, kind.point, None
+        self._settings, self._learn = Settings(d, k, seed), kind.learn
+        self._given_digest: str | None = None
+        self.d, self.d_in, self.l0, self.digest = 0, 0, 0.0, ""
+        self.n_parameters: int | None = None
+        self._encode: Encode | None = None
+
+    @classmethod
+    def of_encoder(cls, name: str, encode: Encode) -> "FeatureFamily":
+        """Return the family of any function from rows to codes, such as `sae.encode`.
+
+        A bound method's object says more, where it has it: `hook`, `digest`, `tensors()`.
+        """
+        family, owner = cls("raw"), getattr(encode, "__self__", None)
+        weights: Any = getattr(owner, "tensors", None)
+        tensors: dict[str, Tensor] = {} if weights is None else weights()
+        n_parameters = sum(each.numel() for each in tensors.values()) if tensors else None
+        family.name, family.hook = name, getattr(owner, "hook", None) or None
+        family._learn = partial(_given, Code(encode, n_parameters))
+        family._given_digest = str(getattr(owner, "digest", "") or "")
+        return family
+
+    def __repr__(self) -> str:
+        shape = f"d {self.d}, L0 {self.l0:.1f}" if self.d else "not fitted"
+        return f"FeatureFamily({self.name}: {shape})"
+
+    def fit(self, rows: Rows, *, origin: str = "") -> "FeatureFamily":
+        """Learn the code of some rows.
+
+        Args:
+            rows: Token rows, float32.
+            origin: Says which rows these are; goes into the digest.
+
+        Raises:
+            RobustnessError: A setting does not fit the rows, or the code is not [n, d].
+        """
+        rows = rows.float()
+        code = self._learn(rows, self._settings)
+        self._encode, self.n_parameters = code.encode, code.n_parameters
+        acts = self.transform(rows)
+        self.d, self.d_in = acts.shape[1], rows.shape[1]
+        self.l0 = float((acts != 0).sum()) / len(acts)
+        self.digest = self._identity(acts, origin)
+        return self
+
+    @torch.no_grad()
+    def transform(self, rows: Rows) -> Float[Tensor, "n d"]:
+        """Return the codes of rows, float32 where the rows are.
+
+        Raises:
+            RobustnessError: It is not fitted, or an encoder gives another shape than [n, d].
+        """
+        if self._encode is None:
+            raise RobustnessError(f"{self.name}: not fitted; fit it on token rows first")
+        acts = torch.as_tensor(self._encode(rows.float())).to(rows.device).float()
+        if acts.ndim != 2 or len(acts) != len(rows):
+            raise RobustnessError(
+                f"{self.name}: want a code [{len(rows)}, d] of rows {list(rows.shape)}, got "
+                f"{list(acts.shape)}"
+            )
+        return acts
+
+    def _identity(self, acts: Tensor, origin: str) -> str:
+        given, settings = self._given_digest, self._settings
+        if given is None:
+            parts: list[Any] = [self.name, settings.d, settings.k, settings.seed, origin]
+        else:
+            sample = acts[:SAMPLE_ROWS].cpu().contiguous().numpy().tobytes()
+            parts = [given or hashlib.sha256(sample).hexdigest()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def as_family(name: str, given: Any, *, seed: int = 0) -> FeatureFamily:
+    """Return what `features={name: given}` stands for.
+
+    Args:
+        name: The name that it gets in tables.
+        given: None for the rows as they are, a kind by name or as a recipe has it, a
+            `FeatureFamily`, or an encoder.
+        seed: Seed of what is drawn, for a kind given by name.
+
+    Raises:
+        RobustnessError: It is none of these, or an unknown kind.
+    """
+    if isinstance(given, FeatureFamily):
+        family = given
+    elif isinstance(given, Family):
+        family = FeatureFamily(given.name, d=given.d, k=given.k, seed=seed)
+    elif given is None or isinstance(given, str):
+        family = FeatureFamily(given or "raw", seed=seed)
+    elif callable(given):
+        family = FeatureFamily.of_encoder(name, cast(Encode, given))
+    else:
+        raise RobustnessError(
+            f"features[{name!r}]: want None, a name ({', '.join(FAMILIES)}), a FeatureFamily or a "
+            f"function such as sae.encode; got {type(given).__name__}"
+        )
+    return family
+
+
+def _given(code: Code, rows: Tensor, settings: Settings) -> Code:
+    del rows, settings
+    return code
+
+
+def _raw(rows: Tensor, settings: Settings) -> Code:
+    del rows, settings
+    return Code(lambda x: x, 0)
+
+
+def _relu(rows: Tensor, settings: Settings) -> Code:
+    del settings
+    centre = rows.mean(0)
+    return Code(lambda x: torch.relu(x - centre), centre.numel())
+
+
+def _random_projection(rows: Tensor, settings: Settings) -> Code:
+    weight = _directions(rows, settings, rows.shape[1])
+    return Code(lambda x: x @ weight, weight.numel())
+
+
+def _random_relu(rows: Tensor, settings: Settings) -> Code:
+    centre, weight = rows.mean(0), _directions(rows, settings, 4 * rows.shape[1])
+    return Code(lambda x: torch.relu((x - centre) @ weight), weight.numel() + centre.numel())
+
+
+def _random_topk(rows: Tensor, settings: Settings) -> Code:
+    centre, weight = rows.mean(0), _directions(rows, settings, 4 * rows.shape[1])
+    k = min(settings.k or 32, weight.shape[1])
+    return Code(lambda x: _largest((x - centre) @ weight, k), weight.numel() + centre.numel())
+
+
+def _pca(rows: Tensor, settings: Settings) -> Code:
+    most = min(rows.shape)
+    d = settings.d or most
+    if d > most:
+        raise RobustnessError(
+            f"pca: d={d}: {rows.shape[0]} rows of width {rows.shape[1]} have {most}"
+        )
+    centre: Tensor = rows.mean(0)
+    centred = (rows - centre).double()
+    vectors: Tensor = torch.linalg.eigh(centred.T @ centred)[1]
+    weight: Tensor = vectors.flip(1)[:, :d].float()
+
+    def code(x: Tensor) -> Tensor:
+        return (x - centre) @ weight
+
+    return Code(code, weight.numel() + centre.numel())
+
+
+def _dense_ae(rows: Tensor, settings: Settings) -> Code:
+    """Learn x -> gelu(x W + b) -> x by Adam: as wide as a sparse code, and nothing sparse in it."""
+    d_in, d = rows.shape[1], settings.d or 4 * rows.shape[1]
+    centre, scale = rows.mean(0), rows.std().clamp_min(1e-8)
+    random = torch.Generator().manual_seed(settings.seed)
+    encoder = (torch.randn(d_in, d, generator=random) / d_in**0.5).to(rows.device)
+    decoder = (torch.randn(d, d_in, generator=random) / d**0.5).to(rows.device)
+    weights = [nn.Parameter(encoder), nn.Parameter(torch.zeros(d, device=rows.device))]
+    weights.append(nn.Parameter(decoder))
+    optimizer = torch.optim.Adam(weights, lr=AE_RATE)
+    with torch.enable_grad():
+        for _ in range(AE_STEPS):
+            chosen = torch.randint(len(rows), (min(AE_BATCH, len(rows)),), generator=random)
+            x = (rows[chosen.to(rows.device)] - centre) / scale
+            loss = (gelu(x @ weights[0] + weights[1]) @ weights[2] - x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    w, b = weights[0].detach(), weights[1].detach()
+    return Code(lambda x: gelu((x - centre) / scale @ w + b), w.numel() + b.numel())
+
+
+def _top_neurons(rows: Tensor, settings: Settings) -> Code:
+    k = min(settings.k or 128, rows.shape[1])
+    chosen = rows.var(0).topk(k).indices.sort().values
+    return Code(lambda x: x[:, chosen], k)
+
+
+def _directions(rows: Tensor, settings: Settings, d: int) -> Float[Tensor, "d_in d"]:
+    """Return random directions of unit norm, one per column."""
+    random = torch.Generator().manual_seed(settings.seed)
+    drawn = torch.randn(settings.d or d, rows.shape[1], generator=random)
+    return normalize(drawn, dim=1).T.to(rows.device)
+
+
+def _largest(acts: Tensor, k: int) -> Tensor:
+    """Return the codes with the k largest coordinates of each row, where positive, and zeros."""
+    top = acts.topk(k, dim=1)
+    return torch.zeros_like(acts).scatter(1, top.indices, top.values.clamp_min(0.0))
+
+
+_KINDS = (
+    Kind("raw", "the rows as they are", _raw),
+    Kind("random_projection", "random directions: dense, nothing learned", _random_projection),
+    Kind("pca", "the leading principal directions", _pca),
+    Kind("dense_ae", "the hidden layer of an auto-encoder without sparsity", _dense_ae),
+    Kind("relu", "what is above the mean, coordinate by coordinate", _relu),
+    Kind("random_relu", "ReLU of random directions: half sparse, nothing learned", _random_relu),
+    Kind("random_topk", "the k largest of random directions: sparse, not learned", _random_topk),
+    Kind("neurons", "all neurons of the layer's MLP; in CRATE its sparse code", _raw, "neurons"),
+    Kind("top_neurons", "the k neurons that vary most", _top_neurons, "neurons"),
+)
+
+FAMILIES = {kind.name: kind for kind in _KINDS}
+"""Kinds of families by name; dictionaries come as encoders."""

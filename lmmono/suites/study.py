@@ -1,0 +1,263 @@
+"""The verb `robustness`: tasks made harder in chosen ways, and how probes on each family do."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+import activation_store as astore
+from lmmono.data.tasks.task import Task
+from lmmono.data.tasks.task_registry import find_task
+from lmmono.errors import RobustnessError
+from lmmono.models.hooks import match_hooks
+from lmmono.probes.probing import Solve, solving
+from lmmono.recipe.robustness_settings import Robustness
+from lmmono.studies.outcomes import Outcomes
+from lmmono.suites.attacked import attacked_rows
+from lmmono.suites.bench import Bench, Encode, Key, Remembered, key_of
+from lmmono.suites.feature_families import FeatureFamily, as_family
+from lmmono.suites.grid import Rows, suite_rows
+from lmmono.suites.inputs import noised_rows
+from lmmono.suites.layers import choose_hook
+from lmmono.suites.robustness_rows import FINE_TUNING, Asked
+from lmmono.suites.stored_codes import FeatureStore
+from lmmono.suites.suite import Suite, find_suite
+from lmmono.suites.text_codes import Encoder, make_features
+from lmmono.suites.tuned import tuned_rows, tuners
+from lmmono.types import Progress, silent
+
+DEFAULT = {"dense": None, "neurons": "neurons"}
+"""Families where none are given: the stream as it is, and the neurons of its layer."""
+
+_ROWS = {
+    "clean": suite_rows,
+    "noisy": noised_rows,
+    "attacked": attacked_rows,
+    "tuned": tuned_rows,
+}
+
+_THERE = """SELECT suite, task, feature, corruption, level, probe, n_shots, seed, split, metric,
+    settings->>'digest' AS digest, value FROM robustness WHERE seed IS NOT NULL"""
+
+_FOUND = """FROM robustness WHERE seed IS NOT NULL AND list_contains($suites::VARCHAR[], suite)
+    AND list_contains($tasks::VARCHAR[], task) ORDER BY ALL"""
+
+
+def robustness(
+    model: nn.Module,
+    tasks: str | Task | Sequence[str | Task] = "planted_topic",
+    *,
+    suite: str | Sequence[str] = "noisy_labels",
+    features: Mapping[str, Any] | None = None,
+    seeds: int = 5,
+    hook: str | None = None,
+    folder: str | None = None,
+    into: astore.Store | None = None,
+    tokenizer: Any = None,
+    progress: Progress = silent,
+    **settings: Any,
+) -> Outcomes:
+    """Measure how well probes on different codes do when a task is made harder.
+
+    Every family meets the same subsets, flips and noise at a seed. With a store, features are kept
+    in `features.duckdb` beside it and rows in its table `robustness`; rows that are there already,
+    of the same features, texts and labels, are not computed again, so a call that was cut off goes
+    on where it was. Without one, everything stays in memory.
+
+    Args:
+        model: Any model of `lmmono.models.hooks`.
+        tasks: Names, see `lmmono ls tasks`, or tasks.
+        suite: Names of suites: noisy_labels, noisy_inputs, few_shot, ood, adversarial,
+            fine_tuning.
+        features: Families by the name they get in tables; see
+            `lmmono.suites.feature_families.as_family`.
+            The others are compared with the first.
+        seeds: Repetitions.
+        hook: Hook that families read; None takes that of the dictionaries among them, or else
+            chooses a stream on clean validation texts.
+        folder: Where the sets of tasks lie that are not planted.
+        into: A store opened with mode "a" or "w", of this model's activations.
+        tokenizer: Where the model has none of its own, as `model.tokenizer`.
+        progress: Told how many suites are done.
+        **settings: Further fields of the recipe's section `robustness`, such as learners, budgets,
+            n_train, label_noise or processes.
+
+    Raises:
+        RobustnessError: A setting, suite or family is unknown or does not fit, there is no
+            tokenizer, or the store is of another model.
+        DataError: A task cannot be read or used.
+        ModelError: A hook matches nothing.
+        StoreError: The store is not open for writing.
+    """
+    given = [tasks] if isinstance(tasks, str | Task) else list(tasks)
+    suites = (suite,) if isinstance(suite, str) else tuple(suite)
+    chosen = _checked({"suites": suites, "seeds": seeds, "hook": hook, **settings})
+    for name in suites:
+        find_suite(name)
+    found = [each if isinstance(each, Task) else find_task(each, folder) for each in given]
+    study = Study(model, found, dict(features or DEFAULT), chosen, into, tokenizer, progress)
+    return study.run()
+
+
+def _checked(given: Mapping[str, Any]) -> Robustness:
+    """Return the settings as a recipe's section.
+
+    Raises:
+        RobustnessError: One is unknown or out of range; names all of them.
+    """
+    names = ("learners", "poolings", "label_noise", "input_noise", "attacks")
+    plain = {k: (v,) if k in names and isinstance(v, str) else v for k, v in given.items()}
+    try:
+        return Robustness.model_validate(_with_tuples(plain))
+    except ValidationError as error:
+        faults = [
+            f"robustness: {'.'.join(map(str, fault['loc']))}: {fault['msg']}, "
+            f"got {fault['input']!r}"
+            for fault in error.errors(include_url=False)
+        ]
+        raise RobustnessError("\n".join(faults)) from None
+
+
+def _with_tuples(value: Any) -> Any:
+    """Return a setting with tuples for lists, as sections want them."""
+    if isinstance(value, Mapping):
+        return {key: _with_tuples(each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Study:
+    """Everything that a call was given, checked."""
+
+    model: nn.Module
+    tasks: Sequence[Task]
+    features: Mapping[str, Any]
+    settings: Robustness
+    store: astore.Store | None
+    tokenizer: Any
+    progress: Progress
+
+    def run(self) -> Outcomes:
+        """Compute every row that is not there, and return all."""
+        began, made = time.perf_counter(), list[dict[str, Any]]()
+        self._check()
+        with ExitStack() as opened:
+            encode: Encode = Remembered().encode
+            if self.store is not None:
+                cache = FeatureStore(self.store.path.with_name("features.duckdb"))
+                encode = opened.enter_context(cache).encode
+            solve = opened.enter_context(solving(self.settings.processes))
+            hook = self._hook(encode, solve)
+            for rows in self._groups(hook, encode, solve):
+                made += rows
+                if self.store is not None:
+                    self.store.append("robustness", rows)
+        every = made if self.store is None else self._stored()
+        seconds = time.perf_counter() - began
+        n_found = len(every) - len(made)
+        names = (*self._named(), *self._tuned())
+        return Outcomes(self.store, tuple(every), hook, names, len(made), n_found, seconds)
+
+    def _named(self) -> Iterator[str]:
+        """Yield the names of features in tables."""
+        for name in self.features:
+            for i, pooling in enumerate(self.settings.poolings):
+                yield f"{name}:{pooling}" if i else name
+
+    def _tuned(self) -> list[str]:
+        """Return the names of tuned models in tables."""
+        wanted = FINE_TUNING in self.settings.suites
+        return [tuner.label for tuner in tuners(self.settings.fine_tuning)] if wanted else []
+
+    def _check(self) -> None:
+        names = [task.name for task in self.tasks]
+        if not names or len(set(names)) < len(names):
+            raise RobustnessError(f"tasks: want one or several different ones, got {names}")
+        if not self.features:
+            raise RobustnessError("features: want at least one family, such as {'dense': None}")
+        odd = [name for name in self.features if set(name) & set("@:")]
+        if odd:
+            raise RobustnessError(f"features: want names without @ and :, got {odd[0]!r}")
+        for name, given in self.features.items():
+            as_family(name, given)
+
+    def _families(self) -> dict[str, FeatureFamily]:
+        return {name: as_family(name, given) for name, given in self.features.items()}
+
+    def _hook(self, encode: Encode, solve: Solve) -> str:
+        """Return the hook: as given, as dictionaries want it, or as clean validation texts say."""
+        own = {f.hook for f in self._families().values() if f.hook}
+        if self.settings.hook is not None:
+            (hook,) = match_hooks(self.model, self.settings.hook)[:1]
+            return hook
+        if own:
+            return sorted(own)[0]
+        there = {key: (digest, value) for key, digest, value in self._there()}
+        choice = choose_hook(
+            self.model,
+            self.tokenizer,
+            self.tasks,
+            self.settings,
+            encode=encode,
+            solve=solve,
+            there=there,
+        )
+        if self.store is not None and choice.rows:
+            self.store.append("robustness", choice.rows)
+        return choice.hook
+
+    def _groups(self, hook: str, encode: Encode, solve: Solve) -> Iterator[Rows]:
+        """Yield rows, task by task and suite by suite."""
+        there = {key: digest for key, digest, _ in self._there()}
+        suites = [find_suite(name) for name in self.settings.suites]
+        total, done = len(self.tasks) * len(suites), 0
+        for task in self.tasks:
+            features = make_features(self._families(), self.model, hook, self.settings.poolings)
+            encoder = Encoder(self.model, self.tokenizer, features).fit(task.part("train").texts)
+            self._check_model(encoder.model_digest)
+            bench = Bench(task, encoder, self.settings, encode)
+            for suite in suites:
+                yield from self._suite(bench, suite, there, solve)
+                done += 1
+                self.progress(f"robustness {task.name} {suite.name}", done, total)
+
+    def _suite(
+        self, bench: Bench, suite: Suite, there: Mapping[Key, str], solve: Solve
+    ) -> Iterator[Rows]:
+        for rows in _ROWS[suite.judged](bench, suite, there, solve):
+            if rows:
+                yield rows
+
+    def _check_model(self, digest: str) -> None:
+        """Refuse a store of another model's activations: the rows do not name the model."""
+        if self.store is None:
+            return
+        query = "SELECT value FROM meta WHERE key = 'model_digest'"
+        for (known,) in self.store.sql(query).fetchall():
+            if known != digest:
+                raise RobustnessError(
+                    f"{self.store.path}: holds activations of another model; give a store of this "
+                    "one, or none"
+                )
+
+    def _there(self) -> list[tuple[Key, str, float | None]]:
+        if self.store is None:
+            return []
+        rows = self.store.sql(_THERE).to_arrow_table().to_pylist()
+        return [(key_of(row), row["digest"], row["value"]) for row in rows]
+
+    def _stored(self) -> list[dict[str, Any]]:
+        """Return all rows that the study asks for, also those that it found."""
+        import json
+
+        assert self.store is not None
+        tasks = [task.name for task in self.tasks]
+        suites = list(self.settings.suites)
+        rows = self.store.sql(_FOUND, suites=suites, tasks=tasks).to_arrow_table().to_pylist()
+        asked = Asked(self.settings, tasks, (*self._named(), *self._tuned()))
+        found = (row for row in rows if asked.covers(row))
+        return [{**row, "settings": json.loads(row["settings"])} for row in found]

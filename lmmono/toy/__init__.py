@@ -1,0 +1,1 @@
+"""The toy models of superposition, small enough that every part is known."""
