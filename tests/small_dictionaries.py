@@ -10,17 +10,17 @@ from torch import Tensor
 
 from lmmono.data.tokens import TokenRows
 from lmmono.dictionaries.estimator import Dictionary
-from lmmono.recipe.dictionary_settings import Identity
+from lmmono.recipe.dictionary_settings import RawVectors
 
 
 class Given(Dictionary):
     """A ReLU code with random weights, set by hand: relu(x @ W_enc + b) @ W_dec."""
 
     kind = "control"
-    adapter: TypeAdapter[Any] = TypeAdapter(Identity)
+    adapter: TypeAdapter[Any] = TypeAdapter(RawVectors)
 
     def __init__(self, d_in: int, d_sae: int, seed: int = 0, hook: str | None = None) -> None:
-        super().__init__("identity", seed=seed)
+        super().__init__("raw", seed=seed)
         self.hook, self.d_in, self.d_sae = hook, d_in, d_sae
         random = torch.Generator().manual_seed(seed)
         encoder = torch.randn(d_in, d_sae, generator=random)

@@ -38,10 +38,10 @@ def fvu(x: Tensor, dictionary: Control) -> float:
 
 
 def test_the_identity_is_the_vector_itself_or_its_k_largest_coordinates(x: Tensor) -> None:
-    whole = Control("identity").fit(x)
+    whole = Control("raw").fit(x)
     assert torch.equal(whole.encode(x), x)
     assert torch.equal(whole.reconstruct(x), x)
-    some = Control("identity", k=2).fit(x)
+    some = Control("raw", k=2).fit(x)
     assert some.d_sae == D_IN
     assert torch.equal(
         some.encode(torch.tensor([3.0, -5, 1] + 9 * [0.0])[None])[0, :3], torch.tensor([3.0, -5, 0])
@@ -96,7 +96,7 @@ def test_a_dense_auto_encoder_does_not_care_for_the_unit_of_its_input(x: Tensor)
 
 @pytest.mark.parametrize(
     ("arch", "settings"),
-    [("identity", {"k": 2}), ("random", {"d_sae": 40, "k": 3}), ("dense", DENSE | {"steps": 20})],
+    [("raw", {"k": 2}), ("random", {"d_sae": 40, "k": 3}), ("dense", DENSE | {"steps": 20})],
 )
 def test_seeds_give_equal_bits_and_the_folder_gives_them_back(
     arch: str, settings: dict[str, Any], x: Tensor, tmp_path: Path
@@ -112,7 +112,7 @@ def test_seeds_give_equal_bits_and_the_folder_gives_them_back(
 @pytest.mark.parametrize(
     ("arch", "settings", "message"),
     [
-        ("identity", {"k": 13}, "k: want at most 12, got 13"),
+        ("raw", {"k": 13}, "k: want at most 12, got 13"),
         ("random", {"d_sae": 5, "k": 6}, "k: want at most 5, got 6"),
         ("dense", {**DENSE, "d_sae": 2000}, "1,000 different vectors for 2,000 latents"),
         ("dense", {**DENSE, "lr": 1e30, "scaling": "none"}, "lower lr"),

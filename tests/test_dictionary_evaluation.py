@@ -80,7 +80,7 @@ def test_every_measure_is_what_its_formula_gives_by_hand():
 def test_an_identity_dictionary_reconstructs_all_and_costs_nothing():
     rows = small_rows()
     model = trained_to_predict(rows)
-    identity = Control("identity").fit(np.eye(64, dtype=np.float32))
+    identity = Control("raw").fit(np.eye(64, dtype=np.float32))
     report = lm.evaluate(identity, model, rows, hook=POST)
     assert report.fvu.value == 0.0
     assert report.loss_spliced.value == pytest.approx(report.loss_clean.value, abs=1e-7)

@@ -36,7 +36,7 @@ dictionary:
   learn:
     - {TOPK}
     - {{arch: pca, expansion: 1}}
-    - {{arch: identity, k: 4}}
+    - {{arch: raw, k: 4}}
     - {{arch: random, expansion: 2, k: 4}}
   seeds: [0, 1]
   controls: [shuffled, untrained]
@@ -48,7 +48,7 @@ dictionary:
 """
 NAMES = {
     *("topk-x2-k4-seed0", "topk-x2-k4-seed1", "topk-x2-k4-shuffled", "topk-x2-k4-untrained"),
-    *("pca-x1", "identity-k4", "random-x2-k4-seed0", "random-x2-k4-seed1"),
+    *("pca-x1", "raw-k4", "random-x2-k4-seed0", "random-x2-k4-seed1"),
 }
 ONE = (f"dictionary.hooks=[{HOOK}]", f"dictionary.learn=[{TOPK}]", "dictionary.controls=[]")
 ALONE = (*ONE, "dictionary.seeds=[0]", "dictionary.latents=null")
@@ -122,7 +122,7 @@ def test_measures_are_those_of_the_score_split_by_hand(learned):
     kept = np.abs(x) >= np.sort(np.abs(x), axis=1)[:, [-4]]
     topk = lm.load_dictionary(learned.dir / "dictionaries" / HOOK / "topk-x2-k4-seed1")
     hats = {
-        "identity-k4": x * kept,
+        "raw-k4": x * kept,
         "topk-x2-k4-seed1": topk.reconstruct(torch.from_numpy(x).float()).numpy(),
         "pca-x1": x,
     }
@@ -220,15 +220,15 @@ def test_a_changed_section_fits_only_what_is_new_from_the_same_vectors(here):
     vectors = run.dir / "vectors.duckdb"
     before, written = run.manifest.stages, vectors.stat().st_mtime_ns
     fitted: set[str] = set()
-    more = (*ALONE[:3], "dictionary.seeds=[0]", f"dictionary.learn=[{TOPK}, {{arch: identity}}]")
+    more = (*ALONE[:3], "dictionary.seeds=[0]", f"dictionary.learn=[{TOPK}, {{arch: raw}}]")
     again = opened(*more, "dictionary.latents=null")
     lm.dictionary_run(again, progress=lambda what, *_, **__: fitted.add(what))
     assert not [what for what in fitted if what.startswith("fit")], "topk was there already"
     assert vectors.stat().st_mtime_ns == written
     for stage in ("train", "capture", "vectors", "score"):
         assert again.manifest.stages[stage] == before[stage]
-    assert query(again, "SELECT name, round(fvu, 6) FROM dictionaries WHERE name = 'identity'") == [
-        ("identity", 0.0)
+    assert query(again, "SELECT name, round(fvu, 6) FROM dictionaries WHERE name = 'raw'") == [
+        ("raw", 0.0)
     ]
 
 
@@ -274,11 +274,11 @@ def test_sigterm_outside_a_fit_ends_the_stage_and_keeps_what_is_finished(here):
 
 def test_a_fit_that_comes_to_nothing_is_told_after_the_others_are_judged(here):
     hopeless = TOPK.replace(f"steps: {STEPS}, lr: 0.02", "steps: 1, lr: 1e-6")
-    learn = f"dictionary.learn=[{hopeless}, {{arch: identity}}]"
+    learn = f"dictionary.learn=[{hopeless}, {{arch: raw}}]"
     run = opened(*ALONE[:1], learn, "dictionary.controls=[shuffled]", *ALONE[3:])
     with pytest.raises(DictionaryError, match=f"{HOOK}/topk-x2-k4: after the fit FVU is"):
         lm.dictionary_run(run)
-    assert query(run, "SELECT name FROM dictionaries") == [("identity",)]
+    assert query(run, "SELECT name FROM dictionaries") == [("raw",)]
     text = "SELECT dictionary, control FROM scores WHERE metric = 'fvu' AND failure IS NOT NULL"
     assert sorted(query(run, text)) == [("topk-x2-k4", None), ("topk-x2-k4-shuffled", "shuffled")]
     assert open_run(run.dir).manifest.stages["dictionary"].state == "begun"
@@ -315,7 +315,7 @@ def call(monkeypatch, *arguments: str) -> int:
 
 
 def test_the_command_line_learns_and_lists_dictionaries(here, monkeypatch, capsys):
-    learn = "dictionary.learn=[{arch: identity}, {arch: pca, d_sae: 4}]"
+    learn = "dictionary.learn=[{arch: raw}, {arch: pca, d_sae: 4}]"
     overrides = (*ALONE[:1], learn, *ALONE[2:])
     assert call(monkeypatch, "dictionary", "tiny.yaml", *overrides) == 0
     assert capsys.readouterr().out.startswith("Run(runs/tiny, ")
@@ -324,7 +324,7 @@ def test_the_command_line_learns_and_lists_dictionaries(here, monkeypatch, capsy
     listed = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [row[:2] for row in listed if row and row[0] == HOOK] == [
         [HOOK, "begun"],
-        [HOOK, "identity"],
+        [HOOK, "raw"],
         [HOOK, "pca-4"],
     ]
     assert call(monkeypatch, "ls", "runs", "runs") == 0

@@ -32,7 +32,7 @@ SMALL = {
         "hooks": ["blocks.1.hook_resid_post"],
         "learn": [
             {"arch": "topk", "d_sae": 32, "k": 8, "steps": 60, "lr": 0.02},
-            {"arch": "identity", "k": 8},
+            {"arch": "raw", "k": 8},
         ],
         "seeds": [0, 1],
         "max_tokens": 8192,

@@ -72,7 +72,7 @@ def test_a_dense_auto_encoder_keeps_enough_to_give_the_rows_back():
 
 
 def test_an_encoder_brings_its_hook_and_its_digest():
-    code = Control("identity", k=2).fit(ROWS)
+    code = Control("raw", k=2).fit(ROWS)
     code.hook = "blocks.0.hook_resid_post"
     family = as_family("mine", code.encode).fit(ROWS)
     assert family.hook == code.hook and family.name == "mine"

@@ -28,7 +28,7 @@ POINTS = [
     one("c", 8.5, 0.4, 0.95),
     one("d", 16, 0.2, 0.94),
     one("floor", 4, 0.1, 0.99, control="random"),
-    one("raw", 4, 2.0, 0.1, control="identity"),
+    one("raw", 4, 2.0, 0.1, control="raw"),
 ]
 
 
@@ -50,7 +50,7 @@ def test_equal_input_gives_equal_bytes_and_every_kind_is_named(tmp_path, y):
     subprocess.run([sys.executable, "-c", script, again], check=True, env={"PATH": ""})
     assert first.read_bytes() == again.read_bytes()
     texts = {text.text for text in ElementTree.parse(first).iter() if text.tag.endswith("}text")}
-    wanted = {"topk", "random", "identity", f"crate: {HOOK}", "l0"}
+    wanted = {"topk", "random", "raw", f"crate: {HOOK}", "l0"}
     assert wanted | {"ce_loss_recovered (mean)" if y != "fvu" else y} <= texts
 
 

@@ -79,7 +79,7 @@ def test_sae_lens_reads_what_is_on_the_hub(
 def test_several_dictionaries_share_a_repository_and_revisions_are_kept(
     hub: Hub, options: dict[str, Any], sae: lm.SAE, tmp_path: Path
 ) -> None:
-    identity = lm.Control("identity").fit(some_vectors())
+    identity = lm.Control("raw").fit(some_vectors())
     push_dictionary(sae, "someone/both", folder="sae", private=False, message="First", **options)
     first = f"{len(hub.commits['someone/both']):040x}"
     push_dictionary(identity, "someone/both", folder="sae", **options)

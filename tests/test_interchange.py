@@ -285,8 +285,8 @@ def test_what_a_layout_cannot_carry_is_refused(tmp_path: Path) -> None:
     theirs("jumprelu", tmp_path / "jump")
     with pytest.raises(DictionaryError, match="k largest latents.*jumprelu.*sae_lens"):
         export_dictionary(import_dictionary(tmp_path / "jump"), tmp_path / "out", to="sparsify")
-    identity = lm.Control("identity").fit(some_vectors())
-    with pytest.raises(DictionaryError, match="no architecture for a identity dictionary"):
+    identity = lm.Control("raw").fit(some_vectors())
+    with pytest.raises(DictionaryError, match="no architecture for a raw dictionary"):
         export_dictionary(identity, tmp_path / "out")
     with pytest.raises(DictionaryError, match="not fitted"):
         export_dictionary(lm.SAE("topk", d_sae=8, k=2), tmp_path / "out")

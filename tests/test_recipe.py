@@ -299,7 +299,7 @@ dictionary:
   learn:
     - {arch: topk, expansion: 4, k: 16}
     - {arch: topk, expansion: 4, k: 16, lr: 1e-4}
-    - {arch: identity, kk: 3}
+    - {arch: raw, kk: 3}
     - {arch: tpk}
     - {arch: standard, coefficient: 1, d_sae: 30, k: 4}
     - {arch: batchtopk, k: 3}
@@ -311,8 +311,8 @@ dictionary:
 
 def test_dictionaries_are_checked_entry_by_entry(write):
     archs = (
-        "batchtopk, dense, dictionary_learning, gated, ica, identity, jumprelu, kmeans, "
-        "matching_pursuit, matryoshka_batchtopk, nmf, pca, random, standard, topk"
+        "batchtopk, dense, dictionary_learning, gated, ica, jumprelu, kmeans, "
+        "matching_pursuit, matryoshka_batchtopk, nmf, pca, random, raw, standard, topk"
     )
     assert faults(write(TWINS.replace("arms:", DICTIONARY + "arms:"))) == [
         "r.yaml:11: dictionary.hooks: want a list of at least 1 text, got a list",
@@ -341,13 +341,13 @@ def test_dictionaries_are_checked_entry_by_entry(write):
             "want the name of an entry of learn, got 'topk-x4-k6'; did you mean topk-x4-k16?",
         ),
         (
-            "dictionary.latents=identity",
-            "want a code that is never negative; that of identity is signed",
+            "dictionary.latents=raw",
+            "want a code that is never negative; that of raw is signed",
         ),
     ],
 )
 def test_dictionaries_must_fit_each_other(write, override, fault):
-    section = "dictionary: {learn: [{arch: topk, expansion: 4, k: 16}, {arch: identity}]}\n"
+    section = "dictionary: {learn: [{arch: topk, expansion: 4, k: 16}, {arch: raw}]}\n"
     path = write(TWINS.replace("arms:", section + "arms:"))
     assert faults(path, override) == [f"override {override}: {fault}"]
 
@@ -359,7 +359,7 @@ def test_dictionaries_must_fit_each_other(write, override, fault):
         ("{arch: jumprelu, d_sae: 64, target_l0: 7.5}", "jumprelu-64-l0_7_5"),
         ("{arch: jumprelu, d_sae: 64}", "jumprelu-64-c1"),
         ("{arch: standard, d_sae: 64, coefficient: 1e-5}", "standard-64-c1e-05"),
-        ("{arch: identity}", "identity"),
+        ("{arch: raw}", "raw"),
         ("{arch: pca, expansion: 1, name: mine}", "mine"),
     ],
 )
@@ -370,7 +370,7 @@ def test_a_dictionary_without_a_name_is_named_after_what_it_is(write, entry, nam
 
 
 def test_every_entry_is_planned_with_every_seed_and_saes_with_their_controls(write):
-    learn = "[{arch: topk, expansion: 2, k: 3}, {arch: random, d_sae: 8, k: 3}, {arch: identity}]"
+    learn = "[{arch: topk, expansion: 2, k: 3}, {arch: random, d_sae: 8, k: 3}, {arch: raw}]"
     several = ("dictionary.seeds=[4, 5]", "dictionary.controls=[shuffled]")
     planned = single(write(TWINS), f"dictionary.learn={learn}", *several).dictionary.planned
     assert [(each.name, each.seed, each.control) for each in planned] == [
@@ -379,15 +379,15 @@ def test_every_entry_is_planned_with_every_seed_and_saes_with_their_controls(wri
         ("topk-x2-k3-shuffled", 4, "shuffled"),
         ("random-8-k3-seed4", 4, None),
         ("random-8-k3-seed5", 5, None),
-        ("identity", 4, None),
+        ("raw", 4, None),
     ]
     once = single(write(TWINS), f"dictionary.learn={learn}").dictionary.planned
-    assert [each.name for each in once] == ["topk-x2-k3", "random-8-k3", "identity"]
+    assert [each.name for each in once] == ["topk-x2-k3", "random-8-k3", "raw"]
 
 
 def test_a_changed_dictionary_and_what_reads_it_are_all_that_is_stale(write):
     before = single(write(TWINS))
-    more = single(write(TWINS), "dictionary.learn=[{arch: identity}]")
+    more = single(write(TWINS), "dictionary.learn=[{arch: raw}]")
     other = single(write(TWINS), "dictionary.max_tokens=1000")
     deeper = single(write(TWINS), "model.n_layers=4")
     sections = {name: stage.sections for name, stage in STAGES.items()}

@@ -181,7 +181,7 @@ def run(tmp_path_factory) -> lm.Run:
 
 
 def identity() -> Control:
-    dictionary = Control("identity").fit(np.eye(64, dtype=np.float32))
+    dictionary = Control("raw").fit(np.eye(64, dtype=np.float32))
     dictionary.hook = POST
     return dictionary
 
@@ -203,7 +203,7 @@ def test_a_dictionary_is_measured_on_the_planted_language(run, tmp_path):
     # even an untrained model's neurons know the word; shuffled truth tells nothing
     assert report.code.feature_auroc.low > report.controls["shuffled_truth"].feature_auroc.high
     with astore.open(tmp_path / "run", "w") as store:
-        assert store.append("scores", report.rows("identity")) == 12
+        assert store.append("scores", report.rows("raw")) == 12
         last = store.sql(
             "SELECT control FROM scores WHERE metric = 'feature_auroc' ORDER BY value LIMIT 1"
         ).fetchone()

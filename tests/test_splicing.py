@@ -50,7 +50,7 @@ def test_of_several_dictionaries_each_sees_what_those_before_it_left():
 def test_an_identity_dictionary_changes_nothing():
     model, tokens = small(), some_tokens(2, 9)
     clean, acts = run_with_cache(model, tokens, POST)
-    identity = Control("identity").fit(acts[POST].flatten(0, 1))
+    identity = Control("raw").fit(acts[POST].flatten(0, 1))
     assert torch.equal(lm.run_with_sae(model, identity, tokens, hook=POST), clean)
 
 
@@ -84,6 +84,6 @@ def test_what_does_not_fit_is_refused_with_a_way_out():
     with pytest.raises(DictionaryError, match="width d_in = 20, got 64"):
         lm.run_with_sae(model, Given(20, 20), tokens, hook=POST)
     with pytest.raises(DictionaryError, match="not fitted"):
-        lm.run_with_sae(model, Control("identity"), tokens, hook=POST)
+        lm.run_with_sae(model, Control("raw"), tokens, hook=POST)
     with pytest.raises(DictionaryError, match="leave hook= out"):
         lm.run_with_sae(model, {POST: Given(64, 20)}, tokens, hook=POST)

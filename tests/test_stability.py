@@ -116,7 +116,7 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(DictionaryError, match="of one d_in, got 4, 5"):
         lm.stability([given, with_directions(unit(9, 5, 0))])
     with pytest.raises(DictionaryError, match="of one d_in, got 4, 0"):
-        lm.stability([given, Control("identity")])
+        lm.stability([given, Control("raw")])
     with pytest.raises(DictionaryError, match=r"\[9, 9\] of them, got \[9, 8\]"):
         lm.stability([given, given], firing=[np.ones(9), np.ones(8)])
     with pytest.raises(DictionaryError, match="all are dead"):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import normalize
 
 CHUNK_NUMBERS = 2**25
 """A pursuit holds k x d_in numbers per token: so many at a time, over the tokens coded together."""
@@ -16,6 +17,12 @@ RIDGE = 1e-6
 """Added to the squared length of directions, 1, before a least-squares fit."""
 DEPENDENT = 1e-3
 """A chosen direction of which less than this is new to those before it stays unused."""
+
+
+def random_directions(d_sae: int, d_in: int, seed: int) -> Float[Tensor, "d_sae d_in"]:
+    """Return directions of unit norm, drawn evenly from the sphere; the same for the same seed."""
+    random = torch.Generator().manual_seed(seed)
+    return normalize(torch.randn(d_sae, d_in, generator=random), dim=1)
 
 
 def keep_largest(acts: Float[Tensor, "n d_sae"], k: int | None) -> Float[Tensor, "n d_sae"]:

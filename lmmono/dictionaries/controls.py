@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lmmono.dictionaries.coding import keep_largest, largest_projections
+from lmmono.dictionaries.coding import keep_largest, largest_projections, random_directions
 from lmmono.dictionaries.sae_training import Plan, Training, train_all
 from lmmono.dictionaries.soundness import check_alive, check_enough, fvu_of, open_vectors
 from lmmono.dictionaries.vector_source import Vectors, as_vectors
@@ -30,7 +30,7 @@ class Control(PlainDictionary):
     """A floor or a ceiling for other dictionaries.
 
     With `arch` the code of a token is
-        identity: the vector itself, or its k coordinates of largest size; nothing is learned.
+        raw: the vector itself, or its k coordinates of largest size; nothing is learned.
         random: k of d_sae random unit directions, those with the largest projection of the vector
             minus the mean, with coefficients fitted by least squares. Signed, as the projections
             are: no SAE has that freedom, nor that exact fit, so this floor is not a low one.
@@ -53,12 +53,12 @@ class Control(PlainDictionary):
             raise DictionaryError(f"{self.arch}: k: want at most {most}, got {k}")
         if self.arch == "random":
             return self._draw(source)
-        return {} if self.arch == "identity" else self._train(source, progress)
+        return {} if self.arch == "raw" else self._train(source, progress)
 
     def _encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         w, settings = self._on(x), self.settings
         match self.arch:
-            case "identity":
+            case "raw":
                 return keep_largest(x, settings.k)
             case "random":
                 return largest_projections(x - w["b_dec"], w["W_dec"], settings.k)
@@ -66,7 +66,7 @@ class Control(PlainDictionary):
                 return torch.relu(x @ w["W_enc"] + w["b_enc"])
 
     def _decode(self, acts: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]:
-        if self.arch == "identity":
+        if self.arch == "raw":
             return acts
         w = self._on(acts)
         return acts @ w["W_dec"] + w["b_dec"]
@@ -74,9 +74,8 @@ class Control(PlainDictionary):
     def _draw(self, source: Vectors) -> dict[str, Tensor]:
         x = source.first(self.settings.max_tokens)[self.hook or ""]
         self.facts["n_tokens"] = len(x)
-        random = torch.Generator().manual_seed(self.seed)
-        directions = torch.randn(self.d_sae, self.d_in, generator=random)
-        return {"W_dec": normalize(directions, dim=1), "b_dec": x.double().mean(0).float()}
+        directions = random_directions(self.d_sae, self.d_in, self.seed)
+        return {"W_dec": directions, "b_dec": x.double().mean(0).float()}
 
     def _train(self, source: Vectors, progress: Progress) -> dict[str, Tensor]:
         check_enough(source, self.arch, self.settings.steps, self.d_sae)

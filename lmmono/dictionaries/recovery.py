@@ -13,11 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from numpy import ndarray
 from torch import nn
-from torch.nn.functional import normalize
 
 from lmmono.data.tokens import TokenRows
 from lmmono.data.truth import planted_language, row_truth
-from lmmono.dictionaries.coding import keep_largest
+from lmmono.dictionaries.coding import keep_largest, random_directions
 from lmmono.dictionaries.detection import Choice, Detection, choose, measure, scan
 from lmmono.dictionaries.estimator import Dictionary
 from lmmono.dictionaries.measures import on_host
@@ -245,8 +244,7 @@ def _random_code(
     vectors: Float[ndarray, "n d_in"], d_sae: int, k: int, seed: int
 ) -> Float[ndarray, "n d_sae"]:
     """Return the k largest projections of vectors, less their mean, on random unit directions."""
-    random = torch.Generator().manual_seed(seed)
-    directions = normalize(torch.randn(d_sae, vectors.shape[1], generator=random), dim=1)
+    directions = random_directions(d_sae, vectors.shape[1], seed)
     centred = torch.from_numpy(vectors - vectors.mean(axis=0))
     return on_host(keep_largest(centred @ directions.T, min(k, d_sae)))
 

@@ -148,10 +148,10 @@ class Decomposition(Width):
         return self
 
 
-class Identity(Section):
+class RawVectors(Section):
     """The input itself: raw neurons or raw stream coordinates."""
 
-    arch: Literal["identity"]
+    arch: Literal["raw"]
     k: Count | None = None
     """Keep only the k coordinates of largest size per token; null keeps all."""
 
@@ -172,7 +172,7 @@ class DenseAutoencoder(Trained):
     arch: Literal["dense"]
 
 
-Control = Annotated[Identity | RandomDictionary | DenseAutoencoder, Field(discriminator="arch")]
+Control = Annotated[RawVectors | RandomDictionary | DenseAutoencoder, Field(discriminator="arch")]
 
 AnyDictionary = Annotated[
     TopKSae
@@ -181,7 +181,7 @@ AnyDictionary = Annotated[
     | PenaltySae
     | JumpReluSae
     | Decomposition
-    | Identity
+    | RawVectors
     | RandomDictionary
     | DenseAutoencoder,
     Field(discriminator="arch"),
@@ -224,8 +224,8 @@ class DecompositionEntry(Decomposition, Entry):
     """A classical decomposition of a recipe."""
 
 
-class IdentityEntry(Identity, Entry):
-    """The identity control of a recipe."""
+class RawEntry(RawVectors, Entry):
+    """The raw control of a recipe."""
 
 
 class RandomEntry(RandomDictionary, Entry):
@@ -237,11 +237,11 @@ class DenseEntry(DenseAutoencoder, Entry):
 
 
 SaeEntry = TopKEntry | MatryoshkaEntry | MatchingPursuitEntry | PenaltyEntry | JumpReluEntry
-AnyEntry = SaeEntry | DecompositionEntry | IdentityEntry | RandomEntry | DenseEntry
+AnyEntry = SaeEntry | DecompositionEntry | RawEntry | RandomEntry | DenseEntry
 
-SIGNED = ("pca", "ica", "dictionary_learning", "identity", "random")
+SIGNED = ("pca", "ica", "dictionary_learning", "raw", "random")
 """Kinds whose code has negative values; a store keeps what is above a threshold."""
-SEEDLESS = ("identity", "pca")
+SEEDLESS = ("raw", "pca")
 """Kinds in which nothing is random: fitted once, whatever the seeds."""
 
 TrainedControl = Literal["shuffled", "untrained"]

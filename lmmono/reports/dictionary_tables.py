@@ -13,7 +13,7 @@ from lmmono.errors import RunError, nearest
 from lmmono.registry.metrics import METRICS
 from lmmono.runs.folder import Run, open_run
 
-CONTROLS = ("identity", "pca", "random", "dense")
+CONTROLS = ("raw", "pca", "random", "dense")
 """Kinds of dictionary that are no result, only what results are held against."""
 
 Interval = tuple[float, float, float]

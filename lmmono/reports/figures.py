@@ -18,7 +18,7 @@ else:  # for annotations only: matplotlib takes half a second to import
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
 """Okabe and Ito's colours, which colour-blind people tell apart."""
 _CONTROL_MARKERS = {
-    "identity": "s",
+    "raw": "s",
     "pca": "D",
     "random": "x",
     "dense": "P",

@@ -31,7 +31,7 @@ MIN_SEEDS = 5
 MIN_DICTIONARIES = 20
 """Dictionaries of one width that H3 needs."""
 
-DENSE = ("raw", "random_projection", "pca", "dense_ae", "dense", "identity")
+DENSE = ("raw", "random_projection", "pca", "dense_ae", "dense")
 """First words of families that are dense: what a monosemantic code must beat."""
 
 OTHERS = (
