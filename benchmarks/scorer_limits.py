@@ -16,10 +16,11 @@ from pathlib import Path
 import activation_store as astore
 import lmmono as lm
 from lmmono.records.acts_reader import RecordReader
+from lmmono.registry.scorers import find_scorer
 from lmmono.scores.decorrelation import score_decorrelation
 from lmmono.scores.known_units import write_planted
 from lmmono.scores.lies import add_explanations, name_of
-from lmmono.scores.scorer_registry import Job, find_scorer
+from lmmono.scores.scorer_registry import Job
 
 MEANS = """SELECT metric, hook, control, value, ci_low, ci_high, nan_fraction FROM scores
     WHERE unit IS NULL AND metric IN ('anthropic_intervals', 'detection', 'detection_near_miss',

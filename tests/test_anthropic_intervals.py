@@ -9,8 +9,9 @@ import activation_store as astore
 import lmmono as lm
 from lmmono.explanations.stored_explanations import read_explanations
 from lmmono.records.acts_reader import RecordReader
+from lmmono.registry.scorers import find_scorer
 from lmmono.scores.anthropic import KINDS, PLAN, WINDOW, read_examples
-from lmmono.scores.scorer_registry import Job, find_scorer
+from lmmono.scores.scorer_registry import Job
 
 UNITS = (ON_CAT, SILENT, NOISE)
 

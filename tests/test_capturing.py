@@ -16,9 +16,9 @@ from lmmono.models.build import build_model
 from lmmono.models.hooks import run_with_cache
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import CrateModel, Data, Gpt2Model, PlantedCorpus, Splits
-from lmmono.registry.metrics import entropies
 from lmmono.reports.tables import comparison
 from lmmono.scores.token_statistics import N_GROUPS, score_token_selectivity
+from lmmono.stats.formulas import entropies
 from lmmono.training import train
 
 HOOK = "blocks.1.mlp.hook_post"

@@ -12,8 +12,9 @@ import activation_store as astore
 import lmmono as lm
 from lmmono.records.acts_reader import RecordReader
 from lmmono.records.contrasts import CLASSES, read_contrasts
+from lmmono.registry.scorers import find_scorer
 from lmmono.scores.classification import marked_tokens
-from lmmono.scores.scorer_registry import Job, find_scorer
+from lmmono.scores.scorer_registry import Job
 
 KNOWN = [ON_CAT, ON_PAIR, SILENT, NOISE]
 SETTINGS = {"window": 16, "n": 20}

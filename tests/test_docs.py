@@ -140,9 +140,9 @@ def test_the_guide_to_explaining_does_what_it_says(folder):
 
 
 def test_the_guide_to_explaining_names_every_explainer_scorer_and_kind():
-    from lmmono.explanations.explainers import EXPLAINERS
     from lmmono.records.record import KINDS
-    from lmmono.scores.scorers import SCORERS
+    from lmmono.registry.explainers import EXPLAINERS
+    from lmmono.registry.scorers import SCORERS
 
     text = (ROOT / "docs" / "explaining.md").read_text()
     named = set(re.findall(r"`(\w+)`", text))

@@ -12,9 +12,10 @@ import lmmono as lm
 from lmmono.clients.client import Reading
 from lmmono.errors import ExplainError
 from lmmono.records.acts_reader import RecordReader
+from lmmono.registry.scorers import find_scorer
 from lmmono.scores.areas import area_row
 from lmmono.scores.embedding import Encoder
-from lmmono.scores.scorer_registry import Job, find_scorer
+from lmmono.scores.scorer_registry import Job
 from lmmono.scores.surprisal import mean_logprob
 
 UNITS = (ON_CAT, SILENT, NOISE)

@@ -8,13 +8,11 @@ from test_cli import TINY, call
 import activation_store as astore
 import lmmono as lm
 from lmmono.errors import RecipeError
-from lmmono.explanations.explainers import EXPLAINERS
 from lmmono.recipe import Recipe
-from lmmono.recipe.explain_settings import ELSEWHERE, PRESETS, UNEXPLAINED, ExplainerName
+from lmmono.registry.explainers import EXPLAINERS
+from lmmono.registry.scorers import SCORERS
 from lmmono.runs.folder import open_run
 from lmmono.runs.manifest import STAGES
-from lmmono.scores.scorer_registry import find_scorer
-from lmmono.scores.scorers import SCORERS
 
 ONE = TINY.partition("arms:")[0].replace("capture: {", "capture: {splits: [explain, score], ")
 ASKED = """\
@@ -42,20 +40,6 @@ def write(tmp_path):
         return tmp_path / "r.yaml"
 
     return write
-
-
-def test_recipes_know_the_names_that_are_registered():
-    runnable = {name for name, each in EXPLAINERS.items() if not each.needs}
-    assert set(ExplainerName.__args__) == runnable
-    assert set(PRESETS) | set(ELSEWHERE) == set(SCORERS) | set(EXPLAINERS) - runnable
-    for name, presets in PRESETS.items():
-        scorer = find_scorer(name)
-        assert set(presets) == set(scorer.presets)
-        assert not {"client", "labels"} & set(scorer.needs)
-        assert (name in UNEXPLAINED) == (not {"explanation", "program"} & set(scorer.needs))
-    for name, argument in ELSEWHERE.items():
-        needs = EXPLAINERS[name].needs if name in EXPLAINERS else SCORERS[name].needs
-        assert argument in needs
 
 
 @pytest.mark.parametrize(

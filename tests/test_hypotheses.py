@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 from planted_results import noisy_labels, other_domain, result
 
-from lmmono.errors import DataError
-from lmmono.recipe.robustness_settings import Robustness
 from lmmono.studies.comparisons import effect
 from lmmono.studies.doses import Dose
-from lmmono.studies.hypotheses import HYPOTHESES, Evidence, from_all, verdicts
+from lmmono.studies.hypotheses import Evidence, from_all, verdicts
 from lmmono.suites.robustness_rows import Result
 
 DENSE = {"raw": 0.0, "pca-16": 0.0, "random_projection-64": 0.0}
@@ -19,12 +17,6 @@ DENSE = {"raw": 0.0, "pca-16": 0.0, "random_projection-64": 0.0}
 def verdict(name: str, rows, **evidence):
     (found,) = verdicts([name], Evidence(rows, **evidence))
     return found
-
-
-def test_recipes_name_the_hypotheses_that_there_are():
-    assert Robustness(hypotheses=tuple(HYPOTHESES)).hypotheses == ("H1", "H2", "H3", "H4")
-    with pytest.raises(DataError, match="'H9': unknown"):
-        verdicts(["H9"], Evidence([]))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.lookup import Lookup
 from lmmono.models.hooks import Edit, run_with_cache, run_with_edit
 from lmmono.records.acts_reader import RecordReader
+from lmmono.registry.scorers import find_scorer
 from lmmono.scores.intervention import Predictions, correlation
-from lmmono.scores.scorer_registry import Job, find_scorer
+from lmmono.scores.scorer_registry import Job
 from lmmono.scores.steering import Steering, divergence
 
 HOOK = "blocks.0.mlp.hook_post"

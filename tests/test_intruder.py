@@ -11,8 +11,9 @@ import activation_store as astore
 import lmmono as lm
 from lmmono.records.acts_reader import RecordReader
 from lmmono.records.contrasts import read_contrasts
+from lmmono.registry.scorers import find_scorer
 from lmmono.scores.intruder import draw_trials
-from lmmono.scores.scorer_registry import Job, find_scorer
+from lmmono.scores.scorer_registry import Job
 
 UNITS = (ON_CAT, ON_PAIR, SILENT, NOISE)
 SETTINGS = {"window": 16, "trials": 10}

@@ -16,9 +16,10 @@ from explained_store import (
 import activation_store as astore
 from lmmono.errors import ExplainError
 from lmmono.records.acts_reader import RecordReader
+from lmmono.registry.scorers import find_scorer
 from lmmono.scores.labelled import consistency, selectivity, strongest
 from lmmono.scores.labels import TokenLabels, read_labelled
-from lmmono.scores.scorer_registry import Job, find_scorer
+from lmmono.scores.scorer_registry import Job
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import torch
 from lmmono.errors import RobustnessError
 from lmmono.probes.basis import basis
 from lmmono.probes.descent import Batch, descend
-from lmmono.probes.learners import LEARNERS, find_learner
 from lmmono.probes.logistic import fit_path
 from lmmono.probes.losses import cross_entropy, symmetric_cross_entropy
 from lmmono.probes.noise_rates import noise_matrices, noise_rates
 from lmmono.probes.objectives import PLANS, co_teaching, early_learning, mixup, plain
 from lmmono.probes.problems import Problems
+from lmmono.registry.robustness import LEARNERS, find_learner
 
 N, M, D = 90, 60, 6
 TRUE_RATE = 0.3
@@ -47,7 +47,7 @@ def fitted():
     problems = Problems(
         problems.x, y, problems.x_val, problems.y_val, 3, (0, 1, 2), clean_val=problems.clean_val
     )
-    return problems, test, {name: learner.fit(problems) for name, learner in LEARNERS.items()}
+    return problems, test, {name: learner.load()(problems) for name, learner in LEARNERS.items()}
 
 
 def test_every_learner_beats_chance_and_gives_a_reason_where_it_has_no_probe(fitted):
@@ -67,7 +67,7 @@ def test_every_learner_beats_chance_and_gives_a_reason_where_it_has_no_probe(fit
 @pytest.mark.parametrize("name", ["logistic", "mixup", "co_teaching", "cleanlab"])
 def test_equal_seeds_give_equal_bits(fitted, name):
     problems, _, found = fitted
-    assert same(LEARNERS[name].fit(problems), found[name])
+    assert same(LEARNERS[name].load()(problems), found[name])
 
 
 def test_other_seeds_draw_otherwise_where_something_is_drawn(fitted):
@@ -76,7 +76,7 @@ def test_other_seeds_draw_otherwise_where_something_is_drawn(fitted):
         problems.x, problems.y, problems.x_val, problems.y_val, 3, (7, 8, 9), clean_val=None
     )
     for name, draws in (("gce", False), ("mixup", True), ("co_teaching", True)):
-        assert same(LEARNERS[name].fit(other), found[name]) != draws, name
+        assert same(LEARNERS[name].load()(other), found[name]) != draws, name
 
 
 def test_settings_are_chosen_on_noisy_labels_and_the_oracle_is_told_apart(fitted):
@@ -85,9 +85,9 @@ def test_settings_are_chosen_on_noisy_labels_and_the_oracle_is_told_apart(fitted
     assert oracles == ["oracle_logistic"]
     blind = Problems(problems.x, problems.y, problems.x_val, problems.y_val, 3, problems.seeds)
     for name in ("logistic", "gce"):
-        assert same(LEARNERS[name].fit(blind), found[name]), f"{name} saw clean labels"
+        assert same(LEARNERS[name].load()(blind), found[name]), f"{name} saw clean labels"
     with pytest.raises(RobustnessError, match="oracle_logistic: want Problems.clean_val"):
-        LEARNERS["oracle_logistic"].fit(blind)
+        LEARNERS["oracle_logistic"].load()(blind)
     assert problems.clean_val is not None
     clean_val = problems.clean_val
     accuracy = found["oracle_logistic"].accuracy(problems.x_val, clean_val)
@@ -204,15 +204,15 @@ def test_forward_correction_undoes_flips_that_tuned_logistic_follows():
     problems = Problems(
         x[:300], given[:, :300], x[300:500], given[:, 300:500], 2, (0,), noise=noise
     )
-    corrected = LEARNERS["forward"].fit(problems).accuracy(x[500:], clean[500:])
-    plainly = LEARNERS["logistic"].fit(problems).accuracy(x[500:], clean[500:])
+    corrected = LEARNERS["forward"].load()(problems).accuracy(x[500:], clean[500:])
+    plainly = LEARNERS["logistic"].load()(problems).accuracy(x[500:], clean[500:])
     assert corrected > 0.9 and plainly < 0.75
     nothing = Problems(
         x[:300], given[:, :300], x[300:500], given[:, 300:500], 2, (0,),
         noise=torch.full((1, 2, 2), 0.5),
     )  # fmt: skip
     with pytest.raises(RobustnessError, match="noise matrix cannot be inverted"):
-        LEARNERS["forward"].fit(nothing)
+        LEARNERS["forward"].load()(nothing)
 
 
 def test_noise_is_estimated_from_noisy_labels_alone():

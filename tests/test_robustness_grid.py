@@ -14,11 +14,12 @@ from lmmono.errors import RobustnessError
 from lmmono.probes.probing import fit_probes, telling
 from lmmono.probes.problems import Problems
 from lmmono.recipe.robustness_settings import Robustness
+from lmmono.registry.robustness import SUITES, find_suite
 from lmmono.studies.comparisons import compare_families
 from lmmono.studies.outcomes import Outcomes
 from lmmono.suites.bench import wilson
 from lmmono.suites.consistency import semantic_consistency
-from lmmono.suites.suite import SUITES, Draw, find_suite
+from lmmono.suites.suite import Draw
 
 BOTH = {"raw": None, "code": true_code}
 SMALL = {"n_train": None, "n_val": 100, "n_test": 400, "hook": HOOK}
@@ -37,7 +38,7 @@ def task() -> Task:
 
 
 def draws(task: Task, suite: str, **settings: object) -> list[Draw]:
-    return list(SUITES[suite].draws(task, Robustness.model_validate(settings)))
+    return list(SUITES[suite].load()(task, Robustness.model_validate(settings)))
 
 
 def measured(model, task, suite, features=BOTH, **settings) -> Outcomes:

@@ -26,8 +26,9 @@ from lmmono.explanations.explanation_controls import Constant
 from lmmono.explanations.lookup import Lookup
 from lmmono.records.acts_reader import RecordReader
 from lmmono.registry.metrics import METRICS
+from lmmono.registry.scorers import SCORERS, find_scorer
 from lmmono.scores import simulation
-from lmmono.scores.scorer_registry import SCORERS, Job, find_scorer
+from lmmono.scores.scorer_registry import Job
 from lmmono.scores.simulation import scored_records, simulated
 
 BOTH = ["simulation_tar", "simulation_random"]

@@ -15,11 +15,12 @@ from sklearn.linear_model import LogisticRegression
 from lmmono.data.planted import Habits
 from lmmono.data.planted.lexicon import NAMES, Lexicon
 from lmmono.data.tasks.leakage import leakage, text_key, without_leakage
-from lmmono.data.tasks.planted_tasks import PLANTED, TASKS, planted_task
-from lmmono.data.tasks.reading import Table, assemble, read_table, read_task
+from lmmono.data.tasks.planted_tasks import PLANTED_TASKS, planted_task
+from lmmono.data.tasks.reading import assemble, read_table, read_task
 from lmmono.data.tasks.task import NO_PARTNER, Labelled, Task
-from lmmono.data.tasks.task_registry import RECORDS, find_record, find_task, task_names
+from lmmono.data.tasks.task_registry import find_task
 from lmmono.errors import DataError
+from lmmono.registry.tasks import PLANTED, TASK_NAMES, TASKS, Table, find_record
 
 SMALL = {"n_train": 80, "n_val": 40, "n_test": 40}
 LEXICON = Lexicon()
@@ -221,7 +222,7 @@ def test_planted_settings_that_make_no_task_are_refused() -> None:
     ):
         with pytest.raises(DataError, match=message):
             planted_task(**settings)
-    assert all(len(made.label_names) >= 2 for made in TASKS.values())
+    assert all(len(made.label_names) >= 2 for made in PLANTED_TASKS.values())
 
 
 # --- texts in two parts --------------------------------------------------------------------
@@ -386,9 +387,8 @@ def fields(row):
 
 
 def test_every_record_says_what_it_is_and_its_shifts_exist() -> None:
-    names = task_names()
-    assert names[:3] == PLANTED and len(set(names)) == len(names)
-    for record in RECORDS.values():
+    assert TASK_NAMES[:3] == PLANTED and len(set(TASK_NAMES)) == len(TASK_NAMES)
+    for record in TASKS.values():
         assert record.about and record.licence and record.citation
         assert record.files or record.hub, record.name
         for shift in record.ood.values():

@@ -12,9 +12,9 @@ import lmmono as lm
 from lmmono.data.tasks.task import Labelled, Task
 from lmmono.errors import RobustnessError
 from lmmono.recipe.robustness_settings import Robustness, Tuning
+from lmmono.registry.robustness import SUITES
 from lmmono.studies.comparisons import compare_families
 from lmmono.suites.robustness_rows import read_results
-from lmmono.suites.suite import SUITES
 from lmmono.suites.tuned import tuners
 
 HOW = {"ranks": [2], "epochs": 2, "full_lr": [0.01], "lora_lr": [0.03], "margins": [1.0, 0.6]}
@@ -80,7 +80,7 @@ def test_a_tuned_model_has_a_row_beside_each_of_a_probe_and_is_not_tuned_twice(t
 def test_the_draws_are_those_of_noisy_labels_to_the_last_flip():
     how = {"margins": (1.0, 0.6), "rates": ()}
     settings = Robustness(n_train=30, fine_tuning=Tuning(**how, seeds=2), seeds=3, **how)
-    tuned, probed = (list(SUITES[name].draws(task(), settings)) for name in SUITES_PAIRED)
+    tuned, probed = (list(SUITES[name].load()(task(), settings)) for name in SUITES_PAIRED)
     assert (len(tuned), len(probed)) == (4, 6)
     for mine, theirs in zip(tuned, probed, strict=False):
         assert (mine.seed, mine.level) == (theirs.seed, theirs.level)

@@ -81,7 +81,7 @@ def list_dictionaries(path: Path) -> Listing:
 
 def list_explainers(_: Path) -> Listing:
     """List what explains units, with what each needs besides a store."""
-    from lmmono.explanations.explainers import EXPLAINERS
+    from lmmono.registry.explainers import EXPLAINERS
 
     rows = ((each.name, ", ".join(each.needs), each.about) for each in EXPLAINERS.values())
     return Listing(("explainer", "needs", "about"), tuple(rows))
@@ -89,7 +89,7 @@ def list_explainers(_: Path) -> Listing:
 
 def list_scorers(_: Path) -> Listing:
     """List what scores units, with what each needs besides a store, and what guessing gets."""
-    from lmmono.scores.scorers import SCORERS
+    from lmmono.registry.scorers import SCORERS
 
     rows = (
         (each.name, ", ".join(each.needs), each.chance, ", ".join(each.presets), each.about)
@@ -100,13 +100,13 @@ def list_scorers(_: Path) -> Listing:
 
 def list_tasks(_: Path) -> Listing:
     """List the tasks of the robustness suites, with their other domains and where they lie."""
-    from lmmono.data.tasks.planted_tasks import TASKS
-    from lmmono.data.tasks.task_registry import find_record, task_names
+    from lmmono.data.tasks.planted_tasks import PLANTED_TASKS
+    from lmmono.registry.tasks import TASK_NAMES, find_record
 
     rows: list[tuple[object, ...]] = []
-    for name in task_names():
-        if name in TASKS:
-            task = TASKS[name]
+    for name in TASK_NAMES:
+        if name in PLANTED_TASKS:
+            task = PLANTED_TASKS[name]
             rows.append((name, len(task.label_names), "shifted", "planted", task.about))
         else:
             record = find_record(name)

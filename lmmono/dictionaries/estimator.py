@@ -8,7 +8,6 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -21,17 +20,12 @@ from lmmono.dictionaries.vector_source import Vectors, as_vectors
 from lmmono.errors import DictionaryError, nearest
 from lmmono.files import provenance
 from lmmono.files.atomic import disk_faults, write_whole
+from lmmono.registry.dictionary_kinds import DICTIONARY_KINDS
+from lmmono.registry.lookup import load
 from lmmono.types import Progress, silent
 
 FORMAT = 1
 """Version of `dictionary.json`; a folder of a newer one is refused."""
-
-_HOMES = {
-    "sae": ("lmmono.dictionaries.sae", "SAE"),
-    "classical": ("lmmono.dictionaries.classical", "Classical"),
-    "control": ("lmmono.dictionaries.controls", "Control"),
-    "imported": ("lmmono.interop.interchange", "Imported"),
-}
 
 T = TypeVar("T", bound="Dictionary")  # not Self: beartype checks methods, not this class
 
@@ -234,10 +228,11 @@ def load_dictionary(folder: str | Path) -> Dictionary:
         raise DictionaryError(f"{path}: cut short or changed by hand ({error})") from None
     if found.get("format", 0) > FORMAT:
         raise DictionaryError(f"{path}: written by a newer lmmono; update lmmono")
-    if found.get("kind") not in _HOMES:
-        raise DictionaryError(f"{path}: unknown kind; {nearest(str(found.get('kind')), _HOMES)}")
-    module, name = _HOMES[found["kind"]]
-    cls = getattr(import_module(module), name)
+    if found.get("kind") not in DICTIONARY_KINDS:
+        raise DictionaryError(
+            f"{path}: unknown kind; {nearest(str(found.get('kind')), DICTIONARY_KINDS)}"
+        )
+    cls = load(DICTIONARY_KINDS[found["kind"]])
     dictionary: Dictionary = cls(seed=found["seed"], **found["settings"])
     for key in ("hook", "d_in", "d_sae", "facts"):
         setattr(dictionary, key, found[key])

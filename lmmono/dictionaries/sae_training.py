@@ -25,7 +25,7 @@ from lmmono.dictionaries.sparse_step import Scratch, SparseStep, StepResult
 from lmmono.dictionaries.vector_source import Vectors
 from lmmono.errors import DictionaryError, TrainingStopped
 from lmmono.files.signals import StopRequest, stop_requests
-from lmmono.registry.metrics import fvu
+from lmmono.stats.formulas import fvu
 from lmmono.types import Progress
 
 LOG_ROWS = 100

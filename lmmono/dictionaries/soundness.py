@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmmono.dictionaries.vector_source import Vectors
 from lmmono.errors import DictionaryError
-from lmmono.registry.metrics import fvu
+from lmmono.stats.formulas import fvu
 
 SCALING_BATCHES = 16
 """Batches, from the first on, that decide the scale of the input."""

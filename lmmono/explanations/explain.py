@@ -8,7 +8,7 @@ from typing import Any, Literal
 import activation_store as astore
 from lmmono.clients.client import Client
 from lmmono.errors import ExplainError, nearest
-from lmmono.explanations.explainer_registry import Explainer, Task, find_explainer
+from lmmono.explanations.explainer_registry import Task
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.protocols import Protocol, find_protocol, variant
 from lmmono.explanations.stored_explanations import (
@@ -20,6 +20,7 @@ from lmmono.records.acts_reader import RecordReader
 from lmmono.records.record import KINDS, Counts, Records
 from lmmono.records.sampling import Sample, Units
 from lmmono.records.unit_rows import checked_units
+from lmmono.registry.explainers import Explainer, find_explainer
 from lmmono.types import Progress, silent
 
 

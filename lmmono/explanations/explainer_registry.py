@@ -1,16 +1,10 @@
-"""The explainers by name: what each is shown, needs and cites. One record per explainer.
+"""What an explainer is asked to do."""
 
-Holds no explainer: a record names the module and function that explains, imported when it is used.
-"""
-
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import activation_store as astore
 from lmmono.clients.client import Client
-from lmmono.errors import ExplainError, nearest
 from lmmono.explanations.explanation import Explanation, Failure, Program
 from lmmono.records.record import Records
 from lmmono.types import Progress, silent
@@ -62,45 +56,3 @@ class Task:
         return Explanation(
             hook=records.hook, unit=int(records.units[i]), n_records=n, **origin, **facts
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Explainer:
-    """One explainer."""
-
-    name: str
-    """Name in tables, recipes and on the command line."""
-    home: str
-    """`module:function`; takes a `Task`, returns explanations."""
-    citation: str
-    """Where the algorithm comes from."""
-    about: str
-    """What it says of a unit, in a sentence."""
-    shown: dict[str, int] = field(default_factory=lambda: {"top": 20, "random": 20})
-    """Records of each kind it is shown by default."""
-    needs: tuple[Literal["client"], ...] = ()
-    """What must be given besides a store."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Its settings by default."""
-
-    def load(self) -> Callable[[Task], Sequence[Explanation]]:
-        """Import and return the function that explains."""
-        module, _, function = self.home.partition(":")
-        return getattr(import_module(module), function)
-
-
-EXPLAINERS: dict[str, Explainer] = {}
-"""Filled by `lmmono.explanations.explainers`."""
-
-
-def find_explainer(name: str) -> Explainer:
-    """Return the explainer of a name.
-
-    Raises:
-        ExplainError: There is none; says which are near.
-    """
-    import_module("lmmono.explanations.explainers")  # fills the table
-
-    if name not in EXPLAINERS:
-        raise ExplainError(f"explainer {name!r} is not known; {nearest(name, sorted(EXPLAINERS))}")
-    return EXPLAINERS[name]

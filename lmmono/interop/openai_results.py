@@ -23,7 +23,8 @@ from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.acts_reader import RecordReader
 from lmmono.records.record import Records
-from lmmono.scores.scorer_registry import Job, find_scorer
+from lmmono.registry.scorers import find_scorer
+from lmmono.scores.scorer_registry import Job
 from lmmono.scores.simulation import UNITS_AT_ONCE, predictions, scored_records
 from lmmono.stats.agreement import AGREEMENTS, record_sums
 

@@ -24,7 +24,7 @@ from lmmono.data.tokenizing import plain_encoder
 from lmmono.errors import RobustnessError
 from lmmono.models.hooks import bare
 from lmmono.probes import losses
-from lmmono.recipe.robustness_settings import TuningLoss, TuningMode
+from lmmono.registry.robustness import TuningLoss, TuningMode
 from lmmono.types import Progress, silent
 
 LOSSES: dict[TuningLoss, Callable[[Tensor, Tensor], Tensor]] = {

@@ -11,7 +11,7 @@ from lmmono.probes.basis import Basis, basis
 from lmmono.probes.descent import Batch, descend, seeded_start
 from lmmono.probes.logistic import penalties
 from lmmono.probes.noise_rates import noise_matrices, noise_rates
-from lmmono.probes.objectives import Plan
+from lmmono.probes.objectives import PLANS, Plan
 from lmmono.probes.problems import Probes, Problems
 from lmmono.probes.tuning import check_some, choose, empty_probes, learnable, same_rows
 
@@ -19,29 +19,30 @@ LOGITS_AT_ONCE = 1 << 21
 """Logits of probes that are trained together: about 8 MiB of each array."""
 
 
-def descended(problems: Problems, plan: Plan) -> Probes:
-    """Fit a probe per problem by a plan; the same seeds give the same bits.
+def descended(problems: Problems, plan: str) -> Probes:
+    """Fit a probe per problem by a plan of `PLANS`; the same seeds give the same bits.
 
     Raises:
         RobustnessError: No problem can be learned.
     """
+    how = PLANS[plan]
     faults = learnable(problems)
     probes, faults = empty_probes(problems, faults), list(faults)
-    known = _Known.of(problems, plan, faults)
+    known = _Known.of(problems, how, faults)
     check_some(faults)
-    n_candidates = len(plan.l2) * plan.n_probes
+    n_candidates = len(how.l2) * how.n_probes
     for rows, members in same_rows(problems, faults):
         on = basis(problems.x[rows])
         logits = n_candidates * problems.n_classes * len(rows)
         for part in members.split(max(1, LOGITS_AT_ONCE // logits)):
-            weight = _candidates(on, problems, rows, part, plan, known)
+            weight = _candidates(on, problems, rows, part, how, known)
             said = _log_probabilities(on, weight, problems.x_val)
             if known.noise is not None:  # what it would say of given labels
                 said = (said.exp() @ known.noise[part][:, None].to(said.dtype)).log()
             at = choose(said, problems.y_val[part], problems.val_rows[part])
             chosen = weight[torch.arange(len(part)), at]
             probes.weight[part], probes.bias[part] = on.back(chosen)
-            l2 = torch.tensor(plan.l2).repeat_interleave(len(plan.keep))
+            l2 = torch.tensor(how.l2).repeat_interleave(len(how.keep))
             probes.chosen_l2[part] = l2[at]
     return Probes(probes.weight, probes.bias, probes.chosen_l2, tuple(faults), known.notes)
 

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from lmmono.probes.learners import find_learner
 from lmmono.probes.problems import Probes, Problems
+from lmmono.registry.robustness import find_learner
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,7 +98,7 @@ def fit_probes(problems: Problems, learner: str, budget: int | None = None) -> P
     Raises:
         RobustnessError: There is no such learner.
     """
-    fit, faults = find_learner(learner).fit, problems.faults()
+    fit, faults = find_learner(learner).load(), problems.faults()
     sound = [i for i, fault in enumerate(faults) if fault is None]
     if budget is not None and budget < problems.x.shape[1]:
         found = [_on_budget(problems.subset([i]), learner, budget) for i in sound]
@@ -111,7 +111,7 @@ def _on_budget(problem: Problems, learner: str, budget: int) -> Probes:
     rows = problem.rows[0]
     chosen = telling(problem.x[rows], problem.y[0][rows], problem.n_classes, budget)
     narrow = replace(problem, x=problem.x[:, chosen], x_val=problem.x_val[:, chosen])
-    probes = find_learner(learner).fit(narrow)
+    probes = find_learner(learner).load()(narrow)
     weight = probes.weight.new_zeros(1, problem.n_classes, problem.x.shape[1])
     weight[:, :, chosen] = probes.weight
     return replace(probes, weight=weight)

@@ -66,6 +66,20 @@ def tuned_logistic(
     return Probes(probes.weight, probes.bias, probes.chosen_l2, faults, tuple(notes))
 
 
+def oracle_logistic(problems: Problems) -> Probes:
+    """Fit as `tuned_logistic` does, its penalty chosen on the true validation labels.
+
+    Raises:
+        RobustnessError: The problems do not hold the true labels.
+    """
+    if problems.clean_val is None:
+        raise RobustnessError(
+            "learner oracle_logistic: want Problems.clean_val, the true validation labels; without "
+            "them take learner logistic"
+        )
+    return tuned_logistic(problems, labels=problems.clean_val.expand_as(problems.y_val))
+
+
 def choose(
     log_probabilities: Float[Tensor, "p l m c"],
     labels: Int64[Tensor, "p m"],

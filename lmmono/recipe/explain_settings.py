@@ -1,55 +1,20 @@
-"""The settings of explaining and scoring, and the names that they may hold.
+"""The settings of explaining and scoring; names and presets come from `lmmono.registry`."""
 
-Holds names alone, so that `lmmono check` knows them without what they stand for; a test compares
-them with the registries.
-"""
-
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from lmmono.errors import nearest
-from lmmono.recipe.sections import Count, Section, clash
+from lmmono.recipe.sections import Count, OneOf, Section, clash
+from lmmono.registry.explainers import EXPLAINERS, ProtocolName
+from lmmono.registry.scorers import SCORERS
 
-ExplainerName = Literal[
-    "token_lookup", "context_rules", "context_boosted", "random_explanation", "constant"
-]
+ExplainerName = Annotated[str, OneOf(name for name, each in EXPLAINERS.items() if not each.needs)]
 """Explainers that need nothing but a store; the others ask a language model, from Python."""
 
-Protocol = Literal["openai", "openai_crate"]
-"""Records as in a paper."""
-
-PRESETS: dict[str, tuple[str, ...]] = {
-    "token_selectivity": (),
-    "simulation_tar": get_args(Protocol),
-    "simulation_random": get_args(Protocol),
-    "detection": ("ranked",),
-    "fuzz": ("ranked",),
-    "unit_statistics": (),
-    "feature_decorrelation": (),
-    "intruder_program": ("ranked",),
-    "anthropic_intervals": (),
-    "effect": (),
-    "intervention": (),
-}
-"""Scorers that need no language model and no labels, with their presets."""
-
-UNEXPLAINED = frozenset({"token_selectivity", "unit_statistics", "feature_decorrelation", "effect"})
-"""Scorers that score a unit by itself, without what is said of it."""
-
-ELSEWHERE = {
-    "intruder": "client",
-    "surprisal": "client",
-    "embedding": "encoder",
-    "labelled": "labels",
-    "sparse_probing": "labels",
-    "fms": "labels",
-    "llm_token_act_pair": "client",
-    "llm_max_act": "client",
-    "llm_contrastive": "client",
-}
-"""Explainers and scorers that no recipe can name, with the argument that they want in Python."""
+RUNNABLE = {name: scorer for name, scorer in SCORERS.items() if scorer.argument is None}
+"""Scorers that a recipe can name: they need no language model, no labels and no encoder."""
 
 
 class Explain(Section):
@@ -61,7 +26,7 @@ class Explain(Section):
     """Units of every hook, drawn by the run's seed; null takes all."""
     explainers: tuple[ExplainerName, ...] = ()
     """Explainers, in the order they work; none by default."""
-    presets: tuple[Protocol, ...] = ()
+    presets: tuple[ProtocolName, ...] = ()
     """Explain also from the records of these papers, for scorers with the same preset."""
     window: Count = 64
     """Most tokens per excerpt; presets have their own."""
@@ -71,8 +36,9 @@ class Explain(Section):
     def _name_what_is_there(cls, values: Any) -> Any:
         given = values.get("explainers", ()) if isinstance(values, dict) else ()
         for i, name in enumerate(given if isinstance(given, tuple | list) else ()):
-            if name in ELSEWHERE:
-                raise _elsewhere(name, f"explainers.{i}", "explain", "explainer")
+            known = EXPLAINERS.get(name) if isinstance(name, str) else None
+            if known is not None and known.needs:
+                raise _from_python(name, known.needs[0], f"explainers.{i}", "explain", "explainer")
         return values
 
     @model_validator(mode="after")
@@ -88,8 +54,7 @@ class Explain(Section):
         return self
 
 
-def _elsewhere(name: str, field: str, verb: str, kind: str) -> PydanticCustomError:
-    wanted = ELSEWHERE[name]
+def _from_python(name: str, wanted: str, field: str, verb: str, kind: str) -> PydanticCustomError:
     way_out = f"lm.{verb}(store, {kind}={name!r}, {wanted}=...)"
     return clash(f"{name} wants {wanted}, which no recipe can give; in Python: {way_out}", field)
 
@@ -99,23 +64,24 @@ class Scoring(
     json_schema_extra={
         "type": ["string", "object"],
         "if": {"type": "string"},
-        "then": {"enum": list(PRESETS)},
+        "then": {"enum": list(RUNNABLE)},
     },
 ):
     """A scorer with its preset; one without is written as its name alone."""
 
-    name: str = Field(json_schema_extra={"enum": list(PRESETS)})
+    name: str = Field(json_schema_extra={"enum": list(RUNNABLE)})
     """The scorer; see `lmmono ls scorers`."""
     preset: str | None = None
     """Settings as in a paper; null takes the scorer's own."""
 
     @model_validator(mode="after")
     def _check_names(self) -> "Scoring":
-        if self.name in ELSEWHERE:
-            raise _elsewhere(self.name, "name", "score", "scorer")
-        if self.name not in PRESETS:
-            raise clash(f"want a scorer, got {self.name!r}; {nearest(self.name, PRESETS)}", "name")
-        known = PRESETS[self.name]
+        scorer = SCORERS.get(self.name)
+        if scorer is None:
+            raise clash(f"want a scorer, got {self.name!r}; {nearest(self.name, RUNNABLE)}", "name")
+        if scorer.argument is not None:
+            raise _from_python(self.name, scorer.argument, "name", "score", "scorer")
+        known = scorer.presets
         if self.preset is not None and self.preset not in known:
             way_out = nearest(self.preset, known) if known else "it has none"
             raise clash(f"{self.name} has no preset {self.preset!r}; {way_out}", "preset")
@@ -124,7 +90,7 @@ class Scoring(
     @property
     def explained(self) -> bool:
         """Whether it scores explanations."""
-        return self.name not in UNEXPLAINED
+        return SCORERS[self.name].reads_explanations
 
 
 def _named(entry: Any) -> Any:
@@ -155,7 +121,7 @@ def unexplained_clash(explain: Explain, score: Score) -> PydanticCustomError | N
         if scoring.explained and not explain.explainers:
             message = f"{scoring.name} scores explanations, and explain.explainers names none"
             return clash(message, f"score.scorers.{i}", "score.scorers")
-        if scoring.preset in get_args(Protocol) and scoring.preset not in explain.presets:
+        if scoring.preset in get_args(ProtocolName) and scoring.preset not in explain.presets:
             message = f"preset {scoring.preset} wants {scoring.preset} in explain.presets too"
             return clash(message, f"score.scorers.{i}.preset", "explain.presets")
     return None

@@ -1,102 +1,32 @@
-"""The settings of the robustness suites, and the names that they may hold.
+"""The settings of the robustness suites; names come from `lmmono.registry`."""
 
-Holds names alone, so that `lmmono check` knows them without what they stand for; a test compares
-them with the registries.
-"""
-
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from lmmono.errors import nearest
-from lmmono.recipe.sections import Count, Fraction, Section, clash
+from lmmono.recipe.sections import Count, Fraction, OneOf, Section, clash
+from lmmono.registry.robustness import (
+    FAMILIES,
+    HYPOTHESES,
+    LEARNERS,
+    MODEL_NOISE,
+    SUITES,
+    TEXT_CORRUPTIONS,
+    Attack,
+    LabelNoise,
+    Pooling,
+    TuningLoss,
+    TuningMode,
+)
+from lmmono.registry.tasks import TASK_NAMES
 
-SuiteName = Literal["noisy_labels", "noisy_inputs", "few_shot", "ood", "adversarial", "fine_tuning"]
-TaskName = Literal[
-    "planted_topic",
-    "planted_polarity",
-    "planted_agreement",
-    "20news",
-    "agnews",
-    "amazon_books",
-    "amazon_dvd",
-    "amazon_electronics",
-    "amazon_kitchen",
-    "anli",
-    "civil_comments",
-    "cola",
-    "cr",
-    "davidson",
-    "imdb",
-    "imdb_counterfactual",
-    "mnli",
-    "mpqa",
-    "mr",
-    "nli_counterfactual",
-    "noisy_agnews",
-    "reuters",
-    "sst2",
-    "sst2_phrases",
-    "sst5",
-    "subj",
-    "trec",
-    "tweet_emotion",
-    "tweet_hate",
-    "tweet_irony",
-    "tweet_offensive",
-    "tweet_sentiment",
-    "wrench_semeval",
-    "wrench_trec",
-    "wrench_youtube",
-    "yelp",
-]
-LearnerName = Literal[
-    "logistic",
-    "oracle_logistic",
-    "label_smoothing",
-    "gce",
-    "sce",
-    "forward",
-    "elr",
-    "mixup",
-    "early_stopping",
-    "co_teaching",
-    "cleanlab",
-    "knn_relabel",
-]
-LabelNoise = Literal["symmetric", "pair_flip", "matrix", "instance", "annotator", "real"]
-TextNoise = Literal[
-    "typos",
-    "ocr",
-    "homoglyph",
-    "case",
-    "punctuation",
-    "word_drop",
-    "word_shuffle",
-    "synonyms",
-    "formatting",
-]
-ModelNoise = Literal["embedding_gaussian", "embedding_uniform", "hidden_gaussian"]
-"""Noise inside the model: on token embeddings, or on the probed rows before any encoder."""
-Attack = Literal["characters", "words"]
-Pooling = Literal["mean", "max", "last"]
-Hypothesis = Literal["H1", "H2", "H3", "H4"]
-TuningMode = Literal["full", "lora"]
-TuningLoss = Literal["ce", "label_smoothing", "gce", "sce"]
+SuiteName = Annotated[str, OneOf(SUITES)]
+TaskName = Annotated[str, OneOf(TASK_NAMES)]
+LearnerName = Annotated[str, OneOf(LEARNERS)]
+InputNoise = Annotated[str, OneOf([*TEXT_CORRUPTIONS, *MODEL_NOISE])]
+HypothesisName = Annotated[str, OneOf(HYPOTHESES)]
 LearningRate = Annotated[float, Field(gt=0.0)]
-
-FAMILY_SETTINGS: dict[str, tuple[str, ...]] = {
-    "raw": (),
-    "random_projection": ("d",),
-    "pca": ("d",),
-    "dense_ae": ("d",),
-    "relu": (),
-    "random_relu": ("d",),
-    "random_topk": ("d", "k"),
-    "neurons": (),
-    "top_neurons": ("k",),
-}
-"""Feature families that need no dictionary, with the settings that each takes."""
 
 MARGINS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1)
 """Signal margins rho = 1 - rate C / (C - 1): equally hard for any number of classes C."""
@@ -105,17 +35,17 @@ REALISTIC = (0.0, 0.02, 0.05, 0.1)
 SHOTS = (1, 4, 16, 64, 256)
 
 
-class Family(
+class FamilySettings(
     Section,
     json_schema_extra={
         "type": ["string", "object"],
         "if": {"type": "string"},
-        "then": {"enum": list(FAMILY_SETTINGS)},
+        "then": {"enum": list(FAMILIES)},
     },
 ):
     """A feature family; one with its own settings is written as its name alone."""
 
-    name: str = Field(json_schema_extra={"enum": list(FAMILY_SETTINGS)})
+    name: str = Field(json_schema_extra={"enum": list(FAMILIES)})
     """The kind; see `docs/robustness.md`."""
     d: Count | None = None
     """Width of the code."""
@@ -123,11 +53,11 @@ class Family(
     """Coordinates that stay."""
 
     @model_validator(mode="after")
-    def _check_names(self) -> "Family":
-        if self.name not in FAMILY_SETTINGS:
-            way_out = nearest(self.name, FAMILY_SETTINGS)
+    def _check_names(self) -> "FamilySettings":
+        if self.name not in FAMILIES:
+            way_out = nearest(self.name, FAMILIES)
             raise clash(f"want a feature family, got {self.name!r}; {way_out}", "name")
-        takes = FAMILY_SETTINGS[self.name]
+        takes = FAMILIES[self.name].takes
         for setting in ("d", "k"):
             if getattr(self, setting) is not None and setting not in takes:
                 known = ", ".join(takes) or "none"
@@ -155,7 +85,7 @@ def raise_repeats(section: Section, fields: tuple[str, ...]) -> None:
 
 
 def _named(entry: Any) -> Any:
-    return entry if isinstance(entry, dict | Family) else {"name": entry}
+    return entry if isinstance(entry, dict | FamilySettings) else {"name": entry}
 
 
 class Tuning(Section):
@@ -201,7 +131,9 @@ class Robustness(Section):
     """Tasks; see `lmmono ls tasks`."""
     folder: str | None = None
     """Folder with the sets of tasks that are not planted, as `lmmono ls tasks` names them."""
-    families: tuple[Annotated[Family, BeforeValidator(_named)], ...] = (Family(name="raw"),)
+    families: tuple[Annotated[FamilySettings, BeforeValidator(_named)], ...] = (
+        FamilySettings(name="raw"),
+    )
     """Feature families, by name or with settings; others are compared with the first."""
     dictionaries: tuple[str, ...] = ()
     """The run's dictionaries of the hook, by name or glob; a glob takes no controls."""
@@ -227,7 +159,7 @@ class Robustness(Section):
     """Signal margins that decide rates of label noise, whatever the number of classes."""
     rates: tuple[Fraction, ...] = REALISTIC
     """Further rates of label noise."""
-    input_noise: tuple[TextNoise | ModelNoise, ...] = (
+    input_noise: tuple[InputNoise, ...] = (
         "typos",
         "word_drop",
         "embedding_gaussian",
@@ -250,7 +182,7 @@ class Robustness(Section):
     """Test texts that are attacked."""
     fine_tuning: Tuning = Tuning()
     """How suite `fine_tuning` tunes the model."""
-    hypotheses: tuple[Hypothesis, ...] = ()
+    hypotheses: tuple[HypothesisName, ...] = ()
     """What is expected, said before the run; the report gives each its verdict."""
     processes: Count = 1
     """Processes that fit probes; changes no result."""
@@ -261,6 +193,3 @@ class Robustness(Section):
         if self.suites and not self.families and not self.dictionaries:
             raise clash("want a family or a dictionary to read", "families", "dictionaries")
         return self
-
-
-MODEL_NOISE: tuple[str, ...] = get_args(ModelNoise)

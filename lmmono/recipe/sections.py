@@ -4,10 +4,11 @@ Holds no torch and reads no file: `lmmono check` answers from here in under a se
 Choices between kinds are tags (`kind`, `arch`), never class paths.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from lmmono.types import Split
 
@@ -25,6 +26,17 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+
+class OneOf:
+    """Text that is one of some names, as a `Literal` of them; the names come from a registry."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = list(names)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        """Return the schema that pydantic makes of a `Literal`."""
+        return core_schema.literal_schema(self.names)
 
 
 def clash(message: str, *fields: str) -> PydanticCustomError:

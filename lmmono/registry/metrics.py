@@ -1,15 +1,11 @@
-"""One formula per metric name, each with its version, equation and source.
+"""The metrics by name: one formula per name, with its version, unit and equation.
 
-Holds arithmetic on arrays and sums, nothing that reads a model or a store. Every stored row names a
-metric of `METRICS` and its version; a changed formula gets a new version, never a new meaning.
+Every stored row names a metric of `METRICS` and its version; a changed formula gets a new version,
+never a new meaning. Formulas that several rooms compute stand in `lmmono.stats.formulas`.
 """
 
 from dataclasses import dataclass
 from typing import Literal
-
-import numpy as np
-from jaxtyping import Float
-from numpy import ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,50 +216,3 @@ METRICS: dict[str, Metric] = {
         *(metric for name, contrast in _CLASSIFIED for metric in _classified(name, contrast)),
     )
 }
-
-
-def kurtosis(
-    n: float, power_sums: Float[ndarray, "4 units"], minimum_variance: float = 1e-12
-) -> Float[ndarray, " units"]:
-    """Return m4 / m2^2 per unit from the sums of x, x^2, x^3, x^4 over n values.
-
-    A unit whose variance does not exceed `minimum_variance` has none: NaN.
-
-    >>> kurtosis(4.0, np.array([[2.0], [2.0], [2.0], [2.0]]))  # 0, 0, 1, 1
-    array([1.])
-    """
-    raw = power_sums / n
-    m1, r2, r3, r4 = raw
-    m2 = r2 - m1**2
-    m4 = r4 - 4 * m1 * r3 + 6 * m1**2 * r2 - 3 * m1**4
-    varies = m2 > minimum_variance
-    return np.where(varies, m4 / np.where(varies, m2, 1.0) ** 2, np.nan)
-
-
-def fvu(squared_error: float, variation: float) -> float:
-    """Return the fraction of variance unexplained from two sums over the whole set.
-
-    Never a mean of ratios. A set without variation has none: NaN.
-
-    Args:
-        squared_error: Sum over vectors and coordinates of (x - xhat)^2.
-        variation: Sum over vectors and coordinates of (x - mean(x))^2.
-
-    >>> fvu(1.0, 4.0)
-    0.25
-    """
-    return squared_error / variation if variation > 0.0 else float("nan")
-
-
-def entropies(weights: Float[ndarray, "*batch n"]) -> Float[ndarray, "*batch"]:
-    """Return the entropy in nats of each distribution proportional to non-negative weights.
-
-    Weights that are all zero have none: NaN.
-
-    >>> entropies(np.array([[1.0, 1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]])).round(4)
-    array([1.0397,    nan])
-    """
-    total = weights.sum(axis=-1, keepdims=True)
-    p = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-    logs = np.log(p, out=np.zeros_like(p), where=p > 0)
-    return np.where(total[..., 0] > 0, -(p * logs).sum(axis=-1), np.nan)

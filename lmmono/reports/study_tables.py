@@ -16,9 +16,9 @@ from numpy import ndarray
 import activation_store as astore
 from lmmono.errors import RunError
 from lmmono.recipe import Recipe
+from lmmono.registry.scorers import SCORERS, Scorer, find_scorer
 from lmmono.reports.tables import Table
 from lmmono.runs.folder import Run, find_runs, open_run
-from lmmono.scores.scorer_registry import SCORERS, Scorer, find_scorer
 from lmmono.stats.unit_intervals import mean_interval
 from lmmono.studies.differences import Difference, Estimate, compare
 from lmmono.types import Progress, silent
@@ -126,7 +126,6 @@ def _read_scores(store: astore.Store) -> dict[Key, dict[str, tuple[float, float]
 
 def _scorers() -> Iterator[Scorer]:
     """Yield the scorers of explanations; means of statistics of units say little: heavy tails."""
-    find_scorer("simulation_tar")  # fills the table
     for scorer in SCORERS.values():
         if scorer.per == "unit" and {"explanation", "program"} & set(scorer.needs):
             yield scorer

@@ -17,11 +17,11 @@ from scipy.stats import spearmanr
 
 import activation_store as astore
 from lmmono.errors import ExplainError, nearest
+from lmmono.registry.scorers import find_scorer
 from lmmono.runs.folder import Run, open_run
 from lmmono.scores.known_units import Known, write_planted, write_trained
 from lmmono.scores.lies import FALSE, add_explanations, name_of
 from lmmono.scores.score import score
-from lmmono.scores.scorer_registry import find_scorer
 from lmmono.stats.rates import wilson
 from lmmono.types import Progress, silent
 
@@ -69,7 +69,7 @@ def audit_scorer(
     """
     scorer = find_scorer(name)
     if not set(scorer.needs) <= {"explanation", "program"} or not scorer.needs:
-        from lmmono.scores.scorers import SCORERS
+        from lmmono.registry.scorers import SCORERS
 
         able = [n for n, each in SCORERS.items() if each.needs in (("explanation",), ("program",))]
         raise ExplainError(f"{name} scores no explanations by themselves; {nearest(name, able)}")

@@ -13,7 +13,8 @@ from lmmono.explanations.protocols import variant
 from lmmono.explanations.stored_explanations import explained_units, match_stored_hooks
 from lmmono.records.acts_reader import RecordReader
 from lmmono.records.sampling import Units
-from lmmono.scores.scorer_registry import Job, Scorer, find_scorer
+from lmmono.registry.scorers import Scorer, find_scorer
+from lmmono.scores.scorer_registry import Job
 from lmmono.scores.summaries import Origin, summary_rows
 from lmmono.types import Progress, silent
 

@@ -6,10 +6,10 @@ from typing import Any
 import activation_store as astore
 from lmmono.errors import RunError
 from lmmono.explanations.protocols import variant
+from lmmono.registry.scorers import find_scorer
 from lmmono.runs.folder import Run
 from lmmono.runs.manifest import STAGES
 from lmmono.scores.score import score
-from lmmono.scores.scorer_registry import find_scorer
 from lmmono.scores.untrained_control import add_control, untrained_store
 from lmmono.types import Progress, silent
 

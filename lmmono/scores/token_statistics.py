@@ -11,8 +11,9 @@ from numpy import ndarray
 from scipy.stats import t as student_t
 
 import activation_store as astore
-from lmmono.registry.metrics import METRICS, entropies
+from lmmono.registry.metrics import METRICS
 from lmmono.scores.scorer_registry import Job, Row
+from lmmono.stats.formulas import entropies
 
 N_GROUPS = 10
 """Groups of documents for the interval: a jackknife that leaves one group out at a time."""

@@ -15,8 +15,8 @@ from scipy.stats import t as student_t
 
 from lmmono.records.token_grid import PADDING, TokenGrid, read_grid
 from lmmono.records.unit_rows import UnitRows, checked_units, read_unit_rows
-from lmmono.registry.metrics import entropies, kurtosis
 from lmmono.scores.scorer_registry import Job, Row
+from lmmono.stats.formulas import entropies, kurtosis
 from lmmono.stats.unit_intervals import LEVEL
 from lmmono.types import Split
 

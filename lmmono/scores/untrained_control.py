@@ -14,8 +14,8 @@ from lmmono.captures.capture import capture
 from lmmono.explanations.explain_run import explain_as
 from lmmono.models.hooks import match_hooks
 from lmmono.models.untrained import untrained
+from lmmono.registry.scorers import Scorer
 from lmmono.runs.folder import Run
-from lmmono.scores.scorer_registry import Scorer
 from lmmono.types import Progress
 
 CONTROL = "untrained_model"

@@ -22,7 +22,8 @@ from lmmono.explanations.stored_explanations import (
     read_densities,
 )
 from lmmono.records.acts_reader import RecordReader
-from lmmono.scores.scorer_registry import Job, Scorer, find_scorer
+from lmmono.registry.scorers import Scorer, find_scorer
+from lmmono.scores.scorer_registry import Job
 from lmmono.scores.simulation import scored_records, simulated
 from lmmono.scores.summaries import Origin
 from lmmono.stats.agreement import AGREEMENTS

@@ -8,7 +8,7 @@ out too. Nothing here reads a row that the hypothesis does not name.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from lmmono.errors import DataError, nearest
+from lmmono.errors import DataError
+from lmmono.registry.robustness import Hypothesis, find_hypothesis
 from lmmono.studies.comparisons import Effect, by_seed, effect, holm
 from lmmono.studies.doses import Dose, dose_responses, doses_of, is_whole
 from lmmono.studies.effective import EffectiveRobustness, effective_robustness
@@ -134,18 +135,6 @@ class NotTestedError(Exception):
     """Rows that do not suffice for a hypothesis; says which are missing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hypothesis:
-    """Something to be expected, and how it is judged."""
-
-    name: str
-    """Name in recipes."""
-    claim: str
-    """What is expected."""
-    judge: Callable[[Evidence], list[Finding]]
-    """Evidence to findings, p not yet corrected; raises `NotTestedError`."""
-
-
 def verdicts(names: Sequence[str], evidence: Evidence) -> list[Verdict]:
     """Return what came out of each hypothesis.
 
@@ -156,16 +145,13 @@ def verdicts(names: Sequence[str], evidence: Evidence) -> list[Verdict]:
     Raises:
         DataError: A name is unknown.
     """
-    for name in names:
-        if name not in HYPOTHESES:
-            raise DataError(f"hypothesis {name!r}: unknown; {nearest(name, HYPOTHESES)}")
-    return [_verdict(HYPOTHESES[name], evidence) for name in names]
+    return [_verdict(find_hypothesis(name), evidence) for name in names]
 
 
 def _verdict(hypothesis: Hypothesis, evidence: Evidence) -> Verdict:
     about = hypothesis.name, hypothesis.claim
     try:
-        raw = hypothesis.judge(evidence)
+        raw = hypothesis.load()(evidence)
     except (NotTestedError, DataError) as missing:
         return Verdict(*about, "not tested", str(missing))
     if len(raw) * min(each.least_p for each in raw) >= ALPHA:
@@ -276,15 +262,17 @@ def _common_means(
     return means
 
 
-def _h1(evidence: Evidence) -> list[Finding]:
+def judge_realistic_noise(evidence: Evidence) -> list[Finding]:
+    """Judge H1 on labels of which few are wrong."""
     return _against_dense(evidence, _noisy_labels(evidence, 0.8, 1.0))
 
 
-def _h2(evidence: Evidence) -> list[Finding]:
+def judge_extreme_noise(evidence: Evidence) -> list[Finding]:
+    """Judge H2 on labels that hardly tell anything."""
     return _against_dense(evidence, _noisy_labels(evidence, 0.0, 0.2))
 
 
-def _h3(evidence: Evidence) -> list[Finding]:
+def judge_doses(evidence: Evidence) -> list[Finding]:
     """Return how the gain under label noise goes with the measure, width by width."""
     rows = [each for each in _noisy_labels(evidence, 0.0, 1.0) if is_whole(each)]
     gains = gains_of(evidence, rows)
@@ -329,7 +317,7 @@ def gains_of(evidence: Evidence, rows: Sequence[Result] | None = None) -> Mappin
     return gains
 
 
-def _h4(evidence: Evidence) -> list[Finding]:
+def judge_other_domains(evidence: Evidence) -> list[Finding]:
     """Return each claimed family's effective robustness, domain by domain."""
     rows = [r for r in evidence.results if r.suite == "ood" and r.probe == evidence.probe]
     dense = sorted({each.feature for each in rows if evidence.is_dense(each.feature)})
@@ -350,35 +338,3 @@ def _above(line: str, found: EffectiveRobustness) -> Finding:
     what, made = f"{found.feature}: {found.task} -> {found.split[4:]}", found.effect
     ends = (made.value, made.ci_low, made.ci_high)
     return Finding(what, line, *ends, made.p, 1.0, made.n_seeds, made.least_p)
-
-
-HYPOTHESES: dict[str, Hypothesis] = {
-    each.name: each
-    for each in (
-        Hypothesis(
-            "H1",
-            "under realistic label noise (margin rho >= 0.8) a monosemantic code beats the best "
-            "dense control of its budget, both tuned on noisy validation labels",
-            _h1,
-        ),
-        Hypothesis(
-            "H2",
-            "under extreme label noise (margin rho <= 0.2) a monosemantic code beats the best "
-            "dense control of its budget, both tuned on noisy validation labels",
-            _h2,
-        ),
-        Hypothesis(
-            "H3",
-            "over 20 or more dictionaries of one width, the gain under label noise grows with the "
-            "chance-corrected semantic consistency",
-            _h3,
-        ),
-        Hypothesis(
-            "H4",
-            "on other domains a monosemantic code lies above the line that the dense controls make "
-            "of accuracy at home and elsewhere",
-            _h4,
-        ),
-    )
-}
-"""The hypotheses by name; recipes name the same."""

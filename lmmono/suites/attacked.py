@@ -14,11 +14,12 @@ from jaxtyping import Float
 from lmmono.data.corruption.synonyms import Synonyms
 from lmmono.errors import DataError, RobustnessError
 from lmmono.probes.probing import Solve
+from lmmono.registry.robustness import Suite
 from lmmono.suites.attacks import AttackReport, Limits, Predict, attack
 from lmmono.suites.bench import METRIC, Arm, Bench, Key
 from lmmono.suites.grid import Rows, said, said_of_probe
 from lmmono.suites.inputs import Learned, learn, synonyms_for
-from lmmono.suites.suite import Draw, Suite, drawn
+from lmmono.suites.suite import Draw, drawn
 
 LIMITS = Limits()
 """What an attack may change and ask."""
@@ -32,7 +33,7 @@ def attacked_rows(
     """Yield the rows of every attack on every probe that are not there yet, probe by probe."""
     indices = drawn(bench.task, TEST, bench.settings.n_attacked)
     judged = said(TEST, indices)
-    draws = list(suite.draws(bench.task, bench.settings))
+    draws = list(suite.load()(bench.task, bench.settings))
     lacking = [
         (i, arm, method)
         for i, draw in enumerate(draws)

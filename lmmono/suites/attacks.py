@@ -18,7 +18,7 @@ from lmmono.data.corruption.edits import drop, insert_neighbour, press_neighbour
 from lmmono.data.corruption.synonyms import Synonyms
 from lmmono.data.corruption.texts import Pieces, pieces_of, standing_in
 from lmmono.errors import DataError, nearest
-from lmmono.recipe.robustness_settings import Attack
+from lmmono.registry.robustness import Attack
 
 Predict = Callable[[list[str]], Float[np.ndarray, "n c"]]
 """Takes texts, returns a score of each class for each; the largest is the answer."""

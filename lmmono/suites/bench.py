@@ -17,8 +17,9 @@ from jaxtyping import Float32, Int64
 from lmmono.data.tasks.task import Task
 from lmmono.recipe.robustness_settings import Robustness
 from lmmono.registry.metrics import METRICS
+from lmmono.registry.robustness import Suite
 from lmmono.suites.consistency import semantic_consistency
-from lmmono.suites.suite import Draw, Suite
+from lmmono.suites.suite import Draw
 from lmmono.suites.text_codes import Encoded, Encoder, Feature, origin_of
 
 METRIC = "accuracy"

@@ -11,21 +11,20 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize
 
-from lmmono.errors import RobustnessError, nearest
-from lmmono.recipe.robustness_settings import FAMILY_SETTINGS, Family
+from lmmono.errors import RobustnessError
+from lmmono.recipe.robustness_settings import FamilySettings
+from lmmono.registry.lookup import find, load
+from lmmono.registry.robustness import FAMILIES
 
 Rows = Float[Tensor, "n d_in"]
 Encode = Callable[[Tensor], Tensor]
-Point = Literal["stream", "neurons"]
-"""Where a family reads: the hook that is probed, or the MLP's neurons of the same layer."""
-
 AE_STEPS, AE_BATCH, AE_RATE = 400, 256, 2e-3
 """Steps, rows per step and Adam's rate of the dense auto-encoder."""
 
@@ -55,25 +54,6 @@ class Code:
     """Numbers that were learned or drawn; None where nothing is known of them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """One kind of family."""
-
-    name: str
-    """Name in `features`, recipes and tables."""
-    about: str
-    """What the code is, in one line."""
-    learn: Callable[[Tensor, Settings], Code]
-    """Rows and settings to a code."""
-    point: Point = "stream"
-    """Where it reads."""
-
-    @property
-    def takes(self) -> tuple[str, ...]:
-        """Settings that it knows."""
-        return FAMILY_SETTINGS[self.name]
-
-
 class FeatureFamily:
     """A code of token rows: settings in the constructor, rows in `fit`.
 
@@ -96,15 +76,13 @@ class FeatureFamily:
         Raises:
             RobustnessError: The name is unknown, or a setting is not one of the kind's.
         """
-        if name not in FAMILIES:
-            raise RobustnessError(f"feature family {name!r}: unknown; {nearest(name, FAMILIES)}")
-        kind = FAMILIES[name]
+        kind = find("feature family", name, FAMILIES, RobustnessError)
         for setting, value in (("d", d), ("k", k)):
             if value is not None and (setting not in kind.takes or value < 1):
                 takes = ", ".join(kind.takes) or "none"
                 raise RobustnessError(f"{name}: {setting}={value}: want a number >= 1 of {takes}")
         self.name, self.point, self.hook = name, kind.point, None
-        self._settings, self._learn = Settings(d, k, seed), kind.learn
+        self._settings, self._learn = Settings(d, k, seed), load(kind.home)
         self._given_digest: str | None = None
         self.d, self.d_in, self.l0, self.digest = 0, 0, 0.0, ""
         self.n_parameters: int | None = None
@@ -189,7 +167,7 @@ def as_family(name: str, given: Any, *, seed: int = 0) -> FeatureFamily:
     """
     if isinstance(given, FeatureFamily):
         family = given
-    elif isinstance(given, Family):
+    elif isinstance(given, FamilySettings):
         family = FeatureFamily(given.name, d=given.d, k=given.k, seed=seed)
     elif given is None or isinstance(given, str):
         family = FeatureFamily(given or "raw", seed=seed)
@@ -208,34 +186,40 @@ def _given(code: Code, rows: Tensor, settings: Settings) -> Code:
     return code
 
 
-def _raw(rows: Tensor, settings: Settings) -> Code:
+def raw(rows: Tensor, settings: Settings) -> Code:
+    """Return the rows as they are."""
     del rows, settings
     return Code(lambda x: x, 0)
 
 
-def _relu(rows: Tensor, settings: Settings) -> Code:
+def relu(rows: Tensor, settings: Settings) -> Code:
+    """Return what is above the mean of the rows, coordinate by coordinate."""
     del settings
     centre = rows.mean(0)
     return Code(lambda x: torch.relu(x - centre), centre.numel())
 
 
-def _random_projection(rows: Tensor, settings: Settings) -> Code:
+def random_projection(rows: Tensor, settings: Settings) -> Code:
+    """Return random directions: dense, and nothing learned."""
     weight = _directions(rows, settings, rows.shape[1])
     return Code(lambda x: x @ weight, weight.numel())
 
 
-def _random_relu(rows: Tensor, settings: Settings) -> Code:
+def random_relu(rows: Tensor, settings: Settings) -> Code:
+    """Return the ReLU of random directions around the mean: half sparse, nothing learned."""
     centre, weight = rows.mean(0), _directions(rows, settings, 4 * rows.shape[1])
     return Code(lambda x: torch.relu((x - centre) @ weight), weight.numel() + centre.numel())
 
 
-def _random_topk(rows: Tensor, settings: Settings) -> Code:
+def random_topk(rows: Tensor, settings: Settings) -> Code:
+    """Return the k largest of random directions: sparse, not learned."""
     centre, weight = rows.mean(0), _directions(rows, settings, 4 * rows.shape[1])
     k = min(settings.k or 32, weight.shape[1])
     return Code(lambda x: _largest((x - centre) @ weight, k), weight.numel() + centre.numel())
 
 
-def _pca(rows: Tensor, settings: Settings) -> Code:
+def pca(rows: Tensor, settings: Settings) -> Code:
+    """Return the leading principal directions."""
     most = min(rows.shape)
     d = settings.d or most
     if d > most:
@@ -253,7 +237,7 @@ def _pca(rows: Tensor, settings: Settings) -> Code:
     return Code(code, weight.numel() + centre.numel())
 
 
-def _dense_ae(rows: Tensor, settings: Settings) -> Code:
+def dense_ae(rows: Tensor, settings: Settings) -> Code:
     """Learn x -> gelu(x W + b) -> x by Adam: as wide as a sparse code, and nothing sparse in it."""
     d_in, d = rows.shape[1], settings.d or 4 * rows.shape[1]
     centre, scale = rows.mean(0), rows.std().clamp_min(1e-8)
@@ -275,7 +259,8 @@ def _dense_ae(rows: Tensor, settings: Settings) -> Code:
     return Code(lambda x: gelu((x - centre) / scale @ w + b), w.numel() + b.numel())
 
 
-def _top_neurons(rows: Tensor, settings: Settings) -> Code:
+def top_neurons(rows: Tensor, settings: Settings) -> Code:
+    """Return the k coordinates that vary most."""
     k = min(settings.k or 128, rows.shape[1])
     chosen = rows.var(0).topk(k).indices.sort().values
     return Code(lambda x: x[:, chosen], k)
@@ -292,19 +277,3 @@ def _largest(acts: Tensor, k: int) -> Tensor:
     """Return the codes with the k largest coordinates of each row, where positive, and zeros."""
     top = acts.topk(k, dim=1)
     return torch.zeros_like(acts).scatter(1, top.indices, top.values.clamp_min(0.0))
-
-
-_KINDS = (
-    Kind("raw", "the rows as they are", _raw),
-    Kind("random_projection", "random directions: dense, nothing learned", _random_projection),
-    Kind("pca", "the leading principal directions", _pca),
-    Kind("dense_ae", "the hidden layer of an auto-encoder without sparsity", _dense_ae),
-    Kind("relu", "what is above the mean, coordinate by coordinate", _relu),
-    Kind("random_relu", "ReLU of random directions: half sparse, nothing learned", _random_relu),
-    Kind("random_topk", "the k largest of random directions: sparse, not learned", _random_topk),
-    Kind("neurons", "all neurons of the layer's MLP; in CRATE its sparse code", _raw, "neurons"),
-    Kind("top_neurons", "the k neurons that vary most", _top_neurons, "neurons"),
-)
-
-FAMILIES = {kind.name: kind for kind in _KINDS}
-"""Kinds of families by name; dictionaries come as encoders."""

@@ -14,8 +14,9 @@ from jaxtyping import Int64
 
 from lmmono.probes.probing import Job, Part, Solve, Solved
 from lmmono.probes.problems import Problems
+from lmmono.registry.robustness import Suite
 from lmmono.suites.bench import METRIC, Arm, Bench, Key, Texts, key_of
-from lmmono.suites.suite import Draw, Suite, drawn
+from lmmono.suites.suite import Draw, drawn, judged_parts
 from lmmono.suites.text_codes import origin_of
 
 CHUNK = 64
@@ -43,9 +44,11 @@ def suite_rows(
         there: Digests of the rows that exist, by key.
         solve: How probes are fitted.
     """
-    parts = {p: drawn(bench.task, p, bench.settings.n_test) for p in suite.parts(bench.task)}
+    parts = {
+        p: drawn(bench.task, p, bench.settings.n_test) for p in judged_parts(suite, bench.task)
+    }
     judged = {part: said(part, indices) for part, indices in parts.items()}
-    draws = list(suite.draws(bench.task, bench.settings))
+    draws = list(suite.load()(bench.task, bench.settings))
     for draw in (each for each in draws if each.failure):
         yield _failed(bench, suite, draw, judged, there)
     sound = [draw for draw in draws if not draw.failure]

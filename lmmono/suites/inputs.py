@@ -18,14 +18,14 @@ from lmmono.data.corruption.synonyms import (
     wordnet_synonyms,
 )
 from lmmono.data.corruption.texts import corrupt_texts
-from lmmono.data.tasks.planted_tasks import PLANTED
 from lmmono.errors import DataError, RobustnessError
 from lmmono.probes.probing import Part, Solve, Solved, right
 from lmmono.probes.problems import Probes
-from lmmono.recipe.robustness_settings import MODEL_NOISE
+from lmmono.registry.robustness import MODEL_NOISE, Suite
+from lmmono.registry.tasks import PLANTED
 from lmmono.suites.bench import METRIC, Arm, Bench, Key, Texts
 from lmmono.suites.grid import Ground, Rows, Work, said, said_of_probe
-from lmmono.suites.suite import Draw, Suite, drawn
+from lmmono.suites.suite import Draw, drawn
 from lmmono.suites.text_codes import InputNoise
 
 TEST = "test"
@@ -52,7 +52,7 @@ def noised_rows(
     """Yield the rows of test texts under every noise and severity that are not there yet."""
     indices = drawn(bench.task, TEST, bench.settings.n_noised)
     judged = said(TEST, indices)
-    draws = list(suite.draws(bench.task, bench.settings))
+    draws = list(suite.load()(bench.task, bench.settings))
     levels = sorted({0, *bench.settings.severities})
     cells = [(kind, level) for kind in bench.settings.input_noise for level in levels]
     lacking = {

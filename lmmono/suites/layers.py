@@ -14,10 +14,11 @@ from torch import nn
 from lmmono.data.tasks.task import Task
 from lmmono.probes.probing import Solve
 from lmmono.recipe.robustness_settings import Robustness
+from lmmono.registry.robustness import Suite
 from lmmono.suites.bench import METRIC, Bench, Encode, Key
 from lmmono.suites.feature_families import FeatureFamily
 from lmmono.suites.grid import Ground, Work, said
-from lmmono.suites.suite import Draw, Suite, drawn
+from lmmono.suites.suite import Draw, drawn
 from lmmono.suites.text_codes import Encoder, Feature, streams
 
 VAL = "val"

@@ -18,7 +18,6 @@ from lmmono.data.corruption.synonyms import Synonyms
 from lmmono.data.corruption.texts import corrupt_texts
 from lmmono.data.tasks.task import NO_PARTNER, Labelled
 from lmmono.errors import DataError
-from lmmono.recipe.robustness_settings import TextNoise
 from lmmono.suites.attacks import Predict
 
 
@@ -26,7 +25,7 @@ from lmmono.suites.attacks import Predict
 class Preservation:
     """What one kind of noise did to the contrast pairs at one severity."""
 
-    kind: TextNoise
+    kind: str
     """The noise."""
     severity: int
     """Its severity."""
@@ -67,7 +66,7 @@ class _Pair:
 
 def audit_preservation(
     part: Labelled,
-    kinds: Sequence[TextNoise],
+    kinds: Sequence[str],
     severities: Sequence[int] = (1, 2, 3, 4, 5),
     *,
     seed: int,
@@ -101,7 +100,7 @@ def audit_preservation(
 
 
 def _measured(
-    kind: TextNoise, severity: int, made: list[str], pairs: list[_Pair], told: tuple[float, float]
+    kind: str, severity: int, made: list[str], pairs: list[_Pair], told: tuple[float, float]
 ) -> Preservation:
     n_words = n_changed = n_decisive = n_decisive_changed = crossed = became = 0
     for text, pair in zip(made, pairs, strict=True):

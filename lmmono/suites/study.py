@@ -16,6 +16,7 @@ from lmmono.errors import RobustnessError
 from lmmono.models.hooks import match_hooks
 from lmmono.probes.probing import Solve, solving
 from lmmono.recipe.robustness_settings import Robustness
+from lmmono.registry.robustness import Suite, find_suite
 from lmmono.studies.outcomes import Outcomes
 from lmmono.suites.attacked import attacked_rows
 from lmmono.suites.bench import Bench, Encode, Key, Remembered, key_of
@@ -25,7 +26,6 @@ from lmmono.suites.inputs import noised_rows
 from lmmono.suites.layers import choose_hook
 from lmmono.suites.robustness_rows import FINE_TUNING, Asked
 from lmmono.suites.stored_codes import FeatureStore
-from lmmono.suites.suite import Suite, find_suite
 from lmmono.suites.text_codes import Encoder, make_features
 from lmmono.suites.tuned import tuned_rows, tuners
 from lmmono.types import Progress, silent

@@ -5,10 +5,10 @@ feature family, so families meet the same subsets, flips and noise. What cannot 
 with too few texts, a rate that flips nothing) is a draw with its failure, and becomes a row.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -16,17 +16,15 @@ from jaxtyping import Float64, Int64
 from lmmono.data.corruption.labels import NoisyLabels, corrupt_labels, rate_at_margin, signal_margin
 from lmmono.data.corruption.weak import Opinions, weak_opinions
 from lmmono.data.tasks.task import OOD, Task
-from lmmono.errors import DataError, RobustnessError, nearest
+from lmmono.errors import DataError
 from lmmono.recipe.robustness_settings import Robustness
-from lmmono.suites.robustness_rows import FINE_TUNING
+from lmmono.registry.robustness import Suite
 
 VALIDATION_STREAM = 1_000_003
 """Added to a seed for the noise of validation labels."""
 
 FEW = 64
 """Labelled examples, in all, up to which a draw is repeated `resamples` times."""
-
-Judged = Literal["clean", "noisy", "attacked", "tuned"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,36 +53,9 @@ class Draw:
     """What a row says of the draw beside its key."""
 
 
-@dataclass(frozen=True, slots=True)
-class Suite:
-    """One way in which tasks are made harder."""
-
-    name: str
-    """Name in recipes and tables."""
-    about: str
-    """What it does."""
-    draws: Callable[[Task, Robustness], Iterator[Draw]]
-    """Its learning problems."""
-    judged: Judged = "clean"
-    """What is judged: probes on test texts as they are, with noise or under attack; or, on them as
-    they are, the model tuned beside probes."""
-    elsewhere: bool = False
-    """Whether probes are judged on the task's other domains too."""
-
-    def parts(self, task: Task) -> tuple[str, ...]:
-        """Return the parts that probes are judged on."""
-        return ("test", *task.ood) if self.elsewhere else ("test",)
-
-
-def find_suite(name: str) -> Suite:
-    """Return a suite.
-
-    Raises:
-        RobustnessError: There is none of that name.
-    """
-    if name not in SUITES:
-        raise RobustnessError(f"suite {name!r}: unknown; {nearest(name, SUITES)}")
-    return SUITES[name]
+def judged_parts(suite: Suite, task: Task) -> tuple[str, ...]:
+    """Return the parts that the probes of a suite are judged on."""
+    return ("test", *task.ood) if suite.elsewhere else ("test",)
 
 
 def drawn(task: Task, part: str, n: int | None, *, seed: int = 0) -> Int64[np.ndarray, " n"]:
@@ -102,7 +73,7 @@ def rates(settings: Robustness, n_classes: int) -> list[float]:
     return sorted({*equal, *settings.rates})
 
 
-def _clean(task: Task, settings: Robustness) -> Iterator[Draw]:
+def clean_draws(task: Task, settings: Robustness) -> Iterator[Draw]:
     """Yield one draw per seed with clean labels."""
     for seed in range(settings.seeds):
         yield _whole(task, settings, seed)
@@ -115,7 +86,8 @@ def _whole(task: Task, settings: Robustness, seed: int) -> Draw:
     return Draw(seed, train, labels, val, val_labels)
 
 
-def _noisy_labels(task: Task, settings: Robustness) -> Iterator[Draw]:
+def noisy_label_draws(task: Task, settings: Robustness) -> Iterator[Draw]:
+    """Yield draws of each kind and rate of label noise."""
     for seed in range(settings.seeds):
         clean = _whole(task, settings, seed)
         noise = _Noise(task, clean)
@@ -245,11 +217,11 @@ def _confusion(
     return counts / counts.sum(axis=1, keepdims=True)
 
 
-def _tuning(task: Task, settings: Robustness) -> Iterator[Draw]:
+def tuning_draws(task: Task, settings: Robustness) -> Iterator[Draw]:
     """Yield the draws of noisy labels, of fewer rates and seeds: tuning costs more than probing."""
     how = settings.fine_tuning
     changed = {"margins": how.margins, "rates": how.rates, "seeds": how.seeds or settings.seeds}
-    yield from _noisy_labels(task, settings.model_copy(update=changed))
+    yield from noisy_label_draws(task, settings.model_copy(update=changed))
 
 
 def _hopeless(kind: str, rate: float, n_classes: int) -> bool:
@@ -258,7 +230,8 @@ def _hopeless(kind: str, rate: float, n_classes: int) -> bool:
     return limit is not None and rate >= limit - 1e-12
 
 
-def _few_shot(task: Task, settings: Robustness) -> Iterator[Draw]:
+def few_shot_draws(task: Task, settings: Robustness) -> Iterator[Draw]:
+    """Yield draws of so many texts per class."""
     for k in settings.shots:
         repeats = settings.seeds
         if k * task.n_classes <= FEW:
@@ -282,7 +255,7 @@ def _shots(task: Task, k: int, seed: int) -> Draw:
     return Draw(seed, train, labels, val, val_labels, n_shots=k)
 
 
-def _elsewhere(task: Task, settings: Robustness) -> Iterator[Draw]:
+def other_domain_draws(task: Task, settings: Robustness) -> Iterator[Draw]:
     """Yield draws of several sizes: baselines of different accuracy make the line at home."""
     for seed in range(settings.seeds):
         if not task.ood:
@@ -293,17 +266,3 @@ def _elsewhere(task: Task, settings: Robustness) -> Iterator[Draw]:
         yield _whole(task, settings, seed)
         for k in settings.shots:
             yield _shots(task, k, seed)
-
-
-SUITES = {
-    suite.name: suite
-    for suite in (
-        Suite("noisy_labels", "flipped labels in training and validation", _noisy_labels),
-        Suite("noisy_inputs", "clean probes, noise on test texts or in the model", _clean, "noisy"),
-        Suite("few_shot", "k labelled texts per class", _few_shot),
-        Suite("ood", "probes judged on other domains", _elsewhere, elsewhere=True),
-        Suite("adversarial", "edits of test texts chosen against the probe", _clean, "attacked"),
-        Suite(FINE_TUNING, "the model tuned on flipped labels, beside probes", _tuning, "tuned"),
-    )
-}
-"""Suites by name; recipes name the same."""

@@ -19,10 +19,11 @@ from lmmono.probes.finetuning import Classifier, FineTuning, Texts, finetune
 from lmmono.probes.probing import Solve
 from lmmono.probes.problems import NO_VALIDATION
 from lmmono.recipe.robustness_settings import Tuning
+from lmmono.registry.robustness import Suite
 from lmmono.suites.bench import METRIC, Bench, Key
 from lmmono.suites.grid import Rows, said, suite_rows
 from lmmono.suites.robustness_rows import FINE_TUNING, FULL
-from lmmono.suites.suite import Draw, Suite, drawn
+from lmmono.suites.suite import Draw, drawn
 
 TEST = "test"
 SCALE = 2
@@ -90,7 +91,7 @@ def tuned_rows(
     yield from suite_rows(bench.with_arms(arms), suite, there, solve)
     indices = drawn(bench.task, TEST, bench.settings.n_test)
     judged, test = said(TEST, indices), _texts(bench.task.part(TEST), indices)
-    for draw in suite.draws(bench.task, bench.settings):
+    for draw in suite.load()(bench.task, bench.settings):
         for tuner in tuners(bench.settings.fine_tuning):
             about = (draw.corruption, draw.level, tuner.learner, draw.n_shots, draw.seed)
             key = (suite.name, bench.task.name, tuner.label, *about, TEST, METRIC)

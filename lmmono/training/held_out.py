@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lmmono.data.minimal_pairs import MinimalPair
 from lmmono.models.crate import CrateForCausalLM
 from lmmono.models.hooks import recording
-from lmmono.registry.metrics import kurtosis
+from lmmono.stats.formulas import kurtosis
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,18 +6,13 @@ asserted here and not left to whoever reads the labels.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from lmmono.errors import DataError, nearest
-from lmmono.recipe.robustness_settings import LabelNoise
-
-LABEL_NOISE: tuple[LabelNoise, ...] = get_args(LabelNoise)
-"""`symmetric`: to any other class. `pair_flip`: to the next class. `matrix`: by class, to others
-in given shares. `instance`: rather where a weak model is unsure. `annotator`: to a weak model's
-second choice. `real`: what annotators or rules of the set really gave."""
+from lmmono.registry.robustness import LABEL_NOISE, LabelNoise
 
 Array = TypeVar("Array")
 

@@ -13,17 +13,14 @@ random state: with neither could a mask be the same for every family, or a count
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
-from lmmono.data.corruption.edits import Edit, lookalike, misread, recase, repunctuate, typo
+from lmmono.data.corruption.edits import Edit
 from lmmono.data.corruption.synonyms import Synonyms, wordnet_synonyms
-from lmmono.errors import DataError, nearest
-from lmmono.recipe.robustness_settings import TextNoise
-
-TEXT_NOISE: tuple[TextNoise, ...] = get_args(TextNoise)
+from lmmono.errors import DataError
+from lmmono.registry.lookup import load
+from lmmono.registry.robustness import TextCorruption, find_corruption
 
 SEVERITIES = (0, 1, 2, 3, 4, 5)
 
@@ -37,29 +34,9 @@ Change = Callable[[Pieces, int, np.random.Generator], bool]
 """Edits the pieces at one place, in place; says whether it could."""
 
 
-@dataclass(frozen=True, slots=True)
-class TextCorruption:
-    """One kind of noise."""
-
-    name: TextNoise
-    """Name in tables, recipes and on the command line."""
-    about: str
-    """What it does, in a sentence."""
-    shares: tuple[float, float, float, float, float]
-    """Share of the words of a text that are edited, or of the gaps, at severity 1 to 5."""
-    change: Change | None
-    """Makes one edit; None where the caller must give what is needed for it."""
-    places: Literal["words", "gaps"] = "words"
-    """What is edited."""
-
-    def count(self, severity: int, n: int, luck: float) -> int:
-        """Return how many of `n` places are edited; `luck` in [0, 1) decides the rounding."""
-        return 0 if severity == 0 else min(n, int(self.shares[severity - 1] * n + luck))
-
-
 def corrupt_texts(
     texts: Sequence[str],
-    kind: TextNoise,
+    kind: str,
     severity: int,
     *,
     seed: int,
@@ -69,7 +46,7 @@ def corrupt_texts(
 
     Args:
         texts: The texts.
-        kind: Which noise, see `TEXT_CORRUPTIONS`.
+        kind: Which noise, see `lmmono.registry.robustness.TEXT_CORRUPTIONS`.
         severity: 1, mild, to 5, strong; 0 returns the texts as they are.
         seed: Seed of which words are edited and how.
         synonyms: For `synonyms`: what may stand for a word; None takes WordNet's.
@@ -83,8 +60,11 @@ def corrupt_texts(
         raise DataError(f"{kind}: want a severity of 0 to 5, got {severity}")
     if severity == 0 or not texts:
         return list(texts)
-    change = _synonym(synonyms or wordnet_synonyms()) if kind == "synonyms" else corruption.change
-    assert change is not None
+    if corruption.home is None:
+        change = _synonym(synonyms or wordnet_synonyms())
+    else:
+        one = load(corruption.home)
+        change = _edit(one) if corruption.takes == "word" else one
     made = [_corrupt(text, corruption, change, severity, seed) for text in texts]
     n_changed = sum(new != old for new, old in zip(made, texts, strict=True))
     if not n_changed:
@@ -102,17 +82,6 @@ def pieces_of(text: str) -> Pieces:
     ['a', '  ', 'cat', '\n', '']
     """
     return _GAP.split(text)
-
-
-def find_corruption(kind: str) -> TextCorruption:
-    """Return the noise of a name.
-
-    Raises:
-        DataError: There is none; says which are near.
-    """
-    if kind not in TEXT_CORRUPTIONS:
-        raise DataError(f"text noise {kind!r} is not known; {nearest(kind, TEXT_NOISE)}")
-    return TEXT_CORRUPTIONS[kind]
 
 
 def _corrupt(
@@ -177,7 +146,8 @@ def _cased(word: str, like: str) -> str:
     return word[:1].upper() + word[1:] if like[:1].isupper() else word
 
 
-def _drop_word(pieces: Pieces, place: int, rng: np.random.Generator) -> bool:  # noqa: ARG001
+def drop_word(pieces: Pieces, place: int, rng: np.random.Generator) -> bool:  # noqa: ARG001
+    """Take a word out with the gap next to it, unless it is the last one."""
     if sum(bool(word) for word in pieces[::2]) < 2:  # a text stays a text
         return False
     pieces[place] = ""
@@ -186,7 +156,8 @@ def _drop_word(pieces: Pieces, place: int, rng: np.random.Generator) -> bool:  #
     return True
 
 
-def _swap_words(pieces: Pieces, place: int, rng: np.random.Generator) -> bool:  # noqa: ARG001
+def swap_words(pieces: Pieces, place: int, rng: np.random.Generator) -> bool:  # noqa: ARG001
+    """Swap a word with the next one."""
     other = place + 2
     if other >= len(pieces) or not pieces[other] or pieces[place] == pieces[other]:
         return False
@@ -194,70 +165,8 @@ def _swap_words(pieces: Pieces, place: int, rng: np.random.Generator) -> bool:  
     return True
 
 
-def _widen_gap(pieces: Pieces, place: int, rng: np.random.Generator) -> bool:
+def widen_gap(pieces: Pieces, place: int, rng: np.random.Generator) -> bool:
+    """Put another kind of gap in place of one."""
     others = [gap for gap in _GAPS if gap != pieces[place]]
     pieces[place] = others[int(rng.integers(len(others)))]
     return True
-
-
-TEXT_CORRUPTIONS: dict[TextNoise, TextCorruption] = {
-    corruption.name: corruption
-    for corruption in (
-        TextCorruption(
-            "typos",
-            "one slip of the fingers in a word: a neighbouring key, a swap, a letter lost or added",
-            (0.01, 0.02, 0.05, 0.1, 0.2),
-            _edit(typo),
-        ),
-        TextCorruption(
-            "ocr",
-            "one letter of a word, or two, as scanning software misreads print",
-            (0.02, 0.05, 0.1, 0.2, 0.4),
-            _edit(misread),
-        ),
-        TextCorruption(
-            "homoglyph",
-            "one letter of a word as the one of another alphabet that looks the same",
-            (0.02, 0.05, 0.1, 0.2, 0.4),
-            _edit(lookalike),
-        ),
-        TextCorruption(
-            "case",
-            "words in other capitals",
-            (0.1, 0.2, 0.4, 0.7, 1.0),
-            _edit(recase),
-        ),
-        TextCorruption(
-            "punctuation",
-            "marks at the ends of words lost or added",
-            (0.05, 0.1, 0.2, 0.3, 0.5),
-            _edit(repunctuate),
-        ),
-        TextCorruption(
-            "word_drop",
-            "words lost; one stays",
-            (0.05, 0.1, 0.15, 0.25, 0.4),
-            _drop_word,
-        ),
-        TextCorruption(
-            "word_shuffle",
-            "words in the place of the next one",
-            (0.05, 0.1, 0.2, 0.4, 0.8),
-            _swap_words,
-        ),
-        TextCorruption(
-            "synonyms",
-            "words that mean nearly the same",
-            (0.1, 0.2, 0.3, 0.5, 0.8),
-            None,
-        ),
-        TextCorruption(
-            "formatting",
-            "line breaks, tabs, mark-up and list marks between words",
-            (0.05, 0.1, 0.2, 0.4, 0.8),
-            _widen_gap,
-            "gaps",
-        ),
-    )
-}
-"""Every kind of noise by its name."""

@@ -8,7 +8,6 @@ cue, where asked for, is a name before each text that goes with the class as oft
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Int64
@@ -18,9 +17,7 @@ from lmmono.data.planted.lexicon import NAMES, TOPICS
 from lmmono.data.tasks.leakage import text_key
 from lmmono.data.tasks.task import Labelled, Task
 from lmmono.errors import DataError, nearest
-
-PlantedKind = Literal["planted_topic", "planted_polarity", "planted_agreement"]
-PLANTED: tuple[PlantedKind, ...] = get_args(PlantedKind)
+from lmmono.registry.tasks import PLANTED, PlantedKind
 
 UNSEEN = 1_000_000
 """First document that tasks are drawn from: behind those of any corpus that models train on."""
@@ -56,7 +53,7 @@ class PlantedTask:
     """The classes."""
 
 
-TASKS: dict[PlantedKind, PlantedTask] = {
+PLANTED_TASKS: dict[PlantedKind, PlantedTask] = {
     "planted_topic": PlantedTask(
         "topic of a passage, its opening place left out", tuple(topic.name for topic in TOPICS)
     ),
@@ -103,7 +100,7 @@ def planted_task(
     """Return a planted task with the parts `train`, `val`, `test` and `ood:shifted`.
 
     Args:
-        name: Which task; see `TASKS`.
+        name: Which task; see `PLANTED_TASKS`.
         n_train: Texts to train on.
         n_val: Texts to choose on.
         n_test: Texts of each test part.
@@ -123,7 +120,7 @@ def planted_task(
     for setting, value in (("shift", shift), ("cue", cue)):
         if value is not None and not 0.0 <= value <= 1.0:
             raise DataError(f"{kind}: want a {setting} in [0, 1], got {value}")
-    task = TASKS[kind]
+    task = PLANTED_TASKS[kind]
     n_classes = len(task.label_names)
     if min(n_train, n_val, n_test) < n_classes:
         raise DataError(

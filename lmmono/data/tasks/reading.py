@@ -7,7 +7,7 @@ A table says which columns hold what, which rows count, and to which part each s
 import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +18,10 @@ from lmmono.data.tasks.leakage import text_key
 from lmmono.data.tasks.task import NO_PARTNER, Labelled, Task
 from lmmono.data.text_files import missing_column, read_rows, source_files
 from lmmono.errors import DataError, nearest
-
-SPLITS: dict[str, str] = {
-    "train": "train",
-    "dev": "val",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
-"""Part that each usual name of a split stands for."""
+from lmmono.registry.tasks import Table
 
 VAL_SHARE, TEST_SHARE = 0.2, 0.2
 """Shares of training texts that are held out where a set has no such split."""
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Where labelled rows are and what their columns mean."""
-
-    place: str
-    """Path below the data folder, or a dataset's name on the hub."""
-    config: str | None = None
-    """The dataset's configuration, where it has several."""
-    text: tuple[str, ...] = ("text",)
-    """Columns of the text; several are joined by line breaks."""
-    label: str = "label"
-    """Column of the class: a name, a number, or a number to compare with `threshold`."""
-    labels: Mapping[str, str] | None = None
-    """Class that each value of the label column means; rows of other values are left out."""
-    threshold: float | None = None
-    """Value from which a row is of the class that `labels` gives for `high`, else for `low`."""
-    split: str | None = "split"
-    """Column of the split; None says that every row is of split `train`."""
-    splits: Mapping[str, str] = field(default_factory=lambda: dict(SPLITS))
-    """Part that each split goes to; rows of other splits are left out."""
-    where: Mapping[str, str] = field(default_factory=dict)
-    """Value that a column must have in every row that counts."""
-    noisy: str | None = None
-    """Column of the class that annotators or rules gave, read as `label` is."""
-    pair: str | None = None
-    """Column that is the same number in both texts of a contrast pair."""
-    blanks: bool = False
-    """Leave out rows whose text is blank; they are refused otherwise."""
-    max_rows: int | None = None
-    """Rows of each split to read of a dataset of the hub; None reads all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +34,6 @@ class Row:
     noisy: str | None
     """None where nobody gave one."""
     pair: int | None
-
-
-def numbered(names: tuple[str, ...]) -> dict[str, str]:
-    """Return the classes of a label column that holds numbers.
-
-    >>> numbered(("no", "yes"))
-    {'0': 'no', '1': 'yes'}
-    """
-    return {str(i): name for i, name in enumerate(names)}
 
 
 def read_table(table: Table, folder: str | Path | None, *, required: bool = True) -> Iterator[Row]:

@@ -1,74 +1,18 @@
-"""The built-in tasks by name: what each tells apart, where it is, and its out-of-domain sets.
+"""A built-in task by its name: read as its record in `lmmono.registry.tasks` says, or generated.
 
-A record names columns and splits, it holds no text. Files are looked for below a folder that the
-caller names; without a folder the set is read from the Hugging Face hub, where it is there.
+Files are looked for below a folder that the caller names; without a folder the set is read from the
+Hugging Face hub, where it is there.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 
 from lmmono.data.tasks.leakage import without_leakage
-from lmmono.data.tasks.planted_tasks import PLANTED, planted_task
-from lmmono.data.tasks.reading import Row, Table, assemble, labelled, read_table
+from lmmono.data.tasks.planted_tasks import planted_task
+from lmmono.data.tasks.reading import Row, assemble, labelled, read_table
 from lmmono.data.tasks.task import OOD, Labelled, Task
 from lmmono.errors import DataError, nearest
-
-
-@dataclass(frozen=True, slots=True)
-class Shift:
-    """A part of another task that tests the same classes out of domain."""
-
-    task: str
-    """Name of the other task's record."""
-    part: str = "test"
-    """Part of it."""
-    labels: Mapping[str, str] | None = None
-    """Class here that each class there means, others are left out; None where they are the same."""
-
-
-@dataclass(frozen=True, slots=True)
-class TaskRecord:
-    """One built-in task."""
-
-    name: str
-    """Name in tables, recipes and on the command line."""
-    about: str
-    """What is told apart, in a sentence."""
-    licence: str
-    """As the source states it."""
-    citation: str
-    """Who made the set."""
-    label_names: tuple[str, ...]
-    """The classes, in the order of the labels."""
-    files: tuple[Table, ...] = ()
-    """Tables below a data folder; none where only the hub has the set."""
-    hub: tuple[Table, ...] = ()
-    """Datasets of the Hugging Face hub; none where it does not have the set."""
-    ood: Mapping[str, Shift] = field(default_factory=dict)
-    """Out-of-domain sets by name."""
-
-
-RECORDS: dict[str, TaskRecord] = {}
-"""Filled by `lmmono.data.tasks.builtin`."""
-
-
-def task_names() -> tuple[str, ...]:
-    """Return the names of all built-in tasks, the planted ones first."""
-    return (*PLANTED, *sorted(_records()))
-
-
-def find_record(name: str) -> TaskRecord:
-    """Return the record of a task that is read.
-
-    Raises:
-        DataError: There is none of this name; says which are near.
-    """
-    records = _records()
-    if name not in records:
-        raise DataError(f"task {name!r} is not known; {nearest(name, task_names())}")
-    return records[name]
+from lmmono.registry.tasks import PLANTED, Shift, Table, TaskRecord, find_record
 
 
 def find_task(
@@ -81,7 +25,7 @@ def find_task(
     """Return a built-in task, read when asked for.
 
     Args:
-        name: A name of `task_names()`; planted tasks need no data.
+        name: A name of `lmmono.registry.tasks.TASK_NAMES`; planted tasks need no data.
         folder: Folder with the sets' own folders; None reads from the hub.
         ood: Out-of-domain sets to add, by name. None adds those of the record that the folder
             holds; from the hub it adds none, for each is a download of its own.
@@ -107,11 +51,6 @@ def find_task(
     parts = {**task.parts, **_shifted(record, folder, ood)}
     whole = Task(name, task.about, task.licence, task.source, task.label_names, parts)
     return whole if shared_texts else without_leakage(whole)
-
-
-def _records() -> dict[str, TaskRecord]:
-    import_module("lmmono.data.tasks.builtin")  # fills the table
-    return RECORDS
 
 
 def _tables(record: TaskRecord, folder: str | Path | None) -> tuple[Table, ...]:

@@ -1,8 +1,60 @@
-"""The scorers that there are; adding one is adding an entry."""
+"""The scorers: what each measures, needs and cites. Adding one is adding a record."""
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from lmmono.scores.scorer_registry import SCORERS, Scorer
+from lmmono.errors import ExplainError
+from lmmono.registry.lookup import find, load
+
+Need = Literal["explanation", "program", "client", "model", "labels", "encoder"]
+"""What a scorer wants besides a store."""
+
+UNGIVEN: tuple[Need, ...] = ("client", "encoder", "labels")
+"""What no recipe can give: scorers that need one of these are called from Python."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """One scorer."""
+
+    name: str
+    """Name in tables, recipes and on the command line."""
+    metrics: tuple[str, ...]
+    """Names in `lmmono.registry.metrics.METRICS` that it writes; the first is the headline."""
+    home: str
+    """`module:function`; takes a `lmmono.scores` job, returns rows of table `scores`."""
+    needs: tuple[Need, ...]
+    """What must be there."""
+    chance: float | None
+    """Value that guessing gets; None where it depends on the data, see the controls."""
+    citation: str
+    """Where the algorithm comes from."""
+    about: str
+    """What it measures, in a sentence."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Every setting with its default; a preset or a caller may change these and no others."""
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Changed settings by name, such as `openai`."""
+    seeded: bool = True
+    """Whether it draws; the rows of one that does not have no seed."""
+    per: Literal["unit", "hook"] = "unit"
+    """Whether it writes rows of units, which are summed up, or only rows of hooks."""
+
+    @property
+    def reads_explanations(self) -> bool:
+        """Whether it scores what is said of a unit, rather than the unit by itself."""
+        return bool({"explanation", "program"} & set(self.needs))
+
+    @property
+    def argument(self) -> Need | None:
+        """The argument that it wants in Python and no recipe can give; None for the others."""
+        return next((need for need in UNGIVEN if need in self.needs), None)
+
+    def load(self) -> Callable[[Any], Any]:
+        """Import and return the function that scores."""
+        return load(self.home)
+
 
 _SIMULATION: dict[str, Any] = {
     "top": 20,
@@ -31,7 +83,7 @@ _RATES = ("", "_auroc", "_average_precision")
 
 _MEASURES = ("", "_spearman", "_r2", "_uncentred_r2", "_deviation")
 
-for scorer in (
+_ALL = (
     Scorer(
         "token_selectivity",
         ("token_selectivity",),
@@ -227,5 +279,16 @@ for scorer in (
         settings={**_TEXTS, "n": 20},
         presets=_RANKED,
     ),
-):
-    SCORERS[scorer.name] = scorer
+)
+
+SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _ALL}
+"""Scorers by name; adding one is adding a record."""
+
+
+def find_scorer(name: str) -> Scorer:
+    """Return the scorer of a name.
+
+    Raises:
+        ExplainError: There is none; says which are near.
+    """
+    return find("scorer", name, SCORERS, ExplainError)

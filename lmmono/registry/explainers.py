@@ -1,8 +1,39 @@
-"""The explainers that there are; adding one is adding an entry."""
+"""The explainers: what each is shown, needs and cites. Adding one is adding a record."""
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from lmmono.explanations.explainer_registry import EXPLAINERS, Explainer
+from lmmono.errors import ExplainError
+from lmmono.registry.lookup import find, load
+
+ProtocolName = Literal["openai", "openai_crate"]
+"""Choices of records as in a paper; see `lmmono.explanations.protocols`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explainer:
+    """One explainer."""
+
+    name: str
+    """Name in tables, recipes and on the command line."""
+    home: str
+    """`module:function`; takes a task of `lmmono.explanations`, returns explanations."""
+    citation: str
+    """Where the algorithm comes from."""
+    about: str
+    """What it says of a unit, in a sentence."""
+    shown: dict[str, int] = field(default_factory=lambda: {"top": 20, "random": 20})
+    """Records of each kind it is shown by default."""
+    needs: tuple[Literal["client"], ...] = ()
+    """What must be given besides a store."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Its settings by default."""
+
+    def load(self) -> Callable[[Any], Any]:
+        """Import and return the function that explains."""
+        return load(self.home)
+
 
 _ASKED: dict[str, Any] = {
     "n_candidates": 1,
@@ -11,7 +42,7 @@ _ASKED: dict[str, Any] = {
     "rank_by": "simulation",
 }
 
-for explainer in (
+_ALL = (
     Explainer(
         "token_lookup",
         "lmmono.explanations.lookup:explain_by_tokens",
@@ -72,5 +103,16 @@ for explainer in (
         needs=("client",),
         settings=_ASKED,
     ),
-):
-    EXPLAINERS[explainer.name] = explainer
+)
+
+EXPLAINERS: dict[str, Explainer] = {explainer.name: explainer for explainer in _ALL}
+"""Explainers by name; adding one is adding a record."""
+
+
+def find_explainer(name: str) -> Explainer:
+    """Return the explainer of a name.
+
+    Raises:
+        ExplainError: There is none; says which are near.
+    """
+    return find("explainer", name, EXPLAINERS, ExplainError)

@@ -1,0 +1,86 @@
+"""The registry: every record names something that exists, and recipes take its names."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lmmono.errors import ExplainError
+from lmmono.recipe.explain_settings import Explain, Scoring
+from lmmono.recipe.robustness_settings import FamilySettings, Robustness
+from lmmono.registry.dictionary_kinds import DICTIONARY_KINDS
+from lmmono.registry.explainers import EXPLAINERS
+from lmmono.registry.lookup import load
+from lmmono.registry.metrics import METRICS
+from lmmono.registry.robustness import (
+    FAMILIES,
+    HYPOTHESES,
+    LEARNERS,
+    MODEL_NOISE,
+    SUITES,
+    TEXT_CORRUPTIONS,
+)
+from lmmono.registry.scorers import SCORERS, find_scorer
+from lmmono.registry.tasks import TASK_NAMES
+
+TABLES = (SCORERS, EXPLAINERS, LEARNERS, FAMILIES, SUITES, HYPOTHESES, TEXT_CORRUPTIONS)
+HOMES = {record.home for table in TABLES for record in table.values()} - {None}
+
+
+@pytest.mark.parametrize("home", sorted(HOMES | set(DICTIONARY_KINDS.values())))
+def test_every_home_is_a_function_or_class_that_says_what_it_does(home):
+    assert callable(load(home)) and load(home).__doc__
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_record_stands_under_its_own_name(table):
+    assert table and all(record.name == name for name, record in table.items())
+
+
+def test_scorers_write_metrics_that_exist_and_no_two_write_the_same():
+    metrics = [metric for scorer in SCORERS.values() for metric in scorer.metrics]
+    assert set(metrics) <= set(METRICS) and len(set(metrics)) == len(metrics)
+
+
+def test_recipes_take_every_name_that_needs_nothing_else():
+    takes = {name: dict.fromkeys(kind.takes, 4) for name, kind in FAMILIES.items()}
+    section = Robustness(
+        suites=tuple(SUITES),
+        tasks=TASK_NAMES,
+        learners=tuple(LEARNERS),
+        input_noise=(*TEXT_CORRUPTIONS, *MODEL_NOISE),
+        hypotheses=tuple(HYPOTHESES),
+        families=tuple(FamilySettings(name=name, **takes[name]) for name in takes),
+    )
+    assert len(section.families) == len(FAMILIES)
+    free = tuple(name for name, each in EXPLAINERS.items() if not each.needs)
+    assert Explain(explainers=free).explainers == free
+    for name, scorer in SCORERS.items():
+        if scorer.argument is None:
+            for preset in (None, *scorer.presets):
+                assert Scoring(name=name, preset=preset).explained == scorer.reads_explanations
+
+
+@pytest.mark.parametrize("name", [n for n, each in SCORERS.items() if each.argument])
+def test_a_scorer_that_no_recipe_can_call_says_which_argument_it_wants_in_python(name):
+    with pytest.raises(ValueError, match=f"{SCORERS[name].argument}=..."):
+        Scoring(name=name)
+
+
+def test_an_unknown_name_is_answered_with_those_that_are_near():
+    with pytest.raises(ExplainError, match="scorer 'fuz' is not known; did you mean fuzz"):
+        find_scorer("fuz")
+
+
+def test_the_registry_imports_nothing_heavy():
+    heavy = {"numpy", "torch", "duckdb", "pyarrow", "scipy", "jaxtyping", "pydantic"}
+    script = (
+        "import sys, pkgutil, importlib, lmmono.registry as room\n"
+        "for module in pkgutil.iter_modules(room.__path__, 'lmmono.registry.'):\n"
+        "    importlib.import_module(module.name)\n"
+        f"print(sorted({heavy} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
