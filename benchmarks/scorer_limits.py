@@ -15,7 +15,7 @@ from pathlib import Path
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.records.acts_reader import RecordReader
+from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.decorrelation import score_decorrelation
 from lmmono.scores.known_units import write_planted

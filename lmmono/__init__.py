@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from lmmono.models.storage import load_model
     from lmmono.models.untrained import untrained
     from lmmono.recipe import Recipe
-    from lmmono.records.record import Counts
-    from lmmono.records.sampling import Sample, sample
+    from lmmono.records.sampler import Counts
+    from lmmono.records.units import Sample, sample
     from lmmono.reports.figures import pareto
     from lmmono.reports.tables import comparison
     from lmmono.runs.folder import Run, open_run
@@ -205,8 +205,8 @@ _HOMES = {
     "lmmono.models.storage": ("load_model",),
     "lmmono.models.untrained": ("untrained",),
     "lmmono.recipe": ("Recipe",),
-    "lmmono.records.record": ("Counts",),
-    "lmmono.records.sampling": (
+    "lmmono.records.sampler": ("Counts",),
+    "lmmono.records.units": (
         "Sample",
         "sample",
     ),

@@ -5,8 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lmmono.clients.client import Answer, Reading
-from lmmono.explanations.explanation import Usage
+from lmmono.clients.client import Answer, Reading, Usage
 
 
 class Scripted:

@@ -10,8 +10,8 @@ from scripted_judges import Scripted, always, at_random, labels, never
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.records.acts_reader import RecordReader
-from lmmono.records.contrasts import CLASSES, read_contrasts
+from lmmono.records.record_reader import RecordReader
+from lmmono.records.sampler import CLASSES
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.classification import marked_tokens
 from lmmono.scores.scorer_registry import Job
@@ -141,7 +141,7 @@ def test_a_unit_that_never_fires_has_chance_and_is_told_as_not_defined(store):
 
 def test_marks_of_all_classes_lie_at_the_same_places_and_wrong_ones_never_where_it_fires(store):
     job = Job(store, HOOK, RecordReader(store), (ON_CAT, NOISE))
-    contrasts = read_contrasts(job, "score", 20, 16)
+    contrasts = job.reader.contrasts(HOOK, "score", 20, window=16, units=job.units)
     marks = marked_tokens(contrasts, 0)
     ids = contrasts.token_ids(("firing", "silent", "more_firing"))
     full = (ids >= 0).all(axis=2)
@@ -158,7 +158,7 @@ def test_marks_of_all_classes_lie_at_the_same_places_and_wrong_ones_never_where_
 
 
 def test_classes_are_what_they_say_and_share_no_record(planted, store):
-    contrasts = read_contrasts(Job(store, HOOK, RecordReader(store)), "score", 20, 16)
+    contrasts = RecordReader(store).contrasts(HOOK, "score", 20, window=16)
     excerpts = contrasts.excerpts
     for unit in (ON_CAT, ON_PAIR, NOISE):
         drawn = [each[each >= 0] for each in contrasts.index[unit]]
@@ -169,7 +169,7 @@ def test_classes_are_what_they_say_and_share_no_record(planted, store):
                 pos, n = excerpts.first_pos[i], excerpts.lengths[i]
                 acts = planted.acts[excerpts.seq_ids[i], pos : pos + n, unit]
                 assert acts.any() == name.endswith("firing")
-    ranked = read_contrasts(Job(store, HOOK, RecordReader(store)), "score", 20, 16, ranked=True)
+    ranked = RecordReader(store).contrasts(HOOK, "score", 20, window=16, ranked=True)
     assert (ranked.index[5, :2] >= 0).all(), "a unit that fires on every token has both classes"
     assert (contrasts.index[5, 1] == -1).all()
 

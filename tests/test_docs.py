@@ -140,7 +140,7 @@ def test_the_guide_to_explaining_does_what_it_says(folder):
 
 
 def test_the_guide_to_explaining_names_every_explainer_scorer_and_kind():
-    from lmmono.records.record import KINDS
+    from lmmono.records.sampler import KINDS
     from lmmono.registry.explainers import EXPLAINERS
     from lmmono.registry.scorers import SCORERS
 

@@ -11,7 +11,7 @@ import activation_store as astore
 import lmmono as lm
 from lmmono.clients.client import Reading
 from lmmono.errors import ExplainError
-from lmmono.records.acts_reader import RecordReader
+from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.areas import area_row
 from lmmono.scores.embedding import Encoder

@@ -7,8 +7,7 @@ from small_store import small_store, split
 
 import activation_store as astore
 from lmmono.errors import ExplainError
-from lmmono.records.exemplar_records import cut, read_excerpts
-from lmmono.records.token_grid import PADDING, TokenGrid
+from lmmono.records.corpus_excerpts import PADDING, TokenGrid, cut, read_excerpts
 
 
 def pieces_by_hand(token_ids, doc_ids, wanted, window, min_tokens):

@@ -23,9 +23,9 @@ from scipy.stats import pearsonr
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.clients.programs import PROGRAMS, program_from_json
 from lmmono.errors import ExplainError
 from lmmono.explanations.contexts import Context
+from lmmono.explanations.explanation import PROGRAMS, program_from_json
 from lmmono.explanations.explanation_controls import NEAREST, Constant, other_units
 from lmmono.explanations.lookup import Lookup, shrink
 from lmmono.explanations.stored_explanations import read_explanations

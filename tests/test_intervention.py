@@ -11,7 +11,7 @@ from lmmono.errors import ExplainError
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.lookup import Lookup
 from lmmono.models.hooks import Edit, run_with_cache, run_with_edit
-from lmmono.records.acts_reader import RecordReader
+from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.intervention import Predictions, correlation
 from lmmono.scores.scorer_registry import Job
@@ -114,7 +114,7 @@ def test_an_explanation_that_names_what_is_promoted_correlates_with_the_change()
 
 
 def test_following_tokens_are_predicted_from_bigrams_and_own_ones_from_the_program(store):
-    from lmmono.records.token_grid import TokenGrid
+    from lmmono.records.corpus_excerpts import TokenGrid
 
     ids = np.array([1, 2, 1, 2, 3, 1, 2, 3, 1, 2, 3, 3, 1, 2, 0, 0, 0, 0, 0] * 5, np.int32)
     grid = TokenGrid("explain", np.array([0]), len(ids), ids, np.zeros(len(ids), np.int64))

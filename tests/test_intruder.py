@@ -9,8 +9,7 @@ from scripted_judges import Scripted, texts_of
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.records.acts_reader import RecordReader
-from lmmono.records.contrasts import read_contrasts
+from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.intruder import draw_trials
 from lmmono.scores.scorer_registry import Job
@@ -77,7 +76,7 @@ def test_a_program_of_the_truth_finds_intruders_and_one_that_ties_gets_its_share
 
 def test_trials_use_the_same_marks_and_place_the_intruder_anywhere(store):
     job = Job(store, HOOK, RecordReader(store), (ON_CAT, NOISE))
-    contrasts = read_contrasts(job, "score", 40, 16)
+    contrasts = job.reader.contrasts(HOOK, "score", 40, window=16, units=job.units)
     trials = draw_trials(contrasts, 10, 5, 0)[0]
     assert len(set(trials.intruder.tolist())) > 2
     for ids, marked, place in zip(trials.token_ids, trials.marked, trials.intruder, strict=True):

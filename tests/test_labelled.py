@@ -15,7 +15,7 @@ from explained_store import (
 
 import activation_store as astore
 from lmmono.errors import ExplainError
-from lmmono.records.acts_reader import RecordReader
+from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.labelled import consistency, selectivity, strongest
 from lmmono.scores.labels import TokenLabels, read_labelled

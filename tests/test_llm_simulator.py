@@ -21,7 +21,7 @@ from lmmono.errors import ClientError, ExplainError
 from lmmono.explanations import llm_simulation
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.llm_simulation import Simulation, simulate, simulation_text
-from lmmono.records.acts_reader import RecordReader
+from lmmono.records.record_reader import RecordReader
 from lmmono.scores.judged_simulation import (
     simulate_by_reading,
     simulate_calibrated,

@@ -19,11 +19,9 @@ import activation_store as astore
 from lmmono.errors import ExplainError
 from lmmono.explanations.protocols import PROTOCOLS, Protocol
 from lmmono.records import unit_rows
-from lmmono.records.acts_reader import RecordReader
-from lmmono.records.exemplar_records import read_excerpts
-from lmmono.records.record import N_BINS, Counts, read_records
-from lmmono.records.token_grid import PADDING
-from lmmono.records.token_windows import read_token_windows
+from lmmono.records.corpus_excerpts import PADDING, read_excerpts
+from lmmono.records.record_reader import RecordReader
+from lmmono.records.sampler import N_BINS, Counts, read_records, read_token_windows
 
 ALL = Counts(top=6, quantile=10, random=8, firing=4, near_miss=5)
 WINDOW = 16

@@ -24,7 +24,8 @@ from lmmono.errors import ExplainError
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.explanation_controls import Constant
 from lmmono.explanations.lookup import Lookup
-from lmmono.records.acts_reader import RecordReader
+from lmmono.explanations.stored_explanations import kept_explanations
+from lmmono.records.record_reader import RecordReader
 from lmmono.registry.metrics import METRICS
 from lmmono.registry.scorers import SCORERS, find_scorer
 from lmmono.scores import simulation
@@ -92,7 +93,7 @@ def test_programs_of_known_skill_get_their_exact_scores(store):
 
 def test_the_value_is_pearson_over_the_tokens_of_all_records(store):
     reader = RecordReader(store)
-    explained = reader.explanations(HOOK, "token_lookup")
+    explained = kept_explanations(reader, HOOK, "token_lookup")
     records = reader.records(HOOK, "score", lm.Counts(top=20, random=20))
     for scorer, kinds in (
         ("simulation_tar", ("top", "random")),

@@ -18,7 +18,7 @@ from scipy import stats
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.records.acts_reader import RecordReader
+from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.decorrelation import tokens_apart, units_alike
 from lmmono.scores.scorer_registry import Job

@@ -10,7 +10,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
-from lmmono.explanations.explanation import Failure, Usage
+AnswerFailure = Literal["unparsed", "refused", "no_answer"]
+"""Why there is no answer.
+
+no_answer: the model could not be reached or sent nothing. refused: the client's limit on calls or
+cost is reached, or a replay file has no such answer. unparsed: it sent what no client can read.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What asking a language model took."""
+
+    n_calls: int = 0
+    """Calls made; an answer from the replay cache is none."""
+    n_prompt_tokens: int = 0
+    """Tokens sent."""
+    n_completion_tokens: int = 0
+    """Tokens received."""
+    cost_usd: float | None = None
+    """US dollars; None where no price is known."""
+    seconds: float = 0.0
+    """Wall time."""
+
+    def __add__(self, other: "Usage") -> "Usage":
+        costs = [cost for cost in (self.cost_usd, other.cost_usd) if cost is not None]
+        return Usage(
+            self.n_calls + other.n_calls,
+            self.n_prompt_tokens + other.n_prompt_tokens,
+            self.n_completion_tokens + other.n_completion_tokens,
+            sum(costs) if costs else None,
+            self.seconds + other.seconds,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +75,7 @@ class Answer:
 
     text: str | None
     """The completion; None where it failed."""
-    failure: Failure | None = None
+    failure: AnswerFailure | None = None
     """Why there is none. no_answer: the server failed after retries, or said nothing. unparsed:
     it said what no client can read. refused: a limit is reached, or replay has no such answer."""
     detail: str = ""
@@ -67,7 +98,7 @@ class Reading:
     """Log-probability of each token after those before it, in nats; None for the first."""
     alternatives: tuple[dict[str, float], ...] = ()
     """Per position: the likeliest tokens there and their log-probabilities; empty for the first."""
-    failure: Failure | None = None
+    failure: AnswerFailure | None = None
     """Why there is nothing; as for an answer."""
     detail: str = ""
     """What went wrong, for people; never holds a key."""

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from lmmono.clients.client import Answer, Heard, Message, Prompt, Read, Reading
+from lmmono.clients.client import Answer, Heard, Message, Prompt, Read, Reading, Usage
 from lmmono.clients.local_passes import Expected, Generated, Passes, Row
 from lmmono.errors import ClientError
-from lmmono.explanations.explanation import Usage
 from lmmono.models.storage import load_model
 from lmmono.runs.folder import Run, open_run
 

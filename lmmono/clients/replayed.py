@@ -15,9 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from lmmono.clients.client import Answer, Client, Heard, Prompt, Read, Reading
+from lmmono.clients.client import Answer, Client, Heard, Prompt, Read, Reading, Usage
 from lmmono.errors import ClientError
-from lmmono.explanations.explanation import Usage
 
 FORMAT = 1
 """Version of keys and answers; part of each key."""

@@ -14,11 +14,18 @@ from threading import Lock
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-from lmmono.clients.client import Answer, Heard, Prompt, Read, Reading
+from lmmono.clients.client import (
+    Answer,
+    AnswerFailure,
+    Heard,
+    Prompt,
+    Read,
+    Reading,
+    Usage,
+)
 from lmmono.clients.server_bodies import MissingLogprobs, chat_answer, reading, text_answer
 from lmmono.clients.server_limits import NO_LIMITS, Account, Limits, Price
 from lmmono.errors import ClientError
-from lmmono.explanations.explanation import Failure, Usage
 
 NO_KEY = "none"
 """Sent in place of a key where no variable is named; servers on one's own machine ignore it."""
@@ -35,7 +42,7 @@ class _Call(Generic[T]):
     body: dict[str, Any]
     n_bytes: int
     understand: Callable[[bytes], T]
-    failed: Callable[[Failure, str, Usage], T]
+    failed: Callable[[AnswerFailure, str, Usage], T]
 
 
 class ServerClient:
@@ -237,9 +244,9 @@ def _completion(prompt: Prompt, shared: dict[str, Any], n_alternatives: int) -> 
     return _Call("/chat/completions", body, n_bytes, chat_answer, _failed_answer)
 
 
-def _failed_answer(failure: Failure, detail: str, usage: Usage) -> Answer:
+def _failed_answer(failure: AnswerFailure, detail: str, usage: Usage) -> Answer:
     return Answer(None, failure, detail, usage=usage)
 
 
-def _failed_reading(failure: Failure, detail: str, usage: Usage) -> Reading:
+def _failed_reading(failure: AnswerFailure, detail: str, usage: Usage) -> Reading:
     return Reading(failure=failure, detail=detail, usage=usage)

@@ -4,8 +4,7 @@ from itertools import accumulate, pairwise
 
 from pydantic import BaseModel, Field, ValidationError
 
-from lmmono.clients.client import Answer, Reading
-from lmmono.explanations.explanation import Usage
+from lmmono.clients.client import Answer, Reading, Usage
 
 
 class MissingLogprobs(Exception):

@@ -4,8 +4,8 @@ import threading
 import time
 from dataclasses import dataclass
 
+from lmmono.clients.client import Usage
 from lmmono.errors import ClientError
-from lmmono.explanations.explanation import Usage
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,9 @@ from lmmono.explanations.stored_explanations import (
     read_explanations,
     read_vocabulary,
 )
-from lmmono.records.acts_reader import RecordReader
-from lmmono.records.record import KINDS, Counts, Records
-from lmmono.records.sampling import Sample, Units
-from lmmono.records.unit_rows import checked_units
+from lmmono.records.record_reader import RecordReader
+from lmmono.records.sampler import KINDS, Counts, Records
+from lmmono.records.units import Units, units_of
 from lmmono.registry.explainers import Explainer, find_explainer
 from lmmono.types import Progress, silent
 
@@ -198,17 +197,6 @@ class _Explaining:
             units=of,
             token_centred=protocol.token_centred,
         )
-
-
-def units_of(store: astore.Store, hook: str, units: Units) -> list[int]:
-    """Return the units of a hook that are meant, ascending.
-
-    Raises:
-        ExplainError: The hook has no such unit.
-    """
-    if isinstance(units, Sample):
-        return units.draw(hook, len(checked_units(store, hook, None)))
-    return checked_units(store, hook, units).tolist()
 
 
 def _handle(

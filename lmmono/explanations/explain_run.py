@@ -6,7 +6,7 @@ import activation_store as astore
 from lmmono.errors import RunError
 from lmmono.explanations.explain import explain
 from lmmono.recipe.explain_settings import Explain
-from lmmono.records.sampling import sample
+from lmmono.records.units import sample
 from lmmono.runs.folder import Run
 from lmmono.runs.manifest import STAGES
 from lmmono.types import Progress, silent

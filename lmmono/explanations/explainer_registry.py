@@ -6,7 +6,7 @@ from typing import Any
 import activation_store as astore
 from lmmono.clients.client import Client
 from lmmono.explanations.explanation import Explanation, Failure, Program
-from lmmono.records.record import Records
+from lmmono.records.sampler import Records
 from lmmono.types import Progress, silent
 
 MIN_FIRING_RECORDS = 5

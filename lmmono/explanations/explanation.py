@@ -6,11 +6,14 @@ mistake for a meaning.
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from lmmono.clients.client import Usage
+from lmmono.errors import ExplainError, nearest
 from lmmono.types import Split
 
 Failure = Literal["too_few_records", "silent", "unparsed", "refused", "no_answer"]
@@ -20,32 +23,6 @@ too_few_records: fewer records than the explainer wants. silent: the unit never 
 unparsed: the language model's answer has not the form asked for. refused: the client's limit on
 calls or cost is reached. no_answer: the client failed after its retries.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What asking a language model took."""
-
-    n_calls: int = 0
-    """Calls made; an answer from the replay cache is none."""
-    n_prompt_tokens: int = 0
-    """Tokens sent."""
-    n_completion_tokens: int = 0
-    """Tokens received."""
-    cost_usd: float | None = None
-    """US dollars; None where no price is known."""
-    seconds: float = 0.0
-    """Wall time."""
-
-    def __add__(self, other: "Usage") -> "Usage":
-        costs = [cost for cost in (self.cost_usd, other.cost_usd) if cost is not None]
-        return Usage(
-            self.n_calls + other.n_calls,
-            self.n_prompt_tokens + other.n_prompt_tokens,
-            self.n_completion_tokens + other.n_completion_tokens,
-            sum(costs) if costs else None,
-            self.seconds + other.seconds,
-        )
 
 
 class Program(ABC):
@@ -68,6 +45,28 @@ class Program(ABC):
     @abstractmethod
     def from_json(cls, values: dict[str, Any]) -> "Program":
         """Return the program that `to_json` described."""
+
+
+PROGRAMS: dict[str, str] = {
+    "token_lookup": "lmmono.explanations.lookup:Lookup",
+    "constant": "lmmono.explanations.explanation_controls:Constant",
+    "context": "lmmono.explanations.contexts:Context",
+}
+"""`module:class` of each kind of program."""
+
+
+def program_from_json(values: dict[str, Any]) -> Program:
+    """Return the program that a row of table `explanations` holds.
+
+    Raises:
+        ExplainError: No such kind of program; says which are near.
+    """
+    kind = values["kind"]
+    if kind not in PROGRAMS:
+        raise ExplainError(f"program {kind!r} is not known; {nearest(kind, PROGRAMS)}")
+    module, _, name = PROGRAMS[kind].partition(":")
+    program = getattr(import_module(module), name)
+    return program.from_json({key: value for key, value in values.items() if key != "kind"})
 
 
 @dataclass(frozen=True, slots=True)

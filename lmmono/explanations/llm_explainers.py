@@ -22,7 +22,7 @@ from lmmono.explanations.llm_prompts import (
     parse_explanation,
 )
 from lmmono.explanations.llm_ranking import rank_values
-from lmmono.records.record import Kind
+from lmmono.records.sampler import Kind
 
 FIRING: tuple[Kind, ...] = ("top", "quantile", "firing")
 """Kinds of records that are shown as firing."""

@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from lmmono.clients.client import Usage
 from lmmono.errors import ExplainError
 from lmmono.explanations.explainer_registry import Task
-from lmmono.explanations.explanation import Usage
 from lmmono.explanations.llm_simulation import Simulation, simulate
-from lmmono.records.acts_reader import RecordReader
-from lmmono.records.record import Counts, Kind, Records
+from lmmono.records.record_reader import RecordReader
+from lmmono.records.sampler import Counts, Kind, Records
 
 N_TOP, N_RANDOM = 5, 5
 """Records that rank, of those that were not shown."""

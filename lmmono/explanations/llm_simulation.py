@@ -22,9 +22,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from lmmono.clients.client import Client, Reading
+from lmmono.clients.client import Client, Reading, Usage
 from lmmono.errors import ExplainError
-from lmmono.explanations.explanation import Failure, Usage
+from lmmono.explanations.explanation import Failure
 from lmmono.explanations.llm_examples import EXAMPLES
 from lmmono.explanations.llm_prompts import LEVELS, visible
 

@@ -7,11 +7,8 @@ excerpt twice. The papers' protocols are here to be compared with, by name.
 from dataclasses import dataclass, field
 
 from lmmono.errors import ExplainError, nearest
-from lmmono.records.record import Counts, Kind
+from lmmono.records.sampler import Ranks
 from lmmono.types import Split
-
-Ranks = dict[Kind, tuple[int, ...]]
-"""Ranks within the list of each kind, 0 is first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +33,6 @@ class Protocol:
     """The paper's mean over units leaves out those without a score."""
     about: str = ""
     """Source, and where this differs from it."""
-
-
-def counts_for(ranks: Ranks) -> Counts:
-    """Return how many records of each kind hold these ranks."""
-    return Counts(**{kind: max(chosen) + 1 for kind, chosen in ranks.items()})
 
 
 PROTOCOLS: dict[str, Protocol] = {

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import activation_store as astore
-from lmmono.clients.programs import program_from_json
 from lmmono.errors import ExplainError, nearest
-from lmmono.explanations.explanation import Explanation
+from lmmono.explanations.explanation import Explanation, program_from_json
+from lmmono.records.record_reader import RecordReader
 
 _COLUMNS = (
     "text",
@@ -100,6 +100,19 @@ def read_explanations(
             hook=hook, unit=unit, explainer=explainer, program=program, seed=seed, **facts
         )
     return found
+
+
+def kept_explanations(reader: RecordReader, hook: str, explainer: str) -> dict[int, Explanation]:
+    """Return the same with the reader's seed, read once for all who score this hook.
+
+    Raises:
+        ExplainError: There are none.
+    """
+    return reader.once(
+        hook,
+        ("explanations", explainer),
+        lambda: read_explanations(reader.store, hook, explainer, reader.seed),
+    )
 
 
 def _stored_seed(store: astore.Store, hook: str, explainer: str, seed: int | None) -> int | None:

@@ -20,9 +20,9 @@ from activation_store.read.exporting import layer_of, whole_folder
 from lmmono.clients.client import Client
 from lmmono.errors import ExplainError
 from lmmono.explanations.explanation import Explanation
-from lmmono.explanations.stored_explanations import read_vocabulary
-from lmmono.records.acts_reader import RecordReader
-from lmmono.records.record import Records
+from lmmono.explanations.stored_explanations import kept_explanations, read_vocabulary
+from lmmono.records.record_reader import RecordReader
+from lmmono.records.sampler import Records
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.scorer_registry import Job
 from lmmono.scores.simulation import UNITS_AT_ONCE, predictions, scored_records
@@ -79,7 +79,7 @@ def export_simulations(
     scorer, reader = find_scorer("simulation_tar"), RecordReader(store, seed=seed)
     settings = {**scorer.settings, **scorer.presets.get(preset or "", {}), "simulator": simulator}
     names = list(explainers or _explainers(store, hook, simulator))
-    stored = {name: reader.explanations(hook, name) for name in names}
+    stored = {name: kept_explanations(reader, hook, name) for name in names}
     wanted = sorted({unit for said in stored.values() for unit in said})
     chosen = wanted if units is None else [unit for unit in wanted if unit in set(units)]
     job = Job(store, hook, reader, tuple(chosen), settings, seed=seed, client=client)

@@ -15,8 +15,7 @@ from numpy import ndarray
 
 import activation_store as astore
 from activation_store.compiled import compiled
-from lmmono.errors import ExplainError
-from lmmono.records.token_grid import PADDING, TokenGrid
+from lmmono.records.corpus_excerpts import PADDING, TokenGrid
 
 ROWS_AT_ONCE = 4_000_000
 """Stored activations held in memory together, about 0.1 GB with what is made of them."""
@@ -37,8 +36,8 @@ class UnitRows:
 
     def of(self, i: int) -> tuple[Int[ndarray, " rows"], Float[ndarray, " rows"]]:
         """Return cells and activations of the i-th unit."""
-        mine = slice(int(self.starts[i]), int(self.starts[i + 1]))
-        return self.cells[mine], self.acts[mine]
+        rows = slice(int(self.starts[i]), int(self.starts[i + 1]))
+        return self.cells[rows], self.acts[rows]
 
     def largest(
         self, owner: Int[ndarray, " cells"], n_owners: int
@@ -49,35 +48,12 @@ class UnitRows:
         return largest
 
     def gather(
-        self, first_cells: Int[ndarray, "units records"], window: int, n_cells: int
+        self, cells: Int[ndarray, "units records window"], n_cells: int
     ) -> Float[ndarray, "units records window"]:
-        """Return activations in windows of cells; 0 where none is stored or the cell is -1."""
-        acts = np.zeros((*first_cells.shape, window), np.float32)
-        _gather(
-            self.starts, self.cells, self.acts, first_cells, np.zeros(n_cells, np.float32), acts
-        )
+        """Return activations in windows of cells; 0 where none is stored, and for cell -1."""
+        acts = np.zeros(cells.shape, np.float32)
+        _gather(self.starts, self.cells, self.acts, cells, np.zeros(n_cells, np.float32), acts)
         return acts
-
-
-def checked_units(
-    store: astore.Store, hook: str, units: Sequence[int] | None
-) -> Int[ndarray, " units"]:
-    """Return the units asked for, ascending, each once; None takes all of the hook.
-
-    Raises:
-        ExplainError: The hook is not stored as rows, or has no such unit.
-    """
-    found = store.sql("SELECT d FROM hooks WHERE hook = $hook AND kind = 'rows'", hook=hook)
-    rows = found.fetchall()
-    if not rows:
-        known = store.sql("SELECT hook FROM hooks WHERE kind = 'rows' ORDER BY hook").fetchall()
-        names = ", ".join(name for (name,) in known) or "none"
-        raise ExplainError(f"{store.path}: {hook!r} is not stored as rows; stored so: {names}")
-    ((d,),) = rows
-    chosen = np.arange(d) if units is None else np.unique(np.asarray(units, np.int64))
-    if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < d:
-        raise ExplainError(f"{hook}: want units 0 to {d - 1}, got {chosen[0]} to {chosen[-1]}")
-    return chosen
 
 
 def read_unit_rows(
@@ -96,25 +72,33 @@ def read_unit_rows(
         WHERE hook = $hook AND unit BETWEEN $low AND $high AND act > 0
             AND seq_id BETWEEN $first_seq AND $last_seq"""
     seqs = {"first_seq": int(grid.seq_ids[0]), "last_seq": int(grid.seq_ids[-1])}
-    for first, last in _chunks([counts.get(int(u), 0) for u in units], units_at_once):
-        mine = units[first:last]
-        low, high = int(mine[0]), int(mine[-1])
-        one_by_one = " AND unit IN (SELECT unnest($units))"
-        scattered = {} if high - low < 2 * len(mine) else {"units": mine.tolist()}
-        wanted = query + (one_by_one if scattered else "")
+    for first, last in unit_chunks([counts.get(int(u), 0) for u in units], units_at_once):
+        chunk = units[first:last]
+        low, high = int(chunk[0]), int(chunk[-1])
+        # from 2 units in 4 on, a range that reads the others too is cheaper than a list to look in
+        scattered = {} if high - low < 2 * len(chunk) else {"units": chunk.tolist()}
+        wanted = query + (" AND unit IN (SELECT unnest($units))" if scattered else "")
         table = store.sql(wanted, hook=hook, low=low, high=high, **seqs, **scattered)
-        yield _in_order(table.to_arrow_table(), mine, grid)
+        yield _in_order(table.to_arrow_table(), chunk, grid)
+
+
+def unit_chunks(n_active: Sequence[int], units_at_once: int) -> Iterator[tuple[int, int]]:
+    """Yield [first, last) ranges of units that together fit in memory; at least one unit each."""
+    first, n_rows = 0, 0
+    for i, n in enumerate(n_active):
+        if i > first and (n_rows + n > ROWS_AT_ONCE or i - first == units_at_once):
+            yield first, i
+            first, n_rows = i, 0
+        n_rows += n
+    if first < len(n_active):
+        yield first, len(n_active)
 
 
 def _in_order(table: pa.Table, units: Int[ndarray, " units"], grid: TokenGrid) -> UnitRows:
-    unit, seq, pos, act = (table[name].to_numpy() for name in ("unit", "seq_id", "pos", "act"))
     slots = np.full(int(units[-1] - units[0]) + 1, -1, np.int32)
     slots[units - units[0]] = np.arange(len(units))
     starts, cells, acts = _count_sorted(
-        unit,
-        seq,
-        pos,
-        act,
+        *(table[name].to_numpy() for name in ("unit", "seq_id", "pos", "act")),
         int(units[0]),
         slots,
         len(units),
@@ -123,18 +107,6 @@ def _in_order(table: pa.Table, units: Int[ndarray, " units"], grid: TokenGrid) -
         grid.token_ids != PADDING,
     )
     return UnitRows(units, starts, cells, acts)
-
-
-def _chunks(n_active: Sequence[int], units_at_once: int) -> Iterator[tuple[int, int]]:
-    """Yield [first, last) ranges of units that together fit in memory; at least one unit each."""
-    first, held = 0, 0
-    for i, n in enumerate(n_active):
-        if i > first and (held + n > ROWS_AT_ONCE or i - first == units_at_once):
-            yield first, i
-            first, held = i, 0
-        held += n
-    if first < len(n_active):
-        yield first, len(n_active)
 
 
 @compiled
@@ -195,21 +167,17 @@ def _largest(
 @compiled
 @no_type_check
 def _gather(
-    starts: ndarray,
-    cells: ndarray,
-    acts: ndarray,
-    first_cells: ndarray,
-    dense: ndarray,
-    out: ndarray,
+    starts: ndarray, cells: ndarray, acts: ndarray, windows: ndarray, dense: ndarray, out: ndarray
 ) -> None:
-    """Copy windows out of one unit's activations at a time, spread over all cells."""
+    # one unit's activations at a time are spread over all cells and taken off again, so that the
+    # scratch row is cleared in the time of its activations, not of its cells
     for unit in range(len(starts) - 1):
         for i in range(starts[unit], starts[unit + 1]):
             dense[cells[i]] = acts[i]
-        for record in range(first_cells.shape[1]):
-            first = first_cells[unit, record]
-            if first >= 0:
-                for offset in range(min(out.shape[2], len(dense) - first)):
-                    out[unit, record, offset] = dense[first + offset]
+        for record in range(windows.shape[1]):
+            for offset in range(windows.shape[2]):
+                cell = windows[unit, record, offset]
+                if cell >= 0:
+                    out[unit, record, offset] = dense[cell]
         for i in range(starts[unit], starts[unit + 1]):
             dense[cells[i]] = 0.0

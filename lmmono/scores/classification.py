@@ -19,7 +19,7 @@ from numpy import ndarray
 
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
-from lmmono.records.contrasts import Class, Contrasts, read_contrasts
+from lmmono.records.sampler import Class, Contrasts
 from lmmono.scores.explained import explanations_of, program_of, spent, undefined
 from lmmono.scores.judging import Items, Verdict, judge_by_client, judge_by_program, predicted
 from lmmono.scores.scorer_registry import Job, Row
@@ -133,7 +133,10 @@ class _Classification:
     def _read(self, split: Any) -> _Asked:
         settings = self._job.settings
         n, window = int(settings["n"]), int(settings["window"])
-        contrasts = read_contrasts(self._job, split, n, window, bool(settings["ranked"]))
+        job, ranked = self._job, bool(settings["ranked"])
+        contrasts = job.reader.contrasts(
+            job.hook, split, n, window=window, units=job.units, ranked=ranked
+        )
         ids, marks = contrasts.token_ids(self._classes), self._marks(contrasts, self._job.seed)
         present = contrasts.of(self._classes) >= 0
         if marks is not None:

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from lmmono.records.unit_rows import checked_units, read_unit_rows
+from lmmono.records.unit_rows import read_unit_rows
+from lmmono.records.units import checked_units
 from lmmono.scores.scorer_registry import Job, Row
 from lmmono.scores.unit_statistics import METHOD, Corpus, columns_of, jackknife, read_corpus
 

@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from lmmono.errors import ExplainError
 from lmmono.explanations.stored_explanations import read_vocabulary
-from lmmono.records.contrasts import Class, read_contrasts
+from lmmono.records.sampler import Class
 from lmmono.scores.areas import area_row, present_classes
 from lmmono.scores.explained import explanations_of
 from lmmono.scores.judging import shown_text
@@ -65,8 +65,13 @@ def open_encoder(encoder: Encoder | str) -> Encoder:
 def score_embedding(job: Job) -> list[Row]:
     """Score units by the AUROC of the cosines of firing and silent texts, and of near misses."""
     encoder, settings = open_encoder(job.settings["encoder"]), job.settings
-    contrasts = read_contrasts(
-        job, "score", int(settings["n"]), int(settings["window"]), bool(settings["ranked"])
+    contrasts = job.reader.contrasts(
+        job.hook,
+        "score",
+        int(settings["n"]),
+        window=int(settings["window"]),
+        units=job.units,
+        ranked=bool(settings["ranked"]),
     )
     units, index = contrasts.units.tolist(), contrasts.of(CLASSES)
     used = np.unique(index[index >= 0])

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from lmmono.clients.client import Usage
 from lmmono.errors import ExplainError
-from lmmono.explanations.explanation import Explanation, Failure, Program, Usage
+from lmmono.explanations.explanation import Explanation, Failure, Program
 from lmmono.explanations.explanation_controls import other_units
-from lmmono.explanations.stored_explanations import read_densities
+from lmmono.explanations.stored_explanations import kept_explanations, read_densities
 from lmmono.scores.scorer_registry import Job
 
 UNSCORED: tuple[Failure, ...] = ("unparsed", "refused", "no_answer")
@@ -22,7 +23,7 @@ def explanations_of(job: Job, units: list[int]) -> dict[str | None, list[Explana
         ExplainError: The units are not explained, or fewer than two are and controls are wanted.
     """
     assert job.explainer is not None
-    stored = job.reader.explanations(job.hook, job.explainer)
+    stored = kept_explanations(job.reader, job.hook, job.explainer)
     found: dict[str | None, list[Explanation]] = {None: [stored[unit] for unit in units]}
     if job.controls:
         good = sorted(unit for unit, each in stored.items() if each.failure is None)

@@ -17,7 +17,7 @@ from scipy.stats import t as student_t
 
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
-from lmmono.records.token_grid import PADDING, TokenGrid, read_grid
+from lmmono.records.corpus_excerpts import PADDING, TokenGrid, read_grid
 from lmmono.scores.explained import explanations_of, program_of, undefined
 from lmmono.scores.scorer_registry import Job, Row
 from lmmono.scores.steering import UNITS_AT_ONCE, Steered, Steering

@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from lmmono.clients.client import Answer, Message, Prompt
-from lmmono.explanations.explanation import Explanation, Usage
+from lmmono.clients.client import Answer, Message, Prompt, Usage
+from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
-from lmmono.records.contrasts import Contrasts, read_contrasts
+from lmmono.records.sampler import Contrasts
 from lmmono.scores.classification import MIN_RECORDS, marked_tokens
 from lmmono.scores.explained import explanations_of, program_of, spent, undefined
 from lmmono.scores.judging import Items, joined_hash, predicted, shown_text
@@ -83,8 +83,13 @@ def _inserted(own: ndarray, other: ndarray, places: Int[ndarray, " trials"]) -> 
 
 def _read(job: Job) -> tuple[list[int], list[Trials]]:
     n, size = int(job.settings["trials"]), int(job.settings["size"])
-    contrasts = read_contrasts(
-        job, "score", n * (size - 1), int(job.settings["window"]), bool(job.settings["ranked"])
+    contrasts = job.reader.contrasts(
+        job.hook,
+        "score",
+        n * (size - 1),
+        window=int(job.settings["window"]),
+        units=job.units,
+        ranked=bool(job.settings["ranked"]),
     )
     return contrasts.units.tolist(), draw_trials(contrasts, n, size, job.seed)
 

@@ -14,8 +14,8 @@ from numpy import ndarray
 from lmmono.errors import ExplainError
 from lmmono.explanations.explanation import Explanation, Failure
 from lmmono.explanations.llm_simulation import Simulation, simulate
-from lmmono.explanations.protocols import Ranks
 from lmmono.explanations.stored_explanations import read_vocabulary
+from lmmono.records.sampler import Ranks
 from lmmono.scores.scorer_registry import Job
 
 N_TOP, N_RANDOM = 5, 5

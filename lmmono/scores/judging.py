@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from lmmono.clients.client import Answer, Client, Message, Prompt
-from lmmono.explanations.explanation import Explanation, Failure, Program, Usage
+from lmmono.clients.client import Answer, Client, Message, Prompt, Usage
+from lmmono.explanations.explanation import Explanation, Failure, Program
 
 N_ALTERNATIVES = 5
 """Alternatives asked for at each token, for the probability of a 1."""

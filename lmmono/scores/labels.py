@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from lmmono.errors import ExplainError
-from lmmono.records.unit_rows import checked_units, read_unit_rows
+from lmmono.records.unit_rows import read_unit_rows
+from lmmono.records.units import checked_units
 from lmmono.scores.decorrelation import draw_cells, read_dense
 from lmmono.scores.scorer_registry import Job
 from lmmono.scores.unit_statistics import read_corpus

@@ -8,11 +8,10 @@ from typing import Any
 import activation_store as astore
 from lmmono.clients.client import Client
 from lmmono.errors import ExplainError, nearest
-from lmmono.explanations.explain import units_of
 from lmmono.explanations.protocols import variant
 from lmmono.explanations.stored_explanations import explained_units, match_stored_hooks
-from lmmono.records.acts_reader import RecordReader
-from lmmono.records.sampling import Units
+from lmmono.records.record_reader import RecordReader
+from lmmono.records.units import Units, units_of
 from lmmono.registry.scorers import Scorer, find_scorer
 from lmmono.scores.scorer_registry import Job
 from lmmono.scores.summaries import Origin, summary_rows

@@ -5,7 +5,7 @@ from typing import Any
 
 import activation_store as astore
 from lmmono.clients.client import Client
-from lmmono.records.acts_reader import RecordReader
+from lmmono.records.record_reader import RecordReader
 from lmmono.registry.metrics import METRICS
 from lmmono.stats.unit_intervals import LEVEL
 from lmmono.types import Progress, Split, silent

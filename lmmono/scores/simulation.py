@@ -13,11 +13,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from lmmono.explanations.explanation import Explanation, Failure, Usage
+from lmmono.clients.client import Usage
+from lmmono.explanations.explanation import Explanation, Failure
 from lmmono.explanations.llm_simulation import Simulation
 from lmmono.explanations.protocols import Protocol, find_protocol
 from lmmono.explanations.stored_explanations import read_maxima
-from lmmono.records.record import Records
+from lmmono.records.sampler import Records
 from lmmono.scores.explained import UNSCORED, explanations_of, program_of, spent
 from lmmono.scores.scorer_registry import Job, Row
 from lmmono.stats.agreement import AGREEMENTS, record_sums

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from lmmono.errors import ExplainError
 from lmmono.models.hooks import attached, bare, hook_names
-from lmmono.records.token_grid import TokenGrid, read_grid
-from lmmono.records.unit_rows import checked_units, read_unit_rows
+from lmmono.records.corpus_excerpts import TokenGrid, read_grid
+from lmmono.records.unit_rows import read_unit_rows
+from lmmono.records.units import checked_units
 from lmmono.scores.scorer_registry import Job
 
 UNITS_AT_ONCE = 32

@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from lmmono.clients.client import Prompt, Reading
-from lmmono.explanations.explanation import Explanation, Usage
+from lmmono.clients.client import Prompt, Reading, Usage
+from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
-from lmmono.records.contrasts import Class, Contrasts, read_contrasts
+from lmmono.records.sampler import Class, Contrasts
 from lmmono.scores.areas import area_row, present_classes
 from lmmono.scores.explained import explanations_of, spent
 from lmmono.scores.judging import joined_hash, shown_text
@@ -51,8 +51,13 @@ def score_surprisal(job: Job) -> list[Row]:
     """Score units by the AUROC of the gain; texts are read once without an explanation."""
     assert job.client is not None
     settings = job.settings
-    contrasts = read_contrasts(
-        job, "score", int(settings["n"]), int(settings["window"]), bool(settings["ranked"])
+    contrasts = job.reader.contrasts(
+        job.hook,
+        "score",
+        int(settings["n"]),
+        window=int(settings["window"]),
+        units=job.units,
+        ranked=bool(settings["ranked"]),
     )
     units, index = contrasts.units.tolist(), contrasts.of(CLASSES)
     texts = _texts(job, contrasts)

@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.stats import t as student_t
 
-from lmmono.records.token_grid import PADDING, TokenGrid, read_grid
-from lmmono.records.unit_rows import UnitRows, checked_units, read_unit_rows
+from lmmono.records.corpus_excerpts import PADDING, TokenGrid, read_grid
+from lmmono.records.unit_rows import UnitRows, read_unit_rows
+from lmmono.records.units import checked_units
 from lmmono.scores.scorer_registry import Job, Row
 from lmmono.stats.formulas import entropies, kurtosis
 from lmmono.stats.unit_intervals import LEVEL

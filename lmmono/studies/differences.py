@@ -21,7 +21,7 @@ from lmmono.explanations.stored_explanations import (
     match_stored_hooks,
     read_densities,
 )
-from lmmono.records.acts_reader import RecordReader
+from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import Scorer, find_scorer
 from lmmono.scores.scorer_registry import Job
 from lmmono.scores.simulation import scored_records, simulated

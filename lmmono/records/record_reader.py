@@ -1,0 +1,127 @@
+"""The one door to what explains and scores: reads a store once per hook, whoever asks how often."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+import activation_store as astore
+from lmmono.records.corpus_excerpts import Excerpts, read_excerpts
+from lmmono.records.sampler import (
+    KINDS,
+    Contrasts,
+    Counts,
+    Ranks,
+    Records,
+    counts_for,
+    read_contrasts,
+    read_records,
+    read_token_windows,
+)
+from lmmono.types import Split
+
+T = TypeVar("T")
+
+
+class RecordReader:
+    """Reads the records of units; keeps the excerpts, and what it read of the hook asked for last.
+
+    Args:
+        store: An open store.
+        seed: Seed of what is drawn.
+    """
+
+    def __init__(self, store: astore.Store, *, seed: int = 0) -> None:
+        self.store, self.seed = store, seed
+        self._excerpts = cache(lambda split, window: read_excerpts(store, split, window=window))
+        self._hook = ""
+        self._of_hook: dict[tuple[object, ...], Any] = {}
+
+    def excerpts(self, split: Split, window: int = 64) -> Excerpts:
+        """Return the excerpts of a split.
+
+        Raises:
+            ExplainError: The split has none.
+        """
+        return self._excerpts(split, window)
+
+    def once(self, hook: str, key: tuple[object, ...], read: Callable[[], T]) -> T:
+        """Return what `read` returns, read once per hook and key; another hook forgets the last."""
+        if hook != self._hook:
+            self._hook, self._of_hook = hook, {}
+        if key not in self._of_hook:
+            self._of_hook[key] = read()
+        return self._of_hook[key]
+
+    def records(
+        self,
+        hook: str,
+        split: Split,
+        counts: Counts,
+        *,
+        window: int = 64,
+        units: Sequence[int] | None = None,
+        token_centred: bool = False,
+    ) -> Records:
+        """Return the records of units; see `read_records` and `read_token_windows`.
+
+        Raises:
+            ExplainError: The split has no excerpts, or the hook no such units.
+        """
+
+        def read() -> Records:
+            excerpts, drawn = self.excerpts(split, window), {"units": units, "seed": self.seed}
+            if not token_centred:
+                return read_records(self.store, hook, excerpts, counts, **drawn)
+            return read_token_windows(
+                self.store, hook, excerpts.grid, counts, window=window, **drawn
+            )
+
+        key = ("records", split, counts, window, None if units is None else tuple(units))
+        return self.once(hook, (*key, token_centred), read)
+
+    def ranked(
+        self,
+        hook: str,
+        split: Split,
+        ranks: Ranks,
+        *,
+        window: int = 64,
+        units: Sequence[int] | None = None,
+        token_centred: bool = False,
+    ) -> Records:
+        """Return the records at some ranks of each kind; see `records`."""
+        counts = counts_for(ranks)
+        records = self.records(
+            hook, split, counts, window=window, units=units, token_centred=token_centred
+        )
+        columns: list[int] = []
+        for kind in KINDS:
+            if kind in ranks:
+                of_kind = records.columns(kind)
+                columns += [int(of_kind[rank]) for rank in ranks[kind]]
+        return records if columns == list(range(counts.total())) else records.take(columns)
+
+    def contrasts(
+        self,
+        hook: str,
+        split: Split,
+        n: int,
+        *,
+        window: int = 64,
+        units: Sequence[int] | None = None,
+        ranked: bool = False,
+    ) -> Contrasts:
+        """Return up to n records of each class; see `read_contrasts`.
+
+        Raises:
+            ExplainError: The split has no excerpts, or the hook no such units.
+        """
+
+        def read() -> Contrasts:
+            excerpts = self.excerpts(split, window)
+            return read_contrasts(
+                self.store, hook, excerpts, n, units=units, seed=self.seed, ranked=ranked
+            )
+
+        key = ("contrasts", split, n, window, None if units is None else tuple(units), ranked)
+        return self.once(hook, key, read)
