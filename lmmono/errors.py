@@ -1,8 +1,21 @@
 """The errors that a user can cause, and the words they are told in.
 
-One root, `LmmonoError`: the command line turns it into one message and exit code 2. A message
-says what is wrong, where, what was found, what was wanted, and the way out. Our own mistakes are
-asserts.
+    Exception
+    ├── LmmonoError            root: the command line prints its text and exits with 2
+    │   ├── RecipeError        every fault of a recipe file, one line each
+    │   ├── DataError          text, tokens, tokenizers, tasks, label and text noise
+    │   ├── ModelError         models, checkpoints, hook names, edits
+    │   ├── TrainError         training that cannot start or must not go on
+    │   ├── TrainingStopped    asked to stop, everything saved: exit 143
+    │   ├── DictionaryError    dictionaries and the vectors they are fitted on
+    │   ├── ExplainError       explainers, scorers, the units and splits they are given
+    │   ├── ClientError        language models that are asked
+    │   ├── RobustnessError    probes, attacks, suites
+    │   └── RunError           run folders
+    └── activation_store.StoreError    the store's own root: it is usable alone; exit 2 as well
+
+A message says what is wrong, where, what was found, what was wanted, and the way out. Our own
+mistakes are asserts.
 """
 
 import difflib

@@ -93,7 +93,7 @@ def schema(
     out: Annotated[Path | None, typer.Option(help="File to write instead of stdout.")] = None,
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from lmmono.recipe.schema import schema_text
+    from lmmono.recipe.recipe import schema_text
 
     if out is None:
         print(schema_text(), end="")

@@ -53,6 +53,8 @@ class Dictionary(ABC):
         Raises:
             DictionaryError: A setting is unknown, missing or out of range; names all of them.
         """
+        if "name" in settings:  # a field of the same classes, for the entries of a recipe
+            raise DictionaryError(f"{type(self).__name__}({arch!r}): name: unknown setting")
         try:
             self.settings = self.adapter.validate_python({"arch": arch, **settings})
         except ValidationError as error:

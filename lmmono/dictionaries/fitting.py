@@ -20,7 +20,7 @@ from lmmono.errors import DictionaryError
 from lmmono.files.atomic import disk_faults
 from lmmono.models.untrained import untrained
 from lmmono.recipe.dictionary_settings import (
-    DecompositionEntry,
+    Decomposition,
     Dictionaries,
     Planned,
     TrainedControl,
@@ -48,7 +48,7 @@ class Fit:
     def new(self) -> Dictionary:
         """Return it before its fit."""
         entry = self.planned.entry
-        decomposes = isinstance(entry, DecompositionEntry)
+        decomposes = isinstance(entry, Decomposition)
         kind = SAE if self.planned.is_sae else Classical if decomposes else Control
         return kind(seed=self.planned.seed, **entry.settings)
 

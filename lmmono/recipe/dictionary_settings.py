@@ -5,17 +5,35 @@ a recipe's section `dictionary`. The target of a dictionary is one of `k`, `targ
 `coefficient`, by its `arch`; what was reached is measured, never assumed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from lmmono.errors import nearest
 from lmmono.recipe.sections import Count, Fraction, Section, clash
 
 
-class Width(Section):
+class DictionarySettings(Section):
+    """What the settings of every dictionary share: a name, which only a recipe's entries have."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
+    """Name in tables and folders; null makes one of arch, width and target: `topk-x4-k32`."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings without the name, as `lm.SAE` and the others take them, arch included."""
+        return self.model_dump(exclude={"name"})
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_name(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        # `dictionary.json` and the digests of fits hold settings, and a name is none of them
+        values = serialize(self)
+        return values if values.get("name") else {k: v for k, v in values.items() if k != "name"}
+
+
+class Width(DictionarySettings):
     """How many latents: a number, or a multiple of the input's width."""
 
     d_sae: Count | None = None
@@ -118,10 +136,8 @@ class JumpReluSae(Trained):
     """Width of the kernel through which thresholds get a gradient."""
 
 
-Sae = Annotated[
-    TopKSae | MatryoshkaSae | MatchingPursuitSae | PenaltySae | JumpReluSae,
-    Field(discriminator="arch"),
-]
+AnySae = TopKSae | MatryoshkaSae | MatchingPursuitSae | PenaltySae | JumpReluSae
+Sae = Annotated[AnySae, Field(discriminator="arch")]
 
 
 class Decomposition(Width):
@@ -148,7 +164,7 @@ class Decomposition(Width):
         return self
 
 
-class RawVectors(Section):
+class RawVectors(DictionarySettings):
     """The input itself: raw neurons or raw stream coordinates."""
 
     arch: Literal["raw"]
@@ -174,70 +190,7 @@ class DenseAutoencoder(Trained):
 
 Control = Annotated[RawVectors | RandomDictionary | DenseAutoencoder, Field(discriminator="arch")]
 
-AnyDictionary = Annotated[
-    TopKSae
-    | MatryoshkaSae
-    | MatchingPursuitSae
-    | PenaltySae
-    | JumpReluSae
-    | Decomposition
-    | RawVectors
-    | RandomDictionary
-    | DenseAutoencoder,
-    Field(discriminator="arch"),
-]
-
-
-class Entry(Section):
-    """What every entry of a recipe's `dictionary.learn` has besides its settings."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
-    """Name in tables and folders; null makes one of arch, width and target: `topk-x4-k32`."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings without the name, as `lm.SAE` and the others take them, arch included."""
-        return self.model_dump(exclude={"name"})
-
-
-class TopKEntry(TopKSae, Entry):
-    """A topk or batchtopk SAE of a recipe."""
-
-
-class MatryoshkaEntry(MatryoshkaSae, Entry):
-    """A matryoshka SAE of a recipe."""
-
-
-class MatchingPursuitEntry(MatchingPursuitSae, Entry):
-    """A matching pursuit SAE of a recipe."""
-
-
-class PenaltyEntry(PenaltySae, Entry):
-    """A standard or gated SAE of a recipe."""
-
-
-class JumpReluEntry(JumpReluSae, Entry):
-    """A jumprelu SAE of a recipe."""
-
-
-class DecompositionEntry(Decomposition, Entry):
-    """A classical decomposition of a recipe."""
-
-
-class RawEntry(RawVectors, Entry):
-    """The raw control of a recipe."""
-
-
-class RandomEntry(RandomDictionary, Entry):
-    """The random control of a recipe."""
-
-
-class DenseEntry(DenseAutoencoder, Entry):
-    """The dense auto-encoder of a recipe."""
-
-
-SaeEntry = TopKEntry | MatryoshkaEntry | MatchingPursuitEntry | PenaltyEntry | JumpReluEntry
-AnyEntry = SaeEntry | DecompositionEntry | RawEntry | RandomEntry | DenseEntry
+AnyDictionary = AnySae | Decomposition | RawVectors | RandomDictionary | DenseAutoencoder
 
 SIGNED = ("pca", "ica", "dictionary_learning", "raw", "random")
 """Kinds whose code has negative values; a store keeps what is above a threshold."""
@@ -252,7 +205,7 @@ FitSeed = Annotated[int, Field(ge=0, lt=2**32)]
 class Planned:
     """One dictionary to fit on every hook."""
 
-    entry: AnyEntry
+    entry: AnyDictionary
     """Its settings."""
     entry_name: str
     """Name of the entry: that of all its seeds together."""
@@ -266,7 +219,7 @@ class Planned:
     @property
     def is_sae(self) -> bool:
         """Whether it is trained by gradient steps on the vectors as they come."""
-        return isinstance(self.entry, SaeEntry)
+        return isinstance(self.entry, AnySae)
 
 
 class Dictionaries(Section):
@@ -274,7 +227,7 @@ class Dictionaries(Section):
 
     hooks: tuple[str, ...] = Field(default=("blocks.*.mlp.hook_post",), min_length=1)
     """Hook names or globs; every entry of `learn` is fitted on each."""
-    learn: tuple[Annotated[AnyEntry, Field(discriminator="arch")], ...] = ()
+    learn: tuple[Annotated[AnyDictionary, Field(discriminator="arch")], ...] = ()
     """The dictionaries, by their `arch`; none makes the stage empty."""
     seeds: tuple[FitSeed, ...] = Field(default=(0,), min_length=1)
     """Every entry is fitted once with each; two or more give rows on stability."""
@@ -317,11 +270,11 @@ class Dictionaries(Section):
         """Seed of what is fitted once: controls, and the dictionary whose latents are stored."""
         return next(iter(self.seeds))
 
-    def _planned(self, entry: AnyEntry, name: str) -> Iterator[Planned]:
+    def _planned(self, entry: AnyDictionary, name: str) -> Iterator[Planned]:
         seeded = len(self.seeds) > 1 and entry.arch not in SEEDLESS
         for seed in self.seeds if seeded else self.seeds[:1]:
             yield Planned(entry, name, f"{name}-seed{seed}" if seeded else name, seed)
-        for control in self.controls if isinstance(entry, SaeEntry) else ():
+        for control in self.controls if isinstance(entry, AnySae) else ():
             yield Planned(entry, name, f"{name}-{control}", self.first_seed, control)
 
     @model_validator(mode="after")
@@ -352,16 +305,16 @@ class Dictionaries(Section):
         return self
 
 
-def _made_name(entry: AnyEntry) -> str:
+def _made_name(entry: AnyDictionary) -> str:
     """Return what tells an entry from others of its kind: arch, width and target."""
     return "-".join([entry.arch, *_parts(entry)]).replace(".", "_").replace("+", "")
 
 
-def _parts(entry: AnyEntry) -> Iterator[str]:
+def _parts(entry: AnyDictionary) -> Iterator[str]:
     for field, letter in (("d_sae", ""), ("expansion", "x"), ("k", "k"), ("target_l0", "l0_")):
         if (value := getattr(entry, field, None)) is not None:
             yield f"{letter}{value:g}"
-    if isinstance(entry, PenaltyEntry) or (
-        isinstance(entry, JumpReluEntry) and entry.target_l0 is None
+    if isinstance(entry, PenaltySae) or (
+        isinstance(entry, JumpReluSae) and entry.target_l0 is None
     ):
         yield f"c{entry.coefficient:g}"

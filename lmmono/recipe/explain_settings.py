@@ -34,7 +34,7 @@ class Explain(Section):
     @model_validator(mode="before")
     @classmethod
     def _name_what_is_there(cls, values: Any) -> Any:
-        given = values.get("explainers", ()) if isinstance(values, dict) else ()
+        given: Any = values.get("explainers", ()) if isinstance(values, dict) else ()
         for i, name in enumerate(given if isinstance(given, tuple | list) else ()):
             known = EXPLAINERS.get(name) if isinstance(name, str) else None
             if known is not None and known.needs:

@@ -1,8 +1,12 @@
-"""A recipe: everything that decides what a run does, and the runs that a study makes of it."""
+"""A recipe: everything that decides what a run does, and its JSON Schema.
+
+Reading one from a file stands on top of this, in `lmmono.recipe.load`.
+"""
 
 import hashlib
 import json
-from functools import reduce
+from collections.abc import Iterator
+from functools import cache, reduce
 from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +19,10 @@ from lmmono.recipe.dictionary_settings import Dictionaries
 from lmmono.recipe.explain_settings import Explain, Score, unexplained_clash
 from lmmono.recipe.robustness_settings import Robustness
 from lmmono.recipe.sections import Capture, Data, Model, Section, Train, clash
+from lmmono.registry.lookup import load
+
+Schema = dict[str, Any]
+"""A JSON Schema, or a part of one."""
 
 SECTIONS = ("data", "model", "train", "capture", "dictionary", "explain", "score", "robustness")
 """Keys that arms may change and digests may cover, in the order of the stages."""
@@ -98,9 +106,7 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
         Raises:
             RecipeError: With every fault of the file and the overrides, one line each.
         """
-        from lmmono.recipe.loading import load_recipe
-
-        return load_recipe(path, overrides)
+        return load("lmmono.recipe.load:load_recipe")(path, overrides)
 
     def runs(self) -> tuple["Recipe", ...]:
         """Return the recipe of each run: every arm with every seed; a single run is itself.
@@ -108,9 +114,9 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
         Raises:
             RecipeError: An arm changes the recipe into one that cannot be run.
         """
-        from lmmono.recipe.loading import runs_of
-
-        return (self,) if not self.arms and not self.seeds else runs_of(self)
+        if not self.arms and not self.seeds:
+            return (self,)
+        return load("lmmono.recipe.load:runs_of")(self)
 
     def only(self) -> "Recipe":
         """Return the recipe of the only run.
@@ -151,3 +157,45 @@ def row_clash(data: Data, train: Train) -> PydanticCustomError | None:
             message = f"want a multiple of data.n_ctx ({data.n_ctx}), got {n_tokens}"
             return clash(message, f"train.{field}", "data.n_ctx")
     return None
+
+
+@cache
+def recipe_schema() -> Schema:
+    """Return the JSON Schema that recipes are checked against."""
+    return Recipe.model_json_schema()
+
+
+def schema_text() -> str:
+    """Return the schema for editors, `recipes/recipe.schema.json`: arms know every dotted key."""
+    root = recipe_schema()
+    properties = dict(root["properties"])
+    arm = {"type": "object", "properties": _arm_keys(root), "additionalProperties": False}
+    ((pattern, _),) = properties["arms"]["patternProperties"].items()
+    properties["arms"] = {**properties["arms"], "patternProperties": {pattern: arm}}
+    draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return json.dumps({**draft, **root, "properties": properties}, indent=2) + "\n"
+
+
+def resolve(schema: Schema, root: Schema) -> Schema:
+    """Follow a `$ref` of the root's definitions."""
+    reference = str(schema.get("$ref", ""))
+    return root["$defs"][reference.rpartition("/")[2]] if reference else schema
+
+
+def _arm_keys(root: Schema) -> Schema:
+    """Return what an arm may set; a key that several kinds have takes what any of them takes."""
+    keys: dict[str, list[Schema]] = {}
+    for section in SECTIONS:
+        for key, schema in _dotted(section, root, root):
+            keys.setdefault(key, []).append(schema)
+    return {key: found[0] if len(found) == 1 else {"anyOf": found} for key, found in keys.items()}
+
+
+def _dotted(path: str, above: Schema, root: Schema) -> Iterator[tuple[str, Schema]]:
+    """Yield every key at and under a section that an arm may set, with its schema."""
+    schema: Schema = above["properties"][path.rpartition(".")[2]]
+    yield path, {key: value for key, value in schema.items() if key != "default"}
+    for kind in schema.get("oneOf", [schema]):
+        section = resolve(kind, root)
+        for key in section.get("properties", ()):
+            yield from _dotted(f"{path}.{key}", section, root)

@@ -8,16 +8,33 @@ from typing import Any
 from pydantic import ValidationError
 
 from lmmono.errors import RecipeError, nearest
-from lmmono.recipe.recipe import SECTIONS, Recipe, row_clash
-from lmmono.recipe.schema import Schema, recipe_schema, resolve
+from lmmono.recipe.faults import clash_fault, faults_of, keys_of, shown
+from lmmono.recipe.recipe import SECTIONS, Recipe, Schema, recipe_schema, resolve, row_clash
 from lmmono.recipe.sections import Data, Train
-from lmmono.recipe.tree import Fault, Origin, Path, Tree, Values, read_override, read_tree
-from lmmono.recipe.wording import clash_fault, faults_of, shown
+from lmmono.recipe.tree import (
+    MAX_BYTES,
+    Fault,
+    Origin,
+    Path,
+    Tree,
+    Values,
+    read_override,
+    read_tree,
+)
+
+MAX_RUNS = 1000
+"""Runs of a study: each is checked by itself, about a millisecond, and gets a folder."""
 
 
 def load_recipe(path: str | FilePath, overrides: Sequence[str]) -> Recipe:
     """Read and check a recipe file; see `Recipe.load`."""
-    changes, unreadable = _read_overrides(overrides)
+    changes: list[Tree] = []
+    unreadable: list[str] = []
+    for text in overrides:
+        try:
+            changes.append(read_override(text))
+        except RecipeError as error:
+            unreadable += error.faults
     try:
         tree = read_tree(_read_text(FilePath(path)), str(path))
     except RecipeError as error:
@@ -28,22 +45,19 @@ def load_recipe(path: str | FilePath, overrides: Sequence[str]) -> Recipe:
     tree.faults += _select(tree, changes)
     recipe, faults = _check(tree)
     runs, run_faults = _expand(tree)
-    faults = [*tree.faults, *faults, *_news(run_faults, faults)]
+    # of a run only what is neither known already nor inside a setting known to be wrong
+    wrong = {fault.path for fault in faults}
+    news = [
+        fault
+        for fault in run_faults
+        if replace(fault, arm="") not in faults
+        and not any(fault.path[:n] in wrong for n in range(1, len(fault.path)))
+    ]
+    faults = [*tree.faults, *faults, *news]
     if faults or unreadable:
         raise RecipeError([*map(str, sorted(set(faults))), *unreadable])
     assert recipe is not None
     return runs[0] if len(runs) == 1 else recipe
-
-
-def _news(faults: Sequence[Fault], known: Sequence[Fault]) -> list[Fault]:
-    """Return the faults of runs that are neither known nor inside a setting known to be wrong."""
-    wrong = {fault.path for fault in known}
-    return [
-        fault
-        for fault in faults
-        if replace(fault, arm="") not in known
-        and not any(fault.path[:n] in wrong for n in range(1, len(fault.path)))
-    ]
 
 
 def runs_of(recipe: Recipe) -> tuple[Recipe, ...]:
@@ -57,7 +71,11 @@ def runs_of(recipe: Recipe) -> tuple[Recipe, ...]:
 
 def _read_text(path: FilePath) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)  # a device or a log may have no end
+        if len(content) > MAX_BYTES:
+            raise RecipeError([f"{path}: want a recipe of at most {MAX_BYTES:,} bytes"])
+        return content.decode("utf-8")
     except FileNotFoundError:
         near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         hint = nearest(str(path), near) if near else "name a recipe such as recipes/quickstart.yaml"
@@ -66,19 +84,9 @@ def _read_text(path: FilePath) -> str:
         raise RecipeError([f"{path}: want a recipe file, got a folder"]) from None
     except UnicodeDecodeError as error:
         raise RecipeError([f"{path}: not text in UTF-8 (byte {error.start})"]) from None
-    except OSError as error:
-        raise RecipeError([f"{path}: cannot be read: {error.strerror}"]) from None
-
-
-def _read_overrides(texts: Sequence[str]) -> tuple[list[Tree], list[str]]:
-    changes: list[Tree] = []
-    unreadable: list[str] = []
-    for text in texts:
-        try:
-            changes.append(read_override(text))
-        except RecipeError as error:
-            unreadable += error.faults
-    return changes, unreadable
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError([f"{path}: cannot be read: {reason}"]) from None
 
 
 def _override(tree: Tree, change: Tree) -> None:
@@ -98,12 +106,16 @@ def _override(tree: Tree, change: Tree) -> None:
 
 def _seed_faults(tree: Tree) -> list[Fault]:
     given = {"seed", "seeds"} & set(tree.values)
-    if len(given) == 1:
-        return []
-    path: Path = ("seed",)
-    got = "both" if given else "neither"
-    message = f"want seed (an integer >= 0) or seeds (a list of them), got {got}"
-    return [Fault(tree.origin(path), path, message)]
+    message = "want seed (an integer >= 0) or seeds (a list of them), got "
+    if len(given) != 1:
+        return [_fault(tree, ("seed",), message + ("both" if given else "neither"))]
+    if tree.values.get("seeds") == ():
+        return [_fault(tree, ("seeds",), message + "an empty list")]
+    return []
+
+
+def _fault(tree: Tree, path: Path, message: str) -> Fault:
+    return Fault(tree.origin(path), path, message)
 
 
 def _select(tree: Tree, changes: Sequence[Tree]) -> list[Fault]:
@@ -111,12 +123,11 @@ def _select(tree: Tree, changes: Sequence[Tree]) -> list[Fault]:
     arms = tree.values.get("arms")
     if not isinstance(arms, dict) or not arms:
         return []
-    known = list(arms)
-    chosen = tree.values.get("arm")
-    if chosen is not None and chosen not in arms:
-        message = f"want one of {', '.join(known)}, got {shown(chosen)}"
-        return [Fault(tree.origin(("arm",)), ("arm",), message)]
-    for name in known:
+    names, chosen = list(arms), tree.values.get("arm")
+    if chosen is not None and chosen not in names:
+        message = f"want one of {', '.join(names)}, got {shown(chosen)}"
+        return [_fault(tree, ("arm",), message)]
+    for name in names:
         contradicted = any(_contradicts(arms[name], change) for change in changes)
         if (chosen is not None and name != chosen) or contradicted:
             del arms[name]
@@ -125,10 +136,11 @@ def _select(tree: Tree, changes: Sequence[Tree]) -> list[Fault]:
     if arms:
         return []
     last = changes[-1].top
-    return [Fault(last, last.path, f"leaves none of the arms {', '.join(known)}")]
+    return [Fault(last, last.path, f"leaves none of the arms {', '.join(names)}")]
 
 
 def _contradicts(arm: object, change: Tree) -> bool:
+    """Say whether an arm itself sets an overridden key to another value."""
     if not isinstance(arm, dict):
         return False
     leaves = dict(_leaves(change.values))
@@ -170,13 +182,21 @@ def _expand(tree: Tree) -> tuple[list[Recipe], list[Fault]]:
     """Return the recipe of every run, or the faults of the runs."""
     runs: list[Recipe] = []
     faults: list[Fault] = []
-    arms = tree.values.get("arms") or {}
-    for name in arms if isinstance(arms, dict) and arms else [None]:
-        arm = _arm_tree(tree, name)
-        checked, found = _check(arm)
-        found += [fault for fault in arm.faults if fault not in tree.faults]
-        faults += [replace(fault, arm=name or "") for fault in found]
-        if checked is not None and not found:
+    arms, seeds = tree.values.get("arms"), tree.values.get("seeds")
+    arms = arms if isinstance(arms, dict) and arms else {None: None}
+    n_runs = len(arms) * (len(seeds) if isinstance(seeds, tuple) else 1)
+    if n_runs > MAX_RUNS:
+        most = "arms" if len(arms) > 1 else "seeds"
+        return [], [_fault(tree, (most,), f"want at most {MAX_RUNS} runs, got {n_runs:,}")]
+    rest = tree.copy(without="arms")
+    if "seeds" in rest.values:
+        rest.remove("seed")
+    for name in arms:
+        arm = rest if name is None else _arm_tree(tree, rest, name)
+        checked, wrong = _check(arm)
+        wrong += [fault for fault in arm.faults if fault not in tree.faults]
+        faults += [replace(fault, arm=name or "") for fault in wrong]
+        if checked is not None and not wrong:
             runs += [Recipe.model_validate(values) for values in _per_seed(arm.values, name)]
     return runs, faults
 
@@ -186,22 +206,19 @@ def _per_seed(values: Values, arm: str | None) -> Iterator[Values]:
     seeds = values.pop("seeds", ())
     if not seeds:
         yield {**values, "folder": arm} if arm else values
-        return
     for seed in seeds:
         folder = f"{arm}-seed{seed}" if arm else f"seed{seed}"
         yield {**values, "seed": seed, "folder": folder}
 
 
-def _arm_tree(tree: Tree, name: str | None) -> Tree:
-    arm_tree = tree.copy()
-    arms = arm_tree.values.pop("arms", None)
-    if "seeds" in arm_tree.values:
-        arm_tree.remove("seed")
-    if name is None or not isinstance(arms[name], dict):
+def _arm_tree(tree: Tree, rest: Tree, name: str) -> Tree:
+    """Return the recipe of an arm: what stands outside the arms, with the arm's changes."""
+    arm_tree, arm = rest.copy(without="arms"), tree.values["arms"][name]
+    if not isinstance(arm, dict):
         return arm_tree
     arm_tree.values["arm"] = name
-    for key, value in arms[name].items():
-        origins = arm_tree.below(("arms", name, key)) or {(): tree.top}
+    for key, value in arm.items():
+        origins = tree.below(("arms", name, key)) or {(): tree.top}
         path = tuple(key.split("."))
         if path[0] in SECTIONS:
             arm_tree.set(path, value, origins)
@@ -228,12 +245,12 @@ def _check(tree: Tree) -> tuple[Recipe | None, list[Fault]]:
 
 def _row_faults(values: Values, tree: Tree) -> list[Fault]:
     """Return the fault that the recipe's own check does not reach when other sections have some."""
-    sections = [values.get("data", {}), values.get("train", {})]
-    clash = row_clash(Data.model_validate(sections[0]), Train.model_validate(sections[1]))
+    data, train = values.get("data", {}), values.get("train", {})
+    clash = row_clash(Data.model_validate(data), Train.model_validate(train))
     if clash is None:
         return []
     context: Mapping[str, Any] = clash.context or {}
-    fields: list[Path] = [tuple(field.split(".")) for field in context["fields"]]
+    fields = [keys_of(field) for field in context["fields"]]
     return [clash_fault(fields, str(context["message"]), tree)]
 
 
