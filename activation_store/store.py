@@ -251,7 +251,12 @@ class Store:
         """
         from activation_store.read.stream import VectorStream
 
-        return VectorStream(self, hook, **settings)
+        hooks = [hook] if isinstance(hook, str) else hook
+        return VectorStream(self, self.shard_folder(hooks), hook, **settings)
+
+    def shard_folder(self, hooks: Sequence[str]) -> Path:  # noqa: ARG002
+        """Return the folder that holds the shards of these hooks."""
+        return self.where.folder
 
     def hooks(self) -> duckdb.DuckDBPyRelation:
         """Return table `hooks`: what was captured, with which settings."""

@@ -27,8 +27,7 @@ import pyarrow.parquet as pq
 from activation_store.hooks import Rows
 from activation_store.shards.names import ACTS, BLOCK_ACTS
 from activation_store.shards.parquet import ActsWriter, RowGroup
-from activation_store.write.accumulator import Accumulator
-from activation_store.write.blocks import tiles_of
+from activation_store.write.accumulator import Accumulator, tiles_of
 
 D, N_CTX, GROUP, CUT = 1536, 128, 8, 1.04
 N_BYTES, CHUNK = 2**29, 2**24

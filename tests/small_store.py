@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import activation_store as astore
 from activation_store.catalog import catalogue, tables
 from activation_store.shards import names as shards
+from activation_store.shards.encoding import Target, encode_vectors
 
 HOOK = "blocks.0.mlp.hook_post"
 HOSTILE = """it's "x"; DROP TABLE shards; --"""
@@ -141,16 +142,10 @@ def acts_shard(store, store_id, number, small, hook, seqs) -> shards.Shard:
 
 def vectors_shard(store, store_id, number, small) -> shards.Shard:
     seq, pos = np.mgrid[0:N_SEQ, 0:N_CTX].reshape(2, -1)
-    flat = pa.array(small.vectors.astype(np.float16).reshape(-1))
-    table = pa.table(
-        {
-            "hook": constant("resid", len(seq)),
-            "seq_id": pa.array(seq, pa.int32()),
-            "pos": pa.array(pos, pa.int32()),
-            "vector": pa.FixedSizeListArray.from_arrays(flat, 4),
-        }
-    )
-    return shard_of(store, "vectors", number, "resid", table)
+    x = small.vectors.astype(np.float16).reshape(len(seq), -1)
+    name = shards.shard_name("vectors", store_id, number)
+    target = Target(store.where.folder, name, "vectors", "resid")
+    return encode_vectors(target, seq.astype(np.int32), pos.astype(np.int32), x)
 
 
 def hook_rows(small: Small) -> list[dict]:

@@ -15,7 +15,7 @@ import activation_store as astore
 from activation_store import Rows
 from activation_store.catalog import catalogue
 from activation_store.catalog.compaction import compact
-from activation_store.write import state_files
+from activation_store.shards.names import listed_names
 
 A, B = "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post"
 N, CTX, D = 64, 32, 24
@@ -176,7 +176,7 @@ def test_a_compaction_killed_at_random_moments_changes_nothing_or_everything(tem
         shutil.copytree(template, path)
         kills.kill(["-c", KILLED, str(path)])
         with duckdb.connect(path / "store.duckdb", read_only=True) as con:
-            names = state_files.all_names(con)
+            names = listed_names(con)
         n_files = len(acts_files(path))
         kills.saw((len(names), n_files, *remains(path / "store.duckdb", names)))
         assert astore.verify(path).ok

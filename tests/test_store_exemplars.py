@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from activation_store.hooks import Rows
-from activation_store.write.accumulator import new_seen
-from activation_store.write.blocks import tiles_of
+from activation_store.write.accumulator import new_seen, tiles_of
 from activation_store.write.exemplars import (
     QUANTILE_BINS,
-    Chosen,
+    ChosenTokens,
     new_top,
     offer_top,
     quantile_exemplars,
@@ -42,7 +41,7 @@ def see(x: np.ndarray, docs: np.ndarray, rows: Rows, seed: int = 0, first_seq: i
     return seen
 
 
-def as_tuples(chosen: Chosen, unit: int) -> list[tuple[int, int, int, float]]:
+def as_tuples(chosen: ChosenTokens, unit: int) -> list[tuple[int, int, int, float]]:
     at = chosen.place == unit
     columns = (chosen.seq[at], chosen.pos[at], chosen.doc[at], chosen.act[at])
     return list(zip(*(column.tolist() for column in columns), strict=True))

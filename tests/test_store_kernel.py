@@ -7,10 +7,8 @@ from hypothesis import strategies as st
 
 from activation_store import StoreError
 from activation_store.hooks import Rows
-from activation_store.write.accumulator import new_seen
-from activation_store.write.blocks import tiles_of
-from activation_store.write.kernel import Entries, Seen, gather, scan, top_p_cuts
-from activation_store.write.strips import STRIP
+from activation_store.write.accumulator import new_seen, tiles_of
+from activation_store.write.kernel import STRIP, Entries, Seen, gather, scan, top_p_cuts
 
 FLOAT32_MAX = np.float32(np.finfo(np.float32).max)
 

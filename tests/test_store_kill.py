@@ -21,7 +21,7 @@ from kills import N_KILLS, Kills, remains
 import activation_store as astore
 from activation_store import Rows, StoreError, Vectors
 from activation_store.shards import encoding as encoding_module
-from activation_store.write import state_files
+from activation_store.shards.names import listed_names
 from activation_store.write.writer import Writer
 
 N, N_CTX, D = 400, 64, 70
@@ -66,7 +66,7 @@ def write(writer: Writer, rank: int = 0, world_size: int = 1) -> None:
 
 def listed(path: Path) -> set[str]:
     with duckdb.connect(path, read_only=True) as con:
-        return state_files.all_names(con)
+        return listed_names(con)
 
 
 def content(path: Path) -> dict[str, Any]:

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activation_store.shards.packing import delta_pack, room, run_lengths
-from activation_store.shards.parquet import ActsWriter, RowGroup
+from activation_store.shards.parquet import ActsWriter, RowGroup, delta_pack, room, run_lengths
 
 
 def row_group(rng: np.random.Generator, n_units: int, n_seqs: int, density: float) -> RowGroup:

@@ -10,7 +10,7 @@ import pytest
 import activation_store as astore
 from activation_store import Rows
 from activation_store.catalog import catalogue
-from activation_store.write import state_files
+from activation_store.shards import names
 
 N, N_CTX, D = 12, 16, 8
 
@@ -93,9 +93,9 @@ def test_a_damaged_state_is_named_and_a_repair_says_what_it_costs(run, tmp_path,
 
 def test_what_a_killed_writer_left_is_not_part_of_the_store(run):
     with duckdb.connect(run / "store.duckdb", read_only=True) as con:
-        (listed,) = state_files.listed(con).values()
+        (listed,) = names.listed_states(con).values()
         store_id = con.execute("SELECT value FROM meta WHERE key = 'store_id'").fetchone()[0]
-    left = state_files.write(run / "store", store_id, 77, b"never listed")
+    left = names.write_state(run / "store", store_id, 77, b"never listed")
     assert left != listed
     assert astore.verify(run).left_over == (left.file,)
     capture(run)

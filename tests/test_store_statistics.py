@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from activation_store.hooks import Rows
-from activation_store.write.accumulator import new_seen
-from activation_store.write.blocks import tiles_of
+from activation_store.write.accumulator import new_seen, tiles_of
 from activation_store.write.kernel import Entries, Seen, scan
-from activation_store.write.sketch import RELATIVE_ERROR, SMALLEST, quantiles
+from activation_store.write.moments import RELATIVE_ERROR, SMALLEST, quantiles, shape_of
 from activation_store.write.state import (
     arrays_to_seen,
     from_bytes,
@@ -18,7 +17,6 @@ from activation_store.write.state import (
     seen_to_arrays,
     to_bytes,
 )
-from activation_store.write.statistics import shape_of
 
 AT = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 

@@ -15,9 +15,8 @@ from small_store import HOOK, small_store
 
 import activation_store as astore
 from activation_store import Rows, Vectors
-from activation_store.read.buffers import Buffers
-from activation_store.read.gathering import gather
-from activation_store.read.mixing import Mixing
+from activation_store.read.gather import Buffers, gather
+from activation_store.read.selection import Mixing
 from activation_store.shards.pages import VectorFile
 
 A, B = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"

@@ -27,16 +27,18 @@ from activation_store.shards.encoding import ShardFile, Target
 from activation_store.shards.names import (
     ACTS_ROW_GROUP,
     BLOCK_ACTS,
+    NUMBERS_PER_RANK,
+    SHARD_ROWS,
     Shard,
+    file_number,
     listed,
+    listed_names,
     register,
     shard_name,
     unlisted,
 )
 from activation_store.shards.parquet import ActsWriter, RowGroup
-from activation_store.shards.spool import SHARD_ROWS
-from activation_store.write import state_files
-from activation_store.write.ranks import NUMBERS_PER_RANK, Rank
+from activation_store.write.state import Rank
 
 _COLUMNS = ["unit", "seq_id", "pos", "act"]
 
@@ -161,11 +163,7 @@ class _File:
 
 
 def _rank(shard: Shard) -> int:
-    return _number(shard.file) // NUMBERS_PER_RANK
-
-
-def _number(file: str) -> int:
-    return int(file.split(".")[0].rsplit("-", 1)[1])
+    return file_number(shard.file) // NUMBERS_PER_RANK
 
 
 def _read(where: Place) -> tuple[list[Shard], dict[str, Dtype], dict[int, int]]:
@@ -175,14 +173,16 @@ def _read(where: Place) -> tuple[list[Shard], dict[str, Dtype], dict[int, int]]:
         rows = con.execute("SELECT hook, dtype FROM hooks WHERE kind = 'rows'").fetchall()
     numbers: dict[int, int] = {}
     for shard in shards:
-        numbers[_rank(shard)] = max(numbers.get(_rank(shard), 0), _number(shard.file) + 1)
+        numbers[_rank(shard)] = max(numbers.get(_rank(shard), 0), file_number(shard.file) + 1)
     return shards, dict(rows), numbers
 
 
 def _plan(shards: Sequence[Shard], dtypes: dict[str, Dtype], shard_acts: int) -> Iterator[_Merge]:
     """Yield runs of two or more small shards that follow each other by sequence."""
     acts = [shard for shard in shards if shard.kind == "acts" and shard.hook is not None]
-    order = sorted(acts, key=lambda s: (_rank(s), s.hook or "", s.seq_min or 0, _number(s.file)))
+    order = sorted(
+        acts, key=lambda s: (_rank(s), s.hook or "", s.seq_min or 0, file_number(s.file))
+    )
     for (rank, hook, is_small), run in groupby(
         order, key=lambda s: (_rank(s), s.hook or "", s.n_rows < shard_acts // 2)
     ):
@@ -290,9 +290,11 @@ def _exchange(where: Place, old: Sequence[Shard], new: Sequence[Shard]) -> None:
 def _sweep(where: Place, ranks: Sequence[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Remove the files of these ranks that no commit lists, unless a process reads the store."""
     with duckdb.connect(where.file, read_only=True) as con:
-        names = state_files.all_names(con)
+        names = listed_names(con)
     old = [
-        path for path in unlisted(where, names) if _number(path.name) // NUMBERS_PER_RANK in ranks
+        path
+        for path in unlisted(where, names)
+        if file_number(path.name) // NUMBERS_PER_RANK in ranks
     ]
     files = tuple(path.name for path in old)
     with unread(where.folder) as alone:

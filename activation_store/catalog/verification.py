@@ -16,8 +16,18 @@ from activation_store.catalog.catalogue import Place
 from activation_store.catalog.reader import size_fault
 from activation_store.catalog.tables import KEYS
 from activation_store.errors import NotAStoreError
-from activation_store.shards.names import ACTS, TOKENS, Kind, Shard, checksum, listed, unlisted
-from activation_store.write import state_files
+from activation_store.shards.names import (
+    ACTS,
+    TOKENS,
+    Kind,
+    Shard,
+    StateFile,
+    checksum,
+    listed,
+    listed_names,
+    listed_states,
+    unlisted,
+)
 
 _ORDER = {
     "acts": ("unit", "seq_id", "pos"),
@@ -108,7 +118,7 @@ def _check(where: Place) -> tuple[Report, Broken]:
             con.execute("USE checked")
             shards = listed(con)
             faults = list(catalogue_faults(con))
-            names, states = state_files.all_names(con), state_files.listed(con)
+            names, states = listed_names(con), listed_states(con)
         except duckdb.Error as fault:
             raise NotAStoreError(f"{where.file}: damaged: {str(fault).splitlines()[0]}") from fault
     broken: Broken = {s: fault for s in shards if (fault := _shard_fault(where, s)) is not None}
@@ -200,12 +210,12 @@ def _ascends(keys: list[np.ndarray]) -> bool:
     return bool(decided.all())
 
 
-def _still_listed(where: Place, file: state_files.StateFile) -> bool:
+def _still_listed(where: Place, file: StateFile) -> bool:
     """Say whether a state is listed now: a writer removes its last one when it commits the next."""
     with duckdb.connect(":memory:") as con:
         catalogue.attach(con, where, "now")
         con.execute("USE now")
-        return file in state_files.listed(con).values()
+        return file in listed_states(con).values()
 
 
 def _forget(con: duckdb.DuckDBPyConnection, lost: LostState, fault: str) -> str:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from activation_store.errors import StoreError
 from activation_store.lake.lake_place import LAKE
@@ -15,24 +15,10 @@ else:  # for annotations only
     Lake = object
 
 
-class Folder(NamedTuple):
-    """Stands for the place of a store: where its shards are."""
-
-    folder: Path
-
-
-class LakeFolder:
-    """A lake in the form in which a stream of vectors reads a store."""
-
-    def __init__(self, lake: "Lake", folder: Path) -> None:
-        self.path, self.sql = lake.path, lake.sql
-        self.where = Folder(folder)
-
-
 def vectors_folder(
     lake: "Lake", hooks: str | Sequence[str], copy_to: str | os.PathLike[str] | None
-) -> LakeFolder:
-    """Return the lake with its vectors of `hooks` in a folder of this machine.
+) -> Path:
+    """Return a folder of this machine that holds the vectors of `hooks`.
 
     Raises:
         StoreError: they lie in a bucket and there is no folder to copy them to.
@@ -40,7 +26,7 @@ def vectors_folder(
         WriteError: the folder cannot be written.
     """
     if not lake.place.is_remote:
-        return LakeFolder(lake, Path(lake.place.data_path) / "shards")
+        return Path(lake.place.data_path) / "shards"
     names = {hooks} if isinstance(hooks, str) else set(hooks)
     cursor = lake.cursor()
     cursor.execute(f"USE {LAKE}")
@@ -54,4 +40,4 @@ def vectors_folder(
         )
     for shard in shards:
         lake.files.download(shard, Path(copy_to))
-    return LakeFolder(lake, Path(copy_to))
+    return Path(copy_to)

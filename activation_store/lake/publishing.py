@@ -25,8 +25,15 @@ from activation_store.catalog.presence import Presence
 from activation_store.errors import ContentError, ShardError
 from activation_store.hooks import Rows, Vectors
 from activation_store.shards.encoding import Target, encode_tokens
-from activation_store.shards.names import Shard, listed, next_number, register, shard_name
-from activation_store.write import state, state_files
+from activation_store.shards.names import (
+    Shard,
+    listed,
+    load_state,
+    next_number,
+    register,
+    shard_name,
+)
+from activation_store.write import state
 from activation_store.write.accumulator import new_seen
 from activation_store.write.sequences import SequenceTable, from_ranges, shared, to_ranges
 from activation_store.write.summary import RowsTotal, VectorsTotal, write_tables
@@ -101,7 +108,7 @@ def _read_source(where: Place) -> Source:
         con.execute("USE source")
         meta = dict(con.execute("SELECT key, value FROM meta").fetchall())
         rows = con.execute("SELECT key, value FROM writer_state").fetchall()
-        states = {key: state_files.load(bytes(value), where.folder) for key, value in rows}
+        states = {key: load_state(bytes(value), where.folder) for key, value in rows}
         names = ("documents", "vocabulary", *_COPIED)
         held = {name: con.execute(f"FROM {name}").to_arrow_table() for name in names}
         return Source(presence, where, meta["store_id"], meta, tuple(listed(con)), states, held)

@@ -29,7 +29,7 @@ from activation_store.errors import (
 from activation_store.lake import lake_commit, lake_schema
 from activation_store.lake.lake_files import LakeFiles
 from activation_store.lake.lake_place import LakePlace, connect, said, turn
-from activation_store.store import Info, Mode, Store
+from activation_store.store import Info, Mode
 from activation_store.unit import Exemplar, ExemplarKind, Unit, read_exemplars, read_unit
 
 if TYPE_CHECKING:
@@ -248,8 +248,7 @@ class Lake:
         from activation_store.lake.lake_vectors import vectors_folder
         from activation_store.read.stream import VectorStream
 
-        folder = vectors_folder(self, hook, copy_to)
-        return VectorStream(cast("Store", folder), hook, **settings)
+        return VectorStream(self, vectors_folder(self, hook, copy_to), hook, **settings)
 
     def hooks(self) -> duckdb.DuckDBPyRelation:
         """Return table `hooks`: what was captured, with which settings."""

@@ -1,7 +1,7 @@
 """A store or a lake in the layouts of others: plain Parquet, delphi latents, OpenAI neuron records.
 
-An export is written beside its final place and renamed when it is whole, so a folder of that name
-is complete. Nothing is ever added to a folder that has something in it.
+An export is atomic: it is written next to its final place and renamed when it is whole, so a folder
+of that name is complete. Nothing is ever added to a folder that has something in it.
 """
 
 import json
@@ -10,10 +10,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
 import numpy as np
@@ -24,7 +24,6 @@ from pyarrow import fs
 from activation_store.errors import ContentError, StoreError, writing
 from activation_store.lake.shared import Lake
 from activation_store.read.excerpts import records
-from activation_store.shards.safetensors import Tensors, write_tensors
 from activation_store.store import Store
 
 _TABLES = (
@@ -40,8 +39,9 @@ _TABLES = (
     "unit_stats",
     "vocabulary",
 )
-_DELPHI_SMALLEST = 1e-5
-"""Activations that delphi takes for zero: |a| at or below this."""
+Tensors: TypeAlias = dict[str, np.ndarray]
+
+_DELPHI_SMALLEST = 1e-5  # activations that delphi takes for zero: |a| at or below this
 
 
 @contextmanager
@@ -387,3 +387,33 @@ def export(
     if len(hooks) != 1:
         raise ContentError(f"export: openai takes one hook, got {len(hooks)}.")
     return export_openai(store, out, hooks[0])
+
+
+_SAFETENSORS_TYPES = {
+    "float16": "F16",
+    "float32": "F32",
+    "int32": "I32",
+    "int64": "I64",
+    "uint16": "U16",
+    "uint32": "U32",
+}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write arrays of any shape in the safetensors format: header size, JSON header, their bytes.
+
+    By hand, as the store depends on three packages only. Source:
+    https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, object] = {}
+    end = 0
+    for name, array in tensors.items():
+        begin, end = end, end + array.nbytes
+        kind = _SAFETENSORS_TYPES[array.dtype.name]
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # readers may want the arrays at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in tensors.values():
+            file.write(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).data)

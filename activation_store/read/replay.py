@@ -4,23 +4,29 @@ What is computed from the vectors, such as the latents of a dictionary, can so b
 store as if the model had given it: the same sequences, tokens and order, by the same writer.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from activation_store.errors import ContentError
-from activation_store.read.gathering import gather
+from activation_store.read.gather import gather
 from activation_store.read.selection import select
-
-if TYPE_CHECKING:
-    from activation_store.store import Store
-else:  # for annotations only
-    Store = object
+from activation_store.unit import Queried
 
 
-class Sequences(NamedTuple):
+@runtime_checkable
+class VectorStore(Queried, Protocol):
+    """A store whose vectors lie in a folder of this machine."""
+
+    def shard_folder(self, hooks: Sequence[str]) -> Path:
+        """Return the folder that holds the shards of these hooks."""
+        ...
+
+
+class StoredSequences(NamedTuple):
     """Whole sequences of one split: the arguments of `Writer.add`."""
 
     seq_ids: Int32[np.ndarray, " batch"]
@@ -43,7 +49,7 @@ class Replay:
         n_tokens: vectors there are.
     """
 
-    def __init__(self, store: "Store", hook: str) -> None:
+    def __init__(self, store: VectorStore, hook: str) -> None:
         """Look up the shards; no vector is read yet.
 
         Raises:
@@ -51,7 +57,7 @@ class Replay:
                 are.
         """
         self.hook, self._store = hook, store
-        self._source = select(store, [hook], None, None).sources[0]
+        self._source = select(store, store.shard_folder([hook]), [hook], None, None).sources[0]
         self.d, self.n_tokens = self._source.d, self._source.n_rows
         rows = store.sql("SELECT value FROM meta WHERE key = 'n_ctx'").fetchall()
         if not rows:
@@ -63,7 +69,7 @@ class Replay:
 
     def batches(
         self, skip: int = 0, batch_tokens: int = 8192, max_tokens: int | None = None
-    ) -> Iterator[Sequences]:
+    ) -> Iterator[StoredSequences]:
         """Yield the sequences in the order they were captured.
 
         Args:
@@ -80,7 +86,7 @@ class Replay:
         begin = n_before = 0
         for file in self._source.files:
             keys = file.keys()
-            first = _starts(keys)
+            first = np.flatnonzero(np.diff(keys >> 32, prepend=-1) != 0)  # where a sequence begins
             stop = np.append(first[1:], len(keys))
             wanted = np.flatnonzero(begin + stop <= limit)
             late = wanted[max(0, skip - n_before) :]
@@ -94,8 +100,8 @@ class Replay:
             begin, n_before = begin + len(keys), n_before + len(first)
 
     def _sequences(
-        self, tokens: "_Tokens", part: slice, keys: np.ndarray, first_row: int
-    ) -> Sequences:
+        self, tokens: "_TokenArrays", part: slice, keys: np.ndarray, first_row: int
+    ) -> StoredSequences:
         """Return sequences with the vectors that lie from a row on."""
         stored = np.empty((len(keys), self.d), self._source.dtype)
         placed = self._source.place(np.array([[first_row, first_row + len(keys)]]))
@@ -104,13 +110,13 @@ class Replay:
         vectors = np.full((len(seq), self.n_ctx, self.d), np.nan, np.float32)
         row = np.cumsum(np.diff(keys >> 32, prepend=keys[0] >> 32) != 0)
         vectors[row, keys & 0xFFFFFFFF] = stored
-        return Sequences(
+        return StoredSequences(
             seq, tokens.ids[part], tokens.docs[part], str(tokens.splits[part.start]), vectors
         )
 
-    def _tokens(self, seq: np.ndarray) -> "_Tokens":
+    def _tokens(self, seq: np.ndarray) -> "_TokenArrays":
         """Return the tokens of sequences, in the order asked for."""
-        found = self._store.sql(
+        columns = self._store.sql(
             "SELECT t.seq_id, t.pos, t.doc_id, t.token_id, t.split::VARCHAR AS split"
             " FROM token_ids t JOIN (SELECT unnest($seq::INTEGER[]) AS seq_id) s"
             " ON s.seq_id = t.seq_id WHERE t.seq_id BETWEEN $low AND $high",
@@ -118,35 +124,31 @@ class Replay:
             low=int(seq.min()),
             high=int(seq.max()),
         ).to_arrow_table()
-        columns = [found[name].to_numpy() for name in ("seq_id", "pos", "doc_id", "token_id")]
+        names = ("seq_id", "pos", "doc_id", "token_id")
+        seq_id, at, doc_id, token_id = (columns[name].to_numpy() for name in names)
         order = np.argsort(seq)
-        row = order[np.searchsorted(seq, columns[0], sorter=order)]
+        row = order[np.searchsorted(seq, seq_id, sorter=order)]
         shape = (len(seq), self.n_ctx)
         ids, docs = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-        docs[row, columns[1]], ids[row, columns[1]] = columns[2], columns[3]
+        docs[row, at], ids[row, at] = doc_id, token_id
         splits = np.full(len(seq), "", object)
-        splits[row] = found["split"].to_numpy()
+        splits[row] = columns["split"].to_numpy()
         if (splits == "").any():
             raise ContentError(
                 f"{self._store.path}: sequence {seq[splits == ''][0]} has vectors of {self.hook} "
                 "but no tokens; a repair may have dropped them. Capture it again."
             )
-        return _Tokens(seq.astype(np.int32), ids, docs, splits)
+        return _TokenArrays(seq.astype(np.int32), ids, docs, splits)
 
 
-class _Tokens(NamedTuple):
+class _TokenArrays(NamedTuple):
     seq: np.ndarray
     ids: np.ndarray
     docs: np.ndarray
     splits: np.ndarray
 
 
-def _starts(keys: np.ndarray) -> np.ndarray:
-    """Return where each sequence begins."""
-    return np.flatnonzero(np.diff(keys >> 32, prepend=-1) != 0)
-
-
-def _parts(tokens: _Tokens, at_once: int) -> Iterator[slice]:
+def _parts(tokens: _TokenArrays, at_once: int) -> Iterator[slice]:
     """Cut the sequences into batches of one split each."""
     n = len(tokens.seq)
     change = np.flatnonzero(tokens.splits[1:] != tokens.splits[:-1]) + 1

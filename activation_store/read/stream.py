@@ -1,8 +1,8 @@
-"""Vectors for training: shuffled batches that are the same on every run and can be gone on with.
+"""Vectors for training: shuffled batches that are the same on every run and can be resumed.
 
 Each token comes once per epoch. The order depends on the seed and the settings, not on the number
 of threads; a cursor says how far a reader has come, and a stream that begins there gives the same
-bits as one that was never stopped. See `mixing.py` for how tokens are mixed.
+bits as one that was never stopped. See `selection.py` for how tokens are mixed.
 """
 
 import copy
@@ -12,21 +12,17 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from activation_store.errors import ContentError
 from activation_store.hooks import LARGEST, Dtype
-from activation_store.read.buffers import Buffers
-from activation_store.read.mixing import Mixing
-from activation_store.read.pools import Part, Pools
-from activation_store.read.selection import Selection, select
-
-if TYPE_CHECKING:
-    from activation_store.store import Store
-else:  # for annotations only
-    Store = object
+from activation_store.read.gather import Buffers, gather
+from activation_store.read.selection import EpochOrder, Mixing, Selection, select
+from activation_store.shards.pages import Placed
+from activation_store.unit import Queried
 
 Array: TypeAlias = Any
 """A numpy array or, with framework="torch", a torch tensor: [n, d]."""
@@ -35,7 +31,7 @@ Cursor: TypeAlias = dict[str, Any]
 """A place in a stream, as JSON values: the settings that decide the order, epoch and token."""
 
 BLOCK_BYTES = 2**18
-"""Bytes of the widest hook's vectors that are read together unless asked otherwise."""
+"""Bytes of the widest hook's vectors that are read together."""
 
 BUFFER_BYTES = 2**27
 """Bytes of all hooks' vectors, as given, that are mixed together unless asked otherwise."""
@@ -51,16 +47,17 @@ class VectorStream:
     """Batches of vectors; made by `Store.vectors`.
 
     Every `for` loop begins at the cursor that the stream was made with. `cursor` is the place after
-    the batch that was given last.
+    the batch that was yielded last.
 
-    Memory: some batches; vectors are used where the system holds the files, which are mapped and
-    must not be shortened meanwhile. A batch is an array that nothing else uses while you hold it:
-    keep it or change it as you like.
+    Memory: some batches; vectors are used where the operating system caches the files, which are
+    mapped and must not be truncated meanwhile. A batch is an array that nothing else uses while you
+    hold it: keep it or change it as you like.
     """
 
     def __init__(
         self,
-        store: "Store",
+        store: Queried,
+        folder: Path,
         hooks: str | Sequence[str],
         *,
         batch_tokens: int = 4096,
@@ -79,6 +76,7 @@ class VectorStream:
 
         Args:
             store: an open store; it may be closed once the stream is made.
+            folder: where its shards of vectors lie.
             hooks: one hook for batches that are arrays; a list of hooks for batches that are dicts
                 of arrays whose rows belong to the same tokens.
             batch_tokens: rows per batch; the last batch of an epoch holds what is left.
@@ -86,7 +84,7 @@ class VectorStream:
             cursor: where to begin, as `cursor` gave it, or its JSON text.
             split: read only tokens of this split.
             where: SQL condition on table `documents`; reads only tokens of those documents.
-            epochs: how often each token comes; None goes on without end.
+            epochs: how often each token comes; None never ends.
             prefetch: threads that read ahead; 0 reads when a batch is asked for.
             dtype: type of the batches.
             framework: numpy arrays or torch tensors.
@@ -105,7 +103,7 @@ class VectorStream:
         self.batch_tokens, self.seed, self.epochs = batch_tokens, seed, epochs
         self.prefetch, self.framework = prefetch, framework
         self.dtype: Dtype = dtype
-        self._selection = select(store, self.hooks, split, where)
+        self._selection = select(store, folder, self.hooks, split, where)
         self._check_settings()
         self._mixing = self._mixed(shuffle, buffer_tokens)
         self._settings = self._described(store, split, where)
@@ -140,7 +138,7 @@ class VectorStream:
 
     @property
     def cursor(self) -> Cursor:
-        """The place after the last batch given, to begin another stream at."""
+        """The place after the last batch yielded, to begin another stream at."""
         epoch, token = self._now
         return {**self._settings, "epoch": epoch, "token": token}
 
@@ -190,12 +188,12 @@ class VectorStream:
         """Yield, batch by batch, the place after it and the job that makes it."""
         number, begin = self._begin
         sources = self._selection.sources
-        # those read ahead, the one that is worked on, and the one given before
+        # those read ahead, the one that is worked on, and the one yielded before
         kept = self.prefetch + 3
         batches = Buffers(self.batch_tokens, [(s.d, self.dtype) for s in sources], kept)
         while self.epochs is None or number < self.epochs:
             epoch = self._mixing.epoch(number)
-            pools = Pools(self._selection, epoch, threads if self.prefetch else None)
+            pools = EpochPools(self._selection, epoch, threads if self.prefetch else None)
             for start in range(begin, self.n_tokens, self.batch_tokens):
                 stop = min(start + self.batch_tokens, self.n_tokens)
                 is_last = stop == self.n_tokens
@@ -204,17 +202,19 @@ class VectorStream:
                 yield place, partial(self._batch, parts, room)
             number, begin = number + 1, 0
 
-    def _batch(self, parts: Sequence[Part], room: Sequence[np.ndarray]) -> Array | dict[str, Array]:
+    def _batch(
+        self, parts: Sequence["PoolPart"], room: Sequence[np.ndarray]
+    ) -> Array | dict[str, Array]:
         """Return the rows of the parts one after the other, in `room`: an array per hook."""
-        found: dict[str, Array] = {}
+        batches: dict[str, Array] = {}
         for i, (hook, batch) in enumerate(zip(self.hooks, room, strict=True)):
             at = 0
             for part in parts:
                 end = at + part.stop - part.start
                 part.give(i, batch[at:end])
                 at = end
-            found[hook] = batch if self.framework == "numpy" else _as_torch(batch)
-        return found[self.hooks[0]] if self._single else found
+            batches[hook] = batch if self.framework == "numpy" else _as_torch(batch)
+        return batches[self.hooks[0]] if self._single else batches
 
     def _check_settings(self) -> None:
         n = self.n_tokens
@@ -242,17 +242,19 @@ class VectorStream:
 
     def _mixed(self, shuffle: bool, buffer_tokens: int | None) -> Mixing:
         widths = [source.d * source.dtype.itemsize for source in self._selection.sources]
-        given = sum(source.d for source in self._selection.sources) * np.dtype(self.dtype).itemsize
-        pool = max(1, BUFFER_BYTES // given) if buffer_tokens is None else buffer_tokens
+        n_bytes = (
+            sum(source.d for source in self._selection.sources) * np.dtype(self.dtype).itemsize
+        )
+        pool = max(1, BUFFER_BYTES // n_bytes) if buffer_tokens is None else buffer_tokens
         if pool < 1:
             raise ContentError(f"buffer_tokens: want an integer >= 1, got {pool}.")
         if not shuffle:
-            pool = min(pool, max(1, PLAIN_BYTES // given))
-        # small buffers still hold some blocks from different places
+            pool = min(pool, max(1, PLAIN_BYTES // n_bytes))
+        # at least 16 blocks per pool: small buffers still mix tokens of different places
         block = max(1, min(BLOCK_BYTES // max(widths), pool // 16))
         return Mixing(self.n_tokens, block, pool, self.seed, shuffle)
 
-    def _described(self, store: "Store", split: str | None, where: str | None) -> Cursor:
+    def _described(self, store: Queried, split: str | None, where: str | None) -> Cursor:
         """Return what decides the order, which a cursor must agree with."""
         return {
             "data": _digest(store, self._selection),
@@ -275,18 +277,18 @@ class VectorStream:
         """
         if cursor is None:
             return (0, 0)
-        given = _as_cursor(cursor)
+        place = _as_cursor(cursor)
         differences = [
-            f"{name}: cursor {given.get(name)!r}, stream {value!r}"
+            f"{name}: cursor {place.get(name)!r}, stream {value!r}"
             for name, value in self._settings.items()
-            if given.get(name) != value
+            if place.get(name) != value
         ]
         if differences:
             raise ContentError(
                 f"this cursor is of another stream: {'; '.join(differences)}. Use the same store "
                 "and settings, or begin without a cursor."
             )
-        epoch, token = given.get("epoch"), given.get("token")
+        epoch, token = place.get("epoch"), place.get("token")
         if not (isinstance(epoch, int) and isinstance(token, int)):
             raise ContentError(f"cursor: want whole numbers epoch and token, got {cursor!r}.")
         if epoch < 0 or not 0 <= token < self.n_tokens or token % self.batch_tokens:
@@ -306,22 +308,22 @@ def _ahead(
     for place, job in plan:
         waiting.append((place, threads.submit(job)))
         if len(waiting) > prefetch:
-            place, made = waiting.popleft()
-            yield place, made.result()
+            place, batch = waiting.popleft()
+            yield place, batch.result()
     while waiting:
-        place, made = waiting.popleft()
-        yield place, made.result()
+        place, batch = waiting.popleft()
+        yield place, batch.result()
 
 
-def _digest(store: "Store", selection: Selection) -> str:
+def _digest(store: Queried, selection: Selection) -> str:
     """Return a short hash of which bytes the selection reads."""
     names = [file.path.name for source in selection.sources for file in source.files]
-    listed = store.sql(
+    checksums = store.sql(
         "SELECT file, checksum FROM vector_shards WHERE file IN (SELECT unnest($names::VARCHAR[]))"
         " ORDER BY file",
         names=names,
     ).fetchall()
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(checksums).encode()).hexdigest()[:16]
 
 
 def _as_cursor(cursor: Cursor | str) -> Cursor:
@@ -331,15 +333,120 @@ def _as_cursor(cursor: Cursor | str) -> Cursor:
         ContentError: it is no JSON object.
     """
     try:
-        given: object = json.loads(cursor) if isinstance(cursor, str) else cursor
+        place: object = json.loads(cursor) if isinstance(cursor, str) else cursor
     except ValueError as fault:
         raise ContentError(f"cursor: want a stream's `cursor`, got {cursor!r}: {fault}") from fault
-    if not isinstance(given, dict):
+    if not isinstance(place, dict):
         raise ContentError(f"cursor: want a stream's `cursor`, got {cursor!r}.")
-    return dict(given)
+    return dict(place)
 
 
 def _as_torch(array: np.ndarray) -> Array:
     import torch
 
     return torch.from_numpy(array)
+
+
+class MappedPool:
+    """The vectors of one pool, in the files as they are mapped, and the order they come in."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        epoch: EpochOrder,
+        number: int,
+        threads: ThreadPoolExecutor | None,
+    ) -> None:
+        """Bring them to memory, in a thread if there are any."""
+        self._selection = selection
+        self.start = int(epoch.starts[number])
+        """Tokens of the epoch before this pool."""
+        self.stop = int(epoch.starts[number + 1])
+        """Tokens of the epoch up to the end of this pool."""
+        self._placed = Future[list[Placed]]()
+        if threads is None:
+            self._placed.set_result(self._place(epoch, number))
+        else:
+            self._placed = threads.submit(self._place, epoch, number)
+
+    def _place(self, epoch: EpochOrder, number: int) -> list[Placed]:
+        """Return where the vectors of each source are, in the order they come."""
+        spans, order = epoch.spans(number), epoch.order(number)
+        parts: list[Placed] = []
+        for source, runs in zip(self._selection.sources, self._selection.runs, strict=True):
+            address, memory = source.place(runs.rows(spans))
+            parts.append(Placed(address[order], memory))
+        return parts
+
+    def give(self, source: int, part: slice, out: np.ndarray) -> None:
+        """Put a part of one source in `out` in the order of the pool, after waiting for it.
+
+        Jobs begin in the order they are submitted, so a job that waits here waits for none behind
+        it: no deadlock, however few threads there are.
+
+        Raises:
+            ShardError: a file of the store is gone or changed.
+        """
+        placed = self._placed.result()[source]
+        gather(placed.address[part], self._selection.sources[source].dtype, out)
+
+
+class PoolPart(NamedTuple):
+    """Tokens of a batch that come from one pool."""
+
+    pool: MappedPool
+    start: int
+    """The first of them, counted within the pool."""
+    stop: int
+
+    def give(self, source: int, out: np.ndarray) -> None:
+        """Put their vectors of one source in `out` [stop - start, d]."""
+        self.pool.give(source, slice(self.start, self.stop), out)
+
+
+class EpochPools:
+    """The pools of one epoch: the present one and, with threads, the one that comes next."""
+
+    def __init__(
+        self, selection: Selection, epoch: EpochOrder, threads: ThreadPoolExecutor | None
+    ) -> None:
+        """Read nothing yet; `threads` read ahead, if there are any."""
+        self._selection, self._epoch, self._threads = selection, epoch, threads
+        self._pools: dict[int, MappedPool] = {}
+        self._n_expected = 0
+
+    def _pool(self, number: int) -> MappedPool:
+        """Return a pool; at first have the operating system prefetch it and the next one.
+
+        It then reads in whatever order suits the disk, before the vectors are asked for.
+        """
+        if number not in self._pools:
+            end = min(number + 2, self._epoch.n_pools)
+            for coming in range(max(number, self._n_expected), end):
+                spans = self._epoch.spans(coming)
+                for source, runs in zip(self._selection.sources, self._selection.runs, strict=True):
+                    source.expect(runs.rows(spans))
+            self._n_expected = max(self._n_expected, end)
+            self._pools[number] = MappedPool(self._selection, self._epoch, number, self._threads)
+        return self._pools[number]
+
+    def parts(self, start: int, stop: int) -> list[PoolPart]:
+        """Return where tokens start to stop of the epoch are, and have them brought to memory.
+
+        The next pool is begun when half of the present one is taken.
+        """
+        starts = self._epoch.starts
+        first = int(np.searchsorted(starts, start, "right")) - 1
+        end = int(np.searchsorted(starts, stop, "left"))
+        parts: list[PoolPart] = []
+        for number in range(first, end):
+            pool = self._pool(number)
+            parts.append(
+                PoolPart(pool, max(start - pool.start, 0), min(stop, pool.stop) - pool.start)
+            )
+        last = parts[-1].pool
+        is_late = stop > (last.start + last.stop) // 2
+        if self._threads is not None and is_late and end < self._epoch.n_pools:
+            self._pool(end)
+        self._pools = {i: pool for i, pool in self._pools.items() if pool.stop > stop}
+        return parts

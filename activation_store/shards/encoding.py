@@ -1,41 +1,31 @@
 """Parquet shards as they are written: columns, encodings, checksum, and the way to the disk.
 
-A shard is hashed while it is written beside its final name, then synced and renamed: a file under
-a shard's name is whole. The encodings were chosen by measurement: sorted columns shrink by delta
-and dictionary encoding, and activations hold too little redundancy for general compression to be
-worth its time.
+The write is atomic: a shard is hashed while it is written next to its final name, then synced and
+renamed, so a file under a shard's name is whole. The encodings were chosen by measurement: sorted
+columns shrink by delta and dictionary encoding, and activations hold too little redundancy for
+general compression to be worth its time.
 """
 
 import hashlib
 import os
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from activation_store.errors import writing
-from activation_store.hooks import Dtype
-from activation_store.shards.names import (
-    ACTS,
-    ACTS_ROW_GROUP,
-    TOKENS,
-    TOKENS_ROW_GROUP,
-    Kind,
-    Shard,
-)
-from activation_store.shards.parquet import ActsWriter, RowGroup
-from activation_store.write.kernel import Entries, gather
+from activation_store.shards.names import ACTS, TOKENS, TOKENS_ROW_GROUP, Kind, Shard
 
 _DELTA = "DELTA_BINARY_PACKED"
 _VECTORS_ROW_GROUP_BYTES = 2**23
+# Bytes after which a file is synced while it still grows, so that a commit finds little to do.
 _SYNC_BYTES = 2**24
-"""Bytes of a file after which they are brought to the disk, so that a commit finds little to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +38,10 @@ class Target:
     hook: str | None
 
 
-class Part(NamedTuple):
-    """Entries of a range of a hook's units."""
-
-    units: np.ndarray
-    entries: Entries
-
-
 class _HashedFile:
     """A file that is written front to back and knows the sha256 of what went in.
 
-    Once closed it takes what comes and drops it: a Parquet writer that is let go writes its footer.
+    Once closed it drops what comes: a Parquet writer that is garbage-collected writes its footer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,19 +64,13 @@ class _HashedFile:
         self.hash.update(view)
         self.n_bytes += done
         if self.n_bytes - self._n_synced >= _SYNC_BYTES:
-            self._let_go()
+            self.sync()
+            # Give the pages to the next bytes: fresh ones cost more than the copy into them, and a
+            # long capture would push everything else out of the operating system's cache.
+            if sys.platform == "linux":
+                os.posix_fadvise(self._file.fileno(), 0, self.n_bytes, os.POSIX_FADV_DONTNEED)
+            self._n_synced = self.n_bytes
         return done
-
-    def _let_go(self) -> None:
-        """Bring to the disk what was written, and give the memory that holds it to the next bytes.
-
-        Fresh memory costs more than the copy into it, and a long capture would push everything else
-        out of the system's cache.
-        """
-        self.sync()
-        if sys.platform == "linux":
-            os.posix_fadvise(self._file.fileno(), 0, self.n_bytes, os.POSIX_FADV_DONTNEED)
-        self._n_synced = self.n_bytes
 
     def tell(self) -> int:
         return self.n_bytes
@@ -157,7 +134,7 @@ class ShardFile:
             self.file.close()
             os.replace(self._part, self._path)
         units, seqs = (
-            (min(held), max(held)) if held else (None, None) for held in (self._units, self._seqs)
+            (min(some), max(some)) if some else (None, None) for some in (self._units, self._seqs)
         )
         return Shard(
             self.target.file,
@@ -171,81 +148,8 @@ class ShardFile:
         )
 
     def abandon(self) -> None:
-        """Let go of an unfinished file; what is left under `.part` does not count."""
+        """Close an unfinished file; what is left under `.part` does not count."""
         self.file.close()
-
-
-class ActsFile:
-    """A shard of one hook's activations while blocks are appended to it."""
-
-    def __init__(self, target: Target, dtype: Dtype) -> None:
-        assert target.hook is not None
-        self._shard = ShardFile(target)
-        self._room: tuple[np.ndarray, ...] = (np.empty(0, np.int32),) * 3
-        with self._shard.writing():
-            self._parquet = ActsWriter(target.hook, dtype, self._shard.file.write)
-
-    def append(self, parts: Sequence[Part]) -> None:
-        """Write one block: the entries of all units, sorted by (unit, seq_id, pos).
-
-        Raises:
-            WriteError: the disk is full or the folder cannot be written.
-        """
-        for part in parts:
-            self._shard.cover(0, part.entries.seq[: part.entries.used[1]])
-            for rows in self._row_groups(part):
-                with self._shard.writing():
-                    self._parquet.append(rows)
-                self._shard.cover(len(rows.act), rows.seq_id[:0], rows.units)
-
-    def _row_groups(self, part: Part) -> Iterator[RowGroup]:
-        """Yield the entries as one row group after the other, each in the same buffers.
-
-        A row group ends with a unit, so a block holds each unit in one row group.
-        """
-        entries = part.entries
-        n_tiles = int(entries.used[1])
-        per_unit = entries.per_unit[:n_tiles].sum(axis=0, dtype=np.int64)
-        cursor = np.zeros(n_tiles, np.int64)
-        order = np.argsort(entries.seq[:n_tiles], kind="stable")
-        for first, last in _cuts(per_unit):
-            n = int(per_unit[first:last].sum())
-            seq, pos, act = self._buffers(n)
-            gather(entries, order, cursor, first, last, seq, pos, act)
-            fired = first + np.flatnonzero(per_unit[first:last])
-            if n:
-                yield RowGroup(part.units[fired].astype(np.int32), per_unit[fired], seq, pos, act)
-
-    def _buffers(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return room for n rows; fresh memory for each row group costs more than filling it."""
-        if len(self._room[0]) < n:
-            self._room = tuple(np.empty(n, kind) for kind in (np.int32, np.int32, np.float32))
-        seq, pos, act = self._room
-        return seq[:n], pos[:n], act[:n]
-
-    def close(self) -> Shard:
-        """End the file and bring it to the disk.
-
-        Raises:
-            WriteError: the disk is full or the folder cannot be written.
-        """
-        with self._shard.writing():
-            self._parquet.close()
-        return self._shard.close()
-
-    def abandon(self) -> None:
-        """Let go of an unfinished file."""
-        self._shard.abandon()
-
-
-def _cuts(per_unit: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield ranges of units with `ACTS_ROW_GROUP` rows, the last unit's excess included."""
-    first = 0
-    while first < len(per_unit):
-        reached = np.cumsum(per_unit[first:])
-        last = first + min(int(np.searchsorted(reached, ACTS_ROW_GROUP)) + 1, len(reached))
-        yield first, last
-        first = last
 
 
 def _required(schema: pa.Schema) -> pa.Schema:
@@ -259,9 +163,9 @@ def _write_table(
     """Write a table as one shard; it has a column seq_id."""
     shard = ShardFile(target)
     settings: dict[str, Any] = {"use_dictionary": list(dictionary), "column_encoding": encoding}
-    # those of a vector's numbers take nearly as long as writing them
+    # statistics of a vector's numbers take nearly as long as writing them
     settings["write_statistics"] = [name for name in table.column_names if name != "vector"]
-    # a page per row group: who reads vectors from the file looks at the head of every page
+    # one page per row group: a reader of vectors parses the header of every page
     settings["data_page_size"] = _VECTORS_ROW_GROUP_BYTES
     with shard.writing():
         pq.write_table(

@@ -1,6 +1,12 @@
-"""Parquet shards: their names, their rows in the catalogue, and what is left over after a kill."""
+"""The files next to a catalogue: names of shards and states, their rows, and what is left over.
+
+A file counts when the catalogue lists it. What a killed process left behind is listed nowhere and
+is removed by who writes next.
+"""
 
 import hashlib
+import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -11,7 +17,9 @@ import duckdb
 import pyarrow as pa
 
 from activation_store.catalog.catalogue import Place
+from activation_store.catalog.reader import size_fault
 from activation_store.catalog.tables import replace
+from activation_store.errors import ShardError, writing
 
 Kind = Literal["acts", "tokens", "vectors"]
 
@@ -45,6 +53,12 @@ BLOCK_ACTS = 2_000_000
 
 ACTS_ROW_GROUP = 131_072
 """Rows per row group of an acts shard; a row group holds units of one block only."""
+
+SHARD_ROWS = 16_000_000
+"""Rows after which a shard of acts ends, at the next block."""
+
+NUMBERS_PER_RANK = 10**7
+"""Files that one rank of a capture may number: rank r has the numbers from r times this on."""
 
 TOKENS_ROW_GROUP = 8_192
 """Rows per row group of a tokens shard: what one excerpt reads."""
@@ -80,6 +94,15 @@ def shard_name(kind: Kind, store_id: str, number: int) -> str:
     'acts-0123456789ab-000012.parquet'
     """
     return f"{kind}-{store_id}-{number:06d}.parquet"
+
+
+def file_number(name: str) -> int:
+    """Return the number in the name of a shard or state.
+
+    >>> file_number("acts-0123456789ab-000012.parquet")
+    12
+    """
+    return int(name.split(".")[0].rsplit("-", 1)[1])
 
 
 def next_number(con: duckdb.DuckDBPyConnection) -> int:
@@ -118,9 +141,81 @@ def unlisted(where: Place, names: set[str]) -> Iterator[Path]:
             yield path
 
 
-def sweep(where: Place, names: set[str]) -> int:
-    """Remove unlisted shards and return how many; only for who holds the writer lock."""
-    gone = list(unlisted(where, names))
-    for path in gone:
-        path.unlink()
-    return len(gone)
+@dataclass(frozen=True, slots=True)
+class StateFile:
+    """The state of a writer, a file next to the shards: what a capture is resumed from.
+
+    A state is many times the size of the rest of the catalogue, which every commit copies, so table
+    `writer_state` holds this record of it in place of the bytes.
+    """
+
+    file: str
+    """File name within the folder of shards."""
+    n_bytes: int
+    checksum: str
+    """sha256 of the file's bytes, hexadecimal."""
+
+    def value(self) -> bytes:
+        """Return what stands in table `writer_state`."""
+        return json.dumps(asdict(self)).encode()
+
+    def fault(self, folder: Path) -> str | None:
+        """Read the file and return what is wrong with it, or None."""
+        if (fault := size_fault(folder / self.file, self.n_bytes)) is not None:
+            return fault.removeprefix(f"{self.file} ")
+        is_same = checksum(folder / self.file) == self.checksum
+        return None if is_same else "its bytes were changed"
+
+
+def write_state(folder: Path, store_id: str, number: int, data: bytes) -> StateFile:
+    """Bring a state to the disk; it does not exist for anyone before a commit lists it.
+
+    Raises:
+        WriteError: the disk is full or the folder cannot be written.
+    """
+    name = f"state-{store_id}-{number:06d}.npz"
+    part = folder / f"{name}.part"
+    with writing(folder / name):
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(folder / name)
+    return StateFile(name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def state_file(value: bytes) -> StateFile | None:
+    """Return the file that a value of `writer_state` names; None where it is the bytes."""
+    return StateFile(**json.loads(value)) if value.startswith(b"{") else None
+
+
+def load_state(value: bytes, folder: Path) -> bytes:
+    """Return the bytes that a value of `writer_state` stands for.
+
+    Raises:
+        ShardError: the file is missing or damaged.
+    """
+    if (file := state_file(value)) is None:
+        return value
+    if (fault := file.fault(folder)) is not None:
+        raise ShardError(
+            f"{folder / file.file}: {fault}. A capture is resumed from it; bring it back, or "
+            "run `lmmono store verify --repair` on the store, which says what is lost."
+        )
+    return (folder / file.file).read_bytes()
+
+
+def listed_states(con: duckdb.DuckDBPyConnection) -> dict[str, StateFile]:
+    """Return the files of states that the catalogue lists, by key."""
+    # a record of a file takes some 150 bytes; what is larger is a state in the catalogue itself
+    rows = con.execute(
+        "SELECT key, value FROM writer_state WHERE octet_length(value) < 1000 ORDER BY key"
+    ).fetchall()
+    files = {key: state_file(bytes(value)) for key, value in rows}
+    return {key: file for key, file in files.items() if file is not None}
+
+
+def listed_names(con: duckdb.DuckDBPyConnection) -> set[str]:
+    """Return the names of all shards and states that the catalogue lists."""
+    shards = {name for (name,) in con.execute("SELECT file FROM shards").fetchall()}
+    return shards | {file.file for file in listed_states(con).values()}

@@ -1,8 +1,8 @@
 """Vectors as they lie in a shard: the file is mapped to memory and its rows are used from there.
 
-Vectors are stored uncompressed and plain, so the values of a page are its last bytes, as they are
-in memory. Only page headers are parsed. Arrow's reader, which rebuilds the lists value by value,
-takes several times as long (`benchmarks/stream.py`). A shard in another encoding is read by Arrow.
+Our writer stores vectors uncompressed and plain, so the values of a page are its last bytes, as
+they are in memory. Only page headers are parsed. Arrow's reader, which rebuilds the lists value by
+value, takes several times as long (`benchmarks/stream.py`).
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,14 +21,15 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt8
 
 from activation_store.errors import ShardError
-from activation_store.read.spans import Spans, cut
+from activation_store.shards.parquet import read_struct
 
-_PLAIN = 0
-_DATA_PAGE, _DATA_PAGE_V2 = 0, 3
-_HEADER_BYTES = 1024
-"""More than a page header of a column of numbers takes."""
-_POPULATE_READ = 22
-"""MADV_POPULATE_READ of Linux 5.14."""
+Spans = Int64[np.ndarray, "_ 2"]
+"""Runs of numbers that follow each other: the first of each, and the one after its last."""
+
+
+_PLAIN, _DATA_PAGE = 0, 0  # numbers of parquet.thrift
+_HEADER_BYTES = 1024  # more than a page header of a column of numbers takes
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, which mmap does not name
 _C = ctypes.CDLL(None, use_errno=True)
 
 
@@ -41,7 +42,7 @@ class Placed(NamedTuple):
     """What they lie in; holding it keeps them there."""
 
 
-class _Mapped(NamedTuple):
+class _MappedFile(NamedTuple):
     memory: UInt8[np.ndarray, " bytes"]
     """The bytes of the file."""
     pages: "_Pages"
@@ -64,46 +65,40 @@ class VectorFile:
         self.path, self.n_rows, self.d = path, n_rows, d
         self.dtype = np.dtype(dtype)
         self._row_bytes = d * self.dtype.itemsize
-        self._mapped: _Mapped | None = None
-        self._is_plain = True
+        self._mapped: _MappedFile | None = None
         self._turn = threading.Lock()
 
     def expect(self, runs: Spans) -> None:
-        """Have the system begin to read what `place` will be asked for."""
+        """Prefetch: have the operating system begin to read what `place` will be asked for."""
         with suppress(ShardError):  # `place` will raise it
-            if (mapped := self._map()) is not None:
-                begin = mapped.memory.ctypes.data
-                for at, n_bytes in self._parts(mapped.pages, runs).tolist():
-                    _advise(begin + at, n_bytes, mmap.MADV_WILLNEED)
+            mapped = self._map()
+            begin = mapped.memory.ctypes.data
+            for at, n_bytes in self._parts(mapped.pages, runs).tolist():
+                _advise(begin + at, n_bytes, mmap.MADV_WILLNEED)
 
     def place(self, runs: Spans) -> Placed:
         """Bring runs of rows to memory and say where they are; waits for the disk.
 
-        The file may be removed after that, but must not be shortened while its rows are used: the
-        system ends a process that asks for what is no longer there.
+        The file may be removed after that, but must not be truncated while its rows are used: the
+        operating system ends a process that asks for what is no longer there.
 
         Raises:
             ShardError: the file is gone, or is not what the catalogue says.
         """
         mapped = self._map()
+        memory, parts = mapped.memory, self._parts(mapped.pages, runs)
+        begin = memory.ctypes.data
         try:
-            if mapped is None:
-                memory = self._decoded(runs)
-                address = memory.ctypes.data + np.arange(len(memory)) * self._row_bytes
-            else:
-                memory = mapped.memory
-                with suppress(FileNotFoundError):  # what is removed stays as long as it is mapped
-                    if (size := self.path.stat().st_size) != len(memory):
-                        raise ValueError(f"has {size} bytes, had {len(memory)}")
-                begin, parts = memory.ctypes.data, self._parts(mapped.pages, runs)
-                for at, n_bytes in parts.tolist():
-                    _bring(begin + at, n_bytes)
-                n = parts[:, 1] // self._row_bytes
-                row = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
-                address = begin + np.repeat(parts[:, 0], n) + row * self._row_bytes
-        except (OSError, pa.ArrowException, IndexError, ValueError) as fault:
+            with suppress(FileNotFoundError):  # a removed file stays as long as it is mapped
+                if (size := self.path.stat().st_size) != len(memory):
+                    raise ValueError(f"has {size} bytes, had {len(memory)}")
+            for at, n_bytes in parts.tolist():
+                _bring(begin + at, n_bytes)
+        except (OSError, ValueError) as fault:
             raise self._fault(fault) from fault
-        return Placed(address, (memory,))
+        n = parts[:, 1] // self._row_bytes
+        row = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+        return Placed(begin + np.repeat(parts[:, 0], n) + row * self._row_bytes, (memory,))
 
     def _fault(self, fault: Exception) -> ShardError:
         return ShardError(
@@ -111,23 +106,21 @@ class VectorFile:
             f"`lmmono store verify --repair` on the store, which drops only what is lost."
         )
 
-    def _map(self) -> _Mapped | None:
-        """Return the mapped file, or None where its vectors are not plain.
+    def _map(self) -> _MappedFile:
+        """Return the mapped file.
 
         Raises:
             ShardError: the file is gone, or is not what the catalogue says.
         """
         with self._turn:
-            if self._mapped is None and self._is_plain:
+            if self._mapped is None:
                 try:
-                    with pa.memory_map(str(self.path)) as file:  # Python's mmap holds it open
+                    # Arrow's map, as Python's holds the file open
+                    with pa.memory_map(str(self.path)) as file:
                         memory = np.frombuffer(file.read_buffer(), np.uint8)
-                    pages = self._find(memory)
-                except (OSError, pa.ArrowException, IndexError, ValueError) as fault:
+                    self._mapped = _MappedFile(memory, self._find_pages(memory))
+                except (OSError, pa.ArrowException, LookupError, ValueError) as fault:
                     raise self._fault(fault) from fault
-                self._is_plain = pages is not None
-                if pages is not None:
-                    self._mapped = _Mapped(memory, pages)
             return self._mapped
 
     def _parts(self, pages: _Pages, runs: Spans) -> Int64[np.ndarray, "parts 2"]:
@@ -136,49 +129,37 @@ class VectorFile:
         at = pages.offset[page] + (rows[:, 0] - pages.first[page]) * self._row_bytes
         return np.stack([at, (rows[:, 1] - rows[:, 0]) * self._row_bytes], axis=1)
 
-    def _find(self, memory: UInt8[np.ndarray, " bytes"]) -> _Pages | None:
-        """Return where the values are, or None where they are not plain or not in whole rows."""
+    def _find_pages(self, memory: UInt8[np.ndarray, " bytes"]) -> _Pages:
+        """Return where the values are.
+
+        Raises:
+            ValueError: the file is not as our writer makes it: plain pages of whole vectors.
+        """
         with pq.ParquetFile(self.path) as file:
             metadata = file.metadata
-            column = [
-                i for i in range(metadata.num_columns) if _is_vector(metadata.schema.column(i).path)
-            ]
+        paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+        column = next((i for i, path in enumerate(paths) if path.startswith("vector.")), None)
+        if column is None:
+            raise ValueError("has no column of vectors")
         first, offset = [0], list[int]()
-        for group in range(metadata.num_row_groups):
-            chunk = metadata.row_group(group).column(column[0])
-            plain = set(chunk.encodings) <= {"PLAIN", "RLE"} and not chunk.has_dictionary_page
-            if chunk.compression != "UNCOMPRESSED" or not plain:
-                return None
+        for number in range(metadata.num_row_groups):
+            chunk = metadata.row_group(number).column(column)
+            if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
+                raise ValueError("its vectors are compressed, which no writer of this package does")
             at, end = chunk.data_page_offset, first[-1] + chunk.num_values // self.d
             while first[-1] < end:
-                header, size = _struct(memory[at : at + _HEADER_BYTES].tobytes(), 0)
-                n_rows, excess = divmod(_plain_values(header), self.d)
-                if excess:
-                    return None
+                header, size = read_struct(memory[at : at + _HEADER_BYTES].tobytes(), 0)
+                if header[1] != _DATA_PAGE or header[5][2] != _PLAIN:
+                    raise ValueError("a page of another kind than our writer makes")
+                n_rows, excess = divmod(header[5][1], self.d)
                 begin, at = at + size, at + size + header[3]
                 offset.append(at - n_rows * self._row_bytes)
                 first.append(first[-1] + n_rows)
-                if offset[-1] < begin or at > len(memory):
+                if excess or offset[-1] < begin or at > len(memory):
                     raise ValueError("the values of a page are not where its header says")
         if first[-1] != self.n_rows:
             raise ValueError(f"holds {first[-1]} vectors of {self.d}, want {self.n_rows}")
         return _Pages(np.array(first, np.int64), np.array(offset, np.int64))
-
-    def _decoded(self, runs: Spans) -> np.ndarray:
-        """Return rows of a shard that is not plain, by way of its row groups."""
-        parts = [np.empty((0, self.d), self.dtype)]
-        with pq.ParquetFile(self.path) as file:
-            for start, stop in runs.tolist():
-                begin = 0
-                for group in range(file.num_row_groups):
-                    end = begin + file.metadata.row_group(group).num_rows
-                    if begin < stop and start < end:
-                        column = file.read_row_group(group, columns=["vector"], use_threads=False)
-                        rows = column.column("vector").combine_chunks().flatten().to_numpy()
-                        rows = rows.reshape(end - begin, self.d)
-                        parts.append(rows[max(start - begin, 0) : stop - begin])
-                    begin = end
-        return np.concatenate(parts)
 
     def keys(self) -> Int64[np.ndarray, " n"]:
         """Return, row by row, which token it is: seq_id x 2^32 + pos.
@@ -195,25 +176,21 @@ class VectorFile:
         return (seq << 32) + table.column("pos").to_numpy()
 
 
-def _is_vector(path: str) -> bool:
-    return path.startswith("vector.")
-
-
 def _bring(address: int, n_bytes: int) -> None:
     """Wait until bytes of a mapped file are in memory.
 
     Raises:
-        OSError: they cannot be read; where the system does not tell, using them ends the process.
+        OSError: they cannot be read. Only Linux says so; elsewhere using them ends the process.
     """
     number = _advise(address, n_bytes, _POPULATE_READ) if sys.platform == "linux" else 0
     if number == errno.EFAULT:
         raise OSError(number, "the file ends too early, or the disk cannot be read")
-    if number not in (0, errno.EINVAL):  # which says that Linux is older
+    if number not in (0, errno.EINVAL):  # EINVAL: Linux is older than the advice
         raise OSError(number, os.strerror(number))
 
 
 def _advise(address: int, n_bytes: int, advice: int) -> int:
-    """Tell the system what comes, and return why it cannot be, or 0.
+    """Advise the operating system of what comes; return the number of its error, or 0.
 
     The C library's function, as Python's holds the interpreter's lock while the disk is read.
     """
@@ -222,52 +199,18 @@ def _advise(address: int, n_bytes: int, advice: int) -> int:
     return ctypes.get_errno() if _C.madvise(ctypes.c_void_p(start), size, advice) else 0
 
 
-def _plain_values(header: dict[int, Any]) -> int:
-    """Return how many values a data page holds."""
-    page = {_DATA_PAGE: 5, _DATA_PAGE_V2: 8}.get(header[1])
-    encoding = {5: 2, 8: 4}.get(page or 0)
-    if page is None or encoding is None or header[page][encoding] != _PLAIN:
-        raise ValueError("a page of another kind than the file announces")
-    return header[page][1]
+def cut(spans: Spans, begins: Int64[np.ndarray, " k"]) -> tuple[Spans, Int64[np.ndarray, " m"]]:
+    """Return the spans cut where the ranges begin, and the range that each part lies in.
 
-
-# Thrift's compact protocol, as far as page headers use it
-def _struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:
-    """Return the fields of a struct by their numbers, and the place after it."""
-    fields: dict[int, Any] = {}
-    number = 0
-    while (head := data[at]) != 0:
-        at += 1
-        if head >> 4:
-            number += head >> 4
-        else:
-            delta, at = _varint(data, at)
-            number = (delta >> 1) ^ -(delta & 1)
-        fields[number], at = _value(data, at, head & 15)
-    return fields, at + 1
-
-
-def _value(data: bytes, at: int, kind: int) -> tuple[Any, int]:
-    if kind in (1, 2):
-        return kind == 1, at
-    if kind == 3:
-        return data[at], at + 1
-    if kind in (4, 5, 6):
-        value, at = _varint(data, at)
-        return (value >> 1) ^ -(value & 1), at
-    if kind == 8:
-        size, at = _varint(data, at)
-        return data[at : at + size], at + size
-    if kind == 12:
-        return _struct(data, at)
-    raise ValueError(f"a page header with a field of type {kind}")
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
+    >>> parts, within = cut(np.array([[1, 5], [7, 8]]), np.array([0, 4, 6]))
+    >>> parts.tolist(), within.tolist()
+    ([[1, 4], [4, 5], [7, 8]], [0, 1, 2])
+    """
+    first = np.searchsorted(begins, spans[:, 0], "right") - 1
+    n = np.searchsorted(begins, spans[:, 1], "left") - first
+    within = np.repeat(first - np.cumsum(n) + n, n) + np.arange(n.sum())
+    ends = np.append(begins[1:], np.iinfo(np.int64).max)
+    parts = np.repeat(spans, n, axis=0)
+    parts[:, 0] = np.maximum(parts[:, 0], begins[within])
+    parts[:, 1] = np.minimum(parts[:, 1], ends[within])
+    return parts, within

@@ -1,6 +1,6 @@
 """Exemplars: the token positions that stand for a unit, chosen in one pass.
 
-Three choices, all the same for any grouping of the tokens into batches, commits and ranks:
+Three choices, each the same for any grouping of the tokens into batches, commits and ranks:
 
 - top: the largest activations above the threshold, one per document; the earlier of equals wins.
 - random: a uniform draw without replacement over all tokens with a finite activation.
@@ -22,9 +22,9 @@ from jaxtyping import Float32, Float64, Int32, Int64, UInt16, UInt64
 
 from activation_store.compiled import compiled
 
-QUANTILE_BINS = 10
+QUANTILE_BINS = 10  # `export_openai` writes tenths
 DRAWS = 2
-"""Version of the draws; a capture that was begun with another one cannot go on."""
+"""Version of the draws; a capture begun with another one cannot be resumed."""
 
 
 class Top(NamedTuple):
@@ -41,7 +41,7 @@ class Top(NamedTuple):
     """Activation below which nothing can enter; -inf while the list is not full."""
 
 
-class Draw(NamedTuple):
+class TokenSample(NamedTuple):
     """A uniform sample of tokens per unit, in no order."""
 
     key: Float64[np.ndarray, "units k"]
@@ -71,7 +71,7 @@ def new_top(n_units: int, k: int) -> Top:
     )
 
 
-def new_draw(units: Int64[np.ndarray, " units"], k: int, seed: int, purpose: int) -> Draw:
+def new_sample(units: Int64[np.ndarray, " units"], k: int, seed: int, purpose: int) -> TokenSample:
     """Return samples of nothing yet and of at most k tokens per unit.
 
     Draws of one seed for different purposes are independent, and so are those of different units.
@@ -79,7 +79,7 @@ def new_draw(units: Int64[np.ndarray, " units"], k: int, seed: int, purpose: int
     start = np.uint64((seed * 0x9E3779B1 + purpose) & 0xFFFFFFFFFFFFFFFF)
     salt = _mixed(_mixed(np.full(len(units), start)) + units.astype(np.uint64))
     n = len(units)
-    return Draw(
+    return TokenSample(
         key=np.zeros((n, k)),
         act=np.zeros((n, k), np.float32),
         seq=np.zeros((n, k), np.int32),
@@ -105,7 +105,6 @@ def mix(z: np.uint64) -> np.uint64:
 @compiled
 @no_type_check
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """Return `mix` of every value."""
     out = np.empty_like(values)
     for i in range(values.shape[0]):
         out[i] = mix(values[i])
@@ -126,7 +125,7 @@ def offer_top(top: Top, u: int, act: float, seq: int, pos: int, doc: int) -> Non
     k = top.act.shape[1]
     n = top.size[u]
     place, docs = -1, top.doc[u]
-    # an index without a sign spares the check for one from the end
+    # unsigned: numba checks a signed index for one that counts from the end
     for i in range(np.uint64(n)):
         if docs[i] == doc:
             place = np.int64(i)
@@ -162,26 +161,28 @@ def _ahead(act: float, seq: int, pos: int, top: Top, u: int, i: int) -> bool:
 
 @compiled
 @no_type_check
-def offer_draw(draw: Draw, u: int, key: float, act: float, seq: int, pos: int, doc: int) -> None:
+def offer_sample(
+    sample: TokenSample, u: int, key: float, act: float, seq: int, pos: int, doc: int
+) -> None:
     """Let one token into the sample of unit u if its priority is small enough."""
-    k = draw.act.shape[1]
-    n = draw.size[u]
-    if k == 0 or (n == k and key >= draw.gate[u]):
+    k = sample.act.shape[1]
+    n = sample.size[u]
+    if k == 0 or (n == k and key >= sample.gate[u]):
         return
-    place = n if n < k else draw.worst[u]
-    draw.key[u, place] = key
-    draw.act[u, place] = act
-    draw.seq[u, place] = seq
-    draw.pos[u, place] = pos
-    draw.doc[u, place] = doc
-    draw.size[u] = n = min(n + 1, k)
+    place = n if n < k else sample.worst[u]
+    sample.key[u, place] = key
+    sample.act[u, place] = act
+    sample.seq[u, place] = seq
+    sample.pos[u, place] = pos
+    sample.doc[u, place] = doc
+    sample.size[u] = n = min(n + 1, k)
     if n == k:
-        keys, worst, gate = draw.key[u], np.uint64(0), -np.inf
-        # an index without a sign spares the check for one from the end
+        keys, worst, gate = sample.key[u], np.uint64(0), -np.inf
+        # unsigned: numba checks a signed index for one that counts from the end
         for i in range(np.uint64(k)):
             if keys[i] > gate:
                 worst, gate = i, keys[i]
-        draw.worst[u], draw.gate[u] = worst, gate
+        sample.worst[u], sample.gate[u] = worst, gate
 
 
 @compiled
@@ -204,7 +205,7 @@ def is_drawn(salt: np.uint64, gate: float, tile_key: np.uint64, n: int) -> bool:
 @compiled
 @no_type_check
 def draw_tile(
-    draw: Draw,
+    sample: TokenSample,
     u: int,
     tile_key: np.uint64,
     at: UInt16[np.ndarray, " n"],
@@ -221,11 +222,11 @@ def draw_tile(
     """
     n = values.shape[0]
     used[:n] = False
-    state = draw.salt[u] ^ tile_key
+    state = sample.salt[u] ^ tile_key
     key = 0.0
     for i in range(n):
         key -= np.log(1.0 - fraction(mix(state))) / (n - i)
-        if draw.size[u] == draw.act.shape[1] and key >= draw.gate[u]:
+        if sample.size[u] == sample.act.shape[1] and key >= sample.gate[u]:
             return
         k = 0
         while True:
@@ -236,12 +237,12 @@ def draw_tile(
         used[k] = True
         state = mix(state)
         if np.isfinite(values[k]):
-            offer_draw(draw, u, key, values[k], seq, pos + at[k], docs[at[k]])
+            offer_sample(sample, u, key, values[k], seq, pos + at[k], docs[at[k]])
 
 
 @compiled
 @no_type_check
-def merge_top(into: Top, other: Top) -> None:
+def merge_tops(into: Top, other: Top) -> None:
     """Take the lists of other tokens of the same units into `into`."""
     for u in range(other.size.shape[0]):
         for i in range(other.size[u]):
@@ -250,11 +251,11 @@ def merge_top(into: Top, other: Top) -> None:
 
 @compiled
 @no_type_check
-def merge_draw(into: Draw, other: Draw) -> None:
+def merge_samples(into: TokenSample, other: TokenSample) -> None:
     """Take the samples of other tokens of the same units into `into`."""
     for u in range(other.size.shape[0]):
         for i in range(other.size[u]):
-            offer_draw(
+            offer_sample(
                 into,
                 u,
                 other.key[u, i],
@@ -265,7 +266,7 @@ def merge_draw(into: Draw, other: Draw) -> None:
             )
 
 
-class Chosen(NamedTuple):
+class ChosenTokens(NamedTuple):
     """Exemplars of one kind for all units of a hook, by unit and rank."""
 
     place: Int64[np.ndarray, " n"]
@@ -279,30 +280,30 @@ class Chosen(NamedTuple):
     act: Float32[np.ndarray, " n"]
 
 
-def top_exemplars(top: Top) -> Chosen:
+def top_exemplars(top: Top) -> ChosenTokens:
     """Return the top exemplars, the largest first."""
     return _ordered(top, -top.act)
 
 
-def random_exemplars(draw: Draw) -> Chosen:
+def random_exemplars(sample: TokenSample) -> ChosenTokens:
     """Return the sample in the order of its priorities, so that the first m are a sample of m."""
-    return _ordered(draw, draw.key)
+    return _ordered(sample, sample.key)
 
 
-def quantile_exemplars(draw: Draw) -> Chosen:
+def quantile_exemplars(sample: TokenSample) -> ChosenTokens:
     """Return the sample by ascending activation, cut into `QUANTILE_BINS` parts of equal count."""
-    chosen = _ordered(draw, draw.act)
-    share = (chosen.rank - 1) * QUANTILE_BINS // draw.size[chosen.place]
+    chosen = _ordered(sample, sample.act)
+    share = (chosen.rank - 1) * QUANTILE_BINS // sample.size[chosen.place]
     return chosen._replace(bin=share.astype(np.int32))
 
 
-def _ordered(lists: Top | Draw, key: np.ndarray) -> Chosen:
-    """Return the entries held, by unit, then by key, then by position."""
-    held = np.arange(lists.act.shape[1]) < lists.size[:, None]
-    order = np.lexsort((lists.pos, lists.seq, key, ~held), axis=1)
+def _ordered(lists: Top | TokenSample, key: np.ndarray) -> ChosenTokens:
+    """Return the entries, by unit, then by key, then by position."""
+    is_filled = np.arange(lists.act.shape[1]) < lists.size[:, None]
+    order = np.lexsort((lists.pos, lists.seq, key, ~is_filled), axis=1)
     columns = [
-        np.take_along_axis(values, order, axis=1)[held]
+        np.take_along_axis(values, order, axis=1)[is_filled]
         for values in (lists.seq, lists.pos, lists.doc, lists.act)
     ]
-    place, before = np.nonzero(held)
-    return Chosen(place, (before + 1).astype(np.int32), None, *columns)
+    place, before = np.nonzero(is_filled)
+    return ChosenTokens(place, (before + 1).astype(np.int32), None, *columns)

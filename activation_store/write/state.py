@@ -1,20 +1,41 @@
-"""What a writer must remember to go on after a commit, as bytes; see also `state_files`.
+"""What a writer must remember to resume after a commit, and how several ranks add up.
 
-Also the merge of the states of several ranks: statistics, sketch and exemplars of disjoint tokens.
+The state of a capture is the statistics, sketch and exemplars of each hook, the counts, and the
+sequences that were given, as the bytes of an `.npz` file next to the shards (`shards.names`).
+
+Several processes can capture into one store. Every rank takes its share of the sequences, writes
+shards of its own and commits them by itself, in turn with the others. A commit stores the rank's
+state and rewrites the tables from the committed states of all ranks, merged in the order of the
+ranks. So at any moment the store holds exactly what is committed, and a rank that dies costs only
+what it had not committed.
 """
 
 import io
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import duckdb
 import numpy as np
 
-from activation_store.write.exemplars import Draw, Top, merge_draw, merge_top
+from activation_store.catalog.catalogue import Place
+from activation_store.catalog.presence import unread
+from activation_store.errors import ContentError
+from activation_store.shards.names import (
+    NUMBERS_PER_RANK,
+    file_number,
+    listed_names,
+    load_state,
+    unlisted,
+)
+from activation_store.write.exemplars import TokenSample, Top, merge_samples, merge_tops
 from activation_store.write.kernel import Seen
-from activation_store.write.sketch import merge_sketch
-from activation_store.write.statistics import Moments, merge_moments
+from activation_store.write.moments import Moments, merge_moments
+
+RankState: TypeAlias = Mapping[str, np.ndarray]
+"""The state of one rank's capture."""
 
 
 def to_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -50,10 +71,10 @@ def seen_to_arrays(seen: Seen) -> dict[str, np.ndarray]:
 def arrays_to_seen(arrays: Mapping[str, np.ndarray], into: Seen) -> None:
     """Put the arrays of `seen_to_arrays` into a fresh state of the same settings."""
     n_buckets = into.sketch.shape[1]
-    filled = np.unpackbits(arrays["sketch.filled"], axis=1, count=n_buckets).astype(bool)
-    into.sketch[filled] = arrays["sketch.counts"]
+    is_filled = np.unpackbits(arrays["sketch.filled"], axis=1, count=n_buckets).astype(bool)
+    into.sketch[is_filled] = arrays["sketch.counts"]
     into.odd[:] = arrays["odd"]
-    parts: dict[str, Moments | Top | Draw] = {
+    parts: dict[str, Moments | Top | TokenSample] = {
         "moments": into.moments,
         "top": into.top,
         "random": into.random,
@@ -67,10 +88,10 @@ def arrays_to_seen(arrays: Mapping[str, np.ndarray], into: Seen) -> None:
 def merge_seen(into: Seen, other: Seen) -> None:
     """Take the state of other tokens of the same hook and settings into `into`."""
     merge_moments(into.moments, other.moments)
-    merge_sketch(into.sketch, other.sketch)
-    merge_top(into.top, other.top)
-    merge_draw(into.random, other.random)
-    merge_draw(into.firing, other.firing)
+    np.add(into.sketch, other.sketch, out=into.sketch)
+    merge_tops(into.top, other.top)
+    merge_samples(into.random, other.random)
+    merge_samples(into.firing, other.firing)
     np.add(into.odd, other.odd, out=into.odd)
 
 
@@ -86,11 +107,79 @@ def write(con: duckdb.DuckDBPyConnection, key: str, value: bytes) -> None:
     con.execute("INSERT INTO writer_state VALUES ($1, $2)", [key, value])
 
 
+def pin(con: duckdb.DuckDBPyConnection, name: str, value: str) -> None:
+    """Note a fact in table `meta` in place of what was there."""
+    con.execute("DELETE FROM meta WHERE key = $1", [name])
+    con.execute("INSERT INTO meta VALUES ($1, $2)", [name, value])
+
+
 def settings_difference(stored: str, wanted: Mapping[str, Any]) -> list[str]:
     """Return, one line each, which settings differ from those stored as JSON."""
+    # tuples become lists on their way through JSON, on both sides
     before, now = json.loads(stored), json.loads(json.dumps(wanted))
     return [
         f"{name}: stored {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One of the processes of a capture."""
+
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        """Refuse a rank outside the world.
+
+        Raises:
+            ContentError: rank is not between 0 and world_size - 1.
+        """
+        if not 0 <= self.rank < self.world_size:
+            raise ContentError(
+                f"rank: want 0 to world_size - 1 = {self.world_size - 1}, got {self.rank}."
+            )
+
+    @property
+    def suffix(self) -> str:
+        """What sets this rank's names apart; nothing for the first."""
+        return f" rank {self.rank}" if self.rank else ""
+
+    def lock(self, where: Place) -> Path:
+        """Return the lock that keeps a second process from writing as this rank."""
+        lock = where.writer_lock
+        return lock.with_name(f"{lock.name}-{self.rank}") if self.rank else lock
+
+    def next_number(self, names: Iterable[str]) -> int:
+        """Return the number of this rank's next shard or state, given the names of those listed."""
+        numbers = [number for number in map(file_number, names) if self._owns(number)]
+        return max(numbers, default=self.rank * NUMBERS_PER_RANK - 1) + 1
+
+    def _owns(self, number: int) -> bool:
+        return number // NUMBERS_PER_RANK == self.rank
+
+    def sweep(self, where: Place, con: duckdb.DuckDBPyConnection) -> None:
+        """Remove the files that this rank wrote and never committed, unless the store is read.
+
+        A reader may still know of shards that a compaction has replaced.
+        """
+        names = listed_names(con)
+        with unread(where.folder) as is_unread:
+            for path in list(unlisted(where, names)) if is_unread else ():
+                if self.world_size == 1 or self._owns(file_number(path.name)):
+                    path.unlink()
+
+    def others(
+        self, where: Place, con: duckdb.DuckDBPyConnection, key: str
+    ) -> list[RankState | None]:
+        """Return the committed states under `key` by rank; None for this one and the unborn."""
+        states: list[RankState | None] = []
+        for rank in range(self.world_size):
+            value = None
+            if rank != self.rank:
+                value = read(con, key + Rank(rank, self.world_size).suffix)
+            is_stored = value is not None
+            states.append(from_bytes(load_state(value, where.folder)) if is_stored else None)
+        return states

@@ -15,14 +15,13 @@ from jaxtyping import Int64
 
 from activation_store.hooks import Rows, Vectors
 from activation_store.write.exemplars import (
-    Chosen,
+    ChosenTokens,
     quantile_exemplars,
     random_exemplars,
     top_exemplars,
 )
 from activation_store.write.kernel import Seen
-from activation_store.write.sketch import RELATIVE_ERROR, quantiles
-from activation_store.write.statistics import shape_of
+from activation_store.write.moments import RELATIVE_ERROR, quantiles, shape_of
 
 QUANTILES = {
     "q01": 0.01,
@@ -66,9 +65,9 @@ def write_tables(
 ) -> None:
     """Replace the rows of these hooks in the three tables."""
     with ThreadPoolExecutor(1) as ahead:  # the next hook's rows are made while one's are inserted
-        made = ahead.map(_tables, hooks)
+        contents = ahead.map(lambda hook: (unit_stats(hook), exemplars(hook)), hooks)
         for hook in hooks:
-            _write_rows(con, hook, seed, *next(made))
+            _write_rows(con, hook, seed, *next(contents))
     for whole in vectors:
         hook = whole.hook
         con.execute("DELETE FROM hooks WHERE hook = $1 AND kind = 'vectors'", [hook.hook])
@@ -76,10 +75,6 @@ def write_tables(
         facts = {"hook": hook.hook, "kind": "vectors", "d": hook.d, "dtype": hook.dtype}
         seen = {"n_tokens": whole.n_tokens, "n_acts": whole.n_vectors}
         _insert_row(con, "hooks", {**facts, **seen, **counts})
-
-
-def _tables(hook: RowsTotal) -> tuple[pa.Table, dict[str, pa.Table]]:
-    return unit_stats(hook), exemplars(hook)
 
 
 def _write_rows(
@@ -178,7 +173,7 @@ def exemplars(hook: RowsTotal) -> dict[str, pa.Table]:
     return {kind: _exemplar_rows(hook.rows.kept, rows) for kind, rows in chosen.items()}
 
 
-def _exemplar_rows(units: np.ndarray, chosen: Chosen) -> pa.Table:
+def _exemplar_rows(units: np.ndarray, chosen: ChosenTokens) -> pa.Table:
     n = len(chosen.rank)
     return pa.table(
         {

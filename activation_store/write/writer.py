@@ -2,9 +2,9 @@
 
 A capture is a set of hooks taken over one stream of sequences. Everything it writes depends only
 on the stream and the settings, not on how the sequences come in batches: it looks at fixed places
-of the stream whether a block of entries is due to be written and a commit to be made. A commit
-lists the shards and stores, in the same step, the tables and what the writer must remember. A
-capture that is stopped in any way goes on after its last commit, and its store equals that of one
+of the stream whether a block of entries is due to be written and a commit to be made. A commit is
+atomic: it lists the shards and stores, in one step, the tables and what the writer must remember. A
+capture that is stopped in any way resumes after its last commit, and its store equals that of one
 never stopped.
 """
 
@@ -22,16 +22,30 @@ import numpy as np
 from activation_store.catalog import catalogue
 from activation_store.errors import ContentError, StoreError
 from activation_store.hooks import Rows, Vectors
-from activation_store.shards.names import listed, register
-from activation_store.shards.spool import Spool
-from activation_store.write import state, state_files
-from activation_store.write.accumulator import GROUP_TOKENS, Accumulator, is_block
-from activation_store.write.blocks import Tensor, as_block, as_tokens, tiles_of
+from activation_store.shards.names import (
+    StateFile,
+    listed,
+    listed_states,
+    load_state,
+    register,
+    write_state,
+)
+from activation_store.write import state
+from activation_store.write.accumulator import (
+    GROUP_TOKENS,
+    Accumulator,
+    Tensor,
+    VectorLog,
+    as_block,
+    as_tokens,
+    is_block,
+    tiles_of,
+)
 from activation_store.write.exemplars import DRAWS
-from activation_store.write.ranks import Held, Rank, refuse_shared
+from activation_store.write.sequences import TokenLog, refuse_shared
+from activation_store.write.spool import Spool
+from activation_store.write.state import Rank, RankState
 from activation_store.write.summary import write_tables
-from activation_store.write.tokens import TokenLog
-from activation_store.write.vectors import VectorLog
 
 COMMIT_TOKENS = 1_000_000
 """Tokens between commits unless asked otherwise."""
@@ -93,12 +107,12 @@ class Writer:
 
     @property
     def next_seq(self) -> int:
-        """Sequences of this rank's stream that are committed: where a resumed capture goes on."""
+        """Sequences of this rank's stream that are committed: a resumed capture skips so many."""
         return self._committed
 
     @property
     def settings(self) -> dict[str, object]:
-        """What must be the same to go on with a capture."""
+        """What must be the same to resume a capture."""
         return {
             "n_ctx": self._n_ctx,
             "seed": self._seed,
@@ -115,7 +129,7 @@ class Writer:
         return "capture " + json.dumps(names + [f"vectors {hook.hook}" for hook in self._vectors])
 
     def __enter__(self) -> "Writer":
-        """Take the store's writer lock and go on where the capture was committed last.
+        """Take the store's writer lock and resume after the last commit of the capture.
 
         Raises:
             LockedError: another process writes this store.
@@ -132,7 +146,7 @@ class Writer:
             self._tokens = TokenLog()
             wait = catalogue.COMMIT_WAIT_SECONDS
             with (
-                # else another rank's commit removes the state that is being read
+                # without it another rank's commit removes the state that is being read
                 catalogue.locked(self._where.commit_lock, wait),
                 duckdb.connect(self._where.file, read_only=True) as con,
             ):
@@ -173,10 +187,10 @@ class Writer:
             self._rank.others(self._where, con, "tokens"),
         )
         others = self._rank.others(self._where, con, self._key)
-        for held in others:
-            if held is not None:
-                self._refuse_other_settings(held)
-        files = state_files.listed(con)
+        for other in others:
+            if other is not None:
+                self._refuse_other_settings(other)
+        files = listed_states(con)
         self._state = files.get(self._key + self._rank.suffix)
         self._state_number = self._rank.next_number(file.file for file in files.values())
         stored = state.read(con, self._key + self._rank.suffix)
@@ -184,17 +198,17 @@ class Writer:
             if not any(others):
                 self._refuse_known_hooks(con)
             return
-        held = state.from_bytes(state_files.load(stored, self._where.folder))
-        self._refuse_other_settings(held)
-        self._n_seqs = self._committed = int(held["n_seqs"])
+        last = state.from_bytes(load_state(stored, self._where.folder))
+        self._refuse_other_settings(last)
+        self._n_seqs = self._committed = int(last["n_seqs"])
         for hook in self._accumulators:
-            hook.restore(held)
-        self._vector_log.restore(held)
-        self._tokens.restore_given(held["given"])
+            hook.restore(last)
+        self._vector_log.restore(last)
+        self._tokens.restore_given(last["given"])
 
-    def _refuse_other_settings(self, held: Held) -> None:
-        """Refuse to go on with a capture, or to join one, that was begun with other settings."""
-        differences = state.settings_difference(str(held["settings"]), self.settings)
+    def _refuse_other_settings(self, begun: RankState) -> None:
+        """Refuse to resume a capture, or to join one, that was begun with other settings."""
+        differences = state.settings_difference(str(begun["settings"]), self.settings)
         if differences:
             raise ContentError(
                 f"{self._where.file}: this capture was begun with other settings: "
@@ -203,14 +217,14 @@ class Writer:
 
     def _refuse_known_hooks(self, con: duckdb.DuckDBPyConnection) -> None:
         """Refuse to begin a capture of hooks that belong to another one."""
-        known = set(con.execute("SELECT hook, kind FROM hooks").fetchall())
+        captured = set(con.execute("SELECT hook, kind FROM hooks").fetchall())
         ours = {(hook.hook, "rows") for hook in self._rows}
         ours |= {(hook.hook, "vectors") for hook in self._vectors}
-        if known & ours:
-            names = ", ".join(f"{hook} ({kind})" for hook, kind in sorted(known & ours))
+        if captured & ours:
+            names = ", ".join(f"{hook} ({kind})" for hook, kind in sorted(captured & ours))
             raise ContentError(
                 f"{self._where.file}: already captured together with other hooks: {names}. Name "
-                "the same set of hooks to go on with that capture, or leave these out."
+                "the same set of hooks to resume that capture, or leave these out."
             )
 
     def add(
@@ -239,10 +253,14 @@ class Writer:
         seq = as_tokens("seq_ids", seq_ids, (n,))
         tokens = as_tokens("token_ids", token_ids, (n, self._n_ctx))
         docs = as_tokens("doc_ids", doc_ids, (n, self._n_ctx))
-        self._check_hooks(activations)
+        hooks = (*self._rows, *self._vectors)
+        if missing := sorted({hook.hook for hook in hooks} - activations.keys()):
+            raise ContentError(
+                f"activations of {', '.join(missing)} are missing; got {', '.join(activations)}."
+            )
         blocks = {
             hook.hook: as_block(hook.hook, activations[hook.hook], (n, self._n_ctx, hook.d))
-            for hook in (*self._rows, *self._vectors)
+            for hook in hooks
         }
         self._tokens.check(seq, tokens, docs)
         with self._changing():
@@ -251,9 +269,12 @@ class Writer:
                 stop = min(n, done + self._group - self._n_seqs % self._group)
                 part = slice(done, stop)
                 self._tokens.add(seq[part], tokens[part], docs[part], split)
-                self._add_blocks(
-                    seq[part], docs[part], {hook: block[part] for hook, block in blocks.items()}
-                )
+                tiles = tiles_of(seq[part], docs[part])
+                for hook in self._accumulators:
+                    block = blocks[hook.rows.hook][part]
+                    hook.add(block.reshape(docs[part].size, -1), tiles)
+                some = {hook.hook: blocks[hook.hook][part] for hook in self._vectors}
+                self._vector_log.add(seq[part], docs[part], some)
                 self._n_seqs += stop - done
                 done = stop
                 if self._n_seqs % self._group == 0:
@@ -265,26 +286,11 @@ class Writer:
         if self._stopped:
             raise StoreError(
                 f"{self._where.file}: this writer stopped at an error before; leave its block and "
-                f"enter another one, which goes on from sequence {self._committed} of the stream."
+                f"enter another one, which resumes from sequence {self._committed} of the stream."
             )
         self._stopped = True
         yield
         self._stopped = False
-
-    def _check_hooks(self, activations: Mapping[str, Tensor]) -> None:
-        wanted = {hook.hook for hook in (*self._rows, *self._vectors)}
-        if missing := sorted(wanted - activations.keys()):
-            raise ContentError(
-                f"activations of {', '.join(missing)} are missing; got {', '.join(activations)}."
-            )
-
-    def _add_blocks(
-        self, seq: np.ndarray, docs: np.ndarray, blocks: Mapping[str, np.ndarray]
-    ) -> None:
-        tiles = tiles_of(seq, docs)
-        for hook in self._accumulators:
-            hook.add(blocks[hook.rows.hook].reshape(docs.size, -1), tiles)
-        self._vector_log.add(seq, docs, blocks)
 
     def _look(self) -> None:
         """Write a block or commit, if it is time; only at fixed places of the stream."""
@@ -324,34 +330,27 @@ class Writer:
             register(con, shards)
             totals = [hook.total(others) for hook in self._accumulators]
             write_tables(con, totals, self._vector_log.totals(others), self._seed)
-            self._pin(con)
+            # the store is of one model and one length of sequence from now on
+            for name, value in (("model_digest", self._model_digest), ("n_ctx", str(self._n_ctx))):
+                if value is not None:
+                    state.pin(con, name, value)
             state.write(con, "tokens" + self._rank.suffix, self._tokens.dump())
-            held = writing_state.result()
-            state.write(con, self._key + self._rank.suffix, held.value())
+            file = writing_state.result()
+            state.write(con, self._key + self._rank.suffix, file.value())
             catalogue.sync(self._where.folder)
         if self._state is not None:
             (self._where.folder / self._state.file).unlink(missing_ok=True)
-        self._state, self._state_number = held, self._state_number + 1
+        self._state, self._state_number = file, self._state_number + 1
         self._committed = self._n_seqs
 
-    def _pin(self, con: duckdb.DuckDBPyConnection) -> None:
-        """Note which model and which length of sequence the store is for."""
-        for name, value in (("model_digest", self._model_digest), ("n_ctx", str(self._n_ctx))):
-            if value is not None:
-                con.execute("DELETE FROM meta WHERE key = $1", [name])
-                con.execute("INSERT INTO meta VALUES ($1, $2)", [name, value])
-
-    def _write_state(self) -> state_files.StateFile:
+    def _write_state(self) -> StateFile:
         """Bring to the disk what must be remembered; runs in a thread."""
-        held = {
+        arrays = {
             "settings": np.array(json.dumps(self.settings)),
             "n_seqs": np.array(self._n_seqs),
             "given": self._tokens.given,
         }
         for hook in self._accumulators:
-            held |= hook.dump()
-        data = state.to_bytes(held | self._vector_log.dump())
-        return state_files.write(self._where.folder, self._store_id, self._state_number, data)
-
-
-__all__ = ["Rows", "StoreError", "Vectors", "Writer"]
+            arrays |= hook.dump()
+        data = state.to_bytes(arrays | self._vector_log.dump())
+        return write_state(self._where.folder, self._store_id, self._state_number, data)

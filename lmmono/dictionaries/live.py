@@ -1,6 +1,6 @@
 """Vectors straight from a model, without a store: rows are run through it as they are needed.
 
-The order is the store's (`activation_store.read.mixing`), rows of tokens for its blocks: rows in
+The order is the store's (`activation_store.read.selection`), rows of tokens for its blocks: rows in
 random order are cut into pools, and the tokens of a pool are mixed. So a batch depends on the
 model, the rows, the settings and its number alone, and any batch can be the first.
 """
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from activation_store.read.mixing import Epoch, Mixing, Pool
+from activation_store.read.selection import EpochOrder, MixedTokens, Mixing
 from activation_store.read.stream import BUFFER_BYTES
 from activation_store.write.recorder import digest as weights_digest
 from lmmono.data.tokens import TokenRows
@@ -94,7 +94,7 @@ class _ModelVectors(Vectors):
             yield from self._epoch(self._mixing.epoch(number), first * self.batch_tokens)
             number, first = number + 1, 0
 
-    def _epoch(self, epoch: Epoch, begin: int) -> Iterator[dict[str, Float[Tensor, "n _"]]]:
+    def _epoch(self, epoch: EpochOrder, begin: int) -> Iterator[dict[str, Float[Tensor, "n _"]]]:
         """Yield the batches of an epoch from a token on; they reach over the ends of pools."""
         held = {hook: torch.empty(0) for hook in self.widths}
         for number in range(epoch.n_pools):
@@ -113,7 +113,7 @@ class _ModelVectors(Vectors):
                 yield {hook: x[at : at + self.batch_tokens] for hook, x in ready.items()}
             held = {hook: x[n_whole:].clone() for hook, x in ready.items()}
 
-    def _run(self, pool: Pool) -> dict[str, Float[Tensor, "n _"]]:
+    def _run(self, pool: MixedTokens) -> dict[str, Float[Tensor, "n _"]]:
         """Return the vectors of a pool, mixed."""
         ids = self._ids(np.unique(pool.tokens // self._n_ctx))
         batch_rows = max(1, FORWARD_TOKENS // self._n_ctx)
