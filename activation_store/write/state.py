@@ -180,6 +180,6 @@ class Rank:
             value = None
             if rank != self.rank:
                 value = read(con, key + Rank(rank, self.world_size).suffix)
-            is_stored = value is not None
-            states.append(from_bytes(load_state(value, where.folder)) if is_stored else None)
+            loaded = None if value is None else from_bytes(load_state(value, where.folder))
+            states.append(loaded)
         return states

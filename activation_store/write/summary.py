@@ -65,9 +65,9 @@ def write_tables(
 ) -> None:
     """Replace the rows of these hooks in the three tables."""
     with ThreadPoolExecutor(1) as ahead:  # the next hook's rows are made while one's are inserted
-        contents = ahead.map(lambda hook: (unit_stats(hook), exemplars(hook)), hooks)
+        stats, chosen = ahead.map(unit_stats, hooks), ahead.map(exemplars, hooks)
         for hook in hooks:
-            _write_rows(con, hook, seed, *next(contents))
+            _write_rows(con, hook, seed, next(stats), next(chosen))
     for whole in vectors:
         hook = whole.hook
         con.execute("DELETE FROM hooks WHERE hook = $1 AND kind = 'vectors'", [hook.hook])
