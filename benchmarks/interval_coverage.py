@@ -14,7 +14,7 @@ import argparse
 import numpy as np
 
 from lmmono.stats.agreement import AGREEMENTS, Agreement, record_sums
-from lmmono.stats.unit_intervals import unit_intervals
+from lmmono.stats.intervals import unit_intervals
 
 PEARSON = AGREEMENTS["pearson"]
 AT_ONCE = 50

@@ -12,14 +12,9 @@ from scipy import stats
 import activation_store as astore
 from lmmono.errors import DataError
 from lmmono.recipe.robustness_settings import Robustness
-from lmmono.studies import comparisons
-from lmmono.studies.comparisons import (
-    compare_families,
-    effect,
-    holm,
-    paired,
-    sign_flip_p,
-)
+from lmmono.stats import bootstrap, significance
+from lmmono.stats.significance import effect, holm, sign_flip_p
+from lmmono.studies.comparisons import compare_families, paired
 from lmmono.studies.doses import Dose, dose_responses, read_doses, spearman_interval
 from lmmono.studies.effective import effective_robustness, logit
 from lmmono.suites.robustness_rows import Asked, read_results, severity_areas, stored_rows
@@ -87,9 +82,9 @@ def test_what_does_not_vary_has_an_interval_of_one_point_and_one_seed_has_none()
 
 @pytest.mark.parametrize("n", [5, 10, 24])
 def test_intervals_cover_the_mean_of_normal_differences(n, monkeypatch):
-    monkeypatch.setattr(comparisons, "N_RESAMPLES", 499)
+    monkeypatch.setattr(bootstrap, "N_RESAMPLES", 499)
     draws = np.random.default_rng(0).normal(0.4, 1.0, (400, n))
-    ends = [comparisons._interval([d], seed)[:2] for seed, d in enumerate(draws)]
+    ends = [significance._interval([d], seed)[:2] for seed, d in enumerate(draws)]
     assert 0.91 <= np.mean([low <= 0.4 <= high for low, high in ends]) <= 0.985
 
 

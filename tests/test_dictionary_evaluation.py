@@ -19,7 +19,7 @@ from lmmono.dictionaries.measures import dead_fraction, recovered
 from lmmono.errors import DictionaryError
 from lmmono.models.hooks import Edit, attached, run_with_cache, run_with_edit
 from lmmono.registry.metrics import METRICS
-from lmmono.stats.document_intervals import Draws, ratio
+from lmmono.stats.bootstrap import DocumentDraws, ratio
 
 POST, RESID = "blocks.0.mlp.hook_post", "blocks.1.hook_resid_post"
 
@@ -192,7 +192,7 @@ def test_what_is_not_lost_cannot_be_recovered():
 
 
 def test_recovery_needs_an_ablation_that_hurts_on_every_redraw():
-    draws = Draws(2, 20, 2, 0, 0.95)
+    draws = DocumentDraws(2, 20, 2, 0, 0.95)
     clean, spliced = np.array([1.0, 1.0, 1.0]), np.array([1.5, 1.5, 1.25])
     found = recovered(draws, clean, spliced, np.array([2.0, 3.0, 2.0]), 18)
     assert found.value == 0.5 and found.n == 18
@@ -204,7 +204,7 @@ def test_intervals_of_a_ratio_are_those_of_scipy():
     rng = np.random.default_rng(0)
     below = rng.integers(5, 50, 30).astype(float)
     above = below * rng.uniform(0.2, 0.6, 30)
-    draws = Draws(30, int(below.sum()), 20_000, 0, 0.9)
+    draws = DocumentDraws(30, int(below.sum()), 20_000, 0, 0.9)
     ours = draws.estimate(ratio(draws.totals(above), draws.totals(below)))
     theirs = stats.bootstrap(
         (above, below),
@@ -228,7 +228,9 @@ def test_intervals_over_documents_cover_and_those_over_tokens_would_not():
         lengths = rng.integers(10, 60, n_documents)
         rates = rng.beta(4, 6, n_documents)  # tokens of a document hang together
         counts = rng.binomial(lengths, rates).astype(float)
-        draws = Draws(n_documents, int(lengths.sum()), 400, int(rng.integers(1 << 30)), 0.95)
+        draws = DocumentDraws(
+            n_documents, int(lengths.sum()), 400, int(rng.integers(1 << 30)), 0.95
+        )
         found = draws.estimate(draws.totals(counts) / draws.totals(lengths.astype(float)))
         hits += found.low <= truth <= found.high
         half = 1.96 * np.sqrt(found.value * (1 - found.value) / lengths.sum())
@@ -243,7 +245,7 @@ def test_the_interval_of_the_dead_share_covers_what_other_documents_would_give()
     expected = ((1 - rates) ** 50).mean()
     for _ in range(repeats):
         fired = rng.random((50, 200)) < rates
-        found = dead_fraction(Draws(50, 1000, 0, 0, 0.95), fired)
+        found = dead_fraction(DocumentDraws(50, 1000, 0, 0, 0.95), fired)
         assert found.value == (~fired.any(0)).mean()
         hits += found.low <= expected <= found.high
     assert hits / repeats >= 0.93

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from planted_results import noisy_labels, other_domain, result
 
-from lmmono.studies.comparisons import effect
+from lmmono.stats.significance import effect
 from lmmono.studies.doses import Dose
 from lmmono.studies.hypotheses import Evidence, from_all, verdicts
 from lmmono.suites.robustness_rows import Result

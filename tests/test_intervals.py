@@ -6,7 +6,7 @@ from scipy.stats import pearsonr, spearmanr, t
 from sklearn.metrics import r2_score
 
 from lmmono.stats.agreement import AGREEMENTS, record_sums
-from lmmono.stats.unit_intervals import leave_one_out, mean_interval, unit_intervals, unit_method
+from lmmono.stats.intervals import leave_one_out, student_interval, unit_intervals, unit_method
 
 TRUTH = np.array([[0.0, 2.0, 0.0, 4.0], [1.0, 0.0, 0.0, 3.0]])
 PREDICTED = np.array([[1.0, 2.0, 0.0, 3.0], [0.0, 0.0, 1.0, 3.0]])
@@ -136,16 +136,16 @@ def test_intervals_of_twenty_and_twenty_records_cover_the_truth_in_90_to_98_of_1
 def test_the_interval_of_a_mean_is_students_and_of_several_hooks_is_pooled():
     rng = np.random.default_rng(4)
     one, two = rng.normal(1, 1, 30), rng.normal(3, 2, 50)
-    mean, low, high = mean_interval([one])
+    mean, low, high = student_interval([one])
     half = t.ppf(0.975, 29) * one.std(ddof=1) / np.sqrt(30)
     assert (mean, low, high) == pytest.approx((one.mean(), one.mean() - half, one.mean() + half))
-    mean, low, high = mean_interval([one, two])
+    mean, low, high = student_interval([one, two])
     assert mean == pytest.approx((one.mean() + two.mean()) / 2)
     error = np.sqrt(one.var(ddof=1) / 30 + two.var(ddof=1) / 50) / 2
     assert high - low == pytest.approx(2 * t.ppf(0.975, 70) * error, rel=0.01)
-    assert np.isnan(mean_interval([one, two[:1]])[1])
+    assert np.isnan(student_interval([one, two[:1]])[1])
     covered = 0
     for _ in range(400):
-        _, low, high = mean_interval([rng.exponential(1, 64), rng.exponential(2, 64)])
+        _, low, high = student_interval([rng.exponential(1, 64), rng.exponential(2, 64)])
         covered += low <= 1.5 <= high
     assert 0.91 <= covered / 400 <= 0.98

@@ -13,7 +13,7 @@ from lmmono.dictionaries.detection import best_thresholds, choose, measure, scan
 from lmmono.dictionaries.recovery import recovery_of
 from lmmono.errors import DictionaryError
 from lmmono.models.hooks import run_with_cache
-from lmmono.stats.document_intervals import Draws
+from lmmono.stats.bootstrap import DocumentDraws
 
 POST = "blocks.0.mlp.hook_post"
 
@@ -58,7 +58,7 @@ def test_held_out_numbers_are_those_of_scikit_learn_for_the_chosen_units():
     choice = choose(codes[first], truth[first], *scan(codes[first], truth[first]))
     assert choice.ranked[:2].tolist() == [3, 5] and choice.ranked_sign[:2].tolist() == [1.0, -1.0]
     assert choice.matched[:2].tolist() == [3, 5] and choice.split[0] == 3
-    draws = Draws(20, 200, 50, 0, 0.95)
+    draws = DocumentDraws(20, 200, 50, 0, 0.95)
     found = measure(codes[second], truth[second], documents, choice, draws)
     assert found.auroc.shape == (51, 4)
     for f in range(4):
@@ -115,11 +115,11 @@ def test_intervals_of_held_out_numbers_cover_the_truth():
     acts, truth, documents = clustered(random, 4000)
     choice = choose(acts, truth, *scan(acts, truth))
     names = ("correlation", "auroc", "f1")
-    large = measure(acts, truth, documents, choice, Draws(4000, 80_000, 0, 0, 0.95))
+    large = measure(acts, truth, documents, choice, DocumentDraws(4000, 80_000, 0, 0, 0.95))
     hits = dict.fromkeys(names, 0)
     for seed in range(repeats):
         acts, truth, documents = clustered(random, 40)
-        draws = Draws(40, 800, 300, seed, 0.95)
+        draws = DocumentDraws(40, 800, 300, seed, 0.95)
         found = measure(acts, truth, documents, choice, draws)
         for name in names:
             interval = draws.estimate(getattr(found, name)[:, 0])

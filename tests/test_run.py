@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lmmono.errors import RunError
 from lmmono.files import provenance
-from lmmono.files.atomic import disk_faults, write_whole
+from lmmono.files.atomic import disk_faults, write_atomic
 from lmmono.recipe import SECTIONS, Recipe
 from lmmono.recipe.sections import Capture, CrateModel, Train
 from lmmono.runs.folder import Run, changes, find_runs, open_run
@@ -251,10 +251,10 @@ def test_a_saved_model_is_read_back_whole(recipe):
 
 def test_a_refused_write_is_the_users_error_and_leaves_the_old_file(tmp_path):
     path = tmp_path / "manifest.json"
-    write_whole(path, "old")
+    write_atomic(path, "old")
     path.with_name("manifest.json.tmp").mkdir()  # where the new bytes would go
     with pytest.raises(RunError, match=r"manifest.json: cannot be written: .*; check the folder"):
-        write_whole(path, "new")
+        write_atomic(path, "new")
     assert path.read_text() == "old"
 
 

@@ -21,7 +21,7 @@ from activation_store.write.recorder import digest as weights_digest
 from lmmono.captures.latents import Code, Latents, claim_all, latent_rows
 from lmmono.data.tokens import TokenRows
 from lmmono.errors import RunError
-from lmmono.files.processes import Processes, current
+from lmmono.files.processes import Processes, this_process
 from lmmono.models.hooks import hook_width, match_hooks, recording
 from lmmono.recipe.sections import Capture
 from lmmono.runs.folder import Run
@@ -98,7 +98,7 @@ def capture_run(run: Run, *, progress: Progress = silent) -> Run:
     digest = recipe.digest(*STAGES["capture"].sections)
     if run.is_finished("capture", digest):
         return run
-    here = current()
+    here = this_process()
     with run.stage("capture", digest) if here.is_main else nullcontext() as stage:
         with here.main_first():
             parts = [run.tokens(split).limit(settings.max_tokens) for split in settings.splits]

@@ -138,10 +138,10 @@ def train(target: RecipeOrRun, overrides: Overrides = None) -> None:
 @app.command()
 def capture(target: RecipeOrRun, overrides: Overrides = None) -> None:
     """Stream activations of trained models into their stores."""
-    from lmmono.files.processes import current
+    from lmmono.files.processes import this_process
 
     for recipe in _runs_of(target, overrides):
-        with current().main_first():
+        with this_process().main_first():
             run = _created(recipe)
         _say(stages.captured(run))
 

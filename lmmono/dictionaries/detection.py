@@ -12,7 +12,7 @@ from numpy import ndarray
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 
-from lmmono.stats.document_intervals import Draws, ratio
+from lmmono.stats.bootstrap import DocumentDraws, ratio
 
 UNITS_AT_ONCE = 256
 CANDIDATES = 16
@@ -141,7 +141,7 @@ def measure(
     truth: Truth,
     documents: Int[ndarray, " n"],
     choice: Choice,
-    draws: Draws,
+    draws: DocumentDraws,
 ) -> Detection:
     """Measure chosen units on other documents, numbered from 0.
 

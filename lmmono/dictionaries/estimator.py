@@ -19,7 +19,7 @@ from torch import Tensor
 from lmmono.dictionaries.vector_source import Vectors, as_vectors
 from lmmono.errors import DictionaryError, nearest
 from lmmono.files import provenance
-from lmmono.files.atomic import disk_faults, write_whole
+from lmmono.files.atomic import disk_faults, write_atomic
 from lmmono.registry.dictionary_kinds import DICTIONARY_KINDS
 from lmmono.registry.lookup import load
 from lmmono.types import Progress, silent
@@ -161,7 +161,7 @@ class Dictionary(ABC):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "dictionary.json").unlink(missing_ok=True)
             self._save(folder)
-        write_whole(folder / "dictionary.json", json.dumps(self._described(), indent=2) + "\n")
+        write_atomic(folder / "dictionary.json", json.dumps(self._described(), indent=2) + "\n")
         return folder
 
     @abstractmethod

@@ -19,7 +19,8 @@ from lmmono.dictionaries.passes import Passage, Passes, Subject
 from lmmono.dictionaries.splicing import hook_of
 from lmmono.errors import DictionaryError
 from lmmono.registry.metrics import METRICS
-from lmmono.stats.document_intervals import Draws, Estimate
+from lmmono.stats.bootstrap import DocumentDraws
+from lmmono.stats.estimate import Estimate
 from lmmono.types import Progress, silent
 
 
@@ -237,12 +238,12 @@ def evaluate(
     named = [(hook_of(model, each, hook), each) for each in given]
     passage = Passage(rows.limit(max_tokens), model, batch_tokens)
     passes = Passes.run(named, model, passage, progress)
-    draws = Draws(passage.n_documents, passage.n_tokens, n_resamples, seed, level)
+    draws = DocumentDraws(passage.n_documents, passage.n_tokens, n_resamples, seed, level)
     reports = [_report(passes, subject, draws) for subject in passes.subjects]
     return reports[0] if isinstance(dictionary, Dictionary) else reports
 
 
-def _report(passes: Passes, subject: Subject, draws: Draws) -> SAEReport:
+def _report(passes: Passes, subject: Subject, draws: DocumentDraws) -> SAEReport:
     """Turn sums over documents into numbers with intervals."""
     site, measures = subject.site, code_measures(draws, subject.site.vectors, subject.codes)
     predicted = draws.totals(passes.passage.predicted)

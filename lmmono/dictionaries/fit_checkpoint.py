@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lmmono.errors import DictionaryError
-from lmmono.files.atomic import disk_faults, flush
+from lmmono.files.atomic import disk_faults, sync
 
 FILE = "checkpoint.safetensors"
 
@@ -30,9 +30,9 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict[str, A
     with disk_faults(fresh):
         content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         save_file(content, fresh, metadata={"facts": json.dumps(facts)})
-        flush(fresh)
+        sync(fresh)
         os.replace(fresh, folder / FILE)
-        flush(folder)
+        sync(folder)
 
 
 def load_checkpoint(folder: Path, digest: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -13,7 +13,9 @@ from jaxtyping import Float, Int, Shaped
 from numpy import ndarray
 from torch import Tensor
 
-from lmmono.stats.document_intervals import Draws, Estimate, jackknife, ratio
+from lmmono.stats.bootstrap import DocumentDraws, ratio
+from lmmono.stats.estimate import Estimate
+from lmmono.stats.intervals import jackknife_interval
 
 FLAT = 1e-12
 """Vectors whose variance is at most this share of their energy do not vary."""
@@ -95,7 +97,7 @@ class CodeMeasures:
     density_counts: Int[ndarray, " bins"]
 
 
-def code_measures(draws: Draws, vectors: VectorSums, codes: CodeSums) -> CodeMeasures:
+def code_measures(draws: DocumentDraws, vectors: VectorSums, codes: CodeSums) -> CodeMeasures:
     """Return the measures of a code; the formulas stand in `lmmono.registry.metrics`."""
     sums = dict(zip(_COLUMNS, draws.totals(on_host(codes.sums)).T, strict=True))
     tokens = draws.totals(on_host(vectors.tokens))
@@ -127,7 +129,7 @@ def code_measures(draws: Draws, vectors: VectorSums, codes: CodeSums) -> CodeMea
     )
 
 
-def dead_fraction(draws: Draws, fired: Shaped[ndarray, "documents d_sae"]) -> Estimate:
+def dead_fraction(draws: DocumentDraws, fired: Shaped[ndarray, "documents d_sae"]) -> Estimate:
     """Return the share of latents that fired in no document, with its jackknife interval.
 
     A redraw holds 63 % of the documents, so every redraw has more dead latents than the documents
@@ -139,8 +141,9 @@ def dead_fraction(draws: Draws, fired: Shaped[ndarray, "documents d_sae"]) -> Es
     low = high = float("nan")
     if draws.n_documents > 1:
         only_there = fired[:, in_documents == 1].sum(axis=1)
-        low, high = jackknife(dead, dead + only_there / fired.shape[1], draws.level)
-        low, high = max(low, 0.0), min(high, 1.0)
+        without = dead + only_there / fired.shape[1]
+        low, high = jackknife_interval(dead, without, draws.level)
+        low, high = max(float(low), 0.0), min(float(high), 1.0)
     sizes = (fired.shape[1], draws.n_tokens, draws.n_documents)
     return Estimate(dead, low, high, draws.level, "jackknife over documents", *sizes)
 
@@ -158,7 +161,7 @@ def density_counts(n_active: Int[ndarray, " d_sae"], n_tokens: int) -> Int[ndarr
 
 
 def recovered(
-    draws: Draws,
+    draws: DocumentDraws,
     clean: Float[ndarray, " one_plus_resamples"],
     spliced: Float[ndarray, " one_plus_resamples"],
     ablated: Float[ndarray, " one_plus_resamples"],

@@ -26,7 +26,8 @@ from lmmono.errors import DictionaryError
 from lmmono.models.hooks import run_with_cache
 from lmmono.registry.metrics import METRICS
 from lmmono.runs.folder import Run
-from lmmono.stats.document_intervals import Draws, Estimate
+from lmmono.stats.bootstrap import DocumentDraws
+from lmmono.stats.estimate import Estimate
 from lmmono.types import Split
 
 
@@ -206,7 +207,7 @@ class _Halves:
     second: Bool[ndarray, " n"]
     documents: Int[ndarray, " n_second"]
     """Documents of the second half's tokens, numbered from 0."""
-    draws: Draws
+    draws: DocumentDraws
 
     @classmethod
     def drawn(cls, documents: Int[ndarray, " n"], n: int, seed: int, level: float) -> "_Halves":
@@ -214,7 +215,9 @@ class _Halves:
         order = np.random.default_rng(seed).permutation(known)
         second = np.isin(documents, order[: len(order) // 2])
         there, numbers = np.unique(documents[second], return_inverse=True)
-        return cls(~second, second, numbers, Draws(len(there), int(second.sum()), n, seed, level))
+        return cls(
+            ~second, second, numbers, DocumentDraws(len(there), int(second.sum()), n, seed, level)
+        )
 
 
 def _check(codes: Num[ndarray, "n units"], documents: Int[ndarray, " n"]) -> None:
@@ -264,7 +267,7 @@ def _found(
     return found
 
 
-def _means(found: Detection, draws: Draws) -> Recovered:
+def _means(found: Detection, draws: DocumentDraws) -> Recovered:
     """Return means over the features that are defined on all documents of the half.
 
     A redraw that lacks a rare feature keeps its number: without it the mean would be of other,

@@ -35,7 +35,7 @@ from lmmono.dictionaries.soundness import (
 from lmmono.dictionaries.sparse_step import Scratch
 from lmmono.dictionaries.vector_source import Vectors, as_vectors
 from lmmono.errors import DictionaryError, nearest
-from lmmono.files.atomic import locked
+from lmmono.files.locks import lock_folder
 from lmmono.recipe.dictionary_settings import Sae
 from lmmono.types import Progress, silent
 
@@ -244,7 +244,7 @@ def _fit_jobs(
         for job in jobs:
             if job.folder is not None:
                 job.folder.mkdir(parents=True, exist_ok=True)
-                locks.enter_context(locked(job.folder))
+                locks.enter_context(lock_folder(job.folder))
         left = [job for job in jobs if not _is_loaded(job, source)]
         if not left:
             return {}

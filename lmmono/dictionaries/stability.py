@@ -17,7 +17,9 @@ from lmmono.dictionaries.estimator import Dictionary
 from lmmono.dictionaries.measures import on_host
 from lmmono.errors import DictionaryError
 from lmmono.registry.metrics import METRICS
-from lmmono.stats.document_intervals import Draws, Estimate, jackknife
+from lmmono.stats.bootstrap import DocumentDraws
+from lmmono.stats.estimate import Estimate
+from lmmono.stats.intervals import jackknife_interval
 
 Directions = Float[ndarray, "_ d_in"]
 
@@ -129,7 +131,7 @@ def stability(
     _check(fits, firing)
     directions = [on_host(normalize(fit.tensors()["W_dec"].float(), dim=1)) for fit in fits]
     there = [np.abs(each).sum(1) > 0 for each in directions]
-    draws = Draws(0, 0, n_resamples, seed, level)
+    draws = DocumentDraws(0, 0, n_resamples, seed, level)
 
     def report(kept: Sequence[Bool[ndarray, " d_sae"]]) -> StabilityReport:
         chosen = [each[keep] for each, keep in zip(directions, kept, strict=True)]
@@ -178,7 +180,7 @@ def _report(
     directions: list[Directions],
     threshold: float,
     signed: bool,
-    draws: Draws,
+    draws: DocumentDraws,
 ) -> StabilityReport:
     places = list(combinations(range(len(directions)), 2))
     if min(len(each) for each in directions) == 0:
@@ -216,7 +218,7 @@ def _random(random: np.random.Generator, like: Directions) -> Directions:
 def _estimate(
     values: list[Float[ndarray, " matched"]],
     places: list[tuple[int, int]],
-    draws: Draws,
+    draws: DocumentDraws,
     lowest: float = -1.0,
 ) -> Estimate:
     """Return the mean over pairs of the mean over latents, with its interval."""
@@ -230,7 +232,7 @@ def _estimate(
     n_fits = max(j for _, j in places) + 1
     without = [means[[fit not in pair for pair in places]].mean() for fit in range(n_fits)]
     value = float(means.mean())
-    low, high = jackknife(value, np.array(without), draws.level)
+    low, high = map(float, jackknife_interval(value, np.array(without), draws.level))
     return Estimate(
         value, max(low, lowest), min(high, 1.0), draws.level, "jackknife over seeds", n, 0, 0
     )

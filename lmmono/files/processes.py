@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
-_LONGEST_WAIT = timedelta(days=7)
-"""The launcher ends all processes when one dies, so a wait is never for a dead one."""
+_LONGEST_WAIT = timedelta(days=7)  # the launcher ends all when one dies: none waits for the dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +43,20 @@ class Processes:
             self.wait()
 
 
-def current() -> Processes:
+def this_process() -> Processes:
     """Return this process as its launcher names it in RANK and WORLD_SIZE."""
     return Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def is_main_process() -> bool:
+    """Say whether this process is the one of a launch that prints and writes for all."""
+    return this_process().is_main
+
+
+def best_device() -> str:
+    """Return the torch device that this process works on: its GPU where there is one."""
+    import torch
+
+    # the launcher numbers the processes of one machine in LOCAL_RANK, one GPU each
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"

@@ -1,13 +1,16 @@
-"""Ctrl-C and SIGTERM during training: the step under way is finished and saved first."""
+"""Ctrl-C and SIGTERM during long work: the step under way is finished and saved first."""
 
 import signal
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+else:  # beartype needs the name; accelerate takes seconds to import
+    Accelerator = Any
 
 
 class StopRequest:
@@ -26,6 +29,8 @@ class StopRequest:
         """Return the signal if any process received one: all processes get the same answer."""
         if accelerator.num_processes == 1:
             return self.signal
+        import torch
+
         flags = accelerator.gather(torch.tensor([self.signal or 0], device=accelerator.device))
         assert isinstance(flags, torch.Tensor)
         return int(flags.max()) or None

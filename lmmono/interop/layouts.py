@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lmmono.dictionaries.architectures import read_inference, sae_lens
 from lmmono.errors import DictionaryError, nearest
-from lmmono.files.atomic import disk_faults, write_whole
+from lmmono.files.atomic import disk_faults, write_atomic
 
 ARCHITECTURES = ("standard", "gated", "topk", "jumprelu", "matching_pursuit", "abstopk")
 """sae-lens' architectures that code one vector at a time and decode the code alone."""
@@ -77,7 +77,7 @@ def write_sae_lens(network: Any, hook: str | None, folder: Path) -> None:
     config["device"] = "cpu"
     if config["metadata"].get("hook_name") is None and hook:
         config["metadata"]["hook_name"] = hook
-    write_whole(folder / "cfg.json", json.dumps(config))
+    write_atomic(folder / "cfg.json", json.dumps(config))
 
 
 def read_sparsify(folder: Path) -> Any:
@@ -154,7 +154,7 @@ def write_sparsify(network: Any, folder: Path) -> None:
     }
     with disk_faults(folder):
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "sae.safetensors")
-    write_whole(folder / "cfg.json", json.dumps(config))
+    write_atomic(folder / "cfg.json", json.dumps(config))
 
 
 def read_dictionary_learning(folder: Path) -> Any:

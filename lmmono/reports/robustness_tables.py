@@ -15,14 +15,9 @@ from lmmono.errors import DataError, RunError
 from lmmono.registry.metrics import METRICS
 from lmmono.reports.tables import Table
 from lmmono.runs.folder import Run
-from lmmono.studies.comparisons import (
-    FEW_SEEDS,
-    Comparison,
-    Effect,
-    compare_families,
-    grouped,
-    student_interval,
-)
+from lmmono.stats.intervals import student_interval
+from lmmono.stats.significance import FEW_SEEDS, Effect
+from lmmono.studies.comparisons import Comparison, compare_families, grouped
 from lmmono.studies.doses import (
     ROW_MEASURES,
     SCORED,
@@ -315,7 +310,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     known = np.array([value for value in values if not math.isnan(value)])
     if len(known) < 2:
         return (float(known.mean()) if len(known) else math.nan), math.nan, math.nan
-    return float(known.mean()), *student_interval([known])
+    return student_interval([known])
 
 
 def title_of(first: Result, *, short: bool = False) -> str:

@@ -19,7 +19,7 @@ from lmmono.recipe import Recipe
 from lmmono.registry.scorers import SCORERS, Scorer, find_scorer
 from lmmono.reports.tables import Table
 from lmmono.runs.folder import Run, find_runs, open_run
-from lmmono.stats.unit_intervals import mean_interval
+from lmmono.stats.intervals import student_interval
 from lmmono.studies.differences import Difference, Estimate, compare
 from lmmono.types import Progress, silent
 
@@ -260,5 +260,5 @@ def over_seeds(values: Float[ndarray, " seeds"]) -> str:
     """Return the mean over training seeds, with its interval where there are several."""
     if not len(values):
         return "-"
-    mean, low, high = mean_interval([values])
+    mean, low, high = student_interval([values])
     return f"{mean:.3g}" + ("" if np.isnan(low) else f" [{low:.3g}, {high:.3g}]")

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from lmmono.errors import RecipeError, RunError, nearest
 from lmmono.files import provenance
-from lmmono.files.atomic import disk_faults, flush, locked, write_whole
+from lmmono.files.atomic import disk_faults, sync, write_atomic
+from lmmono.files.locks import lock_folder
 from lmmono.recipe import SECTIONS, Recipe
 from lmmono.runs.manifest import STAGES, Manifest, StageRecord
 from lmmono.types import Split
@@ -81,7 +82,7 @@ class Run:
             return run
         run = open_run(folder)
         if run.recipe != recipe:
-            with locked(folder):
+            with lock_folder(folder):
                 run._adopt(recipe)
         return run
 
@@ -191,10 +192,10 @@ class Run:
             save_model(model, fresh)
             tokenizer.save_pretrained(fresh)
             for path in fresh.iterdir():
-                flush(path)
+                sync(path)
             shutil.rmtree(final, ignore_errors=True)
             fresh.replace(final)
-            flush(self.dir)
+            sync(self.dir)
 
     def is_finished(self, stage: str, digest: str) -> bool:
         """Say whether a stage has succeeded with the settings of this digest."""
@@ -214,7 +215,7 @@ class Run:
         Raises:
             RunError: Another process works in the folder, or it cannot be written.
         """
-        with locked(self.dir):
+        with lock_folder(self.dir):
             self.manifest = Manifest.read(self.dir)  # what a process before this one has done
             before = self.manifest.stages.get(name)
             record = StageRecord.begin(digest, before)
@@ -268,7 +269,7 @@ class Run:
     def _write(self) -> None:
         with disk_faults(self.dir):
             self.dir.mkdir(parents=True, exist_ok=True)
-        write_whole(self.dir / "recipe.yaml", _resolved_yaml(self.recipe))
+        write_atomic(self.dir / "recipe.yaml", _resolved_yaml(self.recipe))
         # last, because a folder counts as a run when it has a manifest
         self.manifest.write(self.dir)
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from lmmono.errors import RunError
 from lmmono.files import provenance
-from lmmono.files.atomic import write_whole
+from lmmono.files.atomic import write_atomic
 from lmmono.recipe import SECTIONS, Recipe
 
 FORMAT = 1
@@ -157,7 +157,7 @@ class Manifest(BaseModel):
         Raises:
             RunError: The folder cannot be written.
         """
-        write_whole(folder / "manifest.json", self.model_dump_json(indent=2) + "\n")
+        write_atomic(folder / "manifest.json", self.model_dump_json(indent=2) + "\n")
 
     def stale_stages(self, recipe: Recipe) -> list[str]:
         """Return the stages begun with other settings than a recipe's."""

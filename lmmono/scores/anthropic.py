@@ -29,7 +29,7 @@ from lmmono.scores.explained import explanations_of, spent, undefined
 from lmmono.scores.scorer_registry import Job, Row
 from lmmono.scores.simulation import SIMULATORS
 from lmmono.stats.agreement import AGREEMENTS, record_sums
-from lmmono.stats.unit_intervals import unit_intervals, unit_method
+from lmmono.stats.intervals import unit_intervals, unit_method
 
 MIN_FIRING = 20
 """A unit with fewer firing records is not defined."""

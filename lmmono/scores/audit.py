@@ -22,7 +22,7 @@ from lmmono.runs.folder import Run, open_run
 from lmmono.scores.known_units import Known, write_planted, write_trained
 from lmmono.scores.lies import FALSE, add_explanations, name_of
 from lmmono.scores.score import score
-from lmmono.stats.rates import wilson
+from lmmono.stats.intervals import wilson
 from lmmono.types import Progress, silent
 
 

@@ -21,7 +21,8 @@ from lmmono.records.corpus_excerpts import PADDING, TokenGrid, read_grid
 from lmmono.scores.explained import explanations_of, program_of, undefined
 from lmmono.scores.scorer_registry import Job, Row
 from lmmono.scores.steering import UNITS_AT_ONCE, Steered, Steering
-from lmmono.stats.unit_intervals import LEVEL, mean_interval
+from lmmono.stats.estimate import LEVEL
+from lmmono.stats.intervals import student_interval
 
 MIN_COUNT = 5
 """Tokens that stand fewer times in the explain split are not predicted."""
@@ -59,7 +60,7 @@ def score_effects(job: Job) -> list[Row]:
 def _mean_row(job: Job, metric: str, unit: int, kl: Float[ndarray, " prompts"]) -> Row:
     if not len(kl):
         return job.row(metric, unit, n=0, control=None, **undefined("silent", 0.0))
-    mean, low, high = mean_interval([kl.astype(np.float64)])
+    mean, low, high = student_interval([kl.astype(np.float64)])
     row = job.row(metric, unit, n=len(kl), value=mean, control=None, nan_fraction=0.0, n_failures=0)
     if np.isnan(low):
         return row

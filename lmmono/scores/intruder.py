@@ -22,7 +22,8 @@ from lmmono.scores.classification import MIN_RECORDS, marked_tokens
 from lmmono.scores.explained import explanations_of, program_of, spent, undefined
 from lmmono.scores.judging import Items, joined_hash, predicted, shown_text
 from lmmono.scores.scorer_registry import Job, Row
-from lmmono.stats.rates import WILSON_METHOD, wilson
+from lmmono.stats.intervals import wilson
+from lmmono.stats.rates import WILSON_METHOD
 
 METHOD = f"{WILSON_METHOD} over trials of different records"
 

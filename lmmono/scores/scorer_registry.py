@@ -7,7 +7,7 @@ import activation_store as astore
 from lmmono.clients.client import Client
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.metrics import METRICS
-from lmmono.stats.unit_intervals import LEVEL
+from lmmono.stats.estimate import LEVEL
 from lmmono.types import Progress, Split, silent
 
 Row = dict[str, Any]

@@ -22,7 +22,7 @@ from lmmono.records.sampler import Records
 from lmmono.scores.explained import UNSCORED, explanations_of, program_of, spent
 from lmmono.scores.scorer_registry import Job, Row
 from lmmono.stats.agreement import AGREEMENTS, record_sums
-from lmmono.stats.unit_intervals import unit_intervals, unit_method
+from lmmono.stats.intervals import unit_intervals, unit_method
 
 UNITS_AT_ONCE = 256
 """Units whose series are held together: 0.1 GB of double precision at 40 records of 64 tokens."""

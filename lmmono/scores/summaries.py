@@ -15,7 +15,8 @@ from numpy import ndarray
 import activation_store as astore
 from lmmono.registry.metrics import METRICS
 from lmmono.scores.scorer_registry import Row
-from lmmono.stats.unit_intervals import LEVEL, mean_interval
+from lmmono.stats.estimate import LEVEL
+from lmmono.stats.intervals import student_interval
 
 _QUERY = """SELECT hook, metric, control, value, nan_fraction, n_records, n_tokens
     FROM scores WHERE unit IS NOT NULL AND list_contains($metrics, metric)
@@ -136,7 +137,7 @@ def _mean(metric: str, values: dict[str, ndarray]) -> Row:
     known: Row = {"metric": metric, "metric_version": METRICS[metric].version, "n": n}
     if not all(map(len, values.values())):
         return known | {"failure": "no_defined_unit"}
-    mean, low, high = mean_interval(list(values.values()))
+    mean, low, high = student_interval(list(values.values()))
     known["value"] = mean
     known["details"] = {
         "median": float(np.median(np.concatenate(list(values.values())))),

@@ -17,8 +17,8 @@ from lmmono.errors import ExplainError
 from lmmono.scores.labelled import mean_differences
 from lmmono.scores.labels import Labelled, read_labelled
 from lmmono.scores.scorer_registry import Job, Row
-from lmmono.stats.rates import auroc_by_ranks
-from lmmono.stats.unit_intervals import mean_interval
+from lmmono.stats.intervals import student_interval
+from lmmono.stats.rates import auroc
 
 MIN_ITEMS = 20
 """A concept needs as many items with it, and without, in both splits."""
@@ -125,7 +125,8 @@ def _probed(
 
     spread = np.maximum(train.std(axis=0), 1e-12)
     probe = LogisticRegression(class_weight="balanced").fit(train / spread, labels)
-    return auroc_by_ranks(probe.decision_function(test / spread), truth)
+    scores = probe.decision_function(test / spread)
+    return auroc(scores[truth], scores[~truth])
 
 
 def _balanced(
@@ -163,7 +164,7 @@ def _parts(
 
 
 def _row(job: Job, metric: str, control: str | None, values: list[float], known: Labelled) -> Row:
-    mean, low, high = mean_interval([np.array(values)])
+    mean, low, high = student_interval([np.array(values)])
     columns: Row = {"value": mean, "n": len(values), "n_tokens": len(known.acts)}
     columns |= {"n_documents": len(np.unique(known.doc_ids)), "control": control, "n_failures": 0}
     columns["n_failures"] = len(known.names) - len(values)

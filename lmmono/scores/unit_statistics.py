@@ -17,8 +17,8 @@ from lmmono.records.corpus_excerpts import PADDING, TokenGrid, read_grid
 from lmmono.records.unit_rows import UnitRows, read_unit_rows
 from lmmono.records.units import checked_units
 from lmmono.scores.scorer_registry import Job, Row
+from lmmono.stats.estimate import LEVEL
 from lmmono.stats.formulas import entropies, kurtosis
-from lmmono.stats.unit_intervals import LEVEL
 from lmmono.types import Split
 
 N_GROUPS = 10

@@ -5,33 +5,17 @@ may be wrong the next time.
 """
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from numpy import ndarray
-from scipy.stats import norm, rankdata
+from scipy.stats import rankdata
 
-from lmmono.stats.unit_intervals import LEVEL
-
-Z = float(norm.ppf((1 + LEVEL) / 2))
-"""Standard normal quantile of the interval."""
-
-Interval = tuple[float, float]
+from lmmono.stats.estimate import Interval
+from lmmono.stats.intervals import Z, wilson
 
 ACCURACY_METHOD = "Wilson over records of each class, joined by MOVER (Newcombe 1998)"
 AUROC_METHOD = "score interval over records (Newcombe 2006, method 5)"
 PRECISION_METHOD = "logit interval over firing records (Boyd et al. 2013)"
 WILSON_METHOD = "Wilson"
-
-
-def wilson(right: float, n: int) -> Interval:
-    """Return Wilson's interval of a share.
-
-    >>> [round(end, 4) for end in wilson(20.0, 20)]
-    [0.8389, 1.0]
-    """
-    p, z2 = right / n, Z**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z / (1 + z2 / n) * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return float(max(centre - half, 0.0)), float(min(centre + half, 1.0))
 
 
 def mean_of_two(
@@ -57,22 +41,19 @@ def balanced_accuracy(
     return (first + second) / 2, *ends
 
 
-def auroc(firing: Float[ndarray, " a"], other: Float[ndarray, " b"]) -> float:
-    """Return P(score of a firing record > score of another), ties and missing scores by half."""
-    a, b = np.asarray(firing, float)[:, None], np.asarray(other, float)[None, :]
-    half = (a == b) | np.isnan(a) | np.isnan(b)
-    return float(np.where(half, 0.5, a > b).mean())
+def auroc(positive: Float[ndarray, " a"], negative: Float[ndarray, " b"]) -> float:
+    """Return P(score of a positive > score of a negative), ties and missing scores (NaN) by half.
 
+    From the ranks (Mann and Whitney), so that many items cost a sort.
 
-def auroc_by_ranks(scores: Float[ndarray, " n"], truth: Bool[ndarray, " n"]) -> float:
-    """Return the same area for many items, from the ranks of the scores (Mann and Whitney).
-
-    >>> auroc_by_ranks(np.array([3.0, 1.0, 1.0, 0.0]), np.array([True, True, False, False]))
+    >>> auroc(np.array([3.0, 1.0]), np.array([1.0, 0.0]))
     0.875
     """
-    n_firing = int(truth.sum())
-    ranks = rankdata(scores)[truth].sum() - n_firing * (n_firing + 1) / 2
-    return float(ranks / (n_firing * (len(truth) - n_firing)))
+    positive, negative = np.asarray(positive, float), np.asarray(negative, float)
+    a, b = positive[~np.isnan(positive)], negative[~np.isnan(negative)]
+    n_pairs = len(positive) * len(negative)
+    above = rankdata(np.concatenate([a, b]))[: len(a)].sum() - len(a) * (len(a) + 1) / 2
+    return float((above + (n_pairs - len(a) * len(b)) / 2) / n_pairs)
 
 
 def auroc_interval(area: float, n_firing: int, n_other: int) -> Interval:

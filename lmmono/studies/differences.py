@@ -27,7 +27,7 @@ from lmmono.scores.scorer_registry import Job
 from lmmono.scores.simulation import scored_records, simulated
 from lmmono.scores.summaries import Origin
 from lmmono.stats.agreement import AGREEMENTS
-from lmmono.stats.unit_intervals import LEVEL
+from lmmono.stats.estimate import LEVEL
 
 NORMAL = 1.959964
 """97.5 % point of the normal distribution."""

@@ -17,7 +17,8 @@ from numpy import ndarray
 from scipy.stats import norm, permutation_test, rankdata, theilslopes
 
 import activation_store as astore
-from lmmono.studies.comparisons import LEVEL, N_RESAMPLES
+from lmmono.stats.bootstrap import N_RESAMPLES
+from lmmono.stats.estimate import LEVEL
 from lmmono.suites.robustness_rows import FULL, Result
 
 MIN_DICTIONARIES = 4

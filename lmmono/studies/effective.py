@@ -17,14 +17,9 @@ from scipy.stats import bootstrap
 from scipy.stats import t as student_t
 
 from lmmono.errors import DataError
-from lmmono.studies.comparisons import (
-    FEW_SEEDS,
-    LEVEL,
-    N_RESAMPLES,
-    Effect,
-    holm,
-    sign_flip_p,
-)
+from lmmono.stats.bootstrap import N_RESAMPLES
+from lmmono.stats.estimate import LEVEL
+from lmmono.stats.significance import FEW_SEEDS, Effect, holm, sign_flip_p
 from lmmono.suites.robustness_rows import Result
 
 AT_HOME = "test"

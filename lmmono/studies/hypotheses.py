@@ -18,7 +18,8 @@ from numpy import ndarray
 
 from lmmono.errors import DataError
 from lmmono.registry.robustness import Hypothesis, find_hypothesis
-from lmmono.studies.comparisons import Effect, by_seed, effect, holm
+from lmmono.stats.significance import Effect, effect, holm
+from lmmono.studies.comparisons import by_seed
 from lmmono.studies.doses import Dose, dose_responses, doses_of, is_whole
 from lmmono.studies.effective import EffectiveRobustness, effective_robustness
 from lmmono.suites.robustness_rows import Result

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 import activation_store as astore
-from lmmono.studies.comparisons import grouped, paired, student_interval
+from lmmono.stats.intervals import student_interval
+from lmmono.studies.comparisons import grouped, paired
 from lmmono.suites.robustness_rows import Result
 
 SHOWN = 40
@@ -100,7 +101,7 @@ def _told(feature: str, mine: Sequence[Result], baseline: Sequence[Result]) -> s
         return mean
     if len(differences) == 1:
         return f"{mean} ({differences[0]:+.3f}, one seed)"
-    low, high = student_interval([differences])
+    _, low, high = student_interval([differences])
     return f"{mean} ({differences.mean():+.3f} [{low:+.3f}, {high:+.3f}])"
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lmmono.errors import TrainError
-from lmmono.files.atomic import flush
+from lmmono.files.atomic import sync
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def save_checkpoint(
     save_file(_moments(model, optimizer), fresh / "optimizer.safetensors")
     (fresh / "state.json").write_text(json.dumps(asdict(position)))
     for file in fresh.iterdir():
-        flush(file)
+        sync(file)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
