@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from lmmono.captures.latents import store_latents
     from lmmono.clients.local import LocalClient
     from lmmono.clients.replayed import ReplayClient
-    from lmmono.clients.server import ServerClient
-    from lmmono.clients.server_limits import Limits, Price
+    from lmmono.clients.server import Limits, Price, ServerClient
     from lmmono.data.tokens import TokenCorpus, TokenRows
     from lmmono.dictionaries.classical import Classical
     from lmmono.dictionaries.controls import Control, shuffled
@@ -139,10 +138,10 @@ _HOMES = {
     "lmmono.captures.latents": ("store_latents",),
     "lmmono.clients.local": ("LocalClient",),
     "lmmono.clients.replayed": ("ReplayClient",),
-    "lmmono.clients.server": ("ServerClient",),
-    "lmmono.clients.server_limits": (
+    "lmmono.clients.server": (
         "Limits",
         "Price",
+        "ServerClient",
     ),
     "lmmono.data.tokens": (
         "TokenCorpus",

@@ -12,8 +12,7 @@ from small_store import HOOK, WORDS
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.clients.server import ServerClient
-from lmmono.clients.server_limits import Price
+from lmmono.clients.server import Price, ServerClient
 from lmmono.errors import ExplainError
 from lmmono.explanations.llm_prompts import levels, pairs_prompt, parse_explanation
 from lmmono.explanations.llm_ranking import Ranking

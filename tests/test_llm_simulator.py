@@ -15,8 +15,7 @@ from small_store import HOOK
 import activation_store as astore
 import lmmono as lm
 from lmmono.clients.local import LocalClient
-from lmmono.clients.server import ServerClient
-from lmmono.clients.server_limits import Price
+from lmmono.clients.server import Price, ServerClient
 from lmmono.errors import ClientError, ExplainError
 from lmmono.explanations import llm_simulation
 from lmmono.explanations.explanation import Explanation
@@ -35,7 +34,7 @@ RECORDS = np.array([[0, 1, 2, -1], [3, 4, 5, 0]])
 
 def asked_of(script: Any, records: np.ndarray = RECORDS) -> tuple[Simulation, int]:
     with serving(script) as calls:
-        client = ServerClient("judge", base_url=calls.base_url, n_retries=0, n_threads=2)
+        client = ServerClient("judge", base_url=calls.base_url, n_retries=0, n_at_once=2)
         (found,) = simulate(client, ["cats"], [records], WORDS)
         return found, len(calls.bodies)
 

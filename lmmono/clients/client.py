@@ -1,11 +1,12 @@
 """Asking a language model: one protocol for local models, servers and the replay cache.
 
-Holds the words of the protocol only; `local`, `server` and `replay` hold the clients. A call that
-fails is a value, so that one bad answer costs one item.
+Holds the protocol; `local`, `server` and `replayed` hold the clients. A call that fails is a value,
+so that one bad answer costs one prompt.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol, runtime_checkable
@@ -13,9 +14,14 @@ from typing import Literal, Protocol, runtime_checkable
 AnswerFailure = Literal["unparsed", "refused", "no_answer"]
 """Why there is no answer.
 
-no_answer: the model could not be reached or sent nothing. refused: the client's limit on calls or
-cost is reached, or a replay file has no such answer. unparsed: it sent what no client can read.
+no_answer: nothing came back, such as from a server that is down. refused: the client's limit on
+calls or cost is reached, or a replay file has no such answer. unparsed: what came back is empty, or
+has not the form that it must have.
 """
+
+UNANSWERED: tuple[AnswerFailure, ...] = ("no_answer", "refused")
+"""Failures of the connection: asking again may help, so that what failed so is not done. Failures
+of the answer (`unparsed`) are results: asking again would be paid for and give the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +82,7 @@ class Answer:
     text: str | None
     """The completion; None where it failed."""
     failure: AnswerFailure | None = None
-    """Why there is none. no_answer: the server failed after retries, or said nothing. unparsed:
-    it said what no client can read. refused: a limit is reached, or replay has no such answer."""
+    """Why there is none."""
     detail: str = ""
     """What went wrong, for people; never holds a key."""
     tokens: tuple[str, ...] = ()
@@ -104,6 +109,25 @@ class Reading:
     """What went wrong, for people; never holds a key."""
     usage: Usage = field(default_factory=Usage)
     """What it took."""
+
+
+def final_answer(text: str) -> str:
+    r"""Return what a model answers in the end, without thinking before it and a fence around it.
+
+    A model that thinks aloud ends that with `</think>`; where it never does, its budget of tokens
+    ran out and nothing is answered. Some chat templates write the opening `<think>` themselves, so
+    that only the closing one is in the answer.
+
+    >>> final_answer("<think>\nIs it [1]?\n</think>\n\n```json\n[0,1]\n```")
+    '[0,1]'
+    >>> final_answer("<think>\nI am not done")
+    ''
+    """
+    answer = text.rpartition("</think>")[2].strip()
+    if answer.startswith("<think>"):
+        return ""
+    fenced = re.fullmatch(r"```[^\n`]*\n(.*?)\n?```", answer, re.DOTALL)
+    return fenced[1].strip() if fenced else answer
 
 
 Heard = Callable[[int, Answer], None]

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from lmmono.clients.client import Answer, Client, Heard, Prompt, Read, Reading, Usage
 from lmmono.errors import ClientError
 
@@ -22,7 +24,10 @@ FORMAT = 1
 """Version of keys and answers; part of each key."""
 
 WAIT_SECONDS = 60.0
-"""Longest wait for another process that writes."""
+"""Longest wait for another process that writes: a write takes milliseconds, many may queue."""
+
+KEYS_AT_ONCE = 500
+"""Keys looked up in one query; SQLite takes at most 999 parameters where it is old."""
 
 _SCHEMA = """CREATE TABLE IF NOT EXISTS answers (
     key TEXT PRIMARY KEY,  -- sha256 of model, kind, parameters and prompt
@@ -34,9 +39,10 @@ _SCHEMA = """CREATE TABLE IF NOT EXISTS answers (
     created_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
 )"""
 
-NOT_THERE = "replay has no such answer"
-
 T = TypeVar("T", Answer, Reading)
+
+_READERS: dict[type, Any] = {outcome: TypeAdapter(outcome) for outcome in (Answer, Reading)}
+"""What reads JSON as an answer, and refuses anything else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +50,11 @@ class _Questions(Generic[T]):
     """What is asked in one call."""
 
     kind: Literal["complete", "read"]
-    said: Sequence[str]
+    prompts: Sequence[str]
     """Prompts as JSON, or texts."""
     parameters: dict[str, Any]
-    understand: Callable[[dict[str, Any]], T]
-    """Makes an answer of its JSON."""
-    refused: T
-    """The answer where nothing may be asked."""
+    outcome: type[T]
+    """What an answer is: also what the file must hold."""
     ask: Callable[[Client, list[int], Callable[[int, T], None]], Sequence[T]]
     """Asks some of them, by place."""
 
@@ -103,30 +107,33 @@ class ReplayClient:
         """Return an answer for each prompt, in order; see `Client.complete`.
 
         At temperature 0 the seed makes no difference.
+
+        Raises:
+            ClientError: The file is damaged; says which row, and how to remove it.
         """
-        asked: dict[str, Any] = {"max_tokens": max_tokens, "temperature": float(temperature)}
-        asked |= {"seed": seed if temperature else 0, "n_alternatives": n_alternatives}
+        settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": float(temperature)}
+        settings |= {"seed": seed if temperature else 0, "n_alternatives": n_alternatives}
 
         def ask(client: Client, places: list[int], heard: Heard) -> list[Answer]:
-            return client.complete([prompts[i] for i in places], **asked, on_answer=heard)
+            return client.complete([prompts[i] for i in places], **settings, on_answer=heard)
 
-        said = [json.dumps(asdict(prompt), ensure_ascii=False) for prompt in prompts]
-        refused = Answer(None, "refused", NOT_THERE)
-        questions = _Questions("complete", said, asked, _answer, refused, ask)
-        return self._answered(questions, on_answer)
+        as_json = [json.dumps(asdict(prompt), ensure_ascii=False) for prompt in prompts]
+        return self._answered(_Questions("complete", as_json, settings, Answer, ask), on_answer)
 
     def read(
         self, texts: Sequence[str], *, n_alternatives: int = 0, on_reading: Read | None = None
     ) -> list[Reading]:
-        """Return the tokens of each text with log-probabilities; see `Client.read`."""
-        asked = {"n_alternatives": n_alternatives}
+        """Return the tokens of each text with log-probabilities; see `Client.read`.
+
+        Raises:
+            ClientError: The file is damaged; says which row, and how to remove it.
+        """
+        settings = {"n_alternatives": n_alternatives}
 
         def ask(client: Client, places: list[int], heard: Read) -> list[Reading]:
-            return client.read([texts[i] for i in places], **asked, on_reading=heard)
+            return client.read([texts[i] for i in places], **settings, on_reading=heard)
 
-        refused = Reading(failure="refused", detail=NOT_THERE)
-        questions = _Questions("read", texts, asked, _reading, refused, ask)
-        return self._answered(questions, on_reading)
+        return self._answered(_Questions("read", texts, settings, Reading, ask), on_reading)
 
     def _answered(
         self, questions: _Questions[T], heard: Callable[[int, T], None] | None
@@ -134,7 +141,7 @@ class ReplayClient:
         """Answer from the file, and ask the rest; what is asked twice is asked once."""
         parameters = json.dumps(questions.parameters, sort_keys=True)
         origin = (self.name, questions.kind, parameters)
-        keys = [_sha256(json.dumps([FORMAT, *origin, said])) for said in questions.said]
+        keys = [_sha256(json.dumps([FORMAT, *origin, text])) for text in questions.prompts]
         answers: list[T | None] = [None] * len(keys)
         places: dict[str, list[int]] = {}
         for i, key in enumerate(keys):
@@ -143,45 +150,54 @@ class ReplayClient:
         def put(key: str, answer: T) -> None:
             for i in places[key]:
                 # to all but the first prompt that asks it an answer is free
-                each = answer if i == places[key][0] else _free(answer)
-                answers[i] = each
+                answers[i] = own = answer if i == places[key][0] else _free(answer)
                 if heard is not None:
-                    heard(i, each)
+                    heard(i, own)
 
         def keep(n: int, answer: T) -> None:
             key = new[n]
             if answer.failure is None:
-                self._write((key, *origin), questions.said[places[key][0]], answer)
+                self._write((key, *origin), questions.prompts[places[key][0]], answer)
             put(key, answer)
 
-        found = self._found(list(places))
-        for key, values in found.items():
-            put(key, _free(questions.understand(values)))
+        stored = self._stored(list(places), questions.outcome)
+        for key, answer in stored.items():
+            put(key, _free(answer))
             self.n_found += len(places[key])
-        new = [key for key in places if key not in found]
+        new = [key for key in places if key not in stored]
         if isinstance(self._client, str):
             for key in new:
-                put(key, questions.refused)
+                put(key, _not_stored(questions.outcome))
         elif new:
-            asked = questions.ask(self._client, [places[key][0] for key in new], keep)
-            for n, answer in enumerate(asked):
+            fresh = questions.ask(self._client, [places[key][0] for key in new], keep)
+            for n, answer in enumerate(fresh):
                 if answers[places[new[n]][0]] is None:  # a client may leave the telling to us
                     keep(n, answer)
         return [answer for answer in answers if answer is not None]
 
-    def _found(self, keys: list[str]) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
+    def _stored(self, keys: list[str], outcome: type[T]) -> dict[str, T]:
+        answers: dict[str, T] = {}
         with self._open() as file:
-            for first in range(0, len(keys), 500):
-                some = keys[first : first + 500]
+            for first in range(0, len(keys), KEYS_AT_ONCE):
+                some = keys[first : first + KEYS_AT_ONCE]
                 holes = ",".join("?" * len(some))
                 query = f"SELECT key, answer FROM answers WHERE key IN ({holes})"
                 for key, answer in file.execute(query, some):
-                    found[key] = json.loads(zlib.decompress(answer))
-        return found
+                    answers[key] = self._understood(key, answer, outcome)
+        return answers
 
-    def _write(self, origin: tuple[str, ...], said: str, answer: Answer | Reading) -> None:
-        row = [zlib.compress(text.encode()) for text in (said, json.dumps(asdict(answer)))]
+    def _understood(self, key: str, packed: Any, outcome: type[T]) -> T:
+        try:
+            return _READERS[outcome].validate_json(zlib.decompress(packed))
+        except (zlib.error, TypeError, ValidationError) as fault:
+            raise ClientError(
+                f"{self._path}: the answer with key {key[:12]}... is damaged "
+                f"({type(fault).__name__}); take the file from where it was whole, or remove the "
+                f"row, and it is asked again: DELETE FROM answers WHERE key = '{key}'"
+            ) from fault
+
+    def _write(self, origin: tuple[str, ...], prompt: str, answer: Answer | Reading) -> None:
+        row = [zlib.compress(text.encode()) for text in (prompt, json.dumps(asdict(answer)))]
         with self._open() as file:
             # of two processes that ask the same at once the first is kept
             file.execute(
@@ -206,16 +222,11 @@ class ReplayClient:
             ) from fault
 
 
-def _answer(values: dict[str, Any]) -> Answer:
-    tokens, alternatives = tuple(values["tokens"]), tuple(values["alternatives"])
-    usage = Usage(**values["usage"])
-    return Answer(values["text"], tokens=tokens, alternatives=alternatives, usage=usage)
-
-
-def _reading(values: dict[str, Any]) -> Reading:
-    tokens, logprobs = tuple(values["tokens"]), tuple(values["logprobs"])
-    usage = Usage(**values["usage"])
-    return Reading(tokens, logprobs, tuple(values["alternatives"]), usage=usage)
+def _not_stored(outcome: type[T]) -> T:
+    detail = "replay has no such answer"
+    if outcome is Answer:
+        return outcome(None, failure="refused", detail=detail)
+    return outcome(failure="refused", detail=detail)
 
 
 def _free(answer: T) -> T:
