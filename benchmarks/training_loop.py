@@ -18,7 +18,7 @@ from lmmono.data.batches import train_batches
 from lmmono.models.build import build_model
 from lmmono.recipe import Recipe
 from lmmono.runs.folder import Run
-from lmmono.training import train
+from lmmono.pipeline import train
 from lmmono.training.optimizer import build_optimizer, lr_at, set_lr
 
 RECIPE = """

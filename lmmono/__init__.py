@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmmono.captures.capture import capture, capture_run
+    from lmmono.captures.capture import capture
     from lmmono.captures.latents import store_latents
     from lmmono.clients.local import LocalClient
     from lmmono.clients.replayed import ReplayClient
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from lmmono.data.tokens import TokenCorpus, TokenRows
     from lmmono.dictionaries.classical import Classical
     from lmmono.dictionaries.controls import Control, shuffled
-    from lmmono.dictionaries.dictionary_run import dictionary_run
     from lmmono.dictionaries.estimator import Dictionary, load_dictionary
     from lmmono.dictionaries.evaluation import SAEReport, evaluate
     from lmmono.dictionaries.live import model_vectors
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from lmmono.dictionaries.stability import stability
     from lmmono.errors import LmmonoError
     from lmmono.explanations.explain import Explanations, explain
-    from lmmono.explanations.explain_run import explain_run
     from lmmono.explanations.llm_ranking import Ranking
     from lmmono.interop.dictionary_hub import load_from_hub, push_dictionary
     from lmmono.interop.interchange import export_dictionary, import_dictionary
@@ -45,6 +43,7 @@ if TYPE_CHECKING:
     from lmmono.models.presets import preset
     from lmmono.models.storage import load_model
     from lmmono.models.untrained import untrained
+    from lmmono.pipeline.loop import run_stages, train
     from lmmono.recipe import Recipe
     from lmmono.records.sampler import Counts
     from lmmono.records.units import Sample, sample
@@ -53,12 +52,9 @@ if TYPE_CHECKING:
     from lmmono.runs.folder import Run, open_run
     from lmmono.scores.audit import Audit, audit_scorer
     from lmmono.scores.score import Scores, score
-    from lmmono.scores.score_run import score_run
     from lmmono.studies.differences import Difference, compare
     from lmmono.studies.outcomes import Outcomes
-    from lmmono.suites.robustness_run import robustness_run
     from lmmono.suites.study import robustness
-    from lmmono.training import train
 
 __all__ = [
     "Audit",
@@ -90,13 +86,10 @@ __all__ = [
     "audit_scorer",
     "build_model",
     "capture",
-    "capture_run",
     "compare",
     "comparison",
-    "dictionary_run",
     "evaluate",
     "explain",
-    "explain_run",
     "export_dictionary",
     "export_neuronpedia",
     "export_simulations",
@@ -116,13 +109,12 @@ __all__ = [
     "recording",
     "recovery",
     "robustness",
-    "robustness_run",
+    "run_stages",
     "run_with_cache",
     "run_with_edit",
     "run_with_sae",
     "sample",
     "score",
-    "score_run",
     "shuffled",
     "stability",
     "store_latents",
@@ -131,10 +123,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "lmmono.captures.capture": (
-        "capture",
-        "capture_run",
-    ),
+    "lmmono.captures.capture": ("capture",),
     "lmmono.captures.latents": ("store_latents",),
     "lmmono.clients.local": ("LocalClient",),
     "lmmono.clients.replayed": ("ReplayClient",),
@@ -152,7 +141,6 @@ _HOMES = {
         "Control",
         "shuffled",
     ),
-    "lmmono.dictionaries.dictionary_run": ("dictionary_run",),
     "lmmono.dictionaries.estimator": (
         "Dictionary",
         "load_dictionary",
@@ -174,7 +162,6 @@ _HOMES = {
         "Explanations",
         "explain",
     ),
-    "lmmono.explanations.explain_run": ("explain_run",),
     "lmmono.explanations.llm_ranking": ("Ranking",),
     "lmmono.interop.dictionary_hub": (
         "load_from_hub",
@@ -203,6 +190,10 @@ _HOMES = {
     "lmmono.models.presets": ("preset",),
     "lmmono.models.storage": ("load_model",),
     "lmmono.models.untrained": ("untrained",),
+    "lmmono.pipeline.loop": (
+        "run_stages",
+        "train",
+    ),
     "lmmono.recipe": ("Recipe",),
     "lmmono.records.sampler": ("Counts",),
     "lmmono.records.units": (
@@ -223,15 +214,12 @@ _HOMES = {
         "Scores",
         "score",
     ),
-    "lmmono.scores.score_run": ("score_run",),
     "lmmono.studies.differences": (
         "Difference",
         "compare",
     ),
     "lmmono.studies.outcomes": ("Outcomes",),
-    "lmmono.suites.robustness_run": ("robustness_run",),
     "lmmono.suites.study": ("robustness",),
-    "lmmono.training": ("train",),
 }
 
 

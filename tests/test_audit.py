@@ -9,7 +9,7 @@ from lmmono.scores import audit, known_units
 from lmmono.scores.audit import audit_scorer
 from lmmono.scores.known_units import LEVELS
 from lmmono.scores.lies import FALSE, broad, narrow, near_miss
-from lmmono.training import train
+from lmmono.pipeline import train
 
 
 @pytest.fixture(scope="module")

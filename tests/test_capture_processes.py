@@ -50,15 +50,14 @@ def rows_of_rank(store: astore.Store, first: int, last: int) -> int:
 
 
 def test_two_processes_capture_what_one_does_also_when_one_is_killed(tmp_path: Path) -> None:
-    from lmmono.captures.capture import capture_run
     from lmmono.recipe import Recipe
-    from lmmono.training import train
+    from lmmono.pipeline import run_stages, train
 
     recipe = tmp_path / "two.yaml"
     YAML().dump({**RECIPE, "out": str(tmp_path / "runs")}, recipe)
     run = train(Recipe.load(recipe))
     shutil.copytree(run.dir, tmp_path / "trained")
-    capture_run(run)
+    run_stages(run, "capture")
     run.dir.rename(tmp_path / "one")
     shutil.copytree(tmp_path / "trained", run.dir)
 

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 import activation_store as astore
-from lmmono.captures.capture import capture, capture_run
+from lmmono.captures.capture import capture
 from lmmono.data.tokens import TokenCorpus, prepare
 from lmmono.errors import ModelError, RunError
 from lmmono.models.build import build_model
@@ -19,7 +19,7 @@ from lmmono.recipe.sections import CrateModel, Data, Gpt2Model, PlantedCorpus, S
 from lmmono.reports.tables import comparison
 from lmmono.scores.token_statistics import N_GROUPS, score_token_selectivity
 from lmmono.stats.formulas import entropies
-from lmmono.training import train
+from lmmono.pipeline import run_stages, train
 
 HOOK = "blocks.1.mlp.hook_post"
 STREAM = "blocks.0.hook_resid_post"
@@ -221,9 +221,9 @@ train: {{steps: 5, batch_tokens: 256, warmup_steps: 1, eval_tokens: 512}}
 capture: {{max_tokens: 640, max_density: 0.9}}
 """
     )
-    run = capture_run(train(Recipe.load(path)))
+    run = run_stages(train(Recipe.load(path)), "capture")
     before = run.store_path.stat().st_mtime_ns
-    assert capture_run(run).store_path.stat().st_mtime_ns == before
+    assert run_stages(run, "capture").store_path.stat().st_mtime_ns == before
     with astore.open(run.store_path, mode="a") as store:
         score_token_selectivity(store, "blocks.0.mlp.hook_post")
         (facts,) = store.sql("SELECT run, arch, n_ctx, n_layers FROM runs").fetchall()

@@ -44,7 +44,7 @@ def call(*arguments: object) -> int:
 
 def started(*arguments: object, **options) -> subprocess.Popen[str]:
     """Start the command line as a process of its own."""
-    command = [sys.executable, "-m", "lmmono.cli.app", *map(str, arguments)]
+    command = [sys.executable, "-m", "lmmono.cli", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **pipes, **options)
 
@@ -280,7 +280,7 @@ def test_text_that_cannot_be_used_is_told_before_training(here, capsys, text, ov
         (["run", "tinny.yaml"], "tinny.yaml: no such file; did you mean tiny.yaml?"),
         (["train", "tiny.yaml", "train.lr=fast"], "override train.lr=fast: want a number"),
         (["train", "tiny.yaml", "out=/dev/null/x"], "cannot be written: Not a directory"),
-        (["capture", "tiny.yaml", "arm=crate"], "holds no model yet"),
+        (["capture", "tiny.yaml", "arm=crate"], "not trained yet; run `lmmono train runs/tiny/crate`"),
         (["import", "crate-lm", "tiny.yaml", "--out", "x"], "tiny.yaml"),
     ],
 )
@@ -309,7 +309,7 @@ def test_a_reader_that_leaves_early_is_no_error(study):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_training_is_kept_and_goes_on(here, number, code):
     long = ("train", "tiny.yaml", "arm=crate", "train.steps=100000")
-    process = forks.start("-m", "lmmono.cli.app", *long)
+    process = forks.start("-m", "lmmono.cli", *long)
     run = here / "runs/tiny/crate"
     deadline = time.monotonic() + 60
     while not (run / "metrics.parquet").exists() and time.monotonic() < deadline:

@@ -19,7 +19,6 @@ from lmmono.cli.app import main
 from lmmono.errors import DictionaryError, RunError, TrainingStopped
 from lmmono.recipe import Recipe
 from lmmono.runs.folder import Run, open_run
-from lmmono.scores.score_run import score_run
 
 HOOK, NEURONS = "blocks.0.hook_resid_post", "blocks.0.mlp.hook_post"
 STEPS, STOP = 100, 60
@@ -62,7 +61,7 @@ def captured(tmp_path_factory) -> Path:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        lm.capture_run(lm.train(Recipe.load("tiny.yaml")))
+        lm.run_stages(lm.train(Recipe.load("tiny.yaml")), "capture")
     finally:
         os.chdir(before)
     return folder
@@ -74,7 +73,7 @@ def learned(captured, tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("learned") / "copy"
     shutil.copytree(captured, folder)
     run = open_run(folder / "runs/tiny")
-    return lm.dictionary_run(score_run(run))
+    return run_dictionaries(run)
 
 
 @pytest.fixture
@@ -87,6 +86,10 @@ def here(captured, tmp_path, monkeypatch) -> Path:
 
 def opened(*overrides: str) -> Run:
     return Run.create(Recipe.load("tiny.yaml", *overrides))
+
+
+def run_dictionaries(run: Run, **how) -> Run:
+    return lm.run_stages(run, "dictionary", **how)
 
 
 def query(run: Run, text: str, **params) -> list[tuple]:
@@ -203,29 +206,28 @@ def test_latents_of_the_named_entry_are_a_hook_that_is_scored_like_neurons(learn
         found[(seq - first) * 32 + pos, unit] = act
     assert np.abs(found - acts).max() < 2e-3 * np.abs(acts).max()
 
-    assert "score" not in learned.manifest.stages, "there are units that it has not seen"
-    score_run(learned)
+    lm.run_stages(learned, "score")
     n = query(learned, "SELECT count(DISTINCT unit) FROM scores WHERE hook = $h", h=latents)
     assert n == [(32,)]
 
 
 def test_a_second_call_does_nothing(learned):
     before = {p: p.stat().st_mtime_ns for p in learned.dir.rglob("*") if p.is_file()}
-    lm.dictionary_run(open_run(learned.dir))
+    run_dictionaries(open_run(learned.dir))
     assert {p: p.stat().st_mtime_ns for p in learned.dir.rglob("*") if p.is_file()} == before
 
 
 def test_a_changed_section_fits_only_what_is_new_from_the_same_vectors(here):
-    run = lm.dictionary_run(score_run(opened(*ALONE)))
+    run = run_dictionaries(opened(*ALONE))
     vectors = run.dir / "vectors.duckdb"
     before, written = run.manifest.stages, vectors.stat().st_mtime_ns
     fitted: set[str] = set()
     more = (*ALONE[:3], "dictionary.seeds=[0]", f"dictionary.learn=[{TOPK}, {{arch: raw}}]")
     again = opened(*more, "dictionary.latents=null")
-    lm.dictionary_run(again, progress=lambda what, *_, **__: fitted.add(what))
+    run_dictionaries(again, progress=lambda what, *_, **__: fitted.add(what))
     assert not [what for what in fitted if what.startswith("fit")], "topk was there already"
     assert vectors.stat().st_mtime_ns == written
-    for stage in ("train", "capture", "vectors", "score"):
+    for stage in ("train", "capture", "vectors"):
         assert again.manifest.stages[stage] == before[stage]
     assert query(again, "SELECT name, round(fvu, 6) FROM dictionaries WHERE name = 'raw'") == [
         ("raw", 0.0)
@@ -240,7 +242,7 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(here):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(TrainingStopped, match="all is saved"):
-        lm.dictionary_run(run, progress=stop)
+        run_dictionaries(run, progress=stop)
     folder = run.dir / "dictionaries" / HOOK / "topk-x2-k4"
     assert (folder / "checkpoint.safetensors").is_file()
     steps: list[int] = []
@@ -249,12 +251,12 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(here):
         if what.startswith("fit"):
             steps.append(done)
 
-    lm.dictionary_run(opened(*ALONE), progress=note)
+    run_dictionaries(opened(*ALONE), progress=note)
     assert (min(steps), max(steps)) == (STOP + 1, STEPS)
     stopped = lm.load_dictionary(folder).digest
     shutil.rmtree(run.dir / "dictionaries")
     again = opened(*ALONE, "dictionary.eval_tokens=512")
-    lm.dictionary_run(again)
+    run_dictionaries(again)
     assert lm.load_dictionary(folder).digest == stopped
     assert not (folder / "checkpoint.safetensors").exists()
 
@@ -266,7 +268,7 @@ def test_sigterm_outside_a_fit_ends_the_stage_and_keeps_what_is_finished(here):
 
     run = opened(*ALONE)
     with pytest.raises(TrainingStopped, match="what was finished is kept"):
-        lm.dictionary_run(run, progress=stop)
+        run_dictionaries(run, progress=stop)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert open_run(run.dir).manifest.stages["dictionary"].state == "begun"
     assert lm.load_dictionary(run.dir / "dictionaries" / HOOK / "topk-x2-k4").arch == "topk"
@@ -277,7 +279,7 @@ def test_a_fit_that_comes_to_nothing_is_told_after_the_others_are_judged(here):
     learn = f"dictionary.learn=[{hopeless}, {{arch: raw}}]"
     run = opened(*ALONE[:1], learn, "dictionary.controls=[shuffled]", *ALONE[3:])
     with pytest.raises(DictionaryError, match=f"{HOOK}/topk-x2-k4: after the fit FVU is"):
-        lm.dictionary_run(run)
+        run_dictionaries(run)
     assert query(run, "SELECT name FROM dictionaries") == [("raw",)]
     text = "SELECT dictionary, control FROM scores WHERE metric = 'fvu' AND failure IS NOT NULL"
     assert sorted(query(run, text)) == [("topk-x2-k4", None), ("topk-x2-k4-shuffled", "shuffled")]
@@ -286,14 +288,14 @@ def test_a_fit_that_comes_to_nothing_is_told_after_the_others_are_judged(here):
 
 def test_a_name_whose_latents_are_stored_is_not_given_to_other_weights(here):
     latents = "dictionary.latents=topk-x2-k4"
-    lm.dictionary_run(opened(*ALONE[:-1], latents))
+    run_dictionaries(opened(*ALONE[:-1], latents))
     other = TOPK.replace(str(STEPS), str(STEPS + 1))
     with pytest.raises(DictionaryError, match="latents of another dictionary topk-x2-k4"):
-        lm.dictionary_run(opened(*ALONE[:1], f"dictionary.learn=[{other}]", *ALONE[2:-1], latents))
+        run_dictionaries(opened(*ALONE[:1], f"dictionary.learn=[{other}]", *ALONE[2:-1], latents))
 
 
 def test_vectors_can_come_straight_from_the_model(here):
-    run = lm.dictionary_run(opened(*ALONE, "dictionary.source=model"))
+    run = run_dictionaries(opened(*ALONE, "dictionary.source=model"))
     assert not (run.dir / "vectors.duckdb").exists() and "vectors" not in run.manifest.stages
     ((value,),) = query(run, "SELECT fvu FROM dictionaries")
     assert 0 < value < 1
@@ -301,7 +303,7 @@ def test_vectors_can_come_straight_from_the_model(here):
 
 def test_a_run_that_is_not_captured_says_what_to_do(here):
     with pytest.raises(RunError, match="not captured yet; run `lmmono capture"):
-        lm.dictionary_run(opened("capture.top_k=5"))
+        run_dictionaries(opened("capture.top_k=5"))
 
 
 def call(monkeypatch, *arguments: str) -> int:
@@ -338,7 +340,7 @@ def test_a_stopped_command_keeps_its_checkpoint_and_says_so(here, number, code):
     long = f"dictionary.learn=[{TOPK.replace(str(STEPS), '30000')}]"
     often = "dictionary.checkpoint_every_steps=20"
     command = ["dictionary", "tiny.yaml", ALONE[0], long, *ALONE[2:], often]
-    process = forks.start("-m", "lmmono.cli.app", *command)
+    process = forks.start("-m", "lmmono.cli", *command)
     checkpoint = here / f"runs/tiny/dictionaries/{HOOK}/topk-x2-k4/checkpoint.safetensors"
     deadline = time.monotonic() + 90
     while not checkpoint.exists() and time.monotonic() < deadline:

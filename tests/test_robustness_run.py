@@ -18,7 +18,7 @@ import lmmono as lm
 from lmmono.errors import RecipeError, RobustnessError
 from lmmono.recipe import Recipe
 from lmmono.runs.folder import open_run
-from lmmono.runs.manifest import STAGES
+from lmmono.runs.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 PLANTED = ROOT / "recipes" / "robustness_planted.yaml"
@@ -68,7 +68,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_a_run_has_a_row_of_every_family_condition_and_seed(folder):
     run = open_run(folder / "runs/robustness_planted")
-    assert run.is_done("robustness") and run.is_done("features")
+    assert run.is_done("robustness") and run.is_done("figures")
     facts = run.manifest.stages["robustness"].facts
     with astore.open(run.store_path) as store:
         n = dict(store.sql("SELECT suite, count(*) FROM robustness GROUP BY 1").fetchall())
@@ -252,7 +252,8 @@ def test_a_changed_suite_leaves_the_other_stages(tmp_path):
     path.write_text("name: r\nseed: 0\nmodel: {arch: crate}\nrobustness: {suites: [ood]}\n")
     before, now = Recipe.load(path), Recipe.load(path, "robustness.seeds=9")
     parts = {name: stage.sections for name, stage in STAGES.items()}
-    assert [n for n, of in parts.items() if now.digest(*of) != before.digest(*of)] == ["robustness"]
+    stale = [n for n, of in parts.items() if now.digest(*of) != before.digest(*of)]
+    assert stale == ["robustness", "figures"]
 
 
 def test_dictionaries_that_are_not_there_and_other_models_stores_are_told(folder, monkeypatch):

@@ -17,7 +17,6 @@ from lmmono.files.atomic import disk_faults, write_atomic
 from lmmono.recipe import SECTIONS, Recipe
 from lmmono.recipe.sections import Capture, CrateModel, Train
 from lmmono.runs.folder import Run, changes, find_runs, open_run
-from lmmono.runs.manifest import STAGES
 
 
 @pytest.fixture
@@ -31,13 +30,9 @@ def changed(recipe: Recipe, **sections) -> Recipe:
     return Recipe.model_validate({**dict(recipe), **sections})
 
 
-def digest(recipe: Recipe, stage: str) -> str:
-    return recipe.digest(*STAGES[stage].sections)
-
-
-def finish(run: Run, name: str, **facts) -> None:
-    with run.stage(name, digest(run.recipe, name)) as stage:
-        stage.facts.update(facts)
+def finish(run: Run, name: str, **values) -> None:
+    with run.stage(name) as facts:
+        facts |= values
 
 
 def test_a_new_run_keeps_its_resolved_recipe_and_where_it_comes_from(recipe):
@@ -71,16 +66,15 @@ def test_the_manifest_names_the_commit_of_the_working_folder(tmp_path):
 
 def test_a_stage_counts_as_finished_only_when_it_succeeds(recipe):
     run = Run.create(recipe)
-    with pytest.raises(ZeroDivisionError), run.stage("train", digest(recipe, "train")):
+    with pytest.raises(ZeroDivisionError), run.stage("train"):
         time.sleep(0.05)
         raise ZeroDivisionError
-    assert not run.is_finished("train", digest(recipe, "train"))
+    assert not run.is_done("train")
     spent = run.manifest.stages["train"].wall_seconds
     assert spent >= 0.05
     finish(run, "train", val_loss=2.5)
     again = open_run(run.dir)
-    assert again.is_finished("train", digest(recipe, "train"))
-    assert not again.is_finished("train", "0" * 64)
+    assert again.is_done("train")
     assert again.val_loss == 2.5
     record = again.manifest.stages["train"]
     assert record.wall_seconds >= spent, "attempts add up"
@@ -140,7 +134,7 @@ def test_settings_of_stages_not_begun_may_change(recipe):
     finish(Run.create(recipe), "train", val_loss=1.0)
     other = changed(recipe, capture=Capture(top_k=5), about="with fewer exemplars")
     run = Run.create(other)
-    assert run.is_finished("train", digest(other, "train"))
+    assert run.is_done("train")
     assert open_run(run.dir).recipe == other
     assert run.set_aside is None
     assert run.manifest.recipe_digest == other.digest(*SECTIONS)
@@ -150,12 +144,12 @@ def test_one_process_at_a_time_works_in_a_run(recipe):
     run = Run.create(recipe)
     other = Run.create(recipe)
     with (
-        run.stage("train", "d"),
+        run.stage("train"),
         pytest.raises(RunError, match=rf"process \(id {os.getpid()}\)"),
-        other.stage("train", "d"),
+        other.stage("train"),
     ):
         raise AssertionError("the stage must not begin")
-    with Run.create(recipe).stage("train", "d"):
+    with Run.create(recipe).stage("train"):
         pass
 
 
@@ -163,15 +157,15 @@ def test_a_killed_process_leaves_no_lock_and_no_finished_stage(recipe):
     run = Run.create(recipe)
     script = (
         "import os, signal, sys; from lmmono.runs.folder import open_run\n"
-        "with open_run(sys.argv[1]).stage('train', 'd'): os.kill(os.getpid(), signal.SIGKILL)"
+        "with open_run(sys.argv[1]).stage('train'): os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", script, str(run.dir)], check=False)
     assert done.returncode == -9
     again = open_run(run.dir)
     assert again.manifest.stages["train"].state == "begun"
-    with again.stage("train", "d"):
+    with again.stage("train"):
         pass
-    assert again.is_finished("train", "d")
+    assert again.is_done("train")
 
 
 def test_a_run_whose_making_was_cut_short_is_made_again(recipe):

@@ -22,7 +22,7 @@ from lmmono.models.hooks import run_with_cache
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import CrateModel, Train
 from lmmono.runs.folder import Run
-from lmmono.training import train
+from lmmono.pipeline import train
 from lmmono.training.held_out import evaluate, minimal_pair_accuracy
 from lmmono.training.optimizer import build_optimizer, lr_at
 from lmmono.training.watch import LossWatch
@@ -97,7 +97,7 @@ def test_a_stopped_training_goes_on_to_the_bits_of_one_that_never_stopped(
 def test_a_killed_training_goes_on_from_its_last_checkpoint(recipe_file: Path, whole: Run) -> None:
     code = (
         "import os, signal\n"
-        "from lmmono.training import train\nfrom lmmono.recipe import Recipe\n"
+        "from lmmono.pipeline import train\nfrom lmmono.recipe import Recipe\n"
         "def report(what, done, total, **facts):\n"
         "    if done >= 20: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"train(Recipe.load({str(recipe_file)!r}, 'name=killed', 'train.checkpoint_every_steps=7'),"
@@ -116,7 +116,7 @@ def test_two_processes_match_one_at_the_same_global_batch(recipe_file: Path, who
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     command += ["--num_processes=2"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    command += ["--main_process_port=0", "-m", "lmmono.cli.app", "train", str(recipe_file)]
+    command += ["--main_process_port=0", "-m", "lmmono.cli", "train", str(recipe_file)]
     command += ["name=two"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -6,7 +6,6 @@ run folder as its recipe says, and takes up an interrupted capture where its las
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -25,7 +24,6 @@ from lmmono.files.processes import Processes, this_process
 from lmmono.models.hooks import hook_width, match_hooks, recording
 from lmmono.recipe.sections import Capture
 from lmmono.runs.folder import Run
-from lmmono.runs.manifest import STAGES
 from lmmono.types import Progress, silent
 
 ALONE = Processes(0, 1)
@@ -84,33 +82,27 @@ def capture(
     return into
 
 
-def capture_run(run: Run, *, progress: Progress = silent) -> Run:
-    """Capture what a run's recipe asks for into its store, unless that is done already.
+def capture_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
+    """Capture what a run's recipe asks for into its store; return the facts.
 
     Works alone and under `accelerate launch`: each process takes a share of the rows, and one that
     is killed costs what it had not committed.
 
     Raises:
-        RunError: the run is not trained yet, or another process works on it.
         StoreError: as `capture` does.
     """
-    recipe, settings = run.recipe, run.recipe.capture
-    digest = recipe.digest(*STAGES["capture"].sections)
-    if run.is_finished("capture", digest):
-        return run
-    here = this_process()
-    with run.stage("capture", digest) if here.is_main else nullcontext() as stage:
-        with here.main_first():
-            parts = [run.tokens(split).limit(settings.max_tokens) for split in settings.splits]
-            store = _opened(run, parts, here)
-        with store:
-            model = _on_device(run.model)
-            _stream(model, parts, settings, store, recipe.seed, progress, here=here)
-            here.wait()
-            if stage is not None:
-                info = store.info()
-                stage.facts.update(n_tokens=info.n_tokens, n_acts=info.n_acts, n_bytes=info.n_bytes)
-    return run
+    recipe, settings, here = run.recipe, run.recipe.capture, this_process()
+    with here.main_first():
+        parts = [run.tokens(split).limit(settings.max_tokens) for split in settings.splits]
+        store = _opened(run, parts, here)
+    with store:
+        model = _on_device(run.model)
+        _stream(model, parts, settings, store, recipe.seed, progress, here=here)
+        here.wait()
+        if not here.is_main:
+            return {}
+        info = store.info()
+        return {"n_tokens": info.n_tokens, "n_acts": info.n_acts, "n_bytes": info.n_bytes}
 
 
 def _opened(run: Run, parts: Sequence[TokenRows], here: Processes) -> astore.Store:

@@ -8,6 +8,7 @@ everything saved that was finished. Verbs import what they need themselves, so t
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,13 +18,15 @@ import typer
 from lmmono.cli.store_verbs import DataPath, store_app
 from lmmono.cli.toy_verbs import toy_app
 from lmmono.errors import LmmonoError, RecipeError, TrainingStopped
-from lmmono.pipeline import stages
+from lmmono.files.processes import this_process
+from lmmono.types import silent
 
 if TYPE_CHECKING:
     from lmmono.recipe import Recipe
+    from lmmono.reports.tables import Table
     from lmmono.runs.folder import Run
 else:  # for annotations only
-    Recipe = Run = object
+    Recipe = Run = Table = object
 
 app = typer.Typer(
     name="lmmono",
@@ -109,7 +112,7 @@ def list_(
     ] = None,
 ) -> None:
     """List recipes, runs, stores; hooks, dictionaries of a run; explainers, scorers or tasks."""
-    from lmmono.cli.app import listing
+    from lmmono.cli import listing
     from lmmono.cli.terminal import show_table
 
     default = Path("recipes" if what is Listed.recipes else "runs")
@@ -120,67 +123,52 @@ def list_(
 @app.command("run")
 def run_(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Do every stage of every run that is not done yet, then compare the runs."""
-    from lmmono.cli.terminal import show_table
     from lmmono.recipe import Recipe
     from lmmono.reports.tables import comparison
 
-    for table in comparison(_finish(Recipe.load(recipe, *overrides or ()))):
-        show_table(table.columns, table.rows, title=table.title, note=table.note)
+    runs = _done(Recipe.load(recipe, *overrides or ()).runs())
+    _show(comparison(runs))
 
 
 @app.command()
 def train(target: RecipeOrRun, overrides: Overrides = None) -> None:
     """Train the models of a recipe; go on where an interrupted training stopped."""
-    for recipe in _runs_of(target, overrides):
-        _say(_trained(recipe))
+    _done(_runs_of(target, overrides), "train")
 
 
 @app.command()
 def capture(target: RecipeOrRun, overrides: Overrides = None) -> None:
     """Stream activations of trained models into their stores."""
-    from lmmono.files.processes import this_process
-
-    for recipe in _runs_of(target, overrides):
-        with this_process().main_first():
-            run = _created(recipe)
-        _say(stages.captured(run))
+    _done(_runs_of(target, overrides), "capture")
 
 
 @app.command()
 def dictionary(target: RecipeOrRun, overrides: Overrides = None) -> None:
     """Learn the dictionaries of captured runs, and judge them; go on where it stopped."""
-    for recipe in _runs_of(target, overrides):
-        if not recipe.dictionary.learn:
-            raise RecipeError([f"{target}: dictionary.learn: want a dictionary to learn, got none"])
-        _say(stages.learned(_created(recipe)))
+    _done(_runs_of(target, overrides), "dictionary")
 
 
 @app.command()
 def explain(target: RecipeOrRun, overrides: Overrides = None) -> None:
     """Explain the units of captured runs, from documents that no score will see."""
-    for recipe in _runs_of(target, overrides):
-        if not recipe.explain.explainers:
-            message = "want an explainer; see `lmmono ls explainers`"
-            raise RecipeError([f"{target}: explain.explainers: {message}"])
-        _say(stages.explained(_created(recipe)))
+    _done(_runs_of(target, overrides), "explain")
 
 
 @app.command()
 def score(target: RecipeOrRun, overrides: Overrides = None) -> None:
     """Score the units of captured runs, and what was said of them; controls beside them."""
-    for recipe in _runs_of(target, overrides):
-        _say(stages.scored(_created(recipe)))
+    _done(_runs_of(target, overrides), "score")
 
 
 @app.command()
 def robustness(target: RecipeOrRun, overrides: Overrides = None) -> None:
     """Make tasks harder, and measure which codes of captured runs serve best then."""
-    for recipe in _runs_of(target, overrides):
-        if not recipe.robustness.suites:
-            raise RecipeError([f"{target}: robustness.suites: want a suite, such as noisy_labels"])
-        run = stages.tested(_created(recipe))
-        _say(run)
-        _show_robustness(run)
+    from lmmono.reports.robustness_tables import run_tables
+
+    for run in _done(_runs_of(target, overrides), "robustness"):
+        for path in sorted((run.dir / "robustness").glob("*.svg")):
+            print(path)
+        _show(run_tables(run))
 
 
 @app.command()
@@ -190,13 +178,12 @@ def compare(
     ],
 ) -> None:
     """Compare the arms of scored studies over training seeds, and twins of each other."""
-    from lmmono.cli.terminal import show_table, shown_progress
+    from lmmono.cli.terminal import shown_progress
     from lmmono.reports.study_tables import study_tables
 
     with shown_progress() as progress:
         tables = study_tables(studies, progress)
-    for table in tables:
-        show_table(table.columns, table.rows, title=table.title, note=table.note)
+    _show(tables)
 
 
 @app.command("audit-scorer")
@@ -328,53 +315,29 @@ def _runs_of(target: Path, overrides: Sequence[str] | None) -> "tuple[Recipe, ..
     return Recipe.load(path, *overrides or ()).runs()
 
 
-def _created(recipe: "Recipe") -> "Run":
-    """Open the run folder; say what other settings had made there."""
-    from lmmono.runs.folder import Run, changes, open_run
-
-    run = Run.create(recipe)
-    if run.set_aside:
-        before = changes(open_run(run.set_aside).recipe, recipe)
-        _tell(f"{run.dir}: other settings' results set aside in {run.set_aside}")
-        _tell("\n".join(f"  {line}" for line in before))
-    return run
-
-
-def _trained(recipe: "Recipe") -> "Run":
-    """Train, unless that is done: then nothing heavy is imported."""
-    if stages.speaks():
-        run = _created(recipe)
-        if run.is_done("train") and "RANK" not in os.environ:
-            return run
+def _done(recipes: "Sequence[Recipe]", *verbs: str) -> "list[Run]":
+    """Do the stages of some verbs of every run, or all stages; show progress, and say it."""
     from lmmono.cli.terminal import shown_progress
-    from lmmono.training import train
+    from lmmono.pipeline import open_for, run_stages
+    from lmmono.runs.folder import changes, open_run
 
-    with shown_progress() as progress:
-        return train(recipe, progress=progress)
+    runs: list[Run] = []
+    for recipe in recipes:
+        run = open_for(recipe)
+        if run.set_aside:
+            before = changes(open_run(run.set_aside).recipe, recipe)
+            _tell(f"{run.dir}: other settings' results set aside in {run.set_aside}")
+            _tell("\n".join(f"  {line}" for line in before))
+        with shown_progress() if this_process().is_main else nullcontext(silent) as progress:
+            runs.append(run_stages(run, *verbs, progress=progress))
+        if verbs and this_process().is_main:
+            print(run)
+    return runs
 
 
-def _finish(recipe: "Recipe") -> "list[Run]":
-    return [
-        stages.tested(stages.scored(stages.explained(stages.learned(stages.captured(run)))))
-        for run in map(_trained, recipe.runs())
-    ]
-
-
-def _show_robustness(run: "Run") -> None:
-    """Name the figures of a run's suites, and show what came out."""
+def _show(tables: "Sequence[Table]") -> None:
     from lmmono.cli.terminal import show_table
-    from lmmono.reports.robustness_tables import run_tables
 
-    for path in sorted((run.dir / "robustness").glob("*.svg")):
-        print(path)
-    for table in run_tables(run):
+    for table in tables:
         show_table(table.columns, table.rows, title=table.title, note=table.note)
 
-
-def _say(run: "Run") -> None:
-    if stages.speaks():
-        print(run)
-
-
-if __name__ == "__main__":
-    main()

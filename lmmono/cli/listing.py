@@ -7,7 +7,7 @@ from pathlib import Path
 from lmmono.errors import RecipeError, RunError
 from lmmono.recipe import Recipe
 from lmmono.runs.folder import find_runs, open_run
-from lmmono.runs.manifest import STAGES
+from lmmono.runs.stages import STAGES
 
 
 @dataclass(frozen=True, slots=True)

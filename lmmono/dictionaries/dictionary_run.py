@@ -22,34 +22,29 @@ from lmmono.captures.capture import capture
 from lmmono.dictionaries.dictionary_rows import judge
 from lmmono.dictionaries.estimator import Dictionary
 from lmmono.dictionaries.fitting import Fit, Sources, fit_all, fits_of
-from lmmono.errors import DictionaryError, RunError, TrainingStopped
+from lmmono.errors import DictionaryError, TrainingStopped
 from lmmono.models.hooks import match_hooks
 from lmmono.runs.folder import Run
-from lmmono.runs.manifest import STAGES
 from lmmono.types import Progress, silent
 
 
-def dictionary_run(run: Run, *, progress: Progress = silent) -> Run:
-    """Learn and judge the dictionaries of a run's recipe, unless that is done or there are none.
+def dictionary_run(run: Run, *, progress: Progress = silent) -> dict[str, int]:
+    """Learn and judge the dictionaries of a captured run's recipe; return the facts.
 
     Every entry is fitted on every hook with every seed. A fit that comes to nothing does not stop
     the others; they are judged first, and then it is told. On shuffled vectors, or on those of an
     untrained model, nothing is what there may be to find: there it is a row of `scores` instead.
 
     Raises:
-        RunError: The run is not captured yet, or another process works on it.
         DictionaryError: Vectors are too few, or fits came to nothing; names all of them.
         ModelError: A hook name matches nothing.
         TrainingStopped: SIGTERM arrived; everything is saved.
     """
-    settings, digest = run.recipe.dictionary, run.recipe.digest(*STAGES["dictionary"].sections)
-    if not settings.learn or run.is_finished("dictionary", digest):
-        return run
-    if not run.is_done("capture"):
-        raise RunError(f"{run.dir}: not captured yet; run `lmmono capture {run.dir}` first")
+    settings = run.recipe.dictionary
     hooks = match_hooks(_on_device(run.model), settings.hooks)
-    vectors = _vectors(run, hooks, progress) if settings.source == "store" else None
-    with run.stage("dictionary", digest) as stage, _terminable():
+    stored = settings.source == "store"
+    vectors = astore.open(run.dir / "vectors.duckdb") if stored else None
+    with _terminable():
         fits, sources = fits_of(run, hooks), Sources(run, vectors)
         failures = fit_all(fits, sources, settings, progress)
         with astore.open(run.store_path, mode="a") as store:
@@ -58,27 +53,24 @@ def dictionary_run(run: Run, *, progress: Progress = silent) -> Run:
         serious = [text for fit, text in failures.items() if fit.planned.control is None]
         if serious:
             raise DictionaryError("\n".join(dict.fromkeys(serious)))
-        stage.facts.update(n_dictionaries=len(fits) - len(failures), n_failed=len(failures))
-    return run
+    return {"n_dictionaries": len(fits) - len(failures), "n_failed": len(failures)}
+
+
+def vectors_run(run: Run, *, progress: Progress = silent) -> dict[str, int]:
+    """Capture the vectors of the split `train`, from which dictionaries learn; return the facts."""
+    recipe, path = run.recipe, run.dir / "vectors.duckdb"
+    hooks = match_hooks(_on_device(run.model), recipe.dictionary.hooks)
+    mode: Literal["a", "w"] = "a" if path.exists() else "w"
+    with astore.open(path, mode) as store:
+        rows = run.tokens("train").limit(recipe.dictionary.max_tokens)
+        capture(run.model, rows, hooks=(), vectors=hooks, into=store, progress=progress)
+        info = store.info()
+        return {"n_tokens": info.n_tokens, "n_bytes": info.n_bytes}
 
 
 def _on_device(model: nn.Module) -> nn.Module:
     """Move a model to the GPU, where there is one."""
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _vectors(run: Run, hooks: Sequence[str], progress: Progress) -> astore.Store:
-    """Capture the vectors of the split `train`, unless that is done; return their store."""
-    recipe, path = run.recipe, run.dir / "vectors.duckdb"
-    digest = recipe.digest(*STAGES["vectors"].sections)
-    if not run.is_finished("vectors", digest):
-        mode: Literal["a", "w"] = "a" if path.exists() else "w"
-        with run.stage("vectors", digest) as stage, astore.open(path, mode) as store:
-            rows = run.tokens("train").limit(recipe.dictionary.max_tokens)
-            capture(run.model, rows, hooks=(), vectors=hooks, into=store, progress=progress)
-            info = store.info()
-            stage.facts.update(n_tokens=info.n_tokens, n_bytes=info.n_bytes)
-    return astore.open(path)
 
 
 def _store_latents(run: Run, fits: Sequence[Fit], store: astore.Store, progress: Progress) -> None:
@@ -104,8 +96,6 @@ def _store_latents(run: Run, fits: Sequence[Fit], store: astore.Store, progress:
         progress=progress,
         **kept,
     )
-    for stage in ("explain", "score"):
-        run.reopen(stage)  # there are units that it has not seen
 
 
 @contextmanager

@@ -1,1 +1,5 @@
-"""The stages of a run, in their order."""
+"""The loop that does the stages of a run."""
+
+from lmmono.pipeline.loop import open_for, run_stages, train
+
+__all__ = ["open_for", "run_stages", "train"]

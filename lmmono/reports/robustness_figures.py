@@ -26,6 +26,7 @@ from lmmono.runs.folder import Run
 from lmmono.studies.comparisons import Comparison, compare_families, grouped
 from lmmono.suites.robustness_rows import REAL, Result
 from lmmono.suites.robustness_run import run_results
+from lmmono.types import Progress, silent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,17 +46,15 @@ Style = tuple[str, str, str]
 """Colour, marker and dash of a family."""
 
 
-def run_figures(run: Run) -> list[Path]:
+def figures_run(run: Run, *, progress: Progress = silent) -> dict[str, list[str]]:  # noqa: ARG001
     """Draw the figures of a run's suites into its folder `robustness/`, which appears when whole.
 
     Empty where there is nothing to draw: no suite has levels, or the recipe no family to hold the
     others against.
 
     Raises:
-        RunError: The suites are not done, or the folder cannot be written.
+        RunError: The folder cannot be written.
     """
-    if not run.is_done("robustness"):
-        raise RunError(f"{run.dir}: no robustness yet; run `lmmono robustness {run.dir}` first")
     with astore.open(run.store_path) as store:
         results = run_results(run, store)
     fresh, final = run.dir / f"{FIGURES}.tmp", run.dir / FIGURES
@@ -67,7 +66,7 @@ def run_figures(run: Run) -> list[Path]:
         if families and any(each.level and each.corruption != REAL for each in results):
             robustness_figures(results, families[0].label, fresh)
         fresh.replace(final)
-    return sorted(final.iterdir())
+    return {"figures": sorted(path.name for path in final.iterdir())}
 
 
 def robustness_figures(

@@ -5,7 +5,9 @@
            metrics.parquet   numbers of training
            model/            weights and tokenizer
            store.duckdb      the activation store, with its shards in store/
+           dictionaries/     <hook>/<name>/, learned from vectors.duckdb
            robustness/       figures of the robustness suites
+           untrained/        its untrained control, a run folder like this one
            replaced/         what other settings made, each a run folder of its own
 
 What a stage made with other settings is never reused and never deleted: it moves to `replaced/`.
@@ -17,7 +19,6 @@ import shutil
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
@@ -28,7 +29,8 @@ from lmmono.files import provenance
 from lmmono.files.atomic import disk_faults, sync, write_atomic
 from lmmono.files.locks import lock_folder
 from lmmono.recipe import SECTIONS, Recipe
-from lmmono.runs.manifest import STAGES, Manifest, StageRecord
+from lmmono.runs.manifest import Manifest, StageRecord
+from lmmono.runs.stages import STAGES
 from lmmono.types import Split
 
 if TYPE_CHECKING:
@@ -41,14 +43,6 @@ else:  # for annotations only: importing these takes seconds, and listing runs n
 
 
 _RECIPE_HEAD = "# The recipe of this run, with every default written out."
-
-
-@dataclass(slots=True)
-class StageInProgress:
-    """A stage that is being worked on; fill `facts` before the end."""
-
-    facts: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Goes into the manifest when the stage succeeds; values JSON can hold."""
 
 
 class Run:
@@ -159,7 +153,11 @@ class Run:
         """Prepared corpora: $LMMONO_CACHE, or `.cache` in the folder of the runs."""
         if shared := os.environ.get("LMMONO_CACHE"):
             return Path(shared)
-        return (self.dir.parent.parent if self.recipe.folder else self.dir.parent) / ".cache"
+        if not self.recipe.folder:
+            return self.dir.parent / ".cache"
+        if (self.dir.parent / "manifest.json").is_file():  # a control inside its run
+            return open_run(self.dir.parent).cache_dir
+        return self.dir.parent.parent / ".cache"
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -197,49 +195,39 @@ class Run:
             fresh.replace(final)
             sync(self.dir)
 
-    def is_finished(self, stage: str, digest: str) -> bool:
-        """Say whether a stage has succeeded with the settings of this digest."""
-        record = self.manifest.stages.get(stage)
-        return record is not None and record.state == "finished" and record.digest == digest
-
     def is_done(self, stage: str) -> bool:
         """Say whether a stage of `STAGES` has succeeded with this run's settings."""
-        return self.is_finished(stage, self.recipe.digest(*STAGES[stage].sections))
+        record = self.manifest.stages.get(stage)
+        digest = self.recipe.digest(*STAGES[stage].sections)
+        return record is not None and record.state == "finished" and record.digest == digest
 
     @contextmanager
-    def stage(self, name: str, digest: str) -> Generator[StageInProgress, None, None]:
+    def stage(self, name: str) -> Generator[dict[str, Any], None, None]:
         """Work on a stage: it counts as finished when the block ends without an exception.
 
         The folder is locked meanwhile. Time and memory are recorded also where the block fails.
+
+        Yields:
+            Facts for the manifest, to be filled in the block; values that JSON can hold.
 
         Raises:
             RunError: Another process works in the folder, or it cannot be written.
         """
         with lock_folder(self.dir):
-            self.manifest = Manifest.read(self.dir)  # what a process before this one has done
-            before = self.manifest.stages.get(name)
-            record = StageRecord.begin(digest, before)
+            self.manifest = Manifest.read(self.dir)  # an earlier process may have added stages
+            digest = self.recipe.digest(*STAGES[name].sections)
+            record = StageRecord.begin(digest, self.manifest.stages.get(name))
             self._record(name, record)
             provenance.reset_peak_memory()
-            began, stage = time.monotonic(), StageInProgress()
+            began, facts = time.monotonic(), dict[str, Any]()
             try:
-                yield stage
+                yield facts
             except BaseException:
                 with suppress(RunError):  # the reason of the failure matters more than its record
                     self._record(name, record.after(began))
                 raise
-            done = {"state": "finished", "facts": stage.facts}
+            done = {"state": "finished", "facts": facts}
             self._record(name, StageRecord.model_validate({**dict(record.after(began)), **done}))
-
-    def reopen(self, stage: str) -> None:
-        """Count a stage as not begun, because what it reads has changed; inside another stage.
-
-        Raises:
-            RunError: The folder cannot be written.
-        """
-        stages = {name: each for name, each in self.manifest.stages.items() if name != stage}
-        self.manifest = self.manifest.model_copy(update={"stages": stages})
-        self.manifest.write(self.dir)
 
     def _record(self, name: str, record: StageRecord) -> None:
         stages = {**self.manifest.stages, name: record}
@@ -262,7 +250,7 @@ class Run:
         # after the manifest: a crash here leaves files that nobody counts on, not a record of
         # files that are gone
         with disk_faults(aside):
-            for product in (product for name in stale for product in STAGES[name].products):
+            for product in (product for name in stale for product in STAGES[name].makes):
                 if (self.dir / product).exists():
                     (self.dir / product).replace(aside / product)
 
@@ -300,8 +288,9 @@ def find_runs(folder: str | Path) -> list[Path]:
     """Return the run folders at or under a folder, at most two levels down, sorted."""
     root = Path(folder)
     patterns = ("manifest.json", "*/manifest.json", "*/*/manifest.json")
-    found = {path.parent for pattern in patterns for path in root.glob(pattern)}
-    return sorted(path for path in found if path.parent.name != "replaced")
+    paths = {path.parent for pattern in patterns for path in root.glob(pattern)}
+    # a run inside a run is part of it: its untrained control, or what was set aside in replaced/
+    return sorted(p for p in paths if not {p.parent, p.parent.parent} & paths)
 
 
 def _nearby(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -13,41 +12,10 @@ from lmmono.errors import RunError
 from lmmono.files import provenance
 from lmmono.files.atomic import write_atomic
 from lmmono.recipe import SECTIONS, Recipe
+from lmmono.runs.stages import STAGES
 
 FORMAT = 1
 """Version of the manifest; a folder of a newer one is refused."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """What a stage of a run reads and makes."""
-
-    sections: tuple[str, ...]
-    """Parts of the recipe that decide its result, those of the stages it builds on included."""
-    products: tuple[str, ...]
-    """Files and folders it makes in the run folder."""
-
-
-_MODEL = ("data", "model", "train")
-
-STAGES = {
-    "train": Stage(
-        _MODEL, ("model", "metrics.parquet", "checkpoint", "checkpoint.old", "checkpoint.tmp")
-    ),
-    "capture": Stage((*_MODEL, "capture"), ("store.duckdb", "store.duckdb.wal", "store")),
-    "vectors": Stage(
-        (*_MODEL, "dictionary.hooks", "dictionary.max_tokens"),
-        ("vectors.duckdb", "vectors.duckdb.wal", "vectors"),
-    ),
-    "dictionary": Stage((*_MODEL, "capture", "dictionary"), ("dictionaries",)),
-    # rows in the store that capture makes
-    "explain": Stage((*_MODEL, "capture", "explain"), ()),
-    "score": Stage((*_MODEL, "capture", "explain", "score"), ()),
-    "features": Stage(_MODEL, ("features.duckdb", "features.duckdb.wal", "features")),
-    # rows in the same store, and figures of them
-    "robustness": Stage((*_MODEL, "capture", "dictionary", "robustness"), ("robustness",)),
-}
-"""The stages in their order."""
 
 
 class StageRecord(BaseModel):

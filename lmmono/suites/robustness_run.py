@@ -15,69 +15,53 @@ import torch
 from torch import nn
 
 import activation_store as astore
-from lmmono.captures.latents import Code
 from lmmono.data.tasks.task_registry import find_task
-from lmmono.errors import RobustnessError, RunError, nearest
+from lmmono.dictionaries.estimator import load_dictionary
+from lmmono.errors import RobustnessError, nearest
 from lmmono.models.hooks import match_hooks
 from lmmono.recipe.dictionary_settings import TrainedControl
 from lmmono.runs.folder import Run
-from lmmono.runs.manifest import STAGES
 from lmmono.suites.robustness_rows import Asked, Result, read_results
 from lmmono.suites.study import Study
 from lmmono.types import Progress, silent
 
-Load = Callable[[Path], Code]
-"""Reads a dictionary's folder."""
-
 _CONTROLS = tuple(f"-{control}" for control in get_args(TrainedControl))
 
 
-def robustness_run(run: Run, *, load: Load | None = None, progress: Progress = silent) -> Run:
-    """Run the robustness suites of a run's recipe, unless that is done or it names none.
+def robustness_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
+    """Run the robustness suites of a captured run's recipe; return the facts.
 
     Args:
         run: Captured; with its dictionaries learned, where the recipe names some.
-        load: Reads dictionaries, as `lm.load_dictionary`; wanted where the recipe names some.
         progress: Told how many suites are done.
 
     Raises:
-        RunError: The run is not captured or its dictionaries are not learned yet, or another
-            process works on it.
         RobustnessError: A family, dictionary or hook does not fit.
         DataError: A task cannot be read.
         StoreError: The store cannot be read or written.
     """
     settings = run.recipe.robustness
-    if not settings.suites or run.is_done("robustness"):
-        return run
-    wanted = ["capture", *(["dictionary"] if settings.dictionaries else [])]
-    for stage in wanted:
-        if not run.is_done(stage):
-            raise RunError(f"{run.dir}: no {stage} yet; run `lmmono {stage} {run.dir}` first")
     tasks = [find_task(name, settings.folder) for name in settings.tasks]
-    _claim_features(run)
-    digest = run.recipe.digest(*STAGES["robustness"].sections)
-    with run.stage("robustness", digest) as stage, astore.open(run.store_path, mode="a") as store:
+    with astore.open(run.store_path, mode="a") as store:
         model = _on_device(run.model)
         families: dict[str, Any] = {family.label: family for family in settings.families}
         study = Study(
             model,
             tasks,
-            {**families, **_dictionaries(run, load)},
+            {**families, **_dictionaries(run)},
             settings,
             store,
             run.tokenizer,
             progress,
         )
         made = study.run()
-        stage.facts.update(
-            hook=made.hook,
-            features=list(made.features),
-            n_rows=len(made.rows),
-            n_failed=sum(row["failure"] is not None for row in made.rows),
-            hypotheses=list(settings.hypotheses),
-        )
-    return run
+        return {
+            "hook": made.hook,
+            "features": list(made.features),
+            "n_rows": len(made.rows),
+            "n_failed": sum(row["failure"] is not None for row in made.rows),
+            "hypotheses": list(settings.hypotheses),
+        }
 
 
 def run_results(run: Run, store: astore.Store) -> list[Result]:
@@ -88,15 +72,7 @@ def run_results(run: Run, store: astore.Store) -> list[Result]:
     return read_results(store, asked=Asked(settings, settings.tasks, features))
 
 
-def _claim_features(run: Run) -> None:
-    """Note that the run has stored features, so that they leave with the model they are of."""
-    digest = run.recipe.digest(*STAGES["features"].sections)
-    if not run.is_finished("features", digest):
-        with run.stage("features", digest):
-            pass
-
-
-def _dictionaries(run: Run, load: Load | None) -> Mapping[str, Callable[[Any], Any]]:
+def _dictionaries(run: Run) -> Mapping[str, Callable[[Any], Any]]:
     """Return the encoders of the dictionaries that the recipe names, of its hook or of one hook.
 
     Raises:
@@ -105,8 +81,6 @@ def _dictionaries(run: Run, load: Load | None) -> Mapping[str, Callable[[Any], A
     settings = run.recipe.robustness
     if not settings.dictionaries:
         return {}
-    if load is None:
-        raise RobustnessError("robustness.dictionaries: pass load=lm.load_dictionary to read them")
     folder = run.dir / "dictionaries"
     hooks = sorted({place.parent.name for place in folder.glob("*/*/dictionary.json")})
     if settings.hook is not None:
@@ -120,7 +94,7 @@ def _dictionaries(run: Run, load: Load | None) -> Mapping[str, Callable[[Any], A
                 f"robustness.dictionaries: {pattern} is at several hooks ({names}); name one as "
                 "robustness.hook"
             )
-        found |= {place.name: load(place).encode for place in places}
+        found |= {place.name: load_dictionary(place).encode for place in places}
     return found
 
 

@@ -1,5 +1,1 @@
-"""Training of language models with Accelerate: `train(recipe)` gives a finished run."""
-
-from lmmono.training.loop import train
-
-__all__ = ["train"]
+"""Training of language models with Accelerate: the stage `train` of a run."""

@@ -9,6 +9,7 @@ import signal
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from lmmono.models.build import build_model
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import Train
 from lmmono.runs.folder import Run
+from lmmono.runs.stages import STAGES
 from lmmono.training.checkpoint import (
     Position,
     load_checkpoint,
@@ -38,50 +40,26 @@ from lmmono.training.optimizer import build_optimizer, lr_at, set_lr
 from lmmono.training.watch import LossWatch
 from lmmono.types import Progress, silent
 
-SECTIONS = ("data", "model", "train")
 CHECK_EVERY_STEPS = 10  # reading a loss waits for the device, so losses are read in tens
 
 
-def train(recipe: Recipe, *, progress: Progress = silent) -> Run:
-    """Train the model of a recipe and return its run; a finished or interrupted one is taken up.
-
-    Works alone and under `accelerate launch`. The model appears in the run folder only when it is
-    whole; an interrupted training leaves a checkpoint, from which the same call goes on to the same
-    bits (CPU, fp32).
-
-    Args:
-        recipe: One run; of a study with several, choose one by an override.
-        progress: Called with steps done, loss and tokens per second.
-
-    Raises:
-        RecipeError: the recipe stands for several runs, or does not fit the number of processes.
-        DataError: the corpus cannot be read or is too small.
-        TrainError: the loss became NaN or diverged, or a checkpoint cannot be used.
-        TrainingStopped: SIGTERM arrived; everything is saved.
-        KeyboardInterrupt: Ctrl-C arrived; everything is saved.
-    """
-    recipe = recipe.only()
+def train_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
+    """Train the model of a run, or resume it; return the facts. See `lmmono.train`."""
+    recipe = run.recipe
     accelerator = _accelerator(recipe)
-    main = accelerator.is_main_process
-    digest = recipe.digest(*SECTIONS)
-    with accelerator.main_process_first():
-        run = Run.create(recipe)
+    with accelerator.main_process_first():  # the others find the corpus prepared
         corpus = run.corpus
-    if run.is_finished("train", digest):
-        return run
-    with run.stage("train", digest) if main else nullcontext() as stage, stop_requests() as request:
+    with stop_requests() as request:
         _start_trackers(accelerator, recipe)
         loop = _Loop.start(accelerator, run, progress, request)
         loop.optimize()
         facts = loop.finish()
-        if stage is not None:
-            stage.facts.update(facts, data_digest=corpus.digest)
     accelerator.wait_for_everyone()
     # not end_training: it also ends the process group, which hangs now and then (the last barrier's
     # thread waits for the interpreter's lock, whose holder waits for the thread)
     for tracker in accelerator.trackers:
         tracker.finish()
-    return run
+    return {**facts, "data_digest": corpus.digest}
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
@@ -150,7 +128,10 @@ class _Loop:
         torch.manual_seed(recipe.seed)
         optimizer = build_optimizer(bare, recipe.train)
         position = load_checkpoint(
-            run.dir / "checkpoint", bare, optimizer, recipe.digest(*SECTIONS)
+            run.dir / "checkpoint",
+            bare,
+            optimizer,
+            recipe.digest(*STAGES["train"].sections),
         )
         log = TrainingLog(run.dir / "metrics.parquet")
         log.resume(position.step if position else 0)
@@ -267,7 +248,7 @@ class _Loop:
         if self.accelerator.is_main_process:
             position = Position(
                 step=self.step,
-                digest=self.run.recipe.digest(*SECTIONS),
+                digest=self.run.recipe.digest(*STAGES["train"].sections),
                 smooth_loss=self.watch.smooth_loss,
                 unread_losses=losses,
             )

@@ -1,0 +1,50 @@
+"""The untrained control of a run: the same recipe without a training step, a run of its own.
+
+    runs/x/untrained/    a run folder like any other; its store says what architecture, tokens and
+                         records alone explain (Heap et al. 2025, arXiv 2501.17727)
+
+Unit i of it is no partner of unit i of the trained model: the two are compared as means.
+"""
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lmmono.models.hooks import match_hooks
+from lmmono.pipeline.loop import run_stages
+from lmmono.recipe import Recipe
+from lmmono.runs.folder import Run
+from lmmono.types import Progress, silent
+
+
+def control_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
+    """Make the untrained control of a run, up to its scores; return the facts."""
+    recipe = control_recipe(run)
+    if not recipe.capture.hooks:
+        return {"hooks": []}
+    control = Run.create(recipe)
+    run_stages(control, progress=progress)
+    return {"hooks": list(recipe.capture.hooks)}
+
+
+def control_recipe(run: Run) -> Recipe:
+    """Return the recipe of a run's untrained control.
+
+    Its hooks are those of the model that the run explains: latents have no untrained counterpart.
+    It stores them at any density, since nothing has made an untrained model sparse.
+    """
+    recipe = run.recipe
+    captured = match_hooks(run.model, recipe.capture.hooks) if recipe.capture.hooks else []
+    asked = recipe.explain.hooks or ("*",)
+    hooks = tuple(h for h in captured if any(fnmatchcase(h, pattern) for pattern in asked))
+    changes = {
+        "train": recipe.train.model_copy(update={"steps": 0, "warmup_steps": 0}),
+        "capture": recipe.capture.model_copy(
+            update={"hooks": hooks, "vectors": (), "max_density": 1.0}
+        ),
+        "dictionary": type(recipe.dictionary)(),
+        "explain": recipe.explain.model_copy(update={"hooks": hooks}),
+        "score": recipe.score.model_copy(update={"controls": False}),
+        "robustness": type(recipe.robustness)(),
+    }
+    place = {"out": str(run.dir.parent), "name": run.dir.name, "folder": "untrained"}
+    return recipe.model_copy(update={**changes, **place})

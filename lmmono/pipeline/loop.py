@@ -1,0 +1,111 @@
+"""One loop over the stages of a run: what is finished is skipped, and imports nothing heavy."""
+
+import time
+from importlib import import_module
+
+from lmmono.errors import RecipeError, RunError
+from lmmono.files.processes import this_process
+from lmmono.recipe import SECTIONS, Recipe
+from lmmono.runs.folder import Run, open_run
+from lmmono.runs.manifest import Manifest
+from lmmono.runs.stages import STAGES, Stage
+from lmmono.types import Progress, silent
+
+POLL_SECONDS = 0.1  # far below the seconds that a process takes to import torch
+
+
+def run_stages(run: Run, *verbs: str, progress: Progress = silent) -> Run:
+    """Do the stages of some verbs, or all that the run's recipe asks for.
+
+    A stage is done once: the manifest says so by the hash of all settings that decide its result.
+    What is finished stays when a later stage fails; the same call resumes there. Under
+    `accelerate launch` every process trains and captures, and the main one does the rest.
+
+    Args:
+        run: As `open_for` or `Run.create` returns it.
+        verbs: Such as "capture"; see `lmmono.runs.stages.STAGES`. None means all.
+        progress: Called with what is done.
+
+    Raises:
+        RecipeError: The recipe asks for nothing that the verb does.
+        RunError: A stage before it is not done yet, or another process works on the run.
+        LmmonoError: What the stage itself raises.
+    """
+    here = this_process()
+    for stage in STAGES.values():
+        verb = stage.verb or stage.name
+        if (verbs and verb not in verbs) or not (here.is_main or stage.is_shared):
+            continue
+        if not stage.is_asked(run.recipe):
+            if verbs and stage.wants:
+                raise RecipeError([f"{run.dir}: {stage.wants}"])
+            continue
+        if run.is_done(stage.name):
+            continue
+        if not here.is_main:  # the main process checks, locks and writes the manifest for all
+            _function(stage)(run, progress=progress)
+            continue
+        _require(run, stage)
+        with run.stage(stage.name) as facts:
+            facts |= _function(stage)(run, progress=progress)
+    return run
+
+
+def train(recipe: Recipe, *, progress: Progress = silent) -> Run:
+    """Train the model of a recipe and return its run; a finished one is returned as it is.
+
+    Works alone and under `accelerate launch`. The model appears in the run folder only when it is
+    whole; an interrupted training leaves a checkpoint, from which the same call resumes to the same
+    bits (CPU, fp32).
+
+    Args:
+        recipe: One run; of a study with several, choose one by an override.
+        progress: Called with steps done, loss and tokens per second.
+
+    Raises:
+        RecipeError: The recipe stands for several runs, or does not fit the number of processes.
+        DataError: The corpus cannot be read or is too small.
+        TrainError: The loss became NaN or diverged, or a checkpoint cannot be used.
+        TrainingStopped: SIGTERM arrived; everything is saved.
+        KeyboardInterrupt: Ctrl-C arrived; everything is saved.
+    """
+    return run_stages(open_for(recipe), "train", progress=progress)
+
+
+def open_for(recipe: Recipe) -> Run:
+    """Open the run folder of a recipe; of several processes the main one makes it, others wait.
+
+    Raises:
+        RecipeError: The recipe stands for several runs.
+        RunError: As `Run.create`.
+    """
+    if this_process().is_main:
+        return Run.create(recipe)
+    recipe = recipe.only()
+    # polled, because a barrier here would open a process group before Accelerate chooses its kind;
+    # the launcher ends this process if the main one fails
+    while not _is_ready(recipe):
+        time.sleep(POLL_SECONDS)
+    return open_run(recipe.dir)
+
+
+def _is_ready(recipe: Recipe) -> bool:
+    """Say whether the folder holds this recipe; the manifest is written after everything else."""
+    if not (recipe.dir / "manifest.json").is_file():
+        return False
+    return Manifest.read(recipe.dir).recipe_digest == recipe.digest(*SECTIONS)
+
+
+def _require(run: Run, stage: Stage) -> None:
+    """Refuse a stage whose input is not there yet."""
+    for name in stage.needs:
+        if STAGES[name].is_asked(run.recipe) and not run.is_done(name):
+            verb = STAGES[name].verb or name
+            done = {"train": "trained", "capture": "captured", "explain": "explained"}
+            what = f"not {done[name]}" if name in done else f"no {name}"
+            raise RunError(f"{run.dir}: {what} yet; run `lmmono {verb} {run.dir}` first")
+
+
+def _function(stage: Stage):
+    module, _, name = stage.run.partition(":")
+    return getattr(import_module(module), name)
