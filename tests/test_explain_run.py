@@ -116,7 +116,7 @@ def test_a_run_explains_and_scores_what_its_recipe_names(explained):
 
 def test_the_untrained_control_is_what_the_untrained_model_scores(explained, tmp_path):
     run = open_run(explained / "runs/tiny")
-    assert not (run.dir / "untrained").exists()
+    assert open_run(run.dir / "untrained").is_done("score")
     fresh = lm.untrained(run.model, run.recipe.seed)
     units = lm.sample(12, seed=run.recipe.seed)
     query = """SELECT unit, value, details FROM scores WHERE metric = 'simulation_tar'

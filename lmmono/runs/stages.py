@@ -107,7 +107,7 @@ _LIST = (
         needs=("capture", "dictionary"),
         reads=("explain",),
         is_asked=_explains,
-        wants="explain.explainers: want an explainer, got none; see `lmmono ls explainers`",
+        wants="explain.explainers: want an explainer; see `lmmono ls explainers`",
     ),
     Stage(
         "control",
