@@ -16,9 +16,9 @@ import torch
 
 from lmmono.data.batches import train_batches
 from lmmono.models.build import build_model
+from lmmono.pipeline import train
 from lmmono.recipe import Recipe
 from lmmono.runs.folder import Run
-from lmmono.pipeline import train
 from lmmono.training.optimizer import build_optimizer, lr_at, set_lr
 
 RECIPE = """

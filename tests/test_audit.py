@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from lmmono.errors import ExplainError
+from lmmono.pipeline import train
 from lmmono.recipe import Recipe
 from lmmono.scores import audit, known_units
 from lmmono.scores.audit import audit_scorer
 from lmmono.scores.known_units import LEVELS
 from lmmono.scores.lies import FALSE, broad, narrow, near_miss
-from lmmono.pipeline import train
 
 
 @pytest.fixture(scope="module")

@@ -50,8 +50,8 @@ def rows_of_rank(store: astore.Store, first: int, last: int) -> int:
 
 
 def test_two_processes_capture_what_one_does_also_when_one_is_killed(tmp_path: Path) -> None:
-    from lmmono.recipe import Recipe
     from lmmono.pipeline import run_stages, train
+    from lmmono.recipe import Recipe
 
     recipe = tmp_path / "two.yaml"
     YAML().dump({**RECIPE, "out": str(tmp_path / "runs")}, recipe)

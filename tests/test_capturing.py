@@ -14,12 +14,12 @@ from lmmono.data.tokens import TokenCorpus, prepare
 from lmmono.errors import ModelError, RunError
 from lmmono.models.build import build_model
 from lmmono.models.hooks import run_with_cache
+from lmmono.pipeline import run_stages, train
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import CrateModel, Data, Gpt2Model, PlantedCorpus, Splits
 from lmmono.reports.tables import comparison
 from lmmono.scores.token_statistics import N_GROUPS, score_token_selectivity
 from lmmono.stats.formulas import entropies
-from lmmono.pipeline import run_stages, train
 
 HOOK = "blocks.1.mlp.hook_post"
 STREAM = "blocks.0.hook_resid_post"

@@ -280,7 +280,10 @@ def test_text_that_cannot_be_used_is_told_before_training(here, capsys, text, ov
         (["run", "tinny.yaml"], "tinny.yaml: no such file; did you mean tiny.yaml?"),
         (["train", "tiny.yaml", "train.lr=fast"], "override train.lr=fast: want a number"),
         (["train", "tiny.yaml", "out=/dev/null/x"], "cannot be written: Not a directory"),
-        (["capture", "tiny.yaml", "arm=crate"], "not trained yet; run `lmmono train runs/tiny/crate`"),
+        (
+            ["capture", "tiny.yaml", "arm=crate"],
+            "not trained yet; run `lmmono train runs/tiny/crate`",
+        ),
         (["import", "crate-lm", "tiny.yaml", "--out", "x"], "tiny.yaml"),
     ],
 )

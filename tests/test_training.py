@@ -19,10 +19,10 @@ from lmmono.data.minimal_pairs import MinimalPair
 from lmmono.errors import RecipeError, TrainError, TrainingStopped
 from lmmono.models.build import build_model
 from lmmono.models.hooks import run_with_cache
+from lmmono.pipeline import train
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import CrateModel, Train
 from lmmono.runs.folder import Run
-from lmmono.pipeline import train
 from lmmono.training.held_out import evaluate, minimal_pair_accuracy
 from lmmono.training.optimizer import build_optimizer, lr_at
 from lmmono.training.watch import LossWatch

@@ -340,4 +340,3 @@ def _show(tables: "Sequence[Table]") -> None:
 
     for table in tables:
         show_table(table.columns, table.rows, title=table.title, note=table.note)
-
