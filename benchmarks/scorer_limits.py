@@ -18,9 +18,8 @@ import lmmono as lm
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.decorrelation import score_decorrelation
-from lmmono.scores.known_units import write_planted
-from lmmono.scores.lies import add_explanations, name_of
-from lmmono.scores.scorer_registry import Job
+from lmmono.scores.planted_units import add_explanations, explainer_of, write_planted
+from lmmono.scores.score_job import ScoreJob
 
 MEANS = """SELECT metric, hook, control, value, ci_low, ci_high, nan_fraction FROM scores
     WHERE unit IS NULL AND metric IN ('anthropic_intervals', 'detection', 'detection_near_miss',
@@ -43,7 +42,7 @@ def planted(seed: int = 0) -> None:
         astore.open(Path(place) / "store", mode="w") as store,
     ):
         add_explanations(store, write_planted(store, 600, seed), seed)
-        lm.score(store, scorer=["anthropic_intervals", "detection"], explainer=name_of("true"))
+        lm.score(store, scorer=["anthropic_intervals", "detection"], explainer=explainer_of("true"))
         for metric, hook, control, value, low, high, undefined in store.sql(MEANS).fetchall():
             ends = "" if low is None else f" [{low:.3f}, {high:.3f}]"
             print(f"{metric} {hook} {control}: {value:.3f}{ends}, {undefined:.1%} not defined")
@@ -57,7 +56,7 @@ def trained(path: str) -> None:
         for hook, d, few, none in store.sql(NEVER_SILENT, n=n).fetchall():
             print(f"{path} {hook}: of {d} units {few} leave < 5 of {n} windows silent, {none} none")
             settings = dict(find_scorer("feature_decorrelation").settings)
-            job = Job(store, hook, RecordReader(store), settings=settings)
+            job = ScoreJob(store, hook, RecordReader(store), settings=settings)
             for each in score_decorrelation(job):
                 ends = f"[{each['ci_low']:.4f}, {each['ci_high']:.4f}]"
                 print(f"  {each['metric']} {each['control']}: {each['value']:.4f} {ends}")

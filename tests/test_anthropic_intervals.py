@@ -11,7 +11,7 @@ from lmmono.explanations.stored_explanations import read_explanations
 from lmmono.records.record_reader import RecordReader
 from lmmono.records.sampler import HALF, INTERVAL_KINDS, INTERVAL_PLAN, read_interval_records
 from lmmono.registry.scorers import find_scorer
-from lmmono.scores.scorer_registry import Job
+from lmmono.scores.score_job import ScoreJob
 
 UNITS = (ON_CAT, SILENT, NOISE)
 
@@ -32,7 +32,7 @@ def planted(tmp_path_factory):
 def job(planted):
     with astore.open(planted.path) as store:
         settings = find_scorer("anthropic_intervals").settings
-        yield Job(store, HOOK, RecordReader(store), UNITS, settings, explainer="token_lookup")
+        yield ScoreJob(store, HOOK, RecordReader(store), UNITS, settings, explainer="token_lookup")
 
 
 def test_sixty_examples_of_nine_tokens_come_from_all_levels(planted, job):

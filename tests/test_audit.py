@@ -6,10 +6,9 @@ import pytest
 from lmmono.errors import ExplainError
 from lmmono.pipeline import train
 from lmmono.recipe import Recipe
-from lmmono.scores import audit, known_units
+from lmmono.scores import audit, planted_units
 from lmmono.scores.audit import audit_scorer
-from lmmono.scores.known_units import LEVELS
-from lmmono.scores.lies import FALSE, broad, narrow, near_miss
+from lmmono.scores.planted_units import FALSE, LEVELS, broad, narrow, near_miss
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +71,10 @@ def test_neurons_of_a_run_that_follow_a_feature_are_audited_too(tmp_path, monkey
     (tmp_path / "known.yaml").write_text(RECIPE)
     run = train(Recipe.load(tmp_path / "known.yaml", f"out={tmp_path / 'runs'}"))
     with pytest.raises(ExplainError, match="no neuron follows a feature; train it longer"):
-        monkeypatch.setattr(known_units, "MATCHED", 0.99)
+        monkeypatch.setattr(planted_units, "MATCHED", 0.99)
         audit_scorer("simulation_random", run=run, max_tokens=2048)
     # even an untrained layer has neurons that happen to prefer the words of a feature
-    monkeypatch.setattr(known_units, "MATCHED", 0.25)
+    monkeypatch.setattr(planted_units, "MATCHED", 0.25)
     rows = audit_scorer("simulation_random", run=run, max_tokens=4096).rows
     assert {row["level"] for row in rows} == {"trained"}
     (whole,) = [row for row in rows if row["kind"] == row["false"] == "all"]
@@ -88,7 +87,7 @@ def test_correlations_are_those_of_numpy():
     rng = np.random.default_rng(0)
     acts, truth = rng.random((50, 3)).astype(np.float32), rng.random((50, 2)) < 0.3
     acts[:, 1] = 2.0
-    found = known_units._correlations(acts, truth)
+    found = planted_units._correlations(acts, truth)
     for unit in (0, 2):
         for feature in range(2):
             wanted = np.corrcoef(acts[:, unit], truth[:, feature])[0, 1]

@@ -14,7 +14,7 @@ from lmmono.records.record_reader import RecordReader
 from lmmono.records.sampler import CLASSES
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.classification import marked_tokens
-from lmmono.scores.scorer_registry import Job
+from lmmono.scores.score_job import ScoreJob
 
 KNOWN = [ON_CAT, ON_PAIR, SILENT, NOISE]
 SETTINGS = {"window": 16, "n": 20}
@@ -37,7 +37,7 @@ def store(planted):
 def rows_of(store, scorer, client=None, seed=0, **settings):
     settings = {**SETTINGS, **settings}
     defaults = find_scorer(scorer).settings
-    job = Job(
+    job = ScoreJob(
         store,
         HOOK,
         RecordReader(store, seed=seed),
@@ -140,7 +140,7 @@ def test_a_unit_that_never_fires_has_chance_and_is_told_as_not_defined(store):
 
 
 def test_marks_of_all_classes_lie_at_the_same_places_and_wrong_ones_never_where_it_fires(store):
-    job = Job(store, HOOK, RecordReader(store), (ON_CAT, NOISE))
+    job = ScoreJob(store, HOOK, RecordReader(store), (ON_CAT, NOISE))
     contrasts = job.reader.contrasts(HOOK, "score", 20, window=16, units=job.units)
     marks = marked_tokens(contrasts, 0)
     ids = contrasts.token_ids(("firing", "silent", "more_firing"))

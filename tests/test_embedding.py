@@ -13,9 +13,9 @@ from lmmono.clients.client import Reading
 from lmmono.errors import ExplainError
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
-from lmmono.scores.areas import area_row
-from lmmono.scores.embedding import Encoder
-from lmmono.scores.scorer_registry import Job
+from lmmono.scores.embedding import SentenceEncoder
+from lmmono.scores.judging import area_row
+from lmmono.scores.score_job import ScoreJob
 from lmmono.scores.surprisal import mean_logprob
 
 UNITS = (ON_CAT, SILENT, NOISE)
@@ -69,13 +69,13 @@ def store(planted):
 def rows_of(store, scorer, client=None, **settings):
     settings = {**find_scorer(scorer).settings, "window": 16, "n": 20, **settings}
     reader = RecordReader(store)
-    job = Job(store, HOOK, reader, UNITS, settings, explainer="token_lookup", client=client)
+    job = ScoreJob(store, HOOK, reader, UNITS, settings, explainer="token_lookup", client=client)
     rows = find_scorer(scorer).load()(job)
     return {(row["metric"], row["unit"], row["control"]): row for row in rows}
 
 
 def test_an_encoder_of_words_finds_the_texts_with_the_word(store):
-    rows = rows_of(store, "embedding", encoder=Encoder("words", bag_of_words))
+    rows = rows_of(store, "embedding", encoder=SentenceEncoder("words", bag_of_words))
     assert rows["embedding", ON_CAT, None]["value"] == 1.0
     assert rows["embedding", ON_CAT, None]["details"] == {"encoder": "words"}
     low, high = (
@@ -83,12 +83,12 @@ def test_an_encoder_of_words_finds_the_texts_with_the_word(store):
     )
     assert low < 0.5 < high
     assert rows["embedding", SILENT, None]["nan_fraction"] == 1.0
-    blind = Encoder("blind", lambda texts: np.ones((len(texts), 3)))
+    blind = SentenceEncoder("blind", lambda texts: np.ones((len(texts), 3)))
     assert rows_of(store, "embedding", encoder=blind)["embedding", ON_CAT, None]["value"] == 0.5
 
 
 def test_an_encoder_is_named_in_stored_rows_and_a_missing_one_is_told(store):
-    encoder = Encoder("words-1", bag_of_words)
+    encoder = SentenceEncoder("words-1", bag_of_words)
     given = {"scorer": "embedding", "units": UNITS, "window": 16, "n": 20}
     lm.score(store, HOOK, encoder=encoder, **given)
     found = store.sql("SELECT DISTINCT preset FROM scores WHERE metric = 'embedding'").fetchall()
@@ -103,11 +103,11 @@ def test_an_encoder_is_named_in_stored_rows_and_a_missing_one_is_told(store):
 def test_the_area_of_a_row_is_that_of_scikit_learn_and_missing_records_are_counted(store):
     rng = np.random.default_rng(0)
     firing, other = rng.normal(1, 1, 9), rng.normal(0, 1, 11)
-    row = area_row(Job(store, HOOK, RecordReader(store)), "embedding", 0, firing, other, None)
+    row = area_row(ScoreJob(store, HOOK, RecordReader(store)), "embedding", 0, firing, other, None)
     truth = np.arange(20) < 9
     assert row["value"] == pytest.approx(roc_auc_score(truth, np.concatenate([firing, other])))
     firing[0] = np.nan
-    row = area_row(Job(store, HOOK, RecordReader(store)), "embedding", 0, firing, other, None)
+    row = area_row(ScoreJob(store, HOOK, RecordReader(store)), "embedding", 0, firing, other, None)
     assert row["n_failures"] == 1
 
 

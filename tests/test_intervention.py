@@ -14,7 +14,7 @@ from lmmono.models.hooks import Edit, run_with_cache, run_with_edit
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.intervention import Predictions, correlation
-from lmmono.scores.scorer_registry import Job
+from lmmono.scores.score_job import ScoreJob
 from lmmono.scores.steering import Steering, divergence
 
 HOOK = "blocks.0.mlp.hook_post"
@@ -58,7 +58,7 @@ def store(path):
 def job_of(store, model, scorer="effect", units=(0, 1, 2, 3), **settings):
     settings = {**find_scorer(scorer).settings, "prompt": 8, **settings}
     reader = RecordReader(store)
-    return Job(store, HOOK, reader, units, settings, explainer="token_lookup", model=model)
+    return ScoreJob(store, HOOK, reader, units, settings, explainer="token_lookup", model=model)
 
 
 def test_steering_reaches_the_kl_asked_for_and_is_an_edit_of_the_last_token(store, model):

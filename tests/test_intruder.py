@@ -12,7 +12,7 @@ import lmmono as lm
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.intruder import draw_trials
-from lmmono.scores.scorer_registry import Job
+from lmmono.scores.score_job import ScoreJob
 
 UNITS = (ON_CAT, ON_PAIR, SILENT, NOISE)
 SETTINGS = {"window": 16, "trials": 10}
@@ -35,7 +35,7 @@ def store(planted):
 def rows_of(store, scorer, client=None):
     settings = {**find_scorer(scorer).settings, **SETTINGS}
     reader = RecordReader(store)
-    job = Job(store, HOOK, reader, UNITS, settings, explainer="token_lookup", client=client)
+    job = ScoreJob(store, HOOK, reader, UNITS, settings, explainer="token_lookup", client=client)
     rows = find_scorer(scorer).load()(job)
     return {(row["unit"], row["control"]): row for row in rows}
 
@@ -75,7 +75,7 @@ def test_a_program_of_the_truth_finds_intruders_and_one_that_ties_gets_its_share
 
 
 def test_trials_use_the_same_marks_and_place_the_intruder_anywhere(store):
-    job = Job(store, HOOK, RecordReader(store), (ON_CAT, NOISE))
+    job = ScoreJob(store, HOOK, RecordReader(store), (ON_CAT, NOISE))
     contrasts = job.reader.contrasts(HOOK, "score", 40, window=16, units=job.units)
     trials = draw_trials(contrasts, 10, 5, 0)[0]
     assert len(set(trials.intruder.tolist())) > 2

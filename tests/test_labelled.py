@@ -18,8 +18,8 @@ from lmmono.errors import ExplainError
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.labelled import consistency, selectivity, strongest
-from lmmono.scores.labels import TokenLabels, read_labelled
-from lmmono.scores.scorer_registry import Job
+from lmmono.scores.labelled_items import TokenLabels, read_labelled
+from lmmono.scores.score_job import ScoreJob
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def labels(planted):
 
 def rows_of(store, scorer, labels, units=None, **settings):
     settings = {**find_scorer(scorer).settings, **settings}
-    job = Job(store, HOOK, RecordReader(store), units, settings, labels=labels)
+    job = ScoreJob(store, HOOK, RecordReader(store), units, settings, labels=labels)
     rows = find_scorer(scorer).load()(job)
     return {(row["metric"], row["unit"], row["control"]): row for row in rows}
 
@@ -118,7 +118,7 @@ def test_fms_follows_its_equation_by_hand():
 
 
 def test_shuffled_labels_keep_how_many_items_have_each_concept(store, labels):
-    job = Job(store, HOOK, RecordReader(store), settings={"items": 2000}, labels=labels)
+    job = ScoreJob(store, HOOK, RecordReader(store), settings={"items": 2000}, labels=labels)
     found = read_labelled(job, "score")
     for seed in range(3):
         other = found.shuffled(np.random.default_rng(seed))

@@ -21,12 +21,12 @@ from lmmono.explanations import llm_simulation
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.llm_simulation import Simulation, simulate, simulation_text
 from lmmono.records.record_reader import RecordReader
-from lmmono.scores.judged_simulation import (
+from lmmono.scores.score_job import ScoreJob
+from lmmono.scores.simulators import (
     simulate_by_reading,
     simulate_calibrated,
     straight_line,
 )
-from lmmono.scores.scorer_registry import Job
 
 WORDS = (" the", " cat", "\n", "\t1", " 10", "unknown")
 RECORDS = np.array([[0, 1, 2, -1], [3, 4, 5, 0]])
@@ -140,7 +140,7 @@ def test_calibration_gives_units_of_the_hook(tmp_path: Path, monkeypatch) -> Non
     ):
         client = ServerClient("judge", base_url=calls.base_url, n_retries=0)
         reader = RecordReader(store)
-        job = Job(store, HOOK, reader, client=client)
+        job = ScoreJob(store, HOOK, reader, client=client)
         ranks = {"top": (0, 1, 2), "random": (0, 1)}
         records = reader.ranked(HOOK, "score", ranks, units=[1, 2])
         ids = records.all_token_ids()

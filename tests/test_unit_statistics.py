@@ -21,7 +21,7 @@ import lmmono as lm
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.decorrelation import tokens_apart, units_alike
-from lmmono.scores.scorer_registry import Job
+from lmmono.scores.score_job import ScoreJob
 from lmmono.scores.unit_statistics import jackknife, read_corpus
 
 
@@ -38,7 +38,7 @@ def store(planted):
 
 def rows_of(store, scorer, labels=None, units=None, **settings):
     settings = {**find_scorer(scorer).settings, **settings}
-    job = Job(store, HOOK, RecordReader(store), units, settings, labels=labels)
+    job = ScoreJob(store, HOOK, RecordReader(store), units, settings, labels=labels)
     rows = find_scorer(scorer).load()(job)
     return {(row["metric"], row["unit"], row["control"]): row for row in rows}
 
@@ -100,7 +100,7 @@ def test_the_monosemanticity_scale_is_the_mean_squared_z_of_the_top_percent(plan
 
 
 def test_the_interval_leaves_out_groups_of_documents_in_turn(planted, store, found):
-    corpus = read_corpus(Job(store, HOOK, RecordReader(store)), "score")
+    corpus = read_corpus(ScoreJob(store, HOOK, RecordReader(store)), "score")
     acts = planted.acts[planted.rows("score"), :, NOISE].reshape(-1) > 0
     left = [acts[corpus.groups != group].mean() for group in range(10)]
     n, half = 10, stats.t.ppf(0.975, 9) * np.sqrt(9 / 10 * np.square(left - np.mean(left)).sum())

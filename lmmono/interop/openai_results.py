@@ -24,8 +24,9 @@ from lmmono.explanations.stored_explanations import kept_explanations, read_voca
 from lmmono.records.record_reader import RecordReader
 from lmmono.records.sampler import Records
 from lmmono.registry.scorers import find_scorer
-from lmmono.scores.scorer_registry import Job
-from lmmono.scores.simulation import UNITS_AT_ONCE, predictions, scored_records
+from lmmono.scores.score_job import ScoreJob
+from lmmono.scores.simulation import UNITS_AT_ONCE, scored_records
+from lmmono.scores.simulators import predictions
 from lmmono.stats.agreement import AGREEMENTS, record_sums
 
 _FORMULAS = {
@@ -82,7 +83,7 @@ def export_simulations(
     stored = {name: kept_explanations(reader, hook, name) for name in names}
     wanted = sorted({unit for said in stored.values() for unit in said})
     chosen = wanted if units is None else [unit for unit in wanted if unit in set(units)]
-    job = Job(store, hook, reader, tuple(chosen), settings, seed=seed, client=client)
+    job = ScoreJob(store, hook, reader, tuple(chosen), settings, seed=seed, client=client)
     records, words = scored_records(job, ("top", "random")), read_vocabulary(store)
     number = layer_of(hook) if layer is None else layer
     with whole_folder(out) as folder:
@@ -107,7 +108,7 @@ def _explainers(store: astore.Store, hook: str, simulator: str) -> list[str]:
 
 
 def _scored(
-    job: Job,
+    job: ScoreJob,
     records: Records,
     stored: dict[str, dict[int, Explanation]],
     words: tuple[str, ...],
@@ -140,7 +141,7 @@ def _explanation(text: str, parts: list[Json], sums: Float[ndarray, "records sum
 
 
 def _sequences(
-    job: Job,
+    job: ScoreJob,
     ids: Int[ndarray, "records window"],
     truth: Float[ndarray, "records window"],
     predicted: Float[ndarray, "records window"],

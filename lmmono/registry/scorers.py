@@ -230,7 +230,7 @@ _ALL = (
     Scorer(
         "anthropic_intervals",
         ("anthropic_intervals",),
-        "lmmono.scores.anthropic:score_intervals",
+        "lmmono.scores.anthropic_intervals:score_intervals",
         needs=("explanation",),
         chance=0.0,
         citation="Bricken et al. 2023, Towards Monosemanticity",

@@ -1,7 +1,7 @@
-"""Does a scorer know a true explanation when it sees one? Asked where the truth is planted.
+"""Does a scorer rank a true explanation above false ones? Measured where the truth is planted.
 
 Units of known meaning get a true explanation and false ones: of another feature, near misses, too
-broad or too narrow; see `known_units` and `lies`.
+broad or too narrow; see `planted_units`.
 """
 
 import tempfile
@@ -19,8 +19,14 @@ import activation_store as astore
 from lmmono.errors import ExplainError, nearest
 from lmmono.registry.scorers import find_scorer
 from lmmono.runs.folder import Run, open_run
-from lmmono.scores.known_units import Known, write_planted, write_trained
-from lmmono.scores.lies import FALSE, add_explanations, name_of
+from lmmono.scores.planted_units import (
+    FALSE,
+    KnownUnit,
+    add_explanations,
+    explainer_of,
+    write_planted,
+    write_trained,
+)
 from lmmono.scores.score import score
 from lmmono.stats.intervals import wilson
 from lmmono.types import Progress, silent
@@ -60,7 +66,7 @@ def audit_scorer(
         n_documents: Documents of the planted language, half of them for scores; not of a run.
         max_tokens: Tokens of a run's splits `explain` and `score`, the most of each.
         seed: Seed of the language, the noise and the false explanations.
-        progress: Told how far the work is.
+        progress: Called with how far the work is.
 
     Raises:
         ExplainError: No such scorer, or it scores no explanations, or needs more than a store; or
@@ -71,7 +77,7 @@ def audit_scorer(
     if not set(scorer.needs) <= {"explanation", "program"} or not scorer.needs:
         from lmmono.registry.scorers import SCORERS
 
-        able = [n for n, each in SCORERS.items() if each.needs in (("explanation",), ("program",))]
+        able = [n for n, s in SCORERS.items() if s.needs in (("explanation",), ("program",))]
         raise ExplainError(f"{name} scores no explanations by themselves; {nearest(name, able)}")
     folder = tempfile.TemporaryDirectory()
     with folder as place, astore.open(Path(place) / "audit", mode="w") as store:
@@ -88,43 +94,45 @@ def audit_scorer(
 
 
 def _scores(
-    store: astore.Store, name: str, metric: str, units: Sequence[Known], progress: Progress
-) -> Float[ndarray, "units said"]:
+    store: astore.Store, name: str, metric: str, units: Sequence[KnownUnit], progress: Progress
+) -> Float[ndarray, "units kinds"]:
     """Return the headline of every unit and explanation; 0 where it is not defined."""
     values = np.zeros((len(units), 1 + len(FALSE)))
     query = """SELECT hook, unit, coalesce(value, 0) FROM scores WHERE metric = $metric
         AND explainer = $explainer AND control IS NULL AND unit IS NOT NULL"""
-    places = {(each.hook, each.unit): i for i, each in enumerate(units)}
-    hooks = sorted({each.hook for each in units})
-    for at, each in enumerate(("true", *FALSE)):
-        explainer = name_of(each)
+    row_of = {(unit.hook, unit.unit): i for i, unit in enumerate(units)}
+    hooks = sorted({unit.hook for unit in units})
+    for at, kind in enumerate(("true", *FALSE)):
+        explainer = explainer_of(kind)
         score(store, hooks, scorer=name, explainer=explainer, controls=False)
         for hook, unit, value in store.sql(query, metric=metric, explainer=explainer).fetchall():
-            values[places[hook, unit], at] = value
+            values[row_of[hook, unit], at] = value
         progress(f"audit {name}", at + 1, 1 + len(FALSE))
     return values
 
 
-def _rows(units: Sequence[Known], values: ndarray, quality: ndarray) -> Iterator[dict[str, Any]]:
+def _rows(
+    units: Sequence[KnownUnit], values: ndarray, quality: ndarray
+) -> Iterator[dict[str, Any]]:
     """Yield a row per level, kind of feature and false explanation, those of all together first."""
     above = (values[:, :1] > values[:, 1:]) + 0.5 * (values[:, :1] == values[:, 1:])
     above = np.where(np.isnan(quality[:, 1:]), np.nan, above)
-    agreement = np.array([_alike(v, q) for v, q in zip(values, quality, strict=True)])
-    for level in dict.fromkeys(each.level for each in units):
-        here = [each.kind if each.level == level else None for each in units]
-        for kind in ("all", *dict.fromkeys(kind for kind in here if kind is not None)):
-            mine = np.array([each is not None and kind in ("all", each) for each in here])
-            where = {"level": level, "kind": kind}
-            whole = _ranking(np.nanmean(above[mine], axis=1))
-            yield {**where, "false": "all", **whole, "calibration": float(agreement[mine].mean())}
+    agreement = np.array([_agreement(v, q) for v, q in zip(values, quality, strict=True)])
+    for level in dict.fromkeys(unit.level for unit in units):
+        kinds = [unit.kind if unit.level == level else None for unit in units]
+        for kind in ("all", *dict.fromkeys(kind for kind in kinds if kind is not None)):
+            chosen = np.array([k is not None and kind in ("all", k) for k in kinds])
+            key = {"level": level, "kind": kind}
+            whole = _ranking(np.nanmean(above[chosen], axis=1))
+            yield {**key, "false": "all", **whole, "calibration": float(agreement[chosen].mean())}
             for i, false in enumerate(FALSE):
-                yield {**where, "false": false, **_ranking(above[mine, i]), "calibration": None}
+                yield {**key, "false": false, **_ranking(above[chosen, i]), "calibration": None}
 
 
-def _alike(values: ndarray, quality: ndarray) -> float:
+def _agreement(values: ndarray, quality: ndarray) -> float:
     """Return Spearman's correlation of scores and F1; 0 where either is constant."""
-    there = ~np.isnan(quality)
-    values, quality = values[there], quality[there]
+    is_false = ~np.isnan(quality)
+    values, quality = values[is_false], quality[is_false]
     constant = np.ptp(values) == 0 or np.ptp(quality) == 0
     return 0.0 if constant else float(spearmanr(values, quality)[0])  # pyright: ignore[reportArgumentType]
 

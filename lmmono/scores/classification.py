@@ -20,9 +20,16 @@ from numpy import ndarray
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Class, Contrasts
-from lmmono.scores.explained import explanations_of, program_of, spent, undefined
-from lmmono.scores.judging import Items, Verdict, judge_by_client, judge_by_program, predicted
-from lmmono.scores.scorer_registry import Job, Row
+from lmmono.scores.judging import (
+    CHANCE,
+    MIN_RECORDS,
+    Items,
+    Judgement,
+    judge_by_client,
+    judge_by_program,
+    predicted,
+)
+from lmmono.scores.score_job import Row, ScoreJob, program_of, undefined, usage_columns
 from lmmono.stats.rates import (
     ACCURACY_METHOD,
     AUROC_METHOD,
@@ -35,21 +42,15 @@ from lmmono.stats.rates import (
     best_threshold,
 )
 
-MIN_RECORDS = 5
-"""A class with fewer records is too small to score: `too_few_records`."""
 
-CHANCE = 0.5
-"""Balanced accuracy and AUROC of a judge that guesses; a unit without explanation gets it."""
-
-
-def detect(job: Job) -> list[Row]:
+def detect(job: ScoreJob) -> list[Row]:
     """Score units by whole records: firing ones against silent ones and against near misses."""
     classes: tuple[Class, ...] = ("firing", "silent", "near_miss")
     names = {"silent": "detection", "near_miss": "detection_near_miss"}
     return _Classification(job, classes, names, _whole).rows()
 
 
-def fuzz(job: Job) -> list[Row]:
+def fuzz(job: ScoreJob) -> list[Row]:
     """Score units by marked tokens: true marks against marks in silence and against wrong ones."""
     classes: tuple[Class, ...] = ("firing", "silent", "more_firing")
     names = {"silent": "fuzz", "more_firing": "fuzz_active"}
@@ -117,13 +118,13 @@ class _Classification:
     """One scorer at work on one hook."""
 
     def __init__(
-        self, job: Job, classes: tuple[Class, ...], names: dict[str, str], marks: Marks
+        self, job: ScoreJob, classes: tuple[Class, ...], names: dict[str, str], marks: Marks
     ) -> None:
         self._job, self._classes, self._names, self._marks = job, classes, names, marks
         self._score = self._read("score")
         self._learn = self._read("explain") if job.client is None else None
         units = [int(unit) for unit in self._score.contrasts.units]
-        self._units, self._explanations = units, explanations_of(job, units)
+        self._units, self._explanations = units, job.explanations(units)
         rng = [np.random.default_rng((job.seed, *job.hook.encode(), unit, 17)) for unit in units]
         self._order = [
             each.permutation(np.flatnonzero(here))
@@ -163,7 +164,7 @@ class _Classification:
                 rows += self._rows("shuffled_pairing", explanations, shuffled)
         return rows
 
-    def _judged(self, explanations: Sequence[Explanation]) -> list[Verdict]:
+    def _judged(self, explanations: Sequence[Explanation]) -> list[Judgement]:
         job, score = self._job, self._score
         if job.client is not None:
             words = read_vocabulary(job.store)
@@ -175,12 +176,12 @@ class _Classification:
             return judge_by_client(job.client, explanations, score.items, order, words, batch)
         return [self._by_program(i, each) for i, each in enumerate(explanations)]
 
-    def _by_program(self, i: int, explanation: Explanation) -> Verdict:
+    def _by_program(self, i: int, explanation: Explanation) -> Judgement:
         learn = self._learn
         assert learn is not None
         nothing = np.full(len(self._score.items[i].token_ids), np.nan)
         if explanation.failure is not None or self._lacks(i) is not None:
-            return Verdict(nothing, nothing)
+            return Judgement(nothing, nothing)
         program = program_of(explanation)
         known = predicted(program, learn.items[i])
         others = np.concatenate([learn.of(i, 1), learn.of(i, 2)])
@@ -200,11 +201,11 @@ class _Classification:
         self,
         control: str | None,
         explanations: Sequence[Explanation],
-        verdicts: Sequence[Verdict],
+        verdicts: Sequence[Judgement],
     ) -> list[Row]:
         rows: list[Row] = []
         for i, (explanation, verdict) in enumerate(zip(explanations, verdicts, strict=True)):
-            cost = spent(verdict.usage)
+            cost = usage_columns(verdict.usage)
             for which, name in enumerate(self._names.values(), start=1):
                 firing, other = self._score.of(i, 0), self._score.of(i, which)
                 failure = explanation.failure or self._lacks(i) or verdict.failure
@@ -231,16 +232,16 @@ class _Classification:
         }
 
 
-def _shuffled(verdict: Verdict, order: Int[ndarray, " items"]) -> Verdict:
+def _shuffled(verdict: Judgement, order: Int[ndarray, " items"]) -> Judgement:
     """Return a verdict whose answers belong to other items: each is given the next one's."""
     scores, fires = verdict.scores.copy(), verdict.fires.copy()
     scores[order], fires[order] = np.roll(scores[order], 1), np.roll(fires[order], 1)
-    return Verdict(scores, fires, verdict.failure, prompt_hash=verdict.prompt_hash)
+    return Judgement(scores, fires, verdict.failure, prompt_hash=verdict.prompt_hash)
 
 
 def _measured(
     name: str,
-    verdict: Verdict,
+    verdict: Judgement,
     firing: Int[ndarray, " firing"],
     other: Int[ndarray, " other"],
     failure: str | None,

@@ -12,14 +12,14 @@ from numpy import ndarray
 
 from lmmono.records.unit_rows import read_unit_rows
 from lmmono.records.units import checked_units
-from lmmono.scores.scorer_registry import Job, Row
+from lmmono.scores.score_job import Row, ScoreJob
 from lmmono.scores.unit_statistics import METHOD, Corpus, columns_of, jackknife, read_corpus
 
 Dense = Float[ndarray, "tokens units"]
 
 
 def read_dense(
-    job: Job, corpus: Corpus, cells: Int[ndarray, " tokens"], units: Int[ndarray, " units"]
+    job: ScoreJob, corpus: Corpus, cells: Int[ndarray, " tokens"], units: Int[ndarray, " units"]
 ) -> Dense:
     """Return the activations of units on some tokens, float32; 0 where none is stored."""
     place = np.full(len(corpus.grid.token_ids), -1)
@@ -41,7 +41,7 @@ def draw_cells(corpus: Corpus, n: int, seed: tuple[int, ...]) -> Int[ndarray, " 
     return np.sort(rng.choice(cells, min(n, len(cells)), replace=False))
 
 
-def score_decorrelation(job: Job) -> list[Row]:
+def score_decorrelation(job: ScoreJob) -> list[Row]:
     """Score a hook by how little its tokens and its units have in common; two rows and controls."""
     corpus = read_corpus(job, "score")
     units = checked_units(job.store, job.hook, job.units)

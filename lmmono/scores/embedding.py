@@ -14,10 +14,8 @@ from numpy import ndarray
 from lmmono.errors import ExplainError
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Class
-from lmmono.scores.areas import area_row, present_classes
-from lmmono.scores.explained import explanations_of
-from lmmono.scores.judging import shown_text
-from lmmono.scores.scorer_registry import Job, Row
+from lmmono.scores.judging import area_row, present_classes, shown_text
+from lmmono.scores.score_job import Row, ScoreJob
 
 CLASSES: tuple[Class, ...] = ("firing", "silent", "near_miss")
 
@@ -26,7 +24,7 @@ QUERY = "A text that fits this description: {}"
 
 
 @dataclass(frozen=True, slots=True)
-class Encoder:
+class SentenceEncoder:
     """A sentence encoder with the name it has in stored rows."""
 
     name: str
@@ -38,13 +36,13 @@ class Encoder:
         return self.name
 
 
-def open_encoder(encoder: Encoder | str) -> Encoder:
+def open_encoder(encoder: SentenceEncoder | str) -> SentenceEncoder:
     """Return an encoder; a name is one of sentence-transformers, or a folder that holds one.
 
     Raises:
         ExplainError: sentence-transformers is not installed, or has no such model here.
     """
-    if isinstance(encoder, Encoder):
+    if isinstance(encoder, SentenceEncoder):
         return encoder
     try:
         from sentence_transformers import (  # pyright: ignore[reportMissingImports]
@@ -53,16 +51,16 @@ def open_encoder(encoder: Encoder | str) -> Encoder:
     except ImportError as fault:
         raise ExplainError(
             f"encoder {encoder!r} needs sentence-transformers: pip install 'lmmono[embed]', or "
-            f"pass encoder=Encoder(name, function)"
+            f"pass encoder=SentenceEncoder(name, function)"
         ) from fault
     try:
         model = SentenceTransformer(encoder)
     except OSError as fault:
         raise ExplainError(f"encoder {encoder!r} cannot be opened: {fault}") from fault
-    return Encoder(encoder, lambda texts: np.asarray(model.encode(list(texts))))
+    return SentenceEncoder(encoder, lambda texts: np.asarray(model.encode(list(texts))))
 
 
-def score_embedding(job: Job) -> list[Row]:
+def score_embedding(job: ScoreJob) -> list[Row]:
     """Score units by the AUROC of the cosines of firing and silent texts, and of near misses."""
     encoder, settings = open_encoder(job.settings["encoder"]), job.settings
     contrasts = job.reader.contrasts(
@@ -79,7 +77,7 @@ def score_embedding(job: Job) -> list[Row]:
     texts = [shown_text(contrasts.excerpts.token_ids[i], None, words) for i in used]
     vectors = _normal(encoder.encode(texts))
     rows: list[Row] = []
-    explained = explanations_of(job, units)
+    explained = job.explanations(units)
     queries = sorted({each.text for all_of in explained.values() for each in all_of if each.text})
     placed = dict(zip(queries, _normal(encoder.encode([QUERY.format(q) for q in queries])),
                       strict=True))  # fmt: skip

@@ -18,8 +18,7 @@ from scipy.stats import t as student_t
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.corpus_excerpts import PADDING, TokenGrid, read_grid
-from lmmono.scores.explained import explanations_of, program_of, undefined
-from lmmono.scores.scorer_registry import Job, Row
+from lmmono.scores.score_job import Row, ScoreJob, program_of, undefined
 from lmmono.scores.steering import UNITS_AT_ONCE, Steered, Steering
 from lmmono.stats.estimate import LEVEL
 from lmmono.stats.intervals import student_interval
@@ -34,7 +33,7 @@ METHOD = "jackknife over prompts, Student t"
 MEAN_METHOD = "Student t over prompts"
 
 
-def score_effects(job: Job) -> list[Row]:
+def score_effects(job: ScoreJob) -> list[Row]:
     """Score units by how much they change the next token; needs no explanation."""
     steering, words = Steering(job), read_vocabulary(job.store)
     rows = [_mean_row(job, "ablation_kl", unit, kl) for unit, kl in steering.ablated()]
@@ -57,7 +56,7 @@ def score_effects(job: Job) -> list[Row]:
     return rows
 
 
-def _mean_row(job: Job, metric: str, unit: int, kl: Float[ndarray, " prompts"]) -> Row:
+def _mean_row(job: ScoreJob, metric: str, unit: int, kl: Float[ndarray, " prompts"]) -> Row:
     if not len(kl):
         return job.row(metric, unit, n=0, control=None, **undefined("silent", 0.0))
     mean, low, high = student_interval([kl.astype(np.float64)])
@@ -72,11 +71,11 @@ def _promoted(steered: Steered, words: tuple[str, ...]) -> list[str]:
     return [words[token] if token < len(words) else f"[{token}]" for token in order]
 
 
-def score_interventions(job: Job) -> list[Row]:
+def score_interventions(job: ScoreJob) -> list[Row]:
     """Score units by how well their explanation predicts which tokens steering promotes."""
     steering = Steering(job)
     units = [int(unit) for unit in steering.units]
-    explained = explanations_of(job, units)
+    explained = job.explanations(units)
     grid = read_grid(job.store, "explain")
     predictions = Predictions(grid, steering.prompts.shape[0], _d_vocab(job, grid))
     sides: list[tuple[str | None, str | None, bool]] = [(name, name, False) for name in explained]
@@ -92,7 +91,7 @@ def score_interventions(job: Job) -> list[Row]:
     return [row | {"n_documents": steering.n_documents} for row in rows]
 
 
-def _d_vocab(job: Job, grid: TokenGrid) -> int:
+def _d_vocab(job: ScoreJob, grid: TokenGrid) -> int:
     embedded: int = job.model.get_input_embeddings().weight.shape[0]
     return max(embedded, int(grid.token_ids.max()) + 1)
 
@@ -130,7 +129,7 @@ class Predictions:
 
 
 def _compared(
-    job: Job,
+    job: ScoreJob,
     unit: int,
     explanation: Explanation,
     steered: Steered | None,

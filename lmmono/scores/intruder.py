@@ -18,10 +18,9 @@ from lmmono.clients.client import Answer, Message, Prompt, Usage
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Contrasts
-from lmmono.scores.classification import MIN_RECORDS, marked_tokens
-from lmmono.scores.explained import explanations_of, program_of, spent, undefined
-from lmmono.scores.judging import Items, joined_hash, predicted, shown_text
-from lmmono.scores.scorer_registry import Job, Row
+from lmmono.scores.classification import marked_tokens
+from lmmono.scores.judging import MIN_RECORDS, Items, joined_hash, predicted, shown_text
+from lmmono.scores.score_job import Row, ScoreJob, program_of, undefined, usage_columns
 from lmmono.stats.intervals import wilson
 from lmmono.stats.rates import WILSON_METHOD
 
@@ -82,7 +81,7 @@ def _inserted(own: ndarray, other: ndarray, places: Int[ndarray, " trials"]) -> 
     return np.take_along_axis(both, order[:, :, None], axis=1)
 
 
-def _read(job: Job) -> tuple[list[int], list[Trials]]:
+def _read(job: ScoreJob) -> tuple[list[int], list[Trials]]:
     n, size = int(job.settings["trials"]), int(job.settings["size"])
     contrasts = job.reader.contrasts(
         job.hook,
@@ -95,11 +94,11 @@ def _read(job: Job) -> tuple[list[int], list[Trials]]:
     return contrasts.units.tolist(), draw_trials(contrasts, n, size, job.seed)
 
 
-def score_by_programs(job: Job) -> list[Row]:
+def score_by_programs(job: ScoreJob) -> list[Row]:
     """Score units by whether their program predicts least for the intruder."""
     units, trials = _read(job)
     rows: list[Row] = []
-    for control, explanations in explanations_of(job, units).items():
+    for control, explanations in job.explanations(units).items():
         for i, (unit, explanation) in enumerate(zip(units, explanations, strict=True)):
             right = _by_program(explanation, trials[i])
             failure = explanation.failure
@@ -124,7 +123,7 @@ which one unit of a language model fires; in the other, the intruder, tokens are
 nothing to do with it. Answer with the number of the intruder only."""
 
 
-def score_by_client(job: Job) -> list[Row]:
+def score_by_client(job: ScoreJob) -> list[Row]:
     """Score units by whether a language model finds the intruder."""
     assert job.client is not None
     units, trials = _read(job)
@@ -148,7 +147,7 @@ def _prompts(trials: Trials, words: tuple[str, ...]) -> list[Prompt]:
 
 
 def _rows_of(
-    job: Job, unit: int, trials: Trials, asked: Sequence[Prompt], heard: Sequence[Answer]
+    job: ScoreJob, unit: int, trials: Trials, asked: Sequence[Prompt], heard: Sequence[Answer]
 ) -> list[Row]:
     size = trials.token_ids.shape[1]
     said = np.array([_number(answer, size) for answer in heard], float).reshape(-1)
@@ -164,7 +163,7 @@ def _rows_of(
     for control, places in pairings:
         right = np.where(np.isnan(said), np.nan, said == places)
         row = _row(job, "intruder", unit, trials, right, failure, control)
-        rows.append(row | extra | (spent(usage) if control is None else {}))
+        rows.append(row | extra | (usage_columns(usage) if control is None else {}))
     return rows
 
 
@@ -177,7 +176,7 @@ def _number(answer: Answer, size: int) -> float:
 
 
 def _row(
-    job: Job,
+    job: ScoreJob,
     metric: str,
     unit: int,
     trials: Trials,

@@ -15,6 +15,14 @@ from numpy import ndarray
 
 from lmmono.clients.client import Answer, Client, Message, Prompt, Usage
 from lmmono.explanations.explanation import Explanation, Failure, Program
+from lmmono.scores.score_job import Row, ScoreJob, undefined
+from lmmono.stats.rates import AUROC_METHOD, auroc, auroc_interval
+
+MIN_RECORDS = 5
+"""A class with fewer records is too small to score: `too_few_records`."""
+
+CHANCE = 0.5
+"""Balanced accuracy and AUROC of a judge that guesses; a unit without explanation gets it."""
 
 N_ALTERNATIVES = 5
 """Alternatives asked for at each token, for the probability of a 1."""
@@ -30,7 +38,7 @@ class Items:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Judgement:
     """What a judge said of one unit's items."""
 
     scores: Float[ndarray, " items"]
@@ -54,10 +62,10 @@ def predicted(program: Program, items: Items) -> Float[ndarray, " items"]:
     return (acts * marked).sum(axis=1) / np.maximum(marked.sum(axis=1), 1)
 
 
-def judge_by_program(program: Program, items: Items, threshold: float) -> Verdict:
+def judge_by_program(program: Program, items: Items, threshold: float) -> Judgement:
     """Return a program's verdict; the threshold comes from other records."""
     scores = predicted(program, items)
-    return Verdict(scores, (scores > threshold).astype(float))
+    return Judgement(scores, (scores > threshold).astype(float))
 
 
 _SYSTEM = """You are told what makes one unit of a language model fire, and shown numbered texts.
@@ -85,7 +93,7 @@ def judge_by_client(
     order: Sequence[ndarray],
     vocabulary: tuple[str, ...],
     batch: int,
-) -> list[Verdict]:
+) -> list[Judgement]:
     """Ask a language model about every unit's items, `batch` at a time in the order given.
 
     An item that is not in the order is not asked about and stays NaN.
@@ -107,7 +115,7 @@ def _collected(
     prompts: Sequence[Prompt],
     asked: Sequence[tuple[int, ndarray]],
     answers: Sequence[Answer],
-) -> list[Verdict]:
+) -> list[Judgement]:
     scores = [np.full(len(each.token_ids), np.nan) for each in items]
     fires = [np.full(len(each.token_ids), np.nan) for each in items]
     usages, hashes = [Usage() for _ in items], [list[str]() for _ in items]
@@ -121,7 +129,7 @@ def _collected(
         else:
             fires[i][chosen], scores[i][chosen] = said
     return [
-        Verdict(
+        Judgement(
             scores[i],
             fires[i],
             next(iter(sorted(failures[i]))) if np.isnan(fires[i]).all() and failures[i] else None,
@@ -211,3 +219,35 @@ def _probabilities(answer: Answer) -> Float[ndarray, " digits"]:
             total = mass["0"] + mass["1"]
             found.append(mass["1"] / total if total > 0 else float(token.strip(" [],")))
     return np.array(found)
+
+
+def present_classes(index: Int[ndarray, " records"], n_classes: int) -> list[ndarray]:
+    """Return the places of the records that there are, by class; classes are equally long."""
+    return [places[index[places] >= 0] for places in np.split(np.arange(len(index)), n_classes)]
+
+
+def area_row(
+    job: ScoreJob,
+    metric: str,
+    unit: int,
+    firing: Float[ndarray, " firing"],
+    other: Float[ndarray, " other"],
+    failure: str | None,
+) -> Row:
+    """Return the row of a unit whose value is the AUROC of one number per record.
+
+    A record whose number is NaN is counted as a failure and ties with all others.
+    """
+    n = len(firing) + len(other)
+    counts: Row = {"n": n, "n_records": n}
+    unanswered = int(np.isnan(firing).sum() + np.isnan(other).sum())
+    if failure is None and min(len(firing), len(other)) < MIN_RECORDS:
+        failure = "too_few_records"
+    if failure is None and unanswered == n:
+        failure = "no_answer"
+    if failure is not None:
+        return job.row(metric, unit, **counts, **undefined(failure, CHANCE))
+    value = auroc(firing, other)
+    low, high = auroc_interval(value, len(firing), len(other))
+    counts |= {"value": value, "ci_low": low, "ci_high": high, "ci_method": AUROC_METHOD}
+    return job.row(metric, unit, **counts, nan_fraction=0.0, n_failures=unanswered)

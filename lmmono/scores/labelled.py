@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from lmmono.scores.labels import Labelled, read_labelled
-from lmmono.scores.scorer_registry import Job, Row
+from lmmono.scores.labelled_items import LabelledItems, read_labelled
+from lmmono.scores.score_job import Row, ScoreJob
 from lmmono.scores.unit_statistics import METHOD, N_GROUPS, jackknife
 
 MIN_SUPPORT = 20
@@ -83,7 +83,7 @@ class _Measured:
     support: dict[str, Int[ndarray, " units"]]
 
 
-def score_labelled(job: Job) -> list[Row]:
+def score_labelled(job: ScoreJob) -> list[Row]:
     """Score units by selectivity and consistency, raw and corrected; control `shuffled_labels`."""
     known, learned = read_labelled(job, "score"), read_labelled(job, "explain")
     found: dict[str | None, _Measured] = {None: _measure(job, known, known.labels, learned)}
@@ -117,7 +117,10 @@ def _columns(metric: str, value: float, low: float, high: float, support: int) -
 
 
 def _measure(
-    job: Job, known: Labelled, labels: Bool[ndarray, "items concepts"], learned: Labelled
+    job: ScoreJob,
+    known: LabelledItems,
+    labels: Bool[ndarray, "items concepts"],
+    learned: LabelledItems,
 ) -> _Measured:
     concepts = _best_concepts(learned)
     groups = np.searchsorted(np.unique(known.doc_ids), known.doc_ids) % N_GROUPS
@@ -143,7 +146,7 @@ def _measure(
     return _Measured(parts, support)
 
 
-def _best_concepts(learned: Labelled) -> Int[ndarray, " units"]:
+def _best_concepts(learned: LabelledItems) -> Int[ndarray, " units"]:
     """Return the concept that each unit selects best on the explain split."""
     n_concepts, n_units = learned.labels.shape[1], learned.acts.shape[1]
     each = [

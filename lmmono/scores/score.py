@@ -1,7 +1,7 @@
 """Scoring the units of a store: the verb, and the handle on what was measured."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,17 @@ from lmmono.explanations.stored_explanations import explained_units, match_store
 from lmmono.records.record_reader import RecordReader
 from lmmono.records.units import Units, units_of
 from lmmono.registry.scorers import Scorer, find_scorer
-from lmmono.scores.scorer_registry import Job
-from lmmono.scores.summaries import Origin, summary_rows
+from lmmono.scores.score_job import Row, ScoreJob
+from lmmono.scores.summaries import ScoreKey, summary_rows
 from lmmono.types import Progress, silent
+
+Controls = bool | Mapping[str, astore.Store]
+"""Whether controls are scored too; a mapping adds stores of control runs, by the control's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What `score` measured and found: rows of table `scores` of a store."""
+    """What `score` measured: rows of table `scores` of a store."""
 
     store: astore.Store
     """The store that holds them."""
@@ -49,17 +52,17 @@ class Scores:
         ]
         for row in self.summary:
             if row["value"] is not None:
-                lines.append("  " + _told(row))
+                lines.append("  " + _summary_line(row))
         return "\n".join(lines)
 
 
-def _told(row: dict[str, Any]) -> str:
-    what = row["metric"] + (f" [{row['control']}]" if row["control"] else "")
+def _summary_line(row: Row) -> str:
+    label = row["metric"] + (f" [{row['control']}]" if row["control"] else "")
     low, high = row["ci_low"], row["ci_high"]
     interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
     undefined = 0 if row["metric"].endswith("_defined") else row["nan_fraction"]
     tail = f", {undefined:.1%} not defined count as 0" if undefined else ""
-    return f"{what:<42} {row['hook']}: {row['value']:.3f}{interval}, n {row['n']:,}{tail}"
+    return f"{label:<42} {row['hook']}: {row['value']:.3f}{interval}, n {row['n']:,}{tail}"
 
 
 def score(
@@ -70,7 +73,7 @@ def score(
     explainer: str = "token_lookup",
     units: Units = None,
     preset: str | None = None,
-    controls: bool = True,
+    controls: Controls = True,
     seed: int = 0,
     client: Client | None = None,
     model: Any = None,
@@ -81,8 +84,8 @@ def score(
 ) -> Scores:
     """Score units, into table `scores`: a row per unit and measure, then means of hooks and models.
 
-    Units that have a row already are left as they are, so a run that was cut off goes on where it
-    was. The rows of a hook are added in one commit. Scorers named together share what they read.
+    Resumable: units that have a row are skipped. The rows of a hook are added in one commit.
+    Scorers named together share what they read.
 
     Args:
         store: A store opened with mode "a".
@@ -93,54 +96,68 @@ def score(
             records are added to the name.
         units: Units of every hook, a `sample`, or None for all that are explained.
         preset: Settings as in a paper.
-        controls: Score the controls too; about four times the work.
+        controls: Score the controls too; about four times the work. A mapping also adds control
+            runs, such as `{"untrained_model": other}`: stores that were scored by the same scorers
+            under the same settings, whose scores become rows of the control.
         seed: Seed of what is drawn.
         client: Language model that judges.
         model: Model that the activations come from, for causal scorers.
         labels: What supervised scorers compare with.
-        overwrite: Score anew what is there.
-        progress: Told how many hooks are done.
+        overwrite: Replace the rows of units that have one.
+        progress: Called with how many hooks are done.
         settings: Settings of the scorers.
 
     Raises:
-        ExplainError: Unknown hook, unit, scorer, preset or setting, or something that the scorer
-            needs is missing.
+        ExplainError: Unknown hook, unit, scorer, preset or setting, something that the scorer
+            needs is missing, or a control store has no such scores.
         StoreError: The store is not open for writing.
     """
-    names = [scorer] if isinstance(scorer, str) else list(scorer)
-    given = _Given(store, explainer, units, preset, controls, seed, client, model, labels, settings)
-    plans = [_Plan(find_scorer(name), given) for name in names]
     started = time.perf_counter()
-    found = match_stored_hooks(store, hooks)
+    names = [scorer] if isinstance(scorer, str) else list(scorer)
+    request = _Request(
+        store,
+        explainer,
+        units,
+        preset,
+        controls is not False,
+        seed,
+        client,
+        model,
+        labels,
+        settings,
+    )
+    plans = [_ScorerPlan(find_scorer(name), request) for name in names]
+    matches = match_stored_hooks(store, hooks)
     if hooks is None:
-        found = [hook for hook in found if all(plan.can_score(hook) for plan in plans)] or found
+        scorable = [hook for hook in matches if all(plan.can_score(hook) for plan in plans)]
+        matches = scorable or matches
     reader = RecordReader(store, seed=seed)
-    n_units, n_found = _score_hooks(plans, found, reader, overwrite, progress)
-    summary = tuple(row for plan in plans for row in plan.sum_up(found))
-    chosen, seconds = (plans[0].preset, plans[0].explainer), time.perf_counter() - started
-    return Scores(store, tuple(names), tuple(found), *chosen, n_units, n_found, summary, seconds)
-
-
-def _score_hooks(
-    plans: "Sequence[_Plan]",
-    hooks: Sequence[str],
-    reader: RecordReader,
-    overwrite: bool,
-    progress: Progress,
-) -> tuple[int, int]:
-    """Score hook by hook; return how many units were scored, and how many were already."""
     n_units, n_found = 0, 0
-    for done, hook in enumerate(hooks, start=1):
+    for done, hook in enumerate(matches, start=1):
         for plan in plans:
             n_new, n_old = plan.score(hook, reader, overwrite, progress)
             n_units, n_found = n_units + n_new, n_found + n_old
-        progress(f"score {hook}", done, len(hooks))
-    return n_units, n_found
+        progress(f"score {hook}", done, len(matches))
+    for name, other in controls.items() if isinstance(controls, Mapping) else ():
+        for plan in plans:
+            plan.add_control(name, other, matches)
+    summary = tuple(row for plan in plans for row in plan.sum_up(matches))
+    return Scores(
+        store,
+        tuple(names),
+        tuple(matches),
+        plans[0].preset,
+        plans[0].explainer,
+        n_units,
+        n_found,
+        summary,
+        time.perf_counter() - started,
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
-    """What the caller of `score` gave."""
+class _Request:
+    """The arguments of `score` that all its scorers share."""
 
     store: astore.Store
     explainer: str
@@ -154,126 +171,135 @@ class _Given:
     settings: dict[str, Any]
 
 
-class _Plan:
+class _ScorerPlan:
     """One scorer with its settings, ready to score hooks of a store."""
 
-    def __init__(self, scorer: Scorer, given: _Given) -> None:
-        self._scorer, self._given = scorer, given
+    def __init__(self, scorer: Scorer, request: _Request) -> None:
+        self._scorer, self._request = scorer, request
         self._check()
-        preset = {} if given.preset is None else scorer.presets[given.preset]
-        self._settings = {**scorer.settings, **preset, **given.settings}
-        changes = {k: v for k, v in given.settings.items() if scorer.settings[k] != v}
-        self.preset = variant(None, given.preset, changes)
-        self._explained = bool({"explanation", "program"} & set(scorer.needs))
-        self.explainer = self._explainer_name()
-
-    def _explainer_name(self) -> str | None:
-        if not self._explained:
-            return None
-        protocol = self._settings.get("protocol")
-        if protocol is None or ":" in self._given.explainer:
-            return self._given.explainer
-        return variant(self._given.explainer, protocol, {})
+        preset = {} if request.preset is None else scorer.presets[request.preset]
+        self._settings = {**scorer.settings, **preset, **request.settings}
+        changes = {k: v for k, v in request.settings.items() if scorer.settings[k] != v}
+        self.preset = variant(None, request.preset, changes)
+        self.explainer: str | None = None
+        if {"explanation", "program"} & set(scorer.needs):
+            protocol = self._settings.get("protocol")
+            is_whole = protocol is None or ":" in request.explainer
+            self.explainer = request.explainer if is_whole else variant(
+                request.explainer, protocol, {}
+            )  # fmt: skip
+        judge = None if request.client is None else request.client.name
+        seed = request.seed if scorer.seeded else None
+        self._key = ScoreKey(scorer.metrics, self.preset, self.explainer, judge, seed)
 
     def _check(self) -> None:
-        scorer, given = self._scorer, self._given
-        if given.preset is not None and given.preset not in scorer.presets:
-            known = ", ".join(scorer.presets) or "none"
-            raise ExplainError(f"{scorer.name}: no preset {given.preset!r}; it has: {known}")
-        for name in given.settings:
+        scorer, request = self._scorer, self._request
+        if request.preset is not None and request.preset not in scorer.presets:
+            presets = ", ".join(scorer.presets) or "none"
+            raise ExplainError(f"{scorer.name}: no preset {request.preset!r}; it has: {presets}")
+        for name in request.settings:
             if name not in scorer.settings:
                 way_out = nearest(name, scorer.settings) if scorer.settings else "it has none"
                 raise ExplainError(f"{scorer.name}: no setting {name!r}; {way_out}")
         for need in ("client", "model", "labels"):
-            if need in scorer.needs and getattr(given, need) is None:
+            if need in scorer.needs and getattr(request, need) is None:
                 raise ExplainError(f"{scorer.name} needs {need}=; {scorer.about}")
 
     def can_score(self, hook: str) -> bool:
         """Return whether a hook has the explanations that the scorer needs."""
-        if not self._explained:
+        if self.explainer is None:
             return True
         query = "SELECT 1 FROM explanations WHERE hook = $hook AND explainer = $name LIMIT 1"
-        return bool(self._given.store.sql(query, hook=hook, name=self.explainer).fetchall())
+        return bool(self._request.store.sql(query, hook=hook, name=self.explainer).fetchall())
 
     def score(
         self, hook: str, reader: RecordReader, overwrite: bool, progress: Progress
     ) -> tuple[int, int]:
         """Score a hook's units that have no row yet; return how many, and how many had one."""
-        wanted, given = self._wanted(hook), self._given
-        there = set[int]() if overwrite else self._there(hook)
-        left = tuple(unit for unit in wanted if unit not in there)
+        wanted, request = self._wanted(hook), self._request
+        scored = set[int]() if overwrite else self._scored(hook)
+        left = tuple(unit for unit in wanted if unit not in scored)
         n_found = len(wanted) - len(left)
-        if not left or (self._scorer.per == "hook" and -1 in there):
+        if not left or (self._scorer.per == "hook" and -1 in scored):
             return 0, n_found
-        job = Job(
-            given.store,
+        job = ScoreJob(
+            request.store,
             hook,
             reader,
             units=left,
             settings=self._settings,
             preset=self.preset,
             explainer=self.explainer,
-            controls=given.controls,
-            seed=given.seed,
-            client=given.client,
-            model=given.model,
-            labels=given.labels,
+            controls=request.controls,
+            seed=request.seed,
+            client=request.client,
+            model=request.model,
+            labels=request.labels,
             progress=progress,
         )
-        given.store.append("scores", self._scorer.load()(job))
+        request.store.append("scores", self._scorer.load()(job))
         return len(left), n_found
 
     def _wanted(self, hook: str) -> list[int]:
         """Return the units asked for; those that are explained where the scorer needs that."""
-        store, given = self._given.store, self._given
-        wanted = units_of(store, hook, given.units)
-        if not self._explained:
+        store, request = self._request.store, self._request
+        wanted = units_of(store, hook, request.units)
+        if self.explainer is None:
             return wanted
-        assert self.explainer is not None
-        explained = set(explained_units(store, hook, self.explainer, given.seed))
+        explained = set(explained_units(store, hook, self.explainer, request.seed))
         missing = [unit for unit in wanted if unit not in explained]
-        if missing and given.units is not None:
+        if missing and request.units is not None:
             raise ExplainError(
                 f"{hook}: {len(missing)} of the {len(wanted)} units are not explained by "
                 f"{self.explainer}, such as unit {missing[0]}; explain them first"
             )
         return [unit for unit in wanted if unit in explained]
 
-    def _there(self, hook: str) -> set[int]:
+    def _scored(self, hook: str) -> set[int]:
         """Return the units that have a headline row under these settings; -1 for the hook."""
-        origin = self._origin()
-        query = """SELECT coalesce(unit, -1) FROM scores WHERE metric = $metric AND hook = $hook
-            AND control IS NULL AND seed IS NOT DISTINCT FROM $seed
-            AND preset IS NOT DISTINCT FROM $preset
-            AND explainer IS NOT DISTINCT FROM $explainer AND judge IS NOT DISTINCT FROM $judge"""
-        rows = self._given.store.sql(
-            query,
-            metric=origin.metrics[0],
-            hook=hook,
-            seed=origin.seed,
-            preset=origin.preset,
-            explainer=origin.explainer,
-            judge=origin.judge,
+        query = f"""SELECT coalesce(unit, -1) FROM scores
+            WHERE metric = $headline AND hook = $hook AND control IS NULL AND {ScoreKey.MATCHES}"""
+        rows = self._request.store.sql(
+            query, headline=self._key.metrics[0], hook=hook, **self._key.parameters()
         )
         return {int(unit) for (unit,) in rows.fetchall()}
 
-    def _origin(self) -> Origin:
-        given, client = self._given, self._given.client
-        judge = None if client is None else client.name
-        seed = given.seed if self._scorer.seeded else None
-        return Origin(self._scorer.metrics, self.preset, self.explainer, judge, seed)
+    def add_control(self, name: str, other: astore.Store, hooks: Sequence[str]) -> None:
+        """Copy the scores of a control run, as rows of the control of that name.
 
-    def sum_up(self, hooks: list[str]) -> list[dict[str, Any]]:
+        Units of two models have no partners; the rows are there to be compared as means. Hooks
+        that the control run does not have are left out, such as those of dictionaries.
+
+        Raises:
+            ExplainError: The store has no scores by this scorer under these settings.
+        """
+        level = "unit IS NULL" if self._scorer.per == "hook" else "unit IS NOT NULL"
+        query = f"""FROM scores WHERE control IS NULL AND {level}
+            AND list_contains($metrics, metric) AND list_contains($hooks, hook)
+            AND {ScoreKey.MATCHES}"""
+        rows = other.sql(
+            query, metrics=list(self._key.metrics), hooks=list(hooks), **self._key.parameters()
+        )
+        rows = rows.to_arrow_table().to_pylist()
+        if not rows:
+            raise ExplainError(
+                f"{other.path}: control {name!r} has no rows of {self._scorer.name} "
+                f"({self._key}); score it first: lm.score(control_store, "
+                f"scorer={self._scorer.name!r}, controls=False)"
+            )
+        self._request.store.append("scores", [row | {"control": name} for row in rows])
+
+    def sum_up(self, hooks: list[str]) -> list[Row]:
         """Write the rows of hooks and models; return those of the headline."""
         if self._scorer.per == "hook":
             return []
-        rows = summary_rows(self._given.store, hooks, self._origin())
-        self._given.store.append("scores", rows)
+        rows = summary_rows(self._request.store, hooks, self._key)
+        self._request.store.append("scores", rows)
         headline = self._scorer.metrics[0]
         empty = dict.fromkeys(("value", "ci_low", "ci_high", "nan_fraction", "control"))
         shown = [
-            empty | row
-            for row in rows
+            row
+            for row in (empty | row for row in rows)
             if row["metric"] == headline
             or (row["metric"] == f"{headline}_defined" and row["nan_fraction"])
         ]

@@ -22,7 +22,7 @@ from lmmono.models.hooks import attached, bare, hook_names
 from lmmono.records.corpus_excerpts import TokenGrid, read_grid
 from lmmono.records.unit_rows import read_unit_rows
 from lmmono.records.units import checked_units
-from lmmono.scores.scorer_registry import Job
+from lmmono.scores.score_job import ScoreJob
 
 UNITS_AT_ONCE = 32
 
@@ -57,7 +57,7 @@ class Steering:
         ExplainError: The model has no such hook, or no row is long enough for a prompt.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ScoreJob) -> None:
         self._model, self._hook = bare(job.model), job.hook
         if job.hook not in hook_names(self._model):
             raise ExplainError(

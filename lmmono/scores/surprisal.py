@@ -16,10 +16,8 @@ from lmmono.clients.client import Prompt, Reading, Usage
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Class, Contrasts
-from lmmono.scores.areas import area_row, present_classes
-from lmmono.scores.explained import explanations_of, spent
-from lmmono.scores.judging import joined_hash, shown_text
-from lmmono.scores.scorer_registry import Job, Row
+from lmmono.scores.judging import area_row, joined_hash, present_classes, shown_text
+from lmmono.scores.score_job import Row, ScoreJob, usage_columns
 
 WITH = "The following text has to do with this: {}\n\n"
 """What is read before a text, with the explanation."""
@@ -47,7 +45,7 @@ def mean_logprob(reading: Reading, before: str) -> float:
     return float(np.mean(found)) if found else float("nan")
 
 
-def score_surprisal(job: Job) -> list[Row]:
+def score_surprisal(job: ScoreJob) -> list[Row]:
     """Score units by the AUROC of the gain; texts are read once without an explanation."""
     assert job.client is not None
     settings = job.settings
@@ -65,7 +63,7 @@ def score_surprisal(job: Job) -> list[Row]:
     plain = job.client.read([WITHOUT + texts[i] for i in used])
     neutral = {i: mean_logprob(reading, WITHOUT) for i, reading in zip(used, plain, strict=True)}
     rows: list[Row] = []
-    for control, explanations in explanations_of(job, units).items():
+    for control, explanations in job.explanations(units).items():
         for i, (unit, explanation) in enumerate(zip(units, explanations, strict=True)):
             gains, cost = _gains(job, explanation, index[i], texts, neutral)
             sides = present_classes(index[i], len(CLASSES))
@@ -77,14 +75,14 @@ def score_surprisal(job: Job) -> list[Row]:
     return rows
 
 
-def _texts(job: Job, contrasts: Contrasts) -> dict[int, str]:
+def _texts(job: ScoreJob, contrasts: Contrasts) -> dict[int, str]:
     words, index = read_vocabulary(job.store), contrasts.of(CLASSES)
     ids = contrasts.excerpts.token_ids
     return {int(i): shown_text(ids[i], None, words) for i in np.unique(index[index >= 0])}
 
 
 def _gains(
-    job: Job,
+    job: ScoreJob,
     explanation: Explanation,
     index: ndarray,
     texts: dict[int, str],
@@ -101,4 +99,4 @@ def _gains(
     for i, reading in zip(there, readings, strict=True):
         gains[i] = mean_logprob(reading, before) - neutral[int(index[i])]
     usage = sum((reading.usage for reading in readings), Usage())
-    return gains, spent(usage) | {"prompt_hash": joined_hash([Prompt(text=before).sha256])}
+    return gains, usage_columns(usage) | {"prompt_hash": joined_hash([Prompt(text=before).sha256])}

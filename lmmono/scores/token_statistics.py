@@ -12,7 +12,7 @@ from scipy.stats import t as student_t
 
 import activation_store as astore
 from lmmono.registry.metrics import METRICS
-from lmmono.scores.scorer_registry import Job, Row
+from lmmono.scores.score_job import Row, ScoreJob
 from lmmono.stats.formulas import entropies
 
 N_GROUPS = 10
@@ -24,7 +24,7 @@ ROWS_AT_ONCE = 8_000_000
 MAX_UNITS_AT_ONCE = 64
 
 
-def token_selectivity(job: Job) -> list[Row]:
+def token_selectivity(job: ScoreJob) -> list[Row]:
     """Return the rows of `score_token_selectivity` for a job; it has no settings and no seed."""
     units = None if job.units is None else set(job.units)
     rows = _token_selectivity(job.store, job.hook).to_pylist()

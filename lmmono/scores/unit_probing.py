@@ -15,8 +15,8 @@ from numpy import ndarray
 
 from lmmono.errors import ExplainError
 from lmmono.scores.labelled import mean_differences
-from lmmono.scores.labels import Labelled, read_labelled
-from lmmono.scores.scorer_registry import Job, Row
+from lmmono.scores.labelled_items import LabelledItems, read_labelled
+from lmmono.scores.score_job import Row, ScoreJob
 from lmmono.stats.intervals import student_interval
 from lmmono.stats.rates import auroc
 
@@ -29,7 +29,7 @@ SIZES = (1, 2, 5)
 METHOD = "Student t over concepts; one draw of items"
 
 
-def score_probes(job: Job) -> list[Row]:
+def score_probes(job: ScoreJob) -> list[Row]:
     """Score a hook by the AUROC of logistic probes on the best units, the mean over concepts."""
     sides = read_labelled(job, "explain"), read_labelled(job, "score")
     rows: list[Row] = []
@@ -51,7 +51,7 @@ def score_probes(job: Job) -> list[Row]:
     return rows
 
 
-def score_fms(job: Job) -> list[Row]:
+def score_fms(job: ScoreJob) -> list[Row]:
     """Score a hook by FMS, the mean over concepts; details say its parts for each."""
     sides = read_labelled(job, "explain"), read_labelled(job, "score")
     rows: list[Row] = []
@@ -85,10 +85,10 @@ def monosemanticity(best: float, without: float, deeper: Sequence[float]) -> flo
 
 
 def _with_control(
-    job: Job, learned: Labelled, known: Labelled
-) -> list[tuple[str | None, Labelled, Labelled]]:
+    job: ScoreJob, learned: LabelledItems, known: LabelledItems
+) -> list[tuple[str | None, LabelledItems, LabelledItems]]:
     """Return both sides, and for the control both with labels that are shuffled by documents."""
-    found: list[tuple[str | None, Labelled, Labelled]] = [(None, learned, known)]
+    found: list[tuple[str | None, LabelledItems, LabelledItems]] = [(None, learned, known)]
     if job.controls:
         rng = np.random.default_rng((job.seed, 31))
         sides = [replace(side, labels=side.shuffled(rng)) for side in (learned, known)]
@@ -96,7 +96,7 @@ def _with_control(
     return found
 
 
-def _usable(learned: Labelled, known: Labelled) -> Int[ndarray, " concepts"]:
+def _usable(learned: LabelledItems, known: LabelledItems) -> Int[ndarray, " concepts"]:
     """Return the concepts with enough items; of two classes the first.
 
     Raises:
@@ -163,7 +163,9 @@ def _parts(
     }
 
 
-def _row(job: Job, metric: str, control: str | None, values: list[float], known: Labelled) -> Row:
+def _row(
+    job: ScoreJob, metric: str, control: str | None, values: list[float], known: LabelledItems
+) -> Row:
     mean, low, high = student_interval([np.array(values)])
     columns: Row = {"value": mean, "n": len(values), "n_tokens": len(known.acts)}
     columns |= {"n_documents": len(np.unique(known.doc_ids)), "control": control, "n_failures": 0}

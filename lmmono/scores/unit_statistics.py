@@ -16,8 +16,7 @@ from scipy.stats import t as student_t
 from lmmono.records.corpus_excerpts import PADDING, TokenGrid, read_grid
 from lmmono.records.unit_rows import UnitRows, read_unit_rows
 from lmmono.records.units import checked_units
-from lmmono.scores.scorer_registry import Job, Row
-from lmmono.stats.estimate import LEVEL
+from lmmono.scores.score_job import Row, ScoreJob
 from lmmono.stats.formulas import entropies, kurtosis
 from lmmono.types import Split
 
@@ -72,7 +71,7 @@ class Corpus:
         return np.where(whole, key, -1)
 
 
-def read_corpus(job: Job, split: Split) -> Corpus:
+def read_corpus(job: ScoreJob, split: Split) -> Corpus:
     """Read the tokens of a split.
 
     Raises:
@@ -106,7 +105,7 @@ def with_each_left_out(sums: Float[ndarray, "units groups *rest"]) -> ndarray:
     return np.concatenate([total, total - sums], axis=1)
 
 
-def score_statistics(job: Job) -> list[Row]:
+def score_statistics(job: ScoreJob) -> list[Row]:
     """Score units by all statistics in two passes over the store, one of each split."""
     units = checked_units(job.store, job.hook, job.units)
     corpus = read_corpus(job, "score")
@@ -136,7 +135,7 @@ def _is_whole(stats: tuple[float | None, float | None] | None, threshold: float 
     return stats is not None and (stats[1] or 0.0) >= 0 and not threshold
 
 
-def _read(job: Job, units: ndarray, corpus: Corpus) -> Iterator[UnitRows]:
+def _read(job: ScoreJob, units: ndarray, corpus: Corpus) -> Iterator[UnitRows]:
     d_vocab = int(corpus.grid.token_ids.max()) + 1
     at_once = max(1, MASS_CELLS // (d_vocab * corpus.n_groups))
     return read_unit_rows(job.store, job.hook, units, corpus.grid, units_at_once=min(at_once, 512))
@@ -213,7 +212,7 @@ class _Favourites:
     lengths: dict[str, int]
 
     @classmethod
-    def learn(cls, job: Job, units: ndarray) -> "_Favourites":
+    def learn(cls, job: ScoreJob, units: ndarray) -> "_Favourites":
         lengths = {"token_purity": 1, "ngram_consistency": int(job.settings["ngram"])}
         corpus = read_corpus(job, "explain")
         known = _named_ngrams(corpus, lengths)
@@ -275,7 +274,7 @@ _BOUNDS = {
 
 
 def _rows(
-    job: Job, rows: UnitRows, corpus: Corpus, values: dict[tuple[str, str | None], Parts]
+    job: ScoreJob, rows: UnitRows, corpus: Corpus, values: dict[tuple[str, str | None], Parts]
 ) -> list[Row]:
     n_active = np.diff(rows.starts)
     found: list[Row] = []

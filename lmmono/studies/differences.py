@@ -23,9 +23,9 @@ from lmmono.explanations.stored_explanations import (
 )
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import Scorer, find_scorer
-from lmmono.scores.scorer_registry import Job
+from lmmono.scores.score_job import ScoreJob
 from lmmono.scores.simulation import scored_records, simulated
-from lmmono.scores.summaries import Origin
+from lmmono.scores.summaries import ScoreKey
 from lmmono.stats.agreement import AGREEMENTS
 from lmmono.stats.estimate import LEVEL
 
@@ -150,17 +150,17 @@ def compare(
     pairs: list[Difference] = []
     for first, second, one in zip(a, b, seeds, strict=True):
         stored = (named if needs_text else None, judge, one if known.seeded else None)
-        origin = Origin(known.metrics, preset, *stored)
-        pairs.append(_compare(known, first, second, hooks, origin, one))
+        key = ScoreKey(known.metrics, preset, *stored)
+        pairs.append(_compare(known, first, second, hooks, key, one))
     return pairs[0] if len(pairs) == 1 else _over_seeds(pairs)
 
 
 def _compare(
-    scorer: Scorer, a: astore.Store, b: astore.Store, hooks: str, origin: Origin, seed: int
+    scorer: Scorer, a: astore.Store, b: astore.Store, hooks: str, key: ScoreKey, seed: int
 ) -> Difference:
-    paired = scorer.name in KINDS_OF and origin.judge is None and _fingerprint(a) == _fingerprint(b)
+    paired = scorer.name in KINDS_OF and key.judge is None and _fingerprint(a) == _fingerprint(b)
     read = _read_sums if paired else _read_rows
-    pair = _Pair(read(a, scorer, hooks, origin), read(b, scorer, hooks, origin))
+    pair = _Pair(read(a, scorer, hooks, key), read(b, scorer, hooks, key))
     found = pair.means(None)
     rng = np.random.default_rng(seed)
     draws = np.array([pair.means(rng) for _ in range(N_DRAWS)])
@@ -306,22 +306,22 @@ class _Pair:
         return (float(np.mean(raw)), float(np.mean(of_defined))), means
 
 
-def _read_sums(store: astore.Store, scorer: Scorer, hooks: str, origin: Origin) -> list[_HookUnits]:
+def _read_sums(store: astore.Store, scorer: Scorer, hooks: str, key: ScoreKey) -> list[_HookUnits]:
     """Score a store's explained units again, keeping the sums of their records."""
-    assert origin.explainer is not None and origin.seed is not None
-    reader, found = RecordReader(store, seed=origin.seed), list[_HookUnits]()
-    preset = {} if origin.preset is None else scorer.presets[origin.preset]
+    assert key.explainer is not None and key.seed is not None
+    reader, found = RecordReader(store, seed=key.seed), list[_HookUnits]()
+    preset = {} if key.preset is None else scorer.presets[key.preset]
     for hook in match_stored_hooks(store, hooks):
-        units = tuple(explained_units(store, hook, origin.explainer, origin.seed))
-        job = Job(
+        units = tuple(explained_units(store, hook, key.explainer, key.seed))
+        job = ScoreJob(
             store,
             hook,
             reader,
             units=units,
             settings={**scorer.settings, **preset},
-            explainer=origin.explainer,
+            explainer=key.explainer,
             controls=False,
-            seed=origin.seed,
+            seed=key.seed,
         )
         records = scored_records(job, KINDS_OF[scorer.name])
         parts = list(simulated(job, records))
@@ -336,7 +336,7 @@ def _read_sums(store: astore.Store, scorer: Scorer, hooks: str, origin: Origin) 
     return found
 
 
-def _read_rows(store: astore.Store, scorer: Scorer, hooks: str, origin: Origin) -> list[_HookUnits]:
+def _read_rows(store: astore.Store, scorer: Scorer, hooks: str, key: ScoreKey) -> list[_HookUnits]:
     """Read the scores of a store's units; those that failed are left out."""
     query = """SELECT s.value, s.nan_fraction, u.density FROM scores s
         JOIN unit_stats u ON u.hook = s.hook AND u.unit = s.unit
@@ -351,15 +351,15 @@ def _read_rows(store: astore.Store, scorer: Scorer, hooks: str, origin: Origin) 
             query,
             metric=scorer.metrics[0],
             hook=hook,
-            seed=origin.seed,
-            preset=origin.preset,
-            explainer=origin.explainer,
-            judge=origin.judge,
+            seed=key.seed,
+            preset=key.preset,
+            explainer=key.explainer,
+            judge=key.judge,
         ).to_arrow_table()
         if not table.num_rows:
             raise ExplainError(
-                f"{store.path}: no rows of {scorer.name} for {hook} (explainer {origin.explainer}, "
-                f"preset {origin.preset}, seed {origin.seed}); make them with lm.score"
+                f"{store.path}: no rows of {scorer.name} for {hook} (explainer {key.explainer}, "
+                f"preset {key.preset}, seed {key.seed}); make them with lm.score"
             )
         value, undefined, density = (table[i].to_numpy().astype(np.float64) for i in range(3))
         found.append(_HookUnits(value, ~(undefined > 0), density))

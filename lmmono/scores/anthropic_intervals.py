@@ -9,13 +9,11 @@ cross a document, and no text is shown twice.
 """
 
 from dataclasses import replace
-from importlib import import_module
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy import ndarray
 
-from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.llm_simulation import Simulation
 from lmmono.records.corpus_excerpts import PADDING
 from lmmono.records.sampler import (
@@ -25,9 +23,8 @@ from lmmono.records.sampler import (
     read_interval_records,
 )
 from lmmono.records.seeds import stream
-from lmmono.scores.explained import explanations_of, spent, undefined
-from lmmono.scores.scorer_registry import Job, Row
-from lmmono.scores.simulation import SIMULATORS
+from lmmono.scores.score_job import Row, ScoreJob, undefined, usage_columns
+from lmmono.scores.simulators import predictions
 from lmmono.stats.agreement import AGREEMENTS, record_sums
 from lmmono.stats.intervals import unit_intervals, unit_method
 
@@ -35,23 +32,30 @@ MIN_FIRING = 20
 """A unit with fewer firing records is not defined."""
 
 
-def score_intervals(job: Job) -> list[Row]:
+def score_intervals(job: ScoreJob) -> list[Row]:
     """Score units by Spearman's correlation over the records' tokens, controls included."""
     records = read_interval_records(job.store, job.hook, units=job.units, seed=job.seed)
     units = records.units.tolist()
     rows: list[Row] = []
-    for control, explanations in explanations_of(job, units).items():
-        predicted, failures, took = _predicted(job, explanations, records.token_ids)
-        mine = _rows(job, records, predicted, failures, control)
-        rows += [row | columns for row, columns in zip(mine, took, strict=True)]
+    for control, explanations in job.explanations(units).items():
+        predicted, answers = predictions(job, explanations, records.token_ids)
+        failures = [answer if isinstance(answer, str) else None for answer in answers]
+        scored = _rows(job, records, predicted, failures, control)
+        rows += [row | _usage(answer) for row, answer in zip(scored, answers, strict=True)]
         if control is None and job.controls:
             moved = replace(records, acts=_misplaced(records.acts, job.seed))
             rows += _rows(job, moved, predicted, failures, "shuffled_pairing")
             centre = np.zeros(predicted.shape)
             centre[..., HALF] = 1.0
-            nothing: list[str | None] = [None] * len(units)
-            rows += _rows(job, records, centre, nothing, "centre_token")
+            no_failures: list[str | None] = [None] * len(units)
+            rows += _rows(job, records, centre, no_failures, "centre_token")
     return rows
+
+
+def _usage(answer: Simulation | str) -> Row:
+    if isinstance(answer, str) or answer.prompt_hash is None:
+        return {}
+    return {**usage_columns(answer.usage), "prompt_hash": answer.prompt_hash}
 
 
 def _misplaced(
@@ -68,37 +72,15 @@ def _misplaced(
     return np.stack(rolled, axis=1)
 
 
-def _predicted(
-    job: Job, explanations: list[Explanation], token_ids: Int[ndarray, "units records window"]
-) -> tuple[Float[ndarray, "units records window"], list[str | None], list[Row]]:
-    module, _, name = SIMULATORS[job.settings["simulator"]].partition(":")
-    simulate = getattr(import_module(module), name)
-    failures: list[str | None] = [each.failure for each in explanations]
-    good = [i for i, failure in enumerate(failures) if failure is None]
-    took: list[Row] = [{} for _ in explanations]
-    predicted = np.zeros(token_ids.shape)
-    answers = simulate(job, [explanations[i] for i in good], token_ids[good])
-    for i, answer in zip(good, answers, strict=True):
-        if isinstance(answer, str):
-            failures[i] = answer
-        elif isinstance(answer, Simulation):
-            predicted[i], failures[i] = answer.acts, answer.failure
-            took[i] = {**spent(answer.usage), "prompt_hash": answer.prompt_hash}
-        else:
-            predicted[i] = answer
-    return predicted, failures, took
-
-
 def _rows(
-    job: Job,
+    job: ScoreJob,
     records: IntervalRecords,
     predicted: Float[ndarray, "units records window"],
     failures: list[str | None],
     control: str | None,
 ) -> list[Row]:
-    present = records.cells >= 0
-    there = records.token_ids != PADDING
-    sums, agreement = record_sums(records.acts, predicted, there), AGREEMENTS["spearman"]
+    present, is_token = records.cells >= 0, records.token_ids != PADDING
+    sums, agreement = record_sums(records.acts, predicted, is_token), AGREEMENTS["spearman"]
     value = agreement.of(sums.sum(axis=1))
     low, high = unit_intervals(sums, present, INTERVAL_KINDS, agreement)
     firing = (records.acts > 0).any(axis=2).sum(axis=1)
@@ -106,7 +88,12 @@ def _rows(
     for i, unit in enumerate(records.units.tolist()):
         n = int(present[i].sum())
         documents = records.grid.doc_ids[records.cells[i][present[i]]]
-        known: Row = {"n": n, "n_records": n, "n_tokens": int(there[i].sum()), "control": control}
+        known: Row = {
+            "n": n,
+            "n_records": n,
+            "n_tokens": int(is_token[i].sum()),
+            "control": control,
+        }
         known["n_documents"] = len(np.unique(documents))
         failure = failures[i] or ("too_few_records" if firing[i] < MIN_FIRING else None)
         if failure is not None:
@@ -116,12 +103,8 @@ def _rows(
             known |= {"value": 0.0 if undefined_here else float(value[i])}
             known |= {"nan_fraction": float(undefined_here), "n_failures": 0}
             if not np.isnan(low[i]) and not undefined_here:
-                fewest = int(
-                    min(
-                        present[i][kind == INTERVAL_KINDS].sum()
-                        for kind in np.unique(INTERVAL_KINDS)
-                    )
-                )
+                of_kind = [present[i][k == INTERVAL_KINDS] for k in np.unique(INTERVAL_KINDS)]
+                fewest = min(int(kind.sum()) for kind in of_kind)
                 known |= {"ci_low": float(low[i]), "ci_high": float(high[i])}
                 known["ci_method"] = unit_method(fewest, int(firing[i]))
         rows.append(job.row("anthropic_intervals", unit, **known))

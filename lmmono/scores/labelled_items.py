@@ -16,7 +16,7 @@ from lmmono.errors import ExplainError
 from lmmono.records.unit_rows import read_unit_rows
 from lmmono.records.units import checked_units
 from lmmono.scores.decorrelation import draw_cells, read_dense
-from lmmono.scores.scorer_registry import Job
+from lmmono.scores.score_job import ScoreJob
 from lmmono.scores.unit_statistics import read_corpus
 from lmmono.types import Split
 
@@ -38,7 +38,7 @@ Labels = TokenLabels | Mapping[int, str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Labelled:
+class LabelledItems:
     """Items of one split with labels and the activations of units."""
 
     acts: Float[ndarray, "items units"]
@@ -68,7 +68,7 @@ class Labelled:
         return labels
 
 
-def read_labelled(job: Job, split: Split) -> Labelled:
+def read_labelled(job: ScoreJob, split: Split) -> LabelledItems:
     """Return up to `items` items of a split, drawn by seed.
 
     Raises:
@@ -84,7 +84,7 @@ def read_labelled(job: Job, split: Split) -> Labelled:
     )
 
 
-def _of_tokens(job: Job, split: Split, labels: TokenLabels) -> Labelled:
+def _of_tokens(job: ScoreJob, split: Split, labels: TokenLabels) -> LabelledItems:
     corpus = read_corpus(job, split)
     grid, units = corpus.grid, checked_units(job.store, job.hook, job.units)
     seed = (job.seed, *job.hook.encode(), *split.encode())
@@ -100,10 +100,10 @@ def _of_tokens(job: Job, split: Split, labels: TokenLabels) -> Labelled:
         )
     truth = labels.truth[order[at], cells % grid.n_ctx]
     names = labels.names or tuple(str(i) for i in range(truth.shape[1]))
-    return Labelled(read_dense(job, corpus, cells, units), truth, grid.doc_ids[cells], names)
+    return LabelledItems(read_dense(job, corpus, cells, units), truth, grid.doc_ids[cells], names)
 
 
-def _of_documents(job: Job, split: Split, labels: Mapping[int, str]) -> Labelled:
+def _of_documents(job: ScoreJob, split: Split, labels: Mapping[int, str]) -> LabelledItems:
     excerpts = job.reader.excerpts(split)
     missing = sorted(set(excerpts.doc_ids.tolist()) - set(labels))
     if missing:
@@ -123,4 +123,6 @@ def _of_documents(job: Job, split: Split, labels: Mapping[int, str]) -> Labelled
     n = min(len(excerpts), int(job.settings["items"]))
     chosen = np.sort(rng.choice(len(excerpts), n, replace=False))
     truth = classes[chosen, None] == np.arange(len(names))
-    return Labelled(np.concatenate(parts, axis=1)[chosen], truth, excerpts.doc_ids[chosen], names)
+    return LabelledItems(
+        np.concatenate(parts, axis=1)[chosen], truth, excerpts.doc_ids[chosen], names
+    )

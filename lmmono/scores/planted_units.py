@@ -1,8 +1,11 @@
-"""Units whose meaning is known: planted ones, and those of a trained model that follow a feature.
+"""Units whose meaning is known, with true and false explanations of them.
 
 Planted units are exact functions of features of the planted language: as they are, with noise, in
 superposition with another feature, or both. A trained model's neuron is taken to mean the feature
 with which it correlates most, where that is much; what it fires on besides stays in it.
+
+Explanations are look-up tables of words. The true one holds, for each word, how often it has the
+unit's feature. A feature that the word alone does not decide has no complete look-up.
 """
 
 from dataclasses import dataclass
@@ -17,6 +20,8 @@ from lmmono.captures.capture import capture
 from lmmono.data.planted import Language
 from lmmono.data.tokens import TokenRows
 from lmmono.data.truth import planted_language, row_truth
+from lmmono.explanations.explanation import Explanation
+from lmmono.explanations.lookup import Lookup, lookup_text
 from lmmono.runs.folder import Run
 
 LEVELS: dict[str, tuple[float, float]] = {
@@ -35,9 +40,16 @@ MATCHED = 0.5
 
 N_CTX = 128
 
+FALSE = ("random", "near_miss", "too_broad", "too_narrow")
+"""False explanations. random: of another feature. near_miss: half of the firing is moved to other
+words. too_broad: words are added that fire twice as often in all. too_narrow: words are left that
+fire a quarter as often; a unit of one word has no such explanation and is left out there."""
+
+Words = Float[ndarray, " words"]
+
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownUnit:
     """One unit of known meaning."""
 
     hook: str
@@ -51,10 +63,10 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
-class Truth:
+class KnownUnits:
     """Units of known meaning, and how often each word has each feature."""
 
-    units: tuple[Known, ...]
+    units: tuple[KnownUnit, ...]
     words: tuple[str, ...]
     """String of each token id."""
     counts: Float[ndarray, " words"]
@@ -63,32 +75,32 @@ class Truth:
     """Those of them that have the feature."""
 
 
-def write_planted(store: astore.Store, n_documents: int, seed: int) -> Truth:
+def write_planted(store: astore.Store, n_documents: int, seed: int) -> KnownUnits:
     """Write units that are functions of features, a hook per level, into an empty store."""
     language = Language(seed)
     number = {word: i for i, word in enumerate(language.vocabulary)}
-    told = [language.document(i) for i in range(n_documents)]
-    ids = np.array([number[word] for each in told for word in each.words], np.int64)
-    docs = np.repeat(np.arange(n_documents), [len(each.words) for each in told])
+    documents = [language.document(i) for i in range(n_documents)]
+    ids = np.array([number[word] for document in documents for word in document.words], np.int64)
+    docs = np.repeat(np.arange(n_documents), [len(document.words) for document in documents])
     whole = len(ids) // (2 * N_CTX) * 2 * N_CTX
-    truth = np.concatenate([each.truth for each in told])[:whole]
+    truth = np.concatenate([document.truth for document in documents])[:whole]
     kept = _frequent(truth)
     words = tuple(f" {word}" for word in language.vocabulary)
     store.add_vocabulary(words)
     _write(store, ids[:whole], docs[:whole], truth[:, kept], seed)
     kinds = [language.features[i].kind for i in kept]
     units = [
-        Known(_hook(at), i, level, i, kind)
+        KnownUnit(_hook(at), i, level, i, kind)
         for at, level in enumerate(LEVELS)
         for i, kind in enumerate(kinds)
     ]
     return _truth(tuple(units), words, ids[:whole], truth[:, kept])
 
 
-def write_trained(store: astore.Store, run: Run, max_tokens: int, seed: int) -> Truth:
+def write_trained(store: astore.Store, run: Run, max_tokens: int, seed: int) -> KnownUnits:
     """Write the neurons of a run on the planted language; those that follow a feature are known.
 
-    Which feature that is, is found on split `explain`.
+    Which feature that is, split `explain` decides.
 
     Raises:
         DataError: The run's corpus is not a planted one.
@@ -101,7 +113,7 @@ def write_trained(store: astore.Store, run: Run, max_tokens: int, seed: int) -> 
     ids = parts[0].ids.reshape(-1).astype(np.int64)
     truth = row_truth(run.corpus, parts[0]).reshape(len(ids), -1)
     kept = _frequent(truth)
-    truth, units = truth[:, kept], list[Known]()
+    truth, units = truth[:, kept], list[KnownUnit]()
     widths = store.sql("SELECT hook, d FROM hooks WHERE kind = 'rows' ORDER BY hook").fetchall()
     for hook, d in widths:
         alike = _correlations(_dense(store, hook, d, parts[0]), truth)
@@ -109,7 +121,7 @@ def write_trained(store: astore.Store, run: Run, max_tokens: int, seed: int) -> 
         for unit in np.flatnonzero(alike.max(axis=1) >= MATCHED).tolist():
             feature = int(best[unit])
             kind = language.features[kept[feature]].kind
-            units.append(Known(hook, unit, "trained", feature, kind))
+            units.append(KnownUnit(hook, unit, "trained", feature, kind))
     words = store.sql("SELECT token FROM vocabulary ORDER BY token_id").fetchall()
     return _truth(tuple(units), tuple(str(word) for (word,) in words), ids, truth)
 
@@ -120,14 +132,14 @@ def _frequent(truth: Bool[ndarray, "tokens features"]) -> Int[ndarray, " kept"]:
 
 
 def _truth(
-    units: tuple[Known, ...],
+    units: tuple[KnownUnit, ...],
     words: tuple[str, ...],
     ids: Int[ndarray, " tokens"],
     truth: Bool[ndarray, "tokens features"],
-) -> Truth:
+) -> KnownUnits:
     counts = np.bincount(ids, minlength=len(words)).astype(float)
-    hits = [np.bincount(ids, each, len(words)) for each in truth.T.astype(float)]
-    return Truth(units, words, counts, np.stack(hits))
+    hits = [np.bincount(ids, of_feature, len(words)) for of_feature in truth.T.astype(float)]
+    return KnownUnits(units, words, counts, np.stack(hits))
 
 
 def _hook(level: int) -> str:
@@ -153,8 +165,8 @@ def _write(
     docs[middle:] += docs.max() + 1  # a document cut in two is two documents
     with store.writer(rows=rows, n_ctx=N_CTX, seed=seed) as writer:
         for split, part in (("explain", slice(0, middle)), ("score", slice(middle, None))):
-            here = {h: a.reshape(*ids.shape, d)[part] for h, a in zip(hooks, acts, strict=True)}
-            writer.add(np.arange(len(ids))[part], ids[part], docs[part], split, here)
+            by_hook = {h: a.reshape(*ids.shape, d)[part] for h, a in zip(hooks, acts, strict=True)}
+            writer.add(np.arange(len(ids))[part], ids[part], docs[part], split, by_hook)
 
 
 def _fire(
@@ -181,8 +193,8 @@ def _dense(
     query = """SELECT seq_id, pos, unit, act FROM acts
         WHERE hook = $hook AND seq_id >= $first AND seq_id < $after"""
     first, n_ctx = rows.first_seq_id, rows.n_ctx
-    found = store.sql(query, hook=hook, first=first, after=first + len(rows)).fetchnumpy()
-    seq, pos, unit, act = (np.asarray(found[name]) for name in ("seq_id", "pos", "unit", "act"))
+    columns = store.sql(query, hook=hook, first=first, after=first + len(rows)).fetchnumpy()
+    seq, pos, unit, act = (np.asarray(columns[name]) for name in ("seq_id", "pos", "unit", "act"))
     dense = np.zeros((rows.ids.size, d), np.float32)
     dense[(seq.astype(np.int64) - first) * n_ctx + pos, unit] = act
     return dense
@@ -198,3 +210,71 @@ def _correlations(
         for side in sides
     )
     return a.T @ b
+
+
+def explainer_of(kind: str) -> str:
+    """Return the explainer that explanations of a kind are stored under; `true` for true ones."""
+    return f"planted_{kind}"
+
+
+def add_explanations(
+    store: astore.Store, truth: KnownUnits, seed: int
+) -> Float[ndarray, "units kinds"]:
+    """Add true and false explanations of every unit; return the F1 of each, NaN if not false."""
+    counts, hits = truth.counts, truth.hits
+    shares = hits / np.maximum(counts, 1)
+    rng, rows = np.random.default_rng((seed, 2)), list[dict[str, Any]]()
+    quality = np.zeros((len(truth.units), 1 + len(FALSE)))
+    for i, unit in enumerate(truth.units):
+        share, others = shares[unit.feature], np.delete(shares, unit.feature, axis=0)
+        tables = [share, others[rng.integers(len(others))]]
+        tables += [make(share, counts, rng) for make in (near_miss, broad, narrow)]
+        quality[i] = [_f1(table, hits[unit.feature], counts) for table in tables]
+        is_true = [bool((table == share).all()) for table in tables[1:]]
+        quality[i, 1:][is_true] = np.nan
+        for kind, table in zip(("true", *FALSE), tables, strict=True):
+            fired = np.flatnonzero(table)
+            program = Lookup(fired, table[fired], 0.0)
+            text = lookup_text(program, truth.words)
+            named = (unit.hook, unit.unit, explainer_of(kind))
+            rows.append(Explanation(*named, text, program, seed=seed).row())
+    store.append("explanations", rows)
+    return quality
+
+
+def near_miss(share: Words, counts: Words, rng: np.random.Generator) -> Words:
+    """Move half of the firing to words that do not fire."""
+    kept = _part(share, counts, 0.5, rng)
+    lost = float(((share - kept) * counts).sum())
+    return kept + _added(share, counts, lost, rng)
+
+
+def broad(share: Words, counts: Words, rng: np.random.Generator) -> Words:
+    """Add words that fire twice as often in all."""
+    return share + _added(share, counts, 2 * float((share * counts).sum()), rng)
+
+
+def narrow(share: Words, counts: Words, rng: np.random.Generator) -> Words:
+    """Keep words that carry a quarter of the firing, at least one; a single word stays."""
+    return _part(share, counts, 0.25, rng)
+
+
+def _part(share: Words, counts: Words, of: float, rng: np.random.Generator) -> Words:
+    order = rng.permutation(np.flatnonzero(share))
+    mass = np.cumsum((share * counts)[order])
+    kept = order[mass <= of * mass[-1]]
+    kept = kept if len(kept) else order[np.argsort((share * counts)[order])[:1]]
+    return np.where(np.isin(np.arange(len(share)), kept), share, 0.0)
+
+
+def _added(share: Words, counts: Words, mass: float, rng: np.random.Generator) -> Words:
+    """Return silent words, drawn until they occur so often in all, each with activation 1."""
+    silent_words = rng.permutation(np.flatnonzero((share == 0) & (counts > 0)))
+    n = int(np.searchsorted(np.cumsum(counts[silent_words]), mass)) + 1
+    return np.isin(np.arange(len(share)), silent_words[:n]).astype(float)
+
+
+def _f1(table: Words, hits: Words, counts: Words) -> float:
+    """Return the F1 of the words that an explanation names by more than half, token by token."""
+    named = table > 0.5 * table.max()
+    return float(2 * hits[named].sum() / (counts[named].sum() + hits.sum()))

@@ -1,0 +1,129 @@
+"""What a scorer is asked to do, and the parts of a row that all scorers write alike."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import activation_store as astore
+from lmmono.clients.client import Client, Usage
+from lmmono.errors import ExplainError
+from lmmono.explanations.explanation import Explanation, Failure, Program
+from lmmono.explanations.explanation_controls import other_units
+from lmmono.explanations.stored_explanations import kept_explanations, read_densities
+from lmmono.records.record_reader import RecordReader
+from lmmono.registry.metrics import METRICS
+from lmmono.stats.estimate import LEVEL
+from lmmono.types import Progress, Split, silent
+
+Row = dict[str, Any]
+"""A row of table `scores`; columns that are not named are NULL."""
+
+UNSCORED: tuple[Failure, ...] = ("unparsed", "refused", "no_answer")
+"""Failures of a judge or a writer. A unit that is silent or fires too rarely counts as chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreJob:
+    """What a scorer is asked to do: units of one hook of one store."""
+
+    store: astore.Store
+    """Open store; scorers only read it."""
+    hook: str
+    """Hook stored as rows."""
+    reader: RecordReader
+    """Where records come from; shared by the scorers of a hook, so that it is read once."""
+    units: tuple[int, ...] | None = None
+    """Units; None takes all."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the scorer, its preset's and the caller's together."""
+    preset: str | None = None
+    """Name of the preset and the settings that the caller changed, as stored."""
+    explainer: str | None = None
+    """Explainer whose stored explanations are scored, as stored."""
+    controls: bool = True
+    """Score the controls too."""
+    seed: int = 0
+    """Seed of all that is drawn."""
+    client: Client | None = None
+    """Language model that judges."""
+    model: Any = None
+    """Model that the activations come from, for causal scorers."""
+    labels: Any = None
+    """What supervised scorers compare with."""
+    progress: Progress = silent
+    """Called with how far the work is."""
+
+    def row(
+        self, metric: str, unit: int | None, split: Split | None = "score", **columns: Any
+    ) -> Row:
+        """Return a row of table `scores` with what this job knows already filled in."""
+        shared = {
+            "metric": metric,
+            "metric_version": METRICS[metric].version,
+            "preset": self.preset,
+            "hook": self.hook,
+            "unit": unit,
+            "ci_level": LEVEL,
+            "seed": self.seed,
+            "split": split,
+            "explainer": self.explainer,
+            "judge": None if self.client is None else self.client.name,
+        }
+        return {**shared, **columns}
+
+    def explanations(self, units: list[int]) -> dict[str | None, list[Explanation]]:
+        """Return each unit's explanation, then by name of the control those it is compared with.
+
+        random_explanation: that of another unit of the hook. matched_density: that of one of the
+        units whose density is nearest.
+
+        Raises:
+            ExplainError: The units are not explained, or fewer than two are and controls are
+                wanted.
+        """
+        assert self.explainer is not None
+        stored = kept_explanations(self.reader, self.hook, self.explainer)
+        by_control: dict[str | None, list[Explanation]] = {None: [stored[unit] for unit in units]}
+        if self.controls:
+            explained = sorted(unit for unit in stored if stored[unit].failure is None)
+            densities = read_densities(self.store, self.hook)
+            for name, by in (("random_explanation", None), ("matched_density", densities)):
+                others = other_units(units, explained, self.hook, self.seed, by)
+                by_control[name] = [stored[unit] for unit in others]
+        return by_control
+
+
+def program_of(explanation: Explanation) -> Program:
+    """Return an explanation's program.
+
+    Raises:
+        ExplainError: It has none, so that only a language model can judge by it.
+    """
+    if explanation.program is None:
+        raise ExplainError(
+            f"{explanation.hook}: explanations by {explanation.explainer} have no program, so a "
+            f"language model must judge by their text; pass client="
+        )
+    return explanation.program
+
+
+def undefined(failure: str, chance: float | None) -> Row:
+    """Return the columns of a unit without a score: chance, not defined; nothing if a judge failed.
+
+    >>> undefined("silent", 0.5)
+    {'value': 0.5, 'nan_fraction': 1.0, 'failure': 'silent'}
+    """
+    if failure in UNSCORED:
+        return {"value": None, "n_failures": 1, "failure": failure}
+    return {"value": chance, "nan_fraction": 1.0, "failure": failure}
+
+
+def usage_columns(usage: Usage) -> Row:
+    """Return the columns of table `scores` that say what asking took."""
+    return {
+        "n_calls": usage.n_calls,
+        "n_prompt_tokens": usage.n_prompt_tokens,
+        "n_completion_tokens": usage.n_completion_tokens,
+        "cost_usd": usage.cost_usd,
+        "seconds": usage.seconds,
+    }
