@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 
 import activation_store as astore
 from lmmono.errors import ExplainError, nearest
-from lmmono.registry.scorers import find_scorer
+from lmmono.registry.scorers import SCORERS, find_scorer
 from lmmono.runs.folder import Run, open_run
 from lmmono.scores.planted_units import (
     FALSE,
@@ -75,8 +75,6 @@ def audit_scorer(
     """
     scorer = find_scorer(name)
     if not set(scorer.needs) <= {"explanation", "program"} or not scorer.needs:
-        from lmmono.registry.scorers import SCORERS
-
         able = [n for n, s in SCORERS.items() if s.needs in (("explanation",), ("program",))]
         raise ExplainError(f"{name} scores no explanations by themselves; {nearest(name, able)}")
     folder = tempfile.TemporaryDirectory()

@@ -182,7 +182,7 @@ class _ScorerPlan:
         changes = {k: v for k, v in request.settings.items() if scorer.settings[k] != v}
         self.preset = variant(None, request.preset, changes)
         self.explainer: str | None = None
-        if {"explanation", "program"} & set(scorer.needs):
+        if scorer.reads_explanations:
             protocol = self._settings.get("protocol")
             is_whole = protocol is None or ":" in request.explainer
             self.explainer = request.explainer if is_whole else variant(
