@@ -39,8 +39,8 @@ from torch import Tensor
 import activation_store as astore
 import lmmono as lm
 from lmmono.dictionaries.architectures import sae_lens, trainer, training_sae
-from lmmono.dictionaries.sparse_step import Scratch, SparseStep
-from lmmono.dictionaries.vector_source import StoreVectors, Vectors
+from lmmono.dictionaries.sparse import Scratch, SparseStep
+from lmmono.dictionaries.vector_source import StoreVectors, VectorSource
 from lmmono.interop.lens import to_hooked
 from lmmono.recipe import Recipe
 from lmmono.runs.folder import Run
@@ -77,10 +77,10 @@ class Clock:
         return 1e3 * (timed[-1] - timed[0]) / (len(timed) - 1)
 
 
-class Timed(Vectors):
+class Timed(VectorSource):
     """Vectors that note when each batch is ready; the first step is not timed."""
 
-    def __init__(self, source: Vectors, clock: Clock) -> None:
+    def __init__(self, source: VectorSource, clock: Clock) -> None:
         self._source, self._clock = source, clock
         self.widths, self.n_tokens = source.widths, source.n_tokens
         self.batch_tokens, self.digest, self.facts = source.batch_tokens, source.digest, {}
@@ -283,7 +283,7 @@ def parity(d: int = 256, d_sae: int = 1024, batch: int = 1024, k: int = 32) -> N
         for number in range(1, 51):
             x = draw()
             loops[0].step(x)
-            step.take(x)
+            step.step(x)
             loops[2].step(x[torch.randperm(batch, generator=made)])
             for loop in loops:
                 loop.n_training_steps = number

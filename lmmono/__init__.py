@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from lmmono.clients.server import Limits, Price, ServerClient
     from lmmono.data.tokens import TokenCorpus, TokenRows
     from lmmono.dictionaries.classical import Classical
-    from lmmono.dictionaries.controls import Control, shuffled
+    from lmmono.dictionaries.controls import Control
     from lmmono.dictionaries.estimator import Dictionary, load_dictionary
     from lmmono.dictionaries.evaluation import SAEReport, evaluate
-    from lmmono.dictionaries.live import model_vectors
     from lmmono.dictionaries.recovery import recovery
     from lmmono.dictionaries.sae import SAE, fit_together
     from lmmono.dictionaries.splicing import run_with_sae
     from lmmono.dictionaries.stability import stability
+    from lmmono.dictionaries.vector_source import model_vectors, shuffled
     from lmmono.errors import LmmonoError
     from lmmono.explanations.explain import Explanations, explain
     from lmmono.explanations.llm_ranking import Ranking
@@ -137,10 +137,7 @@ _HOMES = {
         "TokenRows",
     ),
     "lmmono.dictionaries.classical": ("Classical",),
-    "lmmono.dictionaries.controls": (
-        "Control",
-        "shuffled",
-    ),
+    "lmmono.dictionaries.controls": ("Control",),
     "lmmono.dictionaries.estimator": (
         "Dictionary",
         "load_dictionary",
@@ -149,7 +146,6 @@ _HOMES = {
         "SAEReport",
         "evaluate",
     ),
-    "lmmono.dictionaries.live": ("model_vectors",),
     "lmmono.dictionaries.recovery": ("recovery",),
     "lmmono.dictionaries.sae": (
         "SAE",
@@ -157,6 +153,10 @@ _HOMES = {
     ),
     "lmmono.dictionaries.splicing": ("run_with_sae",),
     "lmmono.dictionaries.stability": ("stability",),
+    "lmmono.dictionaries.vector_source": (
+        "model_vectors",
+        "shuffled",
+    ),
     "lmmono.errors": ("LmmonoError",),
     "lmmono.explanations.explain": (
         "Explanations",

@@ -11,9 +11,9 @@ import torch
 from sklearn.linear_model import LinearRegression
 from torch import Tensor, nn
 
-from lmmono.dictionaries.controls import Control, shuffled
+from lmmono.dictionaries.controls import Control
 from lmmono.dictionaries.estimator import load_dictionary
-from lmmono.dictionaries.vector_source import ArrayVectors
+from lmmono.dictionaries.vector_source import ArrayVectors, shuffled
 from lmmono.errors import DictionaryError, ModelError
 from lmmono.models.build import build_model
 from lmmono.models.crate import CrateForCausalLM

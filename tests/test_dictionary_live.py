@@ -14,7 +14,7 @@ import activation_store as astore
 from lmmono.captures.capture import capture
 from lmmono.data.tokens import TokenRows
 from lmmono.dictionaries.classical import Classical
-from lmmono.dictionaries.live import model_vectors
+from lmmono.dictionaries.vector_source import model_vectors
 from lmmono.errors import DataError, DictionaryError, ModelError
 from lmmono.models.hooks import run_with_cache
 

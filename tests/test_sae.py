@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import activation_store as astore
 import lmmono as lm
 from lmmono.dictionaries.architectures import read_inference, sae_lens, trainer, training_sae
-from lmmono.dictionaries.soundness import open_vectors
-from lmmono.dictionaries.sparse_step import Scratch, SparseStep
+from lmmono.dictionaries.sae_training import read_first_batches
+from lmmono.dictionaries.sparse import Scratch, SparseStep
 from lmmono.dictionaries.vector_source import ArrayVectors
 from lmmono.errors import DictionaryError
 
@@ -52,7 +52,7 @@ def make(arch: str, **settings: Any) -> lm.SAE:
 def test_the_weights_are_those_of_sae_lens_own_loop_to_the_bit(arch: str, tmp_path: Path) -> None:
     own = {"sparse_step": False} if arch in SPARSE else {}
     ours = make(arch, warmup_steps=10, **own).fit(vectors())
-    scale = open_vectors(vectors()).scales[""]
+    scale = read_first_batches(vectors()).scales[""]
     theirs = training_sae(ours.settings, D_IN, D_SAE, 3, {})
     loop = trainer(ours.settings, theirs, 128)
     loop.data_provider = (batch[""] for batch in vectors().batches())
@@ -81,7 +81,7 @@ def test_the_sparse_step_is_that_of_sae_lens_to_rounding(
     for number, batch in zip(range(60), vectors().batches(), strict=False):
         n_dead = max(n_dead, int(loop.dead_neurons.sum()))
         want = loop.step(batch[""])
-        found = step.take(batch[""])
+        found = step.step(batch[""])
         loop.n_training_steps = made.n_training_steps = number + 1
         assert found.loss == pytest.approx(want.loss.item(), rel=1e-5)
         assert found.n_active == int(want.feature_acts.count_nonzero())

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lmmono as lm
-from lmmono.dictionaries.fit_checkpoint import FILE
+from lmmono.dictionaries.sae_training import CHECKPOINT
 from lmmono.dictionaries.vector_source import ArrayVectors
 from lmmono.errors import DictionaryError, TrainingStopped
 from tests.test_sae import ARCHS, make, planted, vectors
@@ -46,11 +46,11 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(arch: str, tmp_path: Path) -> No
     settings = {"warmup_steps": 20, "decay_fraction": 0.5, "dead_window_steps": 10}
     whole = make(arch, **settings).fit(vectors())
     for step in (13, 61):
-        with pytest.raises(TrainingStopped, match=f"after step {step}; all is saved"):
+        with pytest.raises(TrainingStopped, match=f"after step {step}; everything is saved"):
             make(arch, **settings).fit(
                 vectors(), folder=tmp_path, progress=stop_at(step, signal.SIGTERM)
             )
-        assert (tmp_path / FILE).exists()
+        assert (tmp_path / CHECKPOINT).exists()
     torch.manual_seed(99)
     sae = make(arch, **settings).fit(vectors(), folder=tmp_path)
     assert sae.digest == whole.digest
@@ -58,7 +58,7 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(arch: str, tmp_path: Path) -> No
     assert {k: v for k, v in sae.facts.items() if k != "seconds"} == {
         k: v for k, v in whole.facts.items() if k != "seconds"
     }
-    assert not (tmp_path / FILE).exists()
+    assert not (tmp_path / CHECKPOINT).exists()
     assert lm.load_dictionary(tmp_path).digest == whole.digest
 
 
@@ -127,9 +127,11 @@ def test_other_settings_or_vectors_are_refused(finished: bool, tmp_path: Path) -
 def test_a_checkpoint_cut_short_is_told(keep: float, tmp_path: Path) -> None:
     with pytest.raises(TrainingStopped):
         make("topk").fit(vectors(), folder=tmp_path, progress=stop_at(9, signal.SIGTERM))
-    content = (tmp_path / FILE).read_bytes()
-    (tmp_path / FILE).write_bytes(content[: int(keep * len(content)) if keep < 1 else int(keep)])
-    with pytest.raises(DictionaryError, match="cannot go on from this checkpoint"):
+    content = (tmp_path / CHECKPOINT).read_bytes()
+    (tmp_path / CHECKPOINT).write_bytes(
+        content[: int(keep * len(content)) if keep < 1 else int(keep)]
+    )
+    with pytest.raises(DictionaryError, match="cannot resume from this checkpoint"):
         make("topk").fit(vectors(), folder=tmp_path)
 
 

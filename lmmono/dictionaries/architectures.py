@@ -16,6 +16,9 @@ from lmmono.errors import DictionaryError
 THRESHOLD_SHARE = 0.01
 """Share of a step's smallest act in the running threshold of batchtopk: sae-lens' default."""
 
+_LENS_NAMES = {"dense": "standard"}
+"""sae-lens' name of an `arch`, where it is another."""
+
 
 @cache
 def sae_lens() -> Any:
@@ -54,7 +57,9 @@ def training_sae(settings: Any, d_in: int, d_sae: int, seed: int, about: dict[st
 
 def trainer(settings: Any, sae: Any, batch_tokens: int) -> Any:
     """Return sae-lens' `SAETrainer` for an SAE, with Adam and the schedules of the settings."""
-    decay = min(round(settings.decay_fraction * settings.steps), _most_decay(settings))
+    decay = min(
+        round(settings.decay_fraction * settings.steps), settings.steps - settings.warmup_steps
+    )
     config = sae_lens().config.SAETrainerConfig(
         total_training_samples=settings.steps * batch_tokens,
         train_batch_size_samples=batch_tokens,
@@ -93,18 +98,14 @@ def read_inference(folder: Path) -> Any:
     return sae.requires_grad_(False).eval()
 
 
-_LENS_NAMES = {"dense": "standard"}
-
-
 def _numbers(settings: Any, d_sae: int) -> dict[str, Any]:
     """Return the fields of sae-lens' training config that the settings decide."""
     match settings.arch:
         case "topk":
             return {"k": settings.k, "aux_loss_coefficient": settings.aux_coefficient}
         case "batchtopk" | "matryoshka_batchtopk":
-            share = min(
-                1.0, max(THRESHOLD_SHARE, 5.0 / settings.steps)
-            )  # settles in short fits too
+            # at sae-lens' share a fit of a few hundred steps ends before the threshold has settled
+            share = min(1.0, max(THRESHOLD_SHARE, 5.0 / settings.steps))
             numbers = {
                 "k": float(settings.k),
                 "aux_loss_coefficient": settings.aux_coefficient,
@@ -115,7 +116,7 @@ def _numbers(settings: Any, d_sae: int) -> dict[str, Any]:
             return {**numbers, "matryoshka_widths": [*settings.widths, d_sae]}
         case "matching_pursuit":
             return {
-                "max_iterations": settings.k,
+                "max_iterations": settings.k,  # one latent per iteration
                 "residual_threshold": settings.residual_threshold,
                 "decoder_init_norm": 1.0,
             }
@@ -127,22 +128,16 @@ def _numbers(settings: Any, d_sae: int) -> dict[str, Any]:
         case "dense":
             return {"l1_coefficient": 0.0}
         case _:
-            return _jumprelu(settings)
-
-
-def _jumprelu(settings: Any) -> dict[str, Any]:
-    return {
-        "l0_coefficient": settings.coefficient,
-        "l0_warm_up_steps": settings.coefficient_warmup_steps,
-        "jumprelu_init_threshold": settings.initial_threshold,
-        "jumprelu_bandwidth": settings.bandwidth,
-        "jumprelu_sparsity_loss_mode": "step" if settings.target_l0 is None else "quadratic",
-        "target_l0": settings.target_l0,
-    }
-
-
-def _most_decay(settings: Any) -> int:
-    return settings.steps - settings.warmup_steps
+            return {
+                "l0_coefficient": settings.coefficient,
+                "l0_warm_up_steps": settings.coefficient_warmup_steps,
+                "jumprelu_init_threshold": settings.initial_threshold,
+                "jumprelu_bandwidth": settings.bandwidth,
+                "jumprelu_sparsity_loss_mode": (
+                    "step" if settings.target_l0 is None else "quadratic"
+                ),
+                "target_l0": settings.target_l0,
+            }
 
 
 def _check_widths(settings: Any, d_sae: int) -> None:

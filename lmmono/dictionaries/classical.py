@@ -1,4 +1,4 @@
-"""Classical decompositions: fitted by scikit-learn, used in torch from the tensors that it found.
+"""Classical decompositions: fitted by scikit-learn, used in torch from the tensors it learned.
 
 Every method ends as directions of unit norm and an offset, so a coefficient is in the hook's own
 units and says how far a token goes along its direction.
@@ -15,14 +15,14 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from lmmono.dictionaries.coding import keep_largest, non_negative_code, orthogonal_pursuit
-from lmmono.dictionaries.vector_source import Vectors
-from lmmono.dictionaries.weight_files import PlainDictionary
+from lmmono.dictionaries.estimator import PlainDictionary
+from lmmono.dictionaries.vector_source import VectorSource
 from lmmono.errors import DictionaryError
 from lmmono.recipe.dictionary_settings import Decomposition
 from lmmono.types import Progress
 
 Array = np.ndarray
-Found = tuple[dict[str, Array], Any]
+Fitted = tuple[dict[str, Array], Any]
 """Weights by name, and the scikit-learn estimator that they come from."""
 
 
@@ -53,7 +53,7 @@ class Classical(PlainDictionary):
         self._check_fitted("tensors")
         return dict(self._weights)
 
-    def _learn(self, source: Vectors, progress: Progress) -> dict[str, Tensor]:
+    def _learn(self, source: VectorSource, progress: Progress) -> dict[str, Tensor]:
         from sklearn.exceptions import ConvergenceWarning
 
         settings = self.settings
@@ -67,7 +67,7 @@ class Classical(PlainDictionary):
         progress(f"fit {self.arch}", 0, len(x))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found, fitted = _FITS[self.arch](x, self.d_sae, settings, self.seed)
+            weights, fitted = _FITS[self.arch](x, self.d_sae, settings, self.seed)
         n_iterations = int(getattr(fitted, "n_iter_", 0))
         stopped_early = any(issubclass(w.category, ConvergenceWarning) for w in caught)
         self.facts |= {
@@ -77,7 +77,7 @@ class Classical(PlainDictionary):
             "warnings": sorted({warning.category.__name__ for warning in caught}),
         }
         progress(f"fit {self.arch}", len(x), len(x))
-        return {k: torch.from_numpy(np.ascontiguousarray(w)) for k, w in found.items()}
+        return {k: torch.from_numpy(np.ascontiguousarray(w)) for k, w in weights.items()}
 
     def _encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         w = self._on(x)
@@ -89,27 +89,35 @@ class Classical(PlainDictionary):
                 return keep_largest(non_negative_code(x, w["W_dec"]), self.settings.k)
             case "dictionary_learning":
                 return orthogonal_pursuit(centred, w["W_dec"], self.settings.k)
-            case _:
-                return _nearest(centred, w["W_dec"], w["distance"])
+            case _:  # kmeans: |x - c|^2 without |x|^2, which is the same for every centroid
+                nearness = (centred @ w["W_dec"].T) * w["distance"] - w["distance"].square() / 2
+                chosen = nearness.argmax(1, keepdim=True)
+                return torch.zeros_like(nearness).scatter(1, chosen, w["distance"][chosen])
 
     def _decode(self, acts: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]:
         w = self._on(acts)
         return acts @ w["W_dec"] + w["b_dec"]
 
 
-def _pca(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Found:
+def _pca(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Fitted:
     from sklearn.decomposition import PCA
 
     del settings
-    solver = "full" if len(x) < x.shape[1] else "covariance_eigh"  # "auto" may approximate
+    # "auto" may take the randomized solver, which only approximates
+    solver = "full" if len(x) < x.shape[1] else "covariance_eigh"
     fitted: Any = PCA(d_sae, svd_solver=solver, random_state=seed).fit(x)
-    found = {"W_enc": fitted.components_.T, "W_dec": fitted.components_, "b_dec": fitted.mean_}
-    return {**found, "variance": fitted.explained_variance_}, fitted
+    return {
+        "W_enc": fitted.components_.T,
+        "W_dec": fitted.components_,
+        "b_dec": fitted.mean_,
+        "variance": fitted.explained_variance_,
+    }, fitted
 
 
-def _ica(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Found:
+def _ica(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Fitted:
     from sklearn.decomposition import FastICA
 
+    # whitening divides by the spread of each direction, so FastICA gives NaN beyond the rank
     rank = int(np.linalg.matrix_rank(np.cov(x.T, dtype=np.float64), hermitian=True))
     if rank < d_sae:
         raise DictionaryError(
@@ -126,7 +134,7 @@ def _ica(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Found:
     }, fitted
 
 
-def _nmf(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Found:
+def _nmf(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Fitted:
     from sklearn.decomposition import NMF
 
     negative = float((x < 0).mean())
@@ -139,7 +147,7 @@ def _nmf(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Found:
     return {"W_dec": _unit(fitted.components_)[0], "b_dec": np.zeros_like(x[0])}, fitted
 
 
-def _dictionary_learning(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Found:
+def _dictionary_learning(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Fitted:
     from sklearn.decomposition import MiniBatchDictionaryLearning
 
     mean = x.mean(0)
@@ -155,7 +163,7 @@ def _dictionary_learning(x: Array, d_sae: int, settings: Decomposition, seed: in
     return {"W_dec": _unit(fitted.components_)[0].astype(np.float32), "b_dec": mean}, fitted
 
 
-def _kmeans(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Found:
+def _kmeans(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Fitted:
     from sklearn.cluster import MiniBatchKMeans
 
     fitted: Any = MiniBatchKMeans(d_sae, max_iter=settings.max_iterations, random_state=seed).fit(x)
@@ -164,20 +172,13 @@ def _kmeans(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Found:
     return {"W_dec": directions, "b_dec": mean, "distance": sizes}, fitted
 
 
-_FITS: dict[str, Callable[[Array, int, Decomposition, int], Found]] = {
+_FITS: dict[str, Callable[[Array, int, Decomposition, int], Fitted]] = {
     "pca": _pca,
     "ica": _ica,
     "nmf": _nmf,
     "dictionary_learning": _dictionary_learning,
     "kmeans": _kmeans,
 }
-
-
-def _nearest(x: Tensor, directions: Tensor, distances: Tensor) -> Float[Tensor, "n d_sae"]:
-    """Return the one-hot codes of the nearest centroids."""
-    nearness = (x @ directions.T) * distances - distances.square() / 2
-    chosen = nearness.argmax(1, keepdim=True)
-    return torch.zeros_like(nearness).scatter(1, chosen, distances[chosen])
 
 
 def _unit(rows: Array) -> tuple[Array, Array]:

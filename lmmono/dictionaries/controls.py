@@ -1,15 +1,11 @@
-"""What a dictionary must beat: codes that learned nothing, and vectors without structure.
+"""What a dictionary must beat: codes that learned nothing, and a dense one.
 
-`Control` has dictionaries that are no result; `shuffled` takes away what there was to find, so that
-any dictionary can be fitted on the rest. Models without structure are in `lmmono.models.untrained`.
+Controls that take structure away from the vectors instead are `vector_source.shuffled`, and models
+without structure in `lmmono.models.untrained`.
 """
 
-import hashlib
-import json
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import TypeAdapter
@@ -17,11 +13,18 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lmmono.dictionaries.coding import keep_largest, largest_projections, random_directions
-from lmmono.dictionaries.sae_training import Plan, Training, train_all
-from lmmono.dictionaries.soundness import check_alive, check_enough, fvu_of, open_vectors
-from lmmono.dictionaries.vector_source import Vectors, as_vectors
-from lmmono.dictionaries.weight_files import PlainDictionary
+from lmmono.dictionaries.estimator import PlainDictionary
+from lmmono.dictionaries.sae_training import (
+    FitPlan,
+    SaeFit,
+    check_enough,
+    fit_result,
+    read_first_batches,
+    train_all,
+)
+from lmmono.dictionaries.vector_source import VectorSource
 from lmmono.errors import DictionaryError
+from lmmono.files.processes import best_device
 from lmmono.recipe import dictionary_settings as dictionaries
 from lmmono.types import Progress
 
@@ -46,14 +49,22 @@ class Control(PlainDictionary):
         self._check_fitted("tensors")
         return dict(self._weights) or {"W_dec": torch.eye(self.d_in)}
 
-    def _learn(self, source: Vectors, progress: Progress) -> dict[str, Tensor]:
+    def _learn(self, source: VectorSource, progress: Progress) -> dict[str, Tensor]:
         k = getattr(self.settings, "k", None)
         if k is not None and k > min(self.d_sae, self.d_in):
             most = min(self.d_sae, self.d_in)
             raise DictionaryError(f"{self.arch}: k: want at most {most}, got {k}")
-        if self.arch == "random":
-            return self._draw(source)
-        return {} if self.arch == "raw" else self._train(source, progress)
+        match self.arch:
+            case "raw":
+                return {}
+            case "random":
+                x = source.first(self.settings.max_tokens)[self.hook or ""]
+                self.facts["n_tokens"] = len(x)
+                directions = random_directions(self.d_sae, self.d_in, self.seed)
+                # float64, or the mean of many vectors loses digits
+                return {"W_dec": directions, "b_dec": x.double().mean(0).float()}
+            case _:
+                return self._train(source, progress)
 
     def _encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         w, settings = self._on(x), self.settings
@@ -71,38 +82,11 @@ class Control(PlainDictionary):
         w = self._on(acts)
         return acts @ w["W_dec"] + w["b_dec"]
 
-    def _draw(self, source: Vectors) -> dict[str, Tensor]:
-        x = source.first(self.settings.max_tokens)[self.hook or ""]
-        self.facts["n_tokens"] = len(x)
-        directions = random_directions(self.d_sae, self.d_in, self.seed)
-        return {"W_dec": directions, "b_dec": x.double().mean(0).float()}
-
-    def _train(self, source: Vectors, progress: Progress) -> dict[str, Tensor]:
+    def _train(self, source: VectorSource, progress: Progress) -> dict[str, Tensor]:
         check_enough(source, self.arch, self.settings.steps, self.d_sae)
-        opening, hook = open_vectors(source), self.hook or ""
-        scale = opening.scales[hook] if self.settings.scaling == "norm" else 1.0
-        plan = self._plan(source, hook)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        training = Training(plan, source.batch_tokens, scale, device=device)
-        broken = train_all([training], source, checkpoint_every_steps=None, progress=progress)
-        for error in broken.values():
-            raise error
-        dead = training.dead_fraction
-        training.fold()
-        weights = _plain_weights(training.sae)
-        probe = opening.probes[hook].to(device)
-        acts = torch.relu(probe @ weights["W_enc"] + weights["b_enc"])
-        reached = {
-            "l0": float(acts.count_nonzero()) / len(acts),
-            "fvu": fvu_of(probe, acts @ weights["W_dec"] + weights["b_dec"]),
-            "dead_fraction": dead,
-        }
-        check_alive(self.arch, self.settings, reached)
-        self.facts |= {"input_scale": scale, "n_tokens": training.n_tokens, **reached}
-        return weights
-
-    def _plan(self, source: Vectors, hook: str) -> Plan:
-        return Plan(
+        first, hook = read_first_batches(source), self.hook or ""
+        scale = first.scales[hook] if self.settings.scaling == "norm" else 1.0
+        plan = FitPlan(
             name=self.arch,
             settings=self.settings,
             seed=self.seed,
@@ -113,6 +97,20 @@ class Control(PlainDictionary):
             about={},
             folder=None,
         )
+        device = best_device()
+        fit = SaeFit(plan, source.batch_tokens, scale, device=device)
+        broken = train_all([fit], source, checkpoint_every_steps=None, progress=progress)
+        for error in broken.values():
+            raise error
+        dead_fraction = fit.dead_fraction
+        fit.fold()
+        weights = _plain_weights(fit.sae)
+        x = first.probes[hook].to(device)
+        acts = torch.relu(x @ weights["W_enc"] + weights["b_enc"])
+        reconstruction = acts @ weights["W_dec"] + weights["b_dec"]
+        result = fit_result(self.arch, self.settings, x, acts, reconstruction, dead_fraction)
+        self.facts |= {"input_scale": scale, "n_tokens": fit.n_tokens, **result}
+        return weights
 
 
 @torch.no_grad()
@@ -126,38 +124,3 @@ def _plain_weights(sae: Any) -> dict[str, Tensor]:
         "W_dec": normalize(sae.W_dec, dim=1),
         "b_dec": sae.b_dec.clone(),
     }
-
-
-def shuffled(vectors: Any, seed: int = 0) -> Vectors:
-    """Return vectors whose every coordinate is permuted over the tokens of its batch.
-
-    Each coordinate keeps its own distribution and no coordinate knows of another, nor one hook of
-    another. Batch k depends on the vectors, the seed and k alone.
-
-    Args:
-        vectors: What `Dictionary.fit` takes.
-        seed: Seed of the permutations.
-
-    Raises:
-        DictionaryError: These are no vectors.
-    """
-    return _Shuffled(as_vectors(vectors), seed)
-
-
-class _Shuffled(Vectors):
-    def __init__(self, source: Vectors, seed: int) -> None:
-        self._source, self._seed = source, seed
-        self.widths, self.n_tokens = source.widths, source.n_tokens
-        self.batch_tokens = source.batch_tokens
-        self.digest = hashlib.sha256(
-            json.dumps(["shuffled", seed, source.digest]).encode()
-        ).hexdigest()
-        self.facts = {**source.facts, "control": "shuffled", "control_seed": seed}
-
-    def _batches(self, start: int) -> Iterator[dict[str, Float[Tensor, "n _"]]]:
-        for number, batch in enumerate(self._source.batches(start), start=start):
-            random = np.random.default_rng((self._seed, number))
-            yield {
-                hook: torch.from_numpy(random.permuted(x.cpu().numpy(), axis=0)).to(x.device)
-                for hook, x in batch.items()
-            }

@@ -1,22 +1,30 @@
 """One way to use every learned code: settings in the constructor, data in `fit`.
 
 Holds what all dictionaries share: shapes, checks, the folder they are saved in. A kind of
-dictionary fills in how it is fitted, encodes and decodes, and which files hold its weights.
+dictionary says how it is fitted, encodes and decodes. `PlainDictionary` is the base of those whose
+weights are plain tensors; an SAE is a network of sae-lens instead.
+
+    folder/dictionary.json       settings, seed, hook, widths, what the fit says of itself
+           weights.safetensors   a PlainDictionary's tensors
+           cfg.json, sae_weights.safetensors   an SAE's, as SAELens reads them
 """
 
 import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lmmono.dictionaries.vector_source import Vectors, as_vectors
+from lmmono.dictionaries.vector_source import VectorSource, as_vectors
 from lmmono.errors import DictionaryError, nearest
 from lmmono.files import provenance
 from lmmono.files.atomic import disk_faults, write_atomic
@@ -26,6 +34,9 @@ from lmmono.types import Progress, silent
 
 FORMAT = 1
 """Version of `dictionary.json`; a folder of a newer one is refused."""
+
+WEIGHTS = "weights.safetensors"
+"""File of a plain dictionary's tensors."""
 
 T = TypeVar("T", bound="Dictionary")  # not Self: beartype checks methods, not this class
 
@@ -58,7 +69,13 @@ class Dictionary(ABC):
         try:
             self.settings = self.adapter.validate_python({"arch": arch, **settings})
         except ValidationError as error:
-            raise DictionaryError(_faults(f"{type(self).__name__}({arch!r})", error)) from None
+            lines = [
+                f"{type(self).__name__}({arch!r}): "
+                f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}"
+                + (f", got {fault['input']!r}" if fault["type"] != "missing" else "")
+                for fault in error.errors(include_url=False)
+            ]
+            raise DictionaryError("\n".join(lines)) from None
         self.seed, self.hook = seed, None
         self.d_in = self.d_sae = 0
         self.facts: dict[str, Any] = {}
@@ -73,7 +90,7 @@ class Dictionary(ABC):
 
         Args:
             vectors: `store.vectors(...)`, `lm.model_vectors(...)`, an array or tensor [n, d_in],
-                or any other `Vectors` of one hook.
+                or any other `VectorSource` of one hook.
             progress: Called with steps done, and what is known of the loss.
             **options: What the kind's own `_fit` takes, such as the folder of an `SAE`.
 
@@ -95,7 +112,7 @@ class Dictionary(ABC):
         self.facts.setdefault("seconds", round(time.monotonic() - began, 3))
         return self
 
-    def begin(self, source: Vectors, hook: str | None = None) -> None:
+    def begin(self, source: VectorSource, hook: str | None = None) -> None:
         """Take widths and hook from the vectors; what `fit` does first."""
         self.hook = source.only_hook() if hook is None else hook
         self.d_in = source.widths[self.hook]
@@ -161,7 +178,18 @@ class Dictionary(ABC):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "dictionary.json").unlink(missing_ok=True)
             self._save(folder)
-        write_atomic(folder / "dictionary.json", json.dumps(self._described(), indent=2) + "\n")
+        about = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "settings": self.settings.model_dump(mode="json"),
+            "seed": self.seed,
+            "hook": self.hook,
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "facts": self.facts,
+            "versions": provenance.versions(),
+        }
+        write_atomic(folder / "dictionary.json", json.dumps(about, indent=2) + "\n")
         return folder
 
     @abstractmethod
@@ -169,7 +197,7 @@ class Dictionary(ABC):
         """Return the weights by name, `W_dec` [d_sae, d_in] among them: the latents' directions."""
 
     @abstractmethod
-    def _fit(self, source: Vectors, *, progress: Progress, **options: Any) -> None: ...
+    def _fit(self, source: VectorSource, *, progress: Progress, **options: Any) -> None: ...
 
     @abstractmethod
     def _encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]: ...
@@ -187,19 +215,6 @@ class Dictionary(ABC):
         shape = f"{self.d_in} -> {self.d_sae}, {self.hook}" if self.d_in else "not fitted"
         return f"{type(self).__name__}({self.arch}: {shape}, seed {self.seed})"
 
-    def _described(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "kind": self.kind,
-            "settings": self.settings.model_dump(mode="json"),
-            "seed": self.seed,
-            "hook": self.hook,
-            "d_in": self.d_in,
-            "d_sae": self.d_sae,
-            "facts": self.facts,
-            "versions": provenance.versions(),
-        }
-
     def _check_fitted(self, what: str) -> None:
         if not self.d_in:
             raise DictionaryError(
@@ -215,6 +230,41 @@ class Dictionary(ABC):
             )
 
 
+class PlainDictionary(Dictionary):
+    """A dictionary that is some tensors by name; a kind says how they are learned and used."""
+
+    _weights: dict[str, Tensor]
+
+    @abstractmethod
+    def _learn(self, source: VectorSource, progress: Progress) -> dict[str, Tensor]:
+        """Return the weights; what is known of the fit goes into `facts`."""
+
+    def _fit(self, source: VectorSource, *, progress: Progress, **options: Any) -> None:
+        if options:
+            raise DictionaryError(
+                f"fit: {type(self).__name__} takes vectors and progress, not {', '.join(options)}; "
+                "to keep it, call save(folder)"
+            )
+        self._weights = _own(self._learn(source, progress))
+
+    def _on(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the weights where `x` is."""
+        return {name: weight.to(x.device) for name, weight in self._weights.items()}
+
+    def _save(self, folder: Path) -> None:
+        with disk_faults(folder / WEIGHTS):
+            save_file(self._weights, folder / WEIGHTS)
+
+    def _load(self, folder: Path) -> None:
+        try:
+            self._weights = _own(load_file(folder / WEIGHTS))
+        except (OSError, SafetensorError) as error:
+            raise DictionaryError(
+                f"{folder / WEIGHTS}: no whole safetensors file ({error}); copy the folder again "
+                "or fit the dictionary again"
+            ) from error
+
+
 def load_dictionary(folder: str | Path) -> Dictionary:
     """Return the dictionary that `Dictionary.save` wrote into a folder.
 
@@ -223,29 +273,28 @@ def load_dictionary(folder: str | Path) -> Dictionary:
     """
     path = Path(folder) / "dictionary.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DictionaryError(f"{folder}: no dictionary (it has no dictionary.json)") from None
     except ValueError as error:
-        raise DictionaryError(f"{path}: cut short or changed by hand ({error})") from None
-    if found.get("format", 0) > FORMAT:
+        raise DictionaryError(f"{path}: truncated or changed by hand ({error})") from None
+    if about.get("format", 0) > FORMAT:
         raise DictionaryError(f"{path}: written by a newer lmmono; update lmmono")
-    if found.get("kind") not in DICTIONARY_KINDS:
+    if about.get("kind") not in DICTIONARY_KINDS:
         raise DictionaryError(
-            f"{path}: unknown kind; {nearest(str(found.get('kind')), DICTIONARY_KINDS)}"
+            f"{path}: unknown kind; {nearest(str(about.get('kind')), DICTIONARY_KINDS)}"
         )
-    cls = load(DICTIONARY_KINDS[found["kind"]])
-    dictionary: Dictionary = cls(seed=found["seed"], **found["settings"])
+    cls = load(DICTIONARY_KINDS[about["kind"]])
+    dictionary: Dictionary = cls(seed=about["seed"], **about["settings"])
     for key in ("hook", "d_in", "d_sae", "facts"):
-        setattr(dictionary, key, found[key])
+        setattr(dictionary, key, about[key])
     dictionary._load(Path(folder))  # pyright: ignore[reportPrivateUsage]
     return dictionary
 
 
-def _faults(where: str, error: ValidationError) -> str:
-    lines = [
-        f"{where}: {'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}"
-        + (f", got {fault['input']!r}" if fault["type"] != "missing" else "")
-        for fault in error.errors(include_url=False)
-    ]
-    return "\n".join(lines)
+def _own(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies in memory of torch's own: products depend, in the last bit, on alignment."""
+    return {
+        name: weight.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, weight in weights.items()
+    }

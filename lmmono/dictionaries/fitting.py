@@ -11,11 +11,10 @@ from torch import nn
 
 import activation_store as astore
 from lmmono.dictionaries.classical import Classical
-from lmmono.dictionaries.controls import Control, shuffled
+from lmmono.dictionaries.controls import Control
 from lmmono.dictionaries.estimator import Dictionary, load_dictionary
-from lmmono.dictionaries.live import model_vectors
 from lmmono.dictionaries.sae import SAE, fit_together
-from lmmono.dictionaries.vector_source import Vectors, as_vectors
+from lmmono.dictionaries.vector_source import VectorSource, as_vectors, model_vectors, shuffled
 from lmmono.errors import DictionaryError
 from lmmono.files.atomic import disk_faults
 from lmmono.models.untrained import untrained
@@ -104,7 +103,7 @@ class Sources:
         live = self._store is None or control == "untrained"
         yield from [tuple(hooks)] if live else [(hook,) for hook in hooks]
 
-    def vectors(self, control: TrainedControl | None, hooks: Sequence[str]) -> Vectors:
+    def vectors(self, control: TrainedControl | None, hooks: Sequence[str]) -> VectorSource:
         """Return the vectors of some hooks in the order of the run's seed."""
         recipe = self._run.recipe
         settings, seed = recipe.dictionary, recipe.seed
@@ -146,7 +145,7 @@ def fit_all(
 
 
 def _fit_pass(
-    fits: Sequence[Fit], vectors: Vectors, settings: Dictionaries, progress: Progress
+    fits: Sequence[Fit], vectors: VectorSource, settings: Dictionaries, progress: Progress
 ) -> dict[Fit, str]:
     """Fit the SAEs among some dictionaries in one pass; return what came to nothing."""
     saes = {fit: fit.new() for fit in fits if fit.planned.is_sae}
@@ -169,7 +168,7 @@ def _fit_pass(
     return {}
 
 
-def _fit_alone(fit: Fit, vectors: Vectors, progress: Progress) -> dict[Fit, str]:
+def _fit_alone(fit: Fit, vectors: VectorSource, progress: Progress) -> dict[Fit, str]:
     """Fit a dictionary that is no SAE, unless it is fitted; return its failure."""
     _take_up(fit, vectors.digest)
     if fit.is_finished:

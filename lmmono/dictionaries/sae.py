@@ -1,12 +1,11 @@
 """Sparse autoencoders: settings in the constructor, data in `fit`, trained by sae-lens.
 
-What is saved is a SAELens folder with `dictionary.json` beside it. The scale of the input is in
+What is saved is a SAELens folder with `dictionary.json` next to it. The scale of the input is in
 the weights, so both readers take vectors in the hook's own units.
 """
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,21 +20,23 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from lmmono.dictionaries.architectures import read_inference, write_inference
-from lmmono.dictionaries.curves import read_curves, write_curves
 from lmmono.dictionaries.estimator import Dictionary, load_dictionary
-from lmmono.dictionaries.fit_checkpoint import remove_checkpoint
-from lmmono.dictionaries.sae_training import Plan, Training, train_all
-from lmmono.dictionaries.soundness import (
-    Opening,
-    check_alive,
+from lmmono.dictionaries.sae_training import (
+    FitPlan,
+    SaeFit,
     check_enough,
-    fvu_of,
-    open_vectors,
+    fit_result,
+    read_curves,
+    read_first_batches,
+    remove_checkpoint,
+    train_all,
+    write_curves,
 )
-from lmmono.dictionaries.sparse_step import Scratch
-from lmmono.dictionaries.vector_source import Vectors, as_vectors
+from lmmono.dictionaries.sparse import Scratch
+from lmmono.dictionaries.vector_source import VectorSource, as_vectors
 from lmmono.errors import DictionaryError, nearest
 from lmmono.files.locks import lock_folder
+from lmmono.files.processes import best_device, this_process
 from lmmono.recipe.dictionary_settings import Sae
 from lmmono.types import Progress, silent
 
@@ -43,9 +44,9 @@ from lmmono.types import Progress, silent
 class SAE(Dictionary):
     """A sparse autoencoder: standard, gated, topk, batchtopk, jumprelu, matryoshka, pursuit.
 
-    `fit` takes, beside vectors and progress:
+    `fit` takes, in addition to vectors and progress:
         folder: Where the result goes, and checkpoints and `metrics.parquet` on the way there.
-            Fitting again with the same settings and vectors goes on where it stopped, to the same
+            Fitting again with the same settings and vectors resumes where it stopped, to the same
             bits, and loads what is finished.
         checkpoint_every_steps: Save this often; without it only a stop by SIGTERM or Ctrl-C saves.
         device: Where to train; a GPU when there is one.
@@ -66,9 +67,9 @@ class SAE(Dictionary):
         self._check_fitted("tensors")
         return dict(self.network.state_dict())
 
-    def _fit(self, source: Vectors, *, progress: Progress, **options: Any) -> None:
+    def _fit(self, source: VectorSource, *, progress: Progress, **options: Any) -> None:
         folder = options.pop("folder", None)
-        job = _Job(self.arch, self, self.hook or "", None if folder is None else Path(folder))
+        job = _FitJob(self.arch, self, self.hook or "", None if folder is None else Path(folder))
         broken = _fit_jobs([job], source, progress=progress, **options)
         for error in broken.values():
             raise error
@@ -120,7 +121,7 @@ def fit_together(
             others are fitted all the same.
     """
     source = as_vectors(vectors)
-    jobs = _jobs(dictionaries, hooks, source, None if folder is None else Path(folder))
+    jobs = _fit_jobs_of(dictionaries, hooks, source, None if folder is None else Path(folder))
     state = _processes(folder)
     rank, n = (state.process_index, state.num_processes) if state else (0, 1)
     try:
@@ -139,14 +140,19 @@ def fit_together(
         raise
     if state:
         state.wait_for_everyone()
-        broken |= _load_jobs([job for i, job in enumerate(jobs) if i % n != rank], source)
+        for job in [job for i, job in enumerate(jobs) if i % n != rank]:
+            if not job.is_loaded(source):
+                job.sae.clear()
+                broken[job.name] = DictionaryError(
+                    f"{job.name}: its fit came to nothing in another process, which says why"
+                )
     if broken:
         raise DictionaryError("\n".join(str(error) for error in broken.values()))
     return {job.name: job.sae for job in jobs}
 
 
 @dataclass(frozen=True)
-class _Job:
+class _FitJob:
     """One SAE to fit: on which hook, and where it goes."""
 
     name: str
@@ -154,11 +160,11 @@ class _Job:
     hook: str
     folder: Path | None
 
-    def plan(self, source: Vectors) -> Plan:
+    def plan(self, source: VectorSource) -> FitPlan:
         """Return what decides the weights of this SAE."""
         sae = self.sae
         decides = [sae.settings.model_dump(mode="json"), sae.seed, self.hook, source.digest]
-        return Plan(
+        return FitPlan(
             name=self.name,
             settings=sae.settings,
             seed=sae.seed,
@@ -175,25 +181,49 @@ class _Job:
             folder=self.folder,
         )
 
+    def is_loaded(self, source: VectorSource) -> bool:
+        """Load the finished dictionary of the folder, if it holds one.
 
-def _jobs(
+        Raises:
+            DictionaryError: It holds one of other settings or vectors.
+        """
+        if self.folder is None or not (self.folder / "dictionary.json").exists():
+            return False
+        saved = load_dictionary(self.folder)
+        if not isinstance(saved, SAE) or saved.facts.get("fit") != self.plan(source).digest:
+            raise DictionaryError(
+                f"{self.folder}: holds a dictionary of other settings, another seed or other "
+                "vectors; choose another folder, or remove this one"
+            )
+        self.sae.facts, self.sae.network, self.sae.history = (
+            saved.facts,
+            saved.network,
+            saved.history,
+        )
+        return True
+
+
+def _fit_jobs_of(
     dictionaries: Mapping[str, Dictionary] | Sequence[Dictionary],
     hooks: Mapping[str, str] | Sequence[str] | None,
-    source: Vectors,
+    source: VectorSource,
     folder: Path | None,
-) -> list[_Job]:
+) -> list[_FitJob]:
     """Pair every dictionary with its hook and folder.
 
     Raises:
         DictionaryError: One is no SAE or comes twice, or a hook is missing or unknown.
     """
-    named = dict(dictionaries) if isinstance(dictionaries, Mapping) else _numbered(dictionaries)
+    if isinstance(dictionaries, Mapping):
+        named = dict(dictionaries)
+    else:
+        named = {str(number): sae for number, sae in enumerate(dictionaries)}
     if hooks is None:
         hooks = dict.fromkeys(named, source.only_hook())
     wanted = dict(hooks) if isinstance(hooks, Mapping) else dict(zip(named, hooks, strict=False))
     if len({id(sae) for sae in named.values()}) < len(named):
         raise DictionaryError("dictionaries: one SAE comes twice; make one for each fit")
-    jobs: list[_Job] = []
+    jobs: list[_FitJob] = []
     for name, sae in named.items():
         if not isinstance(sae, SAE):
             raise DictionaryError(
@@ -204,12 +234,8 @@ def _jobs(
                 f"{name}: hook {wanted.get(name)!r} is none of the vectors'; "
                 + nearest(str(wanted.get(name)), source.widths)
             )
-        jobs.append(_Job(name, sae, wanted[name], None if folder is None else folder / name))
+        jobs.append(_FitJob(name, sae, wanted[name], None if folder is None else folder / name))
     return jobs
-
-
-def _numbered(dictionaries: Sequence[Dictionary]) -> dict[str, Dictionary]:
-    return {str(number): sae for number, sae in enumerate(dictionaries)}
 
 
 def _processes(folder: str | Path | None) -> Any:
@@ -218,7 +244,7 @@ def _processes(folder: str | Path | None) -> Any:
     Raises:
         DictionaryError: There are several, and no folder to share results through.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if this_process().n == 1:
         return None
     if folder is None:
         raise DictionaryError(
@@ -230,8 +256,8 @@ def _processes(folder: str | Path | None) -> Any:
 
 
 def _fit_jobs(
-    jobs: Sequence[_Job],
-    source: Vectors,
+    jobs: Sequence[_FitJob],
+    source: VectorSource,
     *,
     progress: Progress,
     checkpoint_every_steps: int | None = None,
@@ -245,14 +271,22 @@ def _fit_jobs(
             if job.folder is not None:
                 job.folder.mkdir(parents=True, exist_ok=True)
                 locks.enter_context(lock_folder(job.folder))
-        left = [job for job in jobs if not _is_loaded(job, source)]
+        left = [job for job in jobs if not job.is_loaded(source)]
         if not left:
             return {}
-        opening = open_vectors(source)
-        scratch = Scratch()
-        trainings = {job.name: _start(job, source, opening, device, scratch) for job in left}
+        first, scratch = read_first_batches(source), Scratch()
+        where = device or best_device()
+        fits: dict[str, SaeFit] = {}
+        for job in left:
+            scale = first.scales[job.hook] if job.sae.settings.scaling == "norm" else 1.0
+            # they take their steps one after the other, so all use one scratch memory
+            fit = SaeFit(
+                job.plan(source), source.batch_tokens, scale, device=where, scratch=scratch
+            )
+            fit.resume()
+            fits[job.name] = fit
         broken = train_all(
-            list(trainings.values()),
+            list(fits.values()),
             source,
             checkpoint_every_steps=checkpoint_every_steps,
             progress=progress,
@@ -260,7 +294,7 @@ def _fit_jobs(
         for job in left:
             if job.name not in broken:
                 try:
-                    _finish(job, trainings[job.name], opening.probes[job.hook])
+                    _finish(job, fits[job.name], first.probes[job.hook])
                 except DictionaryError as error:
                     broken[job.name] = error
             if job.name in broken:
@@ -268,76 +302,28 @@ def _fit_jobs(
         return broken
 
 
-def _start(
-    job: _Job, source: Vectors, opening: Opening, device: str | None, scratch: Scratch
-) -> Training:
-    """Return the training of a job, at its first step or where a checkpoint left it."""
-    scale = opening.scales[job.hook] if job.sae.settings.scaling == "norm" else 1.0
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    training = Training(
-        job.plan(source), source.batch_tokens, scale, device=chosen, scratch=scratch
-    )
-    training.resume()
-    return training
-
-
-def _finish(job: _Job, training: Training, probe: Float[Tensor, "n d_in"]) -> None:
+def _finish(job: _FitJob, fit: SaeFit, x: Float[Tensor, "n d_in"]) -> None:
     """Turn a training into a fitted dictionary, in memory and in its folder.
 
     Raises:
         DictionaryError: All latents are dead, or the reconstruction is worse than the mean.
     """
-    sae = job.sae
-    dead = training.dead_fraction
-    training.fold()
+    sae, dead_fraction = job.sae, fit.dead_fraction
+    fit.fold()
+    # what is in memory is what a reader of the folder gets: batchtopk becomes jumprelu there
     with tempfile.TemporaryDirectory() as folder:
-        write_inference(training.sae, Path(folder))
+        write_inference(fit.sae, Path(folder))
         sae.network = read_inference(Path(folder))
-    sae.history = training.curves.table()
-    acts = sae.encode(probe)
-    reached = {
-        "l0": float(acts.count_nonzero()) / len(acts),
-        "fvu": fvu_of(probe, sae.decode(acts)),
-        "dead_fraction": dead,
-    }
-    check_alive(job.name, sae.settings, reached)
+    sae.history = fit.curves.table()
+    acts = sae.encode(x)
+    result = fit_result(job.name, sae.settings, x, acts, sae.decode(acts), dead_fraction)
     sae.facts |= {
-        "fit": training.plan.digest,
-        "input_scale": training.scale,
-        "n_tokens": training.n_tokens,
-        "seconds": round(training.seconds, 3),
-        **reached,
+        "fit": fit.plan.digest,
+        "input_scale": fit.scale,
+        "n_tokens": fit.n_tokens,
+        "seconds": round(fit.seconds, 3),
+        **result,
     }
     if job.folder is not None:
         sae.write(job.folder)
         remove_checkpoint(job.folder)
-
-
-def _is_loaded(job: _Job, source: Vectors) -> bool:
-    """Load the finished dictionary of a job's folder, if it holds one.
-
-    Raises:
-        DictionaryError: It holds one of other settings or vectors.
-    """
-    if job.folder is None or not (job.folder / "dictionary.json").exists():
-        return False
-    found = load_dictionary(job.folder)
-    if not isinstance(found, SAE) or found.facts.get("fit") != job.plan(source).digest:
-        raise DictionaryError(
-            f"{job.folder}: holds a dictionary of other settings, another seed or other vectors; "
-            "choose another folder, or remove this one"
-        )
-    job.sae.facts, job.sae.network, job.sae.history = found.facts, found.network, found.history
-    return True
-
-
-def _load_jobs(jobs: Sequence[_Job], source: Vectors) -> dict[str, DictionaryError]:
-    """Load what other processes fitted; return what is missing, by name."""
-    broken: dict[str, DictionaryError] = {}
-    for job in jobs:
-        if not _is_loaded(job, source):
-            job.sae.clear()
-            broken[job.name] = DictionaryError(
-                f"{job.name}: its fit came to nothing in another process, which says why"
-            )
-    return broken

@@ -1,39 +1,57 @@
-"""Training sae-lens' SAEs on `Vectors`: one loop over one or many, exact to resume, safe to stop.
+"""Training sae-lens' SAEs on vectors: one loop over one or many, exact to resume, safe to stop.
 
 Batch k depends only on the vectors and k, and every SAE takes one step on each batch. So an SAE
-that is trained beside others gets the bits it gets alone, and one that goes on from a checkpoint
+that is trained next to others gets the bits it gets alone, and one that resumes from a checkpoint
 gets the bits of one that never stopped (same machine, same number of threads).
+
+    folder/checkpoint.safetensors   weights, Adam's moments and firing counters as tensors, the rest
+                                    as JSON in its header; written atomically, read without pickle
+           metrics.parquet          loss, L0, FVU and dead share by step
 """
 
+import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lmmono.dictionaries.architectures import trainer, training_sae
-from lmmono.dictionaries.curves import Curves
-from lmmono.dictionaries.fit_checkpoint import load_checkpoint, save_checkpoint
-from lmmono.dictionaries.soundness import variation
-from lmmono.dictionaries.sparse_step import Scratch, SparseStep, StepResult
-from lmmono.dictionaries.vector_source import Vectors
+from lmmono.dictionaries.sparse import Scratch, SparseStep, StepResult
+from lmmono.dictionaries.vector_source import VectorSource
 from lmmono.errors import DictionaryError, TrainingStopped
-from lmmono.files.signals import StopRequest, stop_requests
+from lmmono.files.atomic import atomic_file
+from lmmono.files.signals import stop_requests
+from lmmono.registry.metrics import METRICS
 from lmmono.stats.formulas import fvu
 from lmmono.types import Progress
 
 LOG_ROWS = 100
-"""Rows of each curve; reading a loss waits for the device."""
+"""Rows of each curve; more would slow a GPU down, since reading a loss waits for the device."""
+SCALING_BATCHES = 16
+"""Batches, from the first on, that decide the scale of the input."""
+MOST_EPOCHS = 1_000
+"""A fit that would see each vector more often is refused: the vectors are too few, by mistake."""
+CHECKPOINT = "checkpoint.safetensors"
+CURVES = "metrics.parquet"
+
+_COUNTERS = ("act_freq_scores", "n_forward_passes_since_fired")
+_NUMBERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples")
+"""State of sae-lens' trainer that a checkpoint holds: tensors and numbers."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class FitPlan:
     """Everything that decides the weights of one SAE, besides the vectors themselves."""
 
     name: str
@@ -56,20 +74,20 @@ class Plan:
     """Where checkpoints and curves go; None keeps nothing."""
 
 
-class Training:
-    """One SAE under training: sae-lens' trainer, the input's scale, and how far it has come.
+class SaeFit:
+    """One SAE under training: sae-lens' trainer, the input's scale, and how far it is.
 
     Attributes:
+        plan: What decides its weights.
         sae: The sae-lens `TrainingSAE`, in scaled units until `fold`.
         scale: The input is multiplied by this number.
-        step: Steps taken.
         seconds: Time spent in steps.
         curves: What was logged.
     """
 
     def __init__(
         self,
-        plan: Plan,
+        plan: FitPlan,
         batch_tokens: int,
         scale: float,
         *,
@@ -81,10 +99,11 @@ class Training:
         self.sae.to(device)
         self._trainer = trainer(plan.settings, self.sae, batch_tokens)
         self._trainer.activation_scaler.scaling_factor = scale
-        is_sparse = getattr(plan.settings, "sparse_step", False) and device == "cpu"
+        is_sparse = SparseStep.supports(plan.settings, device)
         self._sparse = SparseStep(self._trainer, scratch or Scratch()) if is_sparse else None
         self.seconds, self.curves = 0.0, Curves()
         self._log_every = max(1, plan.settings.steps // LOG_ROWS)
+        self._window = min(plan.settings.dead_window_steps, plan.settings.steps)
 
     @property
     def step(self) -> int:
@@ -101,6 +120,12 @@ class Training:
         """Whether all steps are taken."""
         return self.step >= self.plan.settings.steps
 
+    @property
+    def dead_fraction(self) -> float:
+        """Share of latents that did not fire in the last `dead_window_steps` steps, or so far."""
+        window = min(self._window, self.step)
+        return float((self._trainer.n_forward_passes_since_fired >= window).float().mean())
+
     def take_step(self, x: Float[Tensor, "n d_in"], progress: Progress) -> None:
         """Take one step on a batch in the hook's own units.
 
@@ -108,24 +133,16 @@ class Training:
             DictionaryError: The loss became NaN or infinite.
         """
         began, settings = time.monotonic(), self.plan.settings
-        if self.step == settings.steps - self._window:  # sae-lens reports L0 of this last window
+        if self.step == settings.steps - self._window:
+            # sae-lens reports the L0 of what these count, so they count the last window alone
             self._trainer.act_freq_scores.zero_()
             self._trainer.n_frac_active_samples = 0
-        output = self._sparse.take(x) if self._sparse else self._trainer.step(x)
+        # forward, loss, backward and Adam: `SparseStep.step`, or sae-lens' own `_train_step`
+        output = self._sparse.step(x) if self._sparse else self._trainer.step(x)
         self._trainer.n_training_steps += 1
         self.seconds += time.monotonic() - began
         if self.step % self._log_every == 0 or self.is_done:
             self._log(output if isinstance(output, StepResult) else _measured(output), progress)
-
-    @property
-    def _window(self) -> int:
-        return min(self.plan.settings.dead_window_steps, self.plan.settings.steps)
-
-    @property
-    def dead_fraction(self) -> float:
-        """Share of latents that did not fire in the last `dead_window_steps` steps, or so far."""
-        window = min(self._window, self.step)
-        return float((self._trainer.n_forward_passes_since_fired >= window).float().mean())
 
     def _log(self, result: StepResult, progress: Progress) -> None:
         n = len(result.x)
@@ -145,81 +162,92 @@ class Training:
         self.curves.add(self.step, {**values, "lr": lr}, n, self.seconds)
         progress(f"fit {self.plan.name}", self.step, self.plan.settings.steps, **values)
 
-    def save(self) -> None:
-        """Write checkpoint and curves, where the plan has a folder."""
-        if self.plan.folder is not None:
-            self.curves.save(self.plan.folder)  # first: rows past the checkpoint are dropped again
-            save_checkpoint(self.plan.folder, self._tensors(), self._facts())
-
-    def resume(self) -> None:
-        """Go on from the checkpoint in the plan's folder, if there is one.
-
-        Raises:
-            DictionaryError: It is damaged, or of another fit.
-        """
-        if self.plan.folder is None:
-            return
-        found = load_checkpoint(self.plan.folder, self.plan.digest)
-        if found is not None:
-            self._restore(*found)
-            self.curves.resume(self.plan.folder, self.step)
-
     def fold(self) -> None:
         """Fold the scale into the weights, so that they take vectors in the hook's own units."""
         self._trainer.set_final_sae_metadata()
-        if self._sparse:
+        if self._sparse:  # it keeps the encoder transposed in memory
             self.sae.W_enc.data = self.sae.W_enc.data.contiguous()
         self.sae.fold_activation_norm_scaling_factor(self.scale)
         self._trainer.activation_scaler.scaling_factor = None
 
-    def _tensors(self) -> dict[str, Tensor]:
-        made = self._trainer
+    def save(self) -> None:
+        """Write checkpoint and curves, where the plan has a folder.
+
+        Raises:
+            RunError: The disk refuses; the checkpoint before this one is still there.
+        """
+        folder, state = self.plan.folder, self._trainer
+        if folder is None:
+            return
         moments = {
             f"adam/{name}/{key}": value
             for name, parameter in self.sae.named_parameters()
-            for key, value in made.optimizer.state[parameter].items()
+            for key, value in state.optimizer.state[parameter].items()
         }
-        counters = {f"trainer/{name}": getattr(made, name) for name in _COUNTERS}
+        counters = {f"trainer/{name}": getattr(state, name) for name in _COUNTERS}
         weights = {f"weights/{k}": v for k, v in self.sae.state_dict().items()}
-        return {**weights, **moments, **counters}
-
-    def _facts(self) -> dict[str, Any]:
-        made = self._trainer
-        return {
+        facts = {
             "digest": self.plan.digest,
             "scale": self.scale,
             "seconds": self.seconds,
-            "lr": made.optimizer.param_groups[0]["lr"],
-            "lr_scheduler": made.lr_scheduler.state_dict(),
-            "coefficients": {k: v.state_dict() for k, v in made.coefficient_schedulers.items()},
-            **{name: getattr(made, name) for name in _NUMBERS},
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "lr_scheduler": state.lr_scheduler.state_dict(),
+            "coefficients": {k: v.state_dict() for k, v in state.coefficient_schedulers.items()},
+            **{name: getattr(state, name) for name in _NUMBERS},
         }
+        # the curves first: rows past the checkpoint are dropped when it is resumed
+        write_curves(folder, self.curves.table())
+        tensors = {**weights, **moments, **counters}
+        content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        with atomic_file(folder / CHECKPOINT) as temporary:
+            save_file(content, temporary, metadata={"facts": json.dumps(facts)})
 
     @torch.no_grad()
-    def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        made = self._trainer
-        device = self.sae.device
+    def resume(self) -> None:
+        """Resume from the checkpoint in the plan's folder, if there is one.
+
+        Raises:
+            DictionaryError: It is damaged, or of another fit.
+        """
+        path = None if self.plan.folder is None else self.plan.folder / CHECKPOINT
+        if path is None or not path.exists():
+            return
+        try:
+            with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+                facts = json.loads((file.metadata() or {})["facts"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise DictionaryError(
+                f"{path}: cannot resume from this checkpoint ({error}); remove it to start again"
+            ) from error
+        if facts["digest"] != self.plan.digest:
+            raise DictionaryError(
+                f"{path}: was made with other settings, another seed or other vectors; restore "
+                "them, choose another folder, or remove the file to start again"
+            )
+        state, device = self._trainer, self.sae.device
         named = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.sae.load_state_dict(
             {k.removeprefix("weights/"): v for k, v in named.items() if k.startswith("weights/")}
         )
         for name, parameter in self.sae.named_parameters():
             moments = {k: named[f"adam/{name}/{k}"] for k in ("exp_avg", "exp_avg_sq")}
-            made.optimizer.state[parameter] = {
+            state.optimizer.state[parameter] = {
                 "step": tensors[f"adam/{name}/step"],  # on the CPU wherever the SAE is
-                # laid out in memory as their parameter is
+                # laid out in memory as their parameter is, or Adam's sums would round otherwise
                 **{k: torch.empty_like(parameter).copy_(v) for k, v in moments.items()},
             }
         for name in _COUNTERS:
-            setattr(made, name, named[f"trainer/{name}"])
+            setattr(state, name, named[f"trainer/{name}"])
         for name in _NUMBERS:
-            setattr(made, name, facts[name])
-        made.lr_scheduler.load_state_dict(facts["lr_scheduler"])
-        for name, state in facts["coefficients"].items():
-            made.coefficient_schedulers[name].load_state_dict(state)
-        made.optimizer.param_groups[0]["lr"] = facts["lr"]
-        self.scale = made.activation_scaler.scaling_factor = facts["scale"]
+            setattr(state, name, facts[name])
+        state.lr_scheduler.load_state_dict(facts["lr_scheduler"])
+        for name, schedule in facts["coefficients"].items():
+            state.coefficient_schedulers[name].load_state_dict(schedule)
+        state.optimizer.param_groups[0]["lr"] = facts["lr"]
+        self.scale = state.activation_scaler.scaling_factor = facts["scale"]
         self.seconds = facts["seconds"]
+        self.curves.resume(path.parent, self.step)
 
 
 @torch.no_grad()
@@ -230,20 +258,16 @@ def _measured(output: Any) -> StepResult:
     return StepResult(output.sae_in, float(output.loss), error, n_active)
 
 
-_COUNTERS = ("act_freq_scores", "n_forward_passes_since_fired")
-_NUMBERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples")
-
-
 def train_all(
-    trainings: Sequence[Training],
-    source: Vectors,
+    fits: Sequence[SaeFit],
+    source: VectorSource,
     *,
     checkpoint_every_steps: int | None,
     progress: Progress,
 ) -> dict[str, DictionaryError]:
-    """Take every step that is left of every training, in one pass over the vectors.
+    """Take every step that is left of every fit, in one pass over the vectors.
 
-    A training whose loss breaks is dropped and the others go on.
+    A fit whose loss breaks is dropped and the others are trained to their end.
 
     Returns:
         What broke, by the name of the plan.
@@ -254,44 +278,195 @@ def train_all(
         KeyboardInterrupt: Ctrl-C arrived; what has a folder is saved.
     """
     broken: dict[str, DictionaryError] = {}
-    left = [training for training in trainings if not training.is_done]
-    first = min((training.step for training in left), default=0)
+    left = [fit for fit in fits if not fit.is_done]
+    if not left:
+        return broken
+    first = min(fit.step for fit in left)  # the one that is furthest behind
     with stop_requests() as request:
-        for number, batch in _numbered(source, first if left else None):
-            for training in [t for t in left if t.step == number]:
+        for number, batch in enumerate(source.batches(first), start=first):
+            for fit in [fit for fit in left if fit.step == number]:
                 try:
-                    training.take_step(batch[training.plan.hook], progress)
+                    fit.take_step(batch[fit.plan.hook], progress)
                 except DictionaryError as error:
-                    broken[training.plan.name] = error
-                    left.remove(training)
-            left = [training for training in left if not training.is_done]
-            _save_where_due(left, number + 1, checkpoint_every_steps, request)
+                    broken[fit.plan.name] = error
+                    left.remove(fit)
+            left = [fit for fit in left if not fit.is_done]
+            stop = request.signal if left else None
+            if stop or (checkpoint_every_steps and (number + 1) % checkpoint_every_steps == 0):
+                for fit in left:
+                    if fit.step == number + 1:
+                        fit.save()
+            if stop == signal.SIGINT:
+                raise KeyboardInterrupt
+            if stop:
+                kept = all(fit.plan.folder for fit in left)
+                raise TrainingStopped(
+                    f"fit: stopped by SIGTERM after step {number + 1}; "
+                    + (
+                        "everything is saved, the same call resumes from here"
+                        if kept
+                        else "nothing is saved, because no folder was given"
+                    )
+                )
             if not left:
                 break
     return broken
 
 
-def _numbered(source: Vectors, first: int | None) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yield batches with their numbers; nothing where there is no first one."""
-    if first is not None:
-        yield from enumerate(source.batches(first), start=first)
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint that a finished fit no longer needs."""
+    for name in (CHECKPOINT, CHECKPOINT + ".tmp"):
+        (folder / name).unlink(missing_ok=True)
 
 
-def _save_where_due(
-    left: Sequence[Training], step: int, every: int | None, request: StopRequest
-) -> None:
-    """Save the trainings under way when it is time, or when a signal asked for a stop."""
-    stop = request.signal if left else None
-    if stop or (every and step % every == 0):
-        for training in left:
-            if training.step == step:
-                training.save()
-    if stop == signal.SIGINT:
-        raise KeyboardInterrupt
-    if stop:
-        kept = all(training.plan.folder for training in left)
-        raise TrainingStopped(
-            f"fit: stopped by SIGTERM after step {step}; "
-            + ("all is saved, the same call goes on from here" if kept else "nothing is saved, ")
-            + ("" if kept else "because no folder was given")
+class Curves:
+    """What a fit logs: rows in memory, of which `write_curves` makes a complete file."""
+
+    schema = pa.schema(
+        [
+            ("step", pa.int64()),
+            ("metric", pa.string()),
+            ("metric_version", pa.int16()),
+            ("value", pa.float64()),
+            ("n_tokens", pa.int64()),
+            ("seconds", pa.float64()),
+        ]
+    )
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, object]] = []
+
+    def add(self, step: int, values: dict[str, float], n_tokens: int, seconds: float) -> None:
+        """Append what was measured after a step on `n_tokens` vectors; NaN is left out."""
+        for name, value in values.items():
+            if not math.isnan(value):
+                self._rows.append(
+                    {
+                        "step": step,
+                        "metric": name,
+                        "metric_version": METRICS[name].version,
+                        "value": value,
+                        "n_tokens": n_tokens,
+                        "seconds": seconds,
+                    }
+                )
+
+    def table(self) -> pa.Table:
+        """Return all rows as a table."""
+        return pa.Table.from_pylist(self._rows, schema=self.schema)
+
+    def resume(self, folder: Path, step: int) -> None:
+        """Take over the rows that an earlier process wrote up to a step; later ones are dropped."""
+        table = read_curves(folder)
+        if table is not None:
+            self._rows = [row for row in table.to_pylist() if row["step"] <= step]
+
+
+def read_curves(folder: Path) -> pa.Table | None:
+    """Return the curves in a folder, or None where there are none."""
+    path = folder / CURVES
+    return pq.read_table(path) if path.exists() else None
+
+
+def write_curves(folder: Path, table: pa.Table) -> None:
+    """Write `metrics.parquet` atomically."""
+    with atomic_file(folder / CURVES) as temporary:
+        pq.write_table(table, temporary)
+
+
+@dataclass(frozen=True)
+class FirstBatches:
+    """What the first batches say, before any step is taken."""
+
+    scales: dict[str, float]
+    """By hook: sqrt(d_in) over the mean norm."""
+    probes: dict[str, Tensor]
+    """By hook: the first batch, on which a finished fit is checked."""
+
+
+def read_first_batches(source: VectorSource) -> FirstBatches:
+    """Read the first batches of the seeded order.
+
+    Raises:
+        DictionaryError: All vectors of a hook are zero, NaN or infinite.
+    """
+    n_batches = min(SCALING_BATCHES, -(-source.n_tokens // source.batch_tokens))
+    sums, n = dict.fromkeys(source.widths, 0.0), 0
+    probes: dict[str, Tensor] = {}
+    for number, batch in enumerate(source.batches()):
+        if number == n_batches:
+            break
+        probes = probes or {hook: x.clone() for hook, x in batch.items()}
+        n += len(next(iter(batch.values())))
+        for hook, x in batch.items():
+            sums[hook] += float(x.norm(dim=-1).double().sum())
+    for hook, total in sums.items():
+        if total == 0.0:
+            raise DictionaryError(f"{hook or 'vectors'}: the first {n} vectors are all zero")
+    scales = {hook: math.sqrt(d) * n / sums[hook] for hook, d in source.widths.items()}
+    return FirstBatches(scales, probes)
+
+
+def check_enough(source: VectorSource, name: str, steps: int, d_sae: int) -> None:
+    """Check that there are vectors enough to learn from.
+
+    Raises:
+        DictionaryError: There are fewer than one per latent, or the steps repeat each more than
+            `MOST_EPOCHS` times.
+    """
+    n, wanted = source.n_tokens, steps * source.batch_tokens
+    if n < d_sae:
+        raise DictionaryError(
+            f"{name}: {n:,} different vectors for {d_sae:,} latents; want at least one per latent: "
+            "capture more tokens, or lower d_sae"
         )
+    if wanted > MOST_EPOCHS * n:
+        raise DictionaryError(
+            f"{name}: {steps:,} steps of {source.batch_tokens:,} vectors go {wanted / n:,.0f} "
+            f"times over the {n:,} vectors there are (one epoch); want at most {MOST_EPOCHS:,} "
+            "epochs: capture more tokens, or take at most "
+            f"{MOST_EPOCHS * n // source.batch_tokens:,} steps"
+        )
+
+
+def fit_result(
+    name: str,
+    settings: Any,
+    x: Float[Tensor, "n d_in"],
+    acts: Float[Tensor, "n d_sae"],
+    reconstruction: Float[Tensor, "n d_in"],
+    dead_fraction: float,
+) -> dict[str, float]:
+    """Return what a finished fit makes of a batch in the hook's own units: l0, fvu, dead share.
+
+    Raises:
+        DictionaryError: All latents are dead, or the reconstruction is worse than the mean vector.
+    """
+    values = {
+        "l0": float(acts.count_nonzero()) / len(acts),
+        "fvu": fvu(float((x - reconstruction).double().square().sum()), variation(x)),
+        "dead_fraction": dead_fraction,
+    }
+    fault = None
+    if values["dead_fraction"] == 1.0 or values["l0"] == 0.0:
+        fault = "all latents are dead"
+    elif not values["fvu"] <= 1.0:
+        fault = f"FVU is {values['fvu']:.3g}: worse than the mean vector"
+    if fault is None:
+        return values
+    advice = [f"more steps (now {settings.steps:,})", f"another lr (now {settings.lr:g})"]
+    if getattr(settings, "coefficient", None):
+        advice.append(f"a smaller coefficient (now {settings.coefficient:g})")
+    if getattr(settings, "k", None):
+        advice.append(f"a larger k (now {settings.k})")
+    if getattr(settings, "target_l0", None):
+        advice.append(f"a larger target_l0 (now {settings.target_l0:g})")
+    if settings.scaling == "none":
+        advice.append("scaling='norm'")
+    raise DictionaryError(f"{name}: after the fit {fault}; try {', '.join(advice)}")
+
+
+def variation(x: Float[Tensor, "n d"]) -> float:
+    """Return the sum of the squared distances of vectors from their mean."""
+    exact = x.double()
+    return float((exact - exact.mean(0)).square().sum())

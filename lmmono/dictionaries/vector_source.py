@@ -1,32 +1,40 @@
 """Where the vectors come from that dictionaries are fitted on.
 
-`Vectors` gives an endless, seeded order of batches that can be entered at any batch: that is what
-makes a stopped fit go on with equal bits. Here are the store's and those of arrays; `live.py` has
-those of a model, and `controls.py` those that are shuffled.
+`VectorSource` gives an endless, seeded order of batches that can be entered at any batch; that is
+what makes a stopped fit resume with equal bits. There are four kinds: of a store, of an array, of a
+model that runs as batches are asked for, and of any of these with its structure shuffled away.
 """
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 import activation_store as astore
-from activation_store.read.stream import VectorStream
+from activation_store.read.selection import EpochOrder, MixedTokens, Mixing
+from activation_store.read.stream import BUFFER_BYTES, VectorStream
+from activation_store.write.recorder import digest as weights_digest
+from lmmono.data.tokens import TokenRows
 from lmmono.errors import DictionaryError
+from lmmono.models.hooks import bare, hook_width, match_hooks, run_until
+
+FORWARD_TOKENS = 8192
+"""Tokens per forward pass of a model; sets the memory, not the result."""
 
 
-class Vectors(ABC):
+class VectorSource(ABC):
     """Batches of vectors of one or several hooks, row-aligned, without end.
 
     Attributes:
         widths: Width of each hook's vectors. Bare arrays have one hook named "".
         n_tokens: Different vectors there are: one epoch.
-        batch_tokens: Vectors per batch; the last batch of an epoch may be smaller.
+        batch_tokens: VectorSource per batch; the last batch of an epoch may be smaller.
         digest: Hash of which vectors come in which order.
         facts: What else is known of them, such as `model_digest`; goes into the dictionary.
     """
@@ -85,7 +93,7 @@ class Vectors(ABC):
         return next(iter(self.widths))
 
 
-class StoreVectors(Vectors):
+class StoreVectors(VectorSource):
     """What `store.vectors(...)` reads, epoch after epoch."""
 
     def __init__(self, stream: VectorStream) -> None:
@@ -93,18 +101,18 @@ class StoreVectors(Vectors):
         self.widths, self.n_tokens = stream.widths, stream.n_tokens
         self.batch_tokens = stream.batch_tokens
         cursor = {k: v for k, v in stream.cursor.items() if k not in ("epoch", "token")}
-        self.digest = _digest(repr(sorted(cursor.items())).encode())
+        self.digest = hashlib.sha256(repr(sorted(cursor.items())).encode()).hexdigest()
         self.facts = {}
 
     def _batches(self, start: int) -> Iterator[dict[str, Tensor]]:
         epoch, within = divmod(start, self._stream.n_batches)
         cursor = {**self._stream.cursor, "epoch": epoch, "token": within * self.batch_tokens}
         for batch in self._stream.again(cursor=cursor, epochs=None, framework="torch"):
-            found = batch if isinstance(batch, dict) else {self.only_hook(): batch}
-            yield {hook: x.float() for hook, x in found.items()}
+            by_hook = batch if isinstance(batch, dict) else {self.only_hook(): batch}
+            yield {hook: x.float() for hook, x in by_hook.items()}
 
 
-class ArrayVectors(Vectors):
+class ArrayVectors(VectorSource):
     """An array [n, d_in] in memory, in a new seeded order each epoch."""
 
     def __init__(
@@ -116,7 +124,8 @@ class ArrayVectors(Vectors):
         self._x, self._seed = x, seed
         self.widths, self.n_tokens = {hook: x.shape[1]}, len(x)
         self.batch_tokens = min(batch_tokens, len(x))
-        self.digest = _digest(x.numpy().tobytes() + f"{batch_tokens} {seed}".encode())
+        order = f"{batch_tokens} {seed}".encode()
+        self.digest = hashlib.sha256(x.numpy().tobytes() + order).hexdigest()
         self.facts = {}
 
     def _batches(self, start: int) -> Iterator[dict[str, Tensor]]:
@@ -132,13 +141,119 @@ class ArrayVectors(Vectors):
             epoch, first = epoch + 1, 0
 
 
-def as_vectors(vectors: Any) -> Vectors:
-    """Return anything that holds vectors as `Vectors`.
+class _ModelVectors(VectorSource):
+    """Rows of tokens run through a model as batches are asked for.
+
+    The order is the store's (`activation_store.read.selection`), rows of tokens for its blocks:
+    rows in random order are cut into pools, and the tokens of a pool are mixed. So a batch depends
+    on the model, the rows, the settings and its number alone, and any batch can be the first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Sequence[TokenRows],
+        hooks: str | Sequence[str],
+        batch_tokens: int,
+        seed: int,
+        buffer_tokens: int | None,
+    ) -> None:
+        self._model, self._parts = model, parts
+        self.widths = {name: hook_width(model, name) for name in match_hooks(model, hooks)}
+        self.n_tokens = sum(part.ids.size for part in parts)
+        self.batch_tokens = min(batch_tokens, self.n_tokens)
+        pool = buffer_tokens or max(1, BUFFER_BYTES // (4 * sum(self.widths.values())))
+        self._n_ctx = parts[0].n_ctx
+        self._mixing = Mixing(self.n_tokens, self._n_ctx, pool, seed, shuffle=True)
+        # what tells rows from others: their corpus and place in it, or else their tokens
+        rows = [
+            [part.corpus.digest, part.split, part.first_seq_id, len(part)]
+            if part.corpus is not None
+            else [hashlib.sha256(part.ids.tobytes()).hexdigest(), len(part)]
+            for part in parts
+        ]
+        self.facts = {"model_digest": weights_digest(model), "n_ctx": self._n_ctx}
+        decides = [self.facts, rows, list(self.widths), self.batch_tokens, seed, pool]
+        self.digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+    def _batches(self, start: int) -> Iterator[dict[str, Float[Tensor, "n _"]]]:
+        number, first = divmod(start, -(-self.n_tokens // self.batch_tokens))
+        while True:
+            yield from self._epoch(self._mixing.epoch(number), first * self.batch_tokens)
+            number, first = number + 1, 0
+
+    def _epoch(self, epoch: EpochOrder, begin: int) -> Iterator[dict[str, Float[Tensor, "n _"]]]:
+        """Yield the batches of an epoch from a token on; they reach over the ends of pools."""
+        rest = {hook: torch.empty(0) for hook in self.widths}
+        for number in range(epoch.n_pools):
+            start, stop = (int(place) for place in epoch.starts[number : number + 2])
+            if stop <= begin:
+                continue  # a pool before the first batch is never run
+            ready = {
+                hook: torch.cat([rest[hook], x[max(0, begin - start) :]])
+                if len(rest[hook])
+                else x[max(0, begin - start) :]
+                for hook, x in self._run(epoch.pool(number)).items()
+            }
+            n = len(next(iter(ready.values())))
+            n_whole = n if stop == self.n_tokens else n - n % self.batch_tokens
+            for at in range(0, n_whole, self.batch_tokens):
+                yield {hook: x[at : at + self.batch_tokens] for hook, x in ready.items()}
+            # a copy, so that the pool's memory is free before the next one is run
+            rest = {hook: x[n_whole:].clone() for hook, x in ready.items()}
+
+    def _run(self, pool: MixedTokens) -> dict[str, Float[Tensor, "n _"]]:
+        """Return the vectors of a pool, mixed."""
+        numbers = np.unique(pool.tokens // self._n_ctx)
+        ends = np.cumsum([len(part) for part in self._parts])
+        ids = np.concatenate(
+            [
+                part.ids[numbers[(numbers >= end - len(part)) & (numbers < end)] - end + len(part)]
+                for part, end in zip(self._parts, ends, strict=True)
+            ]
+        ).astype(np.int64)
+        batch_rows = max(1, FORWARD_TOKENS // self._n_ctx)
+        parts: dict[str, list[Tensor]] = {hook: [] for hook in self.widths}
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            for first in range(0, len(ids), batch_rows):
+                rows = torch.from_numpy(ids[first : first + batch_rows])
+                for hook, x in run_until(self._model, rows, list(self.widths)).items():
+                    parts[hook].append(x.reshape(-1, self.widths[hook]).float())
+        finally:
+            self._model.train(was_training)
+        assert pool.order is not None
+        order = torch.from_numpy(pool.order).to(next(self._model.parameters()).device)
+        return {hook: torch.cat(vectors)[order] for hook, vectors in parts.items()}
+
+
+class _Shuffled(VectorSource):
+    def __init__(self, source: VectorSource, seed: int) -> None:
+        self._source, self._seed = source, seed
+        self.widths, self.n_tokens = source.widths, source.n_tokens
+        self.batch_tokens = source.batch_tokens
+        self.digest = hashlib.sha256(
+            json.dumps(["shuffled", seed, source.digest]).encode()
+        ).hexdigest()
+        self.facts = {**source.facts, "control": "shuffled", "control_seed": seed}
+
+    def _batches(self, start: int) -> Iterator[dict[str, Float[Tensor, "n _"]]]:
+        for number, batch in enumerate(self._source.batches(start), start=start):
+            random = np.random.default_rng((self._seed, number))
+            yield {
+                hook: torch.from_numpy(random.permuted(x.cpu().numpy(), axis=0)).to(x.device)
+                for hook, x in batch.items()
+            }
+
+
+def as_vectors(vectors: Any) -> VectorSource:
+    """Return anything that holds vectors as `VectorSource`.
 
     Raises:
-        DictionaryError: It is none of a vector stream, `Vectors`, an array and a tensor.
+        DictionaryError: It is none of a vector stream, `VectorSource`, an array and a tensor.
     """
-    if isinstance(vectors, Vectors):
+    if isinstance(vectors, VectorSource):
         return vectors
     if isinstance(vectors, VectorStream):
         return StoreVectors(vectors)
@@ -152,5 +267,58 @@ def as_vectors(vectors: Any) -> Vectors:
     )
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def model_vectors(
+    model: nn.Module,
+    rows: TokenRows | Sequence[TokenRows],
+    hooks: str | Sequence[str],
+    *,
+    batch_tokens: int = 4096,
+    seed: int = 0,
+    max_tokens: int | None = None,
+    buffer_tokens: int | None = None,
+) -> VectorSource:
+    """Return the vectors of a model's hooks on rows of tokens, computed when they are asked for.
+
+    The model runs in evaluation mode without gradients and no further than the last hook; it is
+    left in the mode it had, and must not change while the vectors are in use. Vectors are float32
+    and where the model is; heads are flattened.
+
+    Args:
+        model: Any model of `lmmono.models.hooks`.
+        rows: Rows of one split, or of several, all of one length.
+        hooks: Names or globs.
+        batch_tokens: VectorSource per batch; the last batch of an epoch holds what is left.
+        seed: Seed of the order, a new one each epoch.
+        max_tokens: Tokens per split, whole rows; None takes all.
+        buffer_tokens: Tokens whose rows are run and mixed together; by default 128 MiB of
+            vectors.
+
+    Raises:
+        ModelError: A hook matches nothing, or has no width per token.
+        DataError: `max_tokens` holds no row.
+        DictionaryError: A number is below 1, or the rows differ in length.
+    """
+    splits = [rows] if isinstance(rows, TokenRows) else list(rows)
+    parts = [part.limit(max_tokens) for part in splits]
+    if len({part.n_ctx for part in parts}) != 1:
+        raise DictionaryError("rows: want rows of one length, of one split or several")
+    for name, value in (("batch_tokens", batch_tokens), ("buffer_tokens", buffer_tokens)):
+        if value is not None and value < 1:
+            raise DictionaryError(f"{name}: want an integer >= 1, got {value}")
+    return _ModelVectors(bare(model), parts, hooks, batch_tokens, seed, buffer_tokens)
+
+
+def shuffled(vectors: Any, seed: int = 0) -> VectorSource:
+    """Return vectors whose every coordinate is permuted over the tokens of its batch.
+
+    Each coordinate keeps its own distribution and no coordinate knows of another, nor one hook of
+    another. Batch k depends on the vectors, the seed and k alone.
+
+    Args:
+        vectors: What `Dictionary.fit` takes.
+        seed: Seed of the permutations.
+
+    Raises:
+        DictionaryError: These are no vectors.
+    """
+    return _Shuffled(as_vectors(vectors), seed)

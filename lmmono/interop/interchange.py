@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from lmmono.dictionaries.estimator import Dictionary, load_dictionary
-from lmmono.dictionaries.vector_source import Vectors
+from lmmono.dictionaries.vector_source import VectorSource
 from lmmono.errors import DictionaryError, nearest
 from lmmono.interop.layouts import (
     network_of,
@@ -75,7 +75,7 @@ class Imported(Dictionary):
         self._check_fitted("tensors")
         return dict(self.network.state_dict())
 
-    def _fit(self, source: Vectors, *, progress: Progress, **options: Any) -> None:
+    def _fit(self, source: VectorSource, *, progress: Progress, **options: Any) -> None:
         del source, progress, options
         raise AssertionError("fit refuses before this")
 
