@@ -105,7 +105,9 @@ class Bench:
         run = Run.create(Recipe.load(file))
         self.rows = run.tokens("train").limit(BATCH * 20)
         vocabulary = len(run.corpus.tokenizer)
-        self.model = lm.build_model(run.recipe.model, d_vocab=vocabulary, n_ctx=N_CTX, seed=0)
+        self.model = lm.models.build_model(
+            run.recipe.model, d_vocab=vocabulary, n_ctx=N_CTX, seed=0
+        )
         with astore.open(folder / "store", "w") as store:
             lm.capture(self.model, self.rows, hooks=(), vectors=HOOK, into=store)
         self.store = astore.open(folder / "store")

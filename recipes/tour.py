@@ -30,7 +30,7 @@ print(store.unit(HOOK, 0))
 language = planted_language(run.corpus)
 
 
-def aurocs(rows: lm.TokenRows, shift: int = 0) -> np.ndarray:
+def aurocs(rows: lm.data.TokenRows, shift: int = 0) -> np.ndarray:
     """Return [features, neurons]: chance that a token with the feature is the more active."""
     _, acts = lm.run_with_cache(run.model, torch.from_numpy(rows.ids.astype(np.int64)), HOOK)
     x = acts[HOOK].flatten(0, 1).numpy()

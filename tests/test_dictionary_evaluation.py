@@ -28,7 +28,7 @@ def loss_of(logits: torch.Tensor, ids: torch.Tensor) -> float:
     return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
-def trained_to_predict(rows: lm.TokenRows) -> torch.nn.Module:
+def trained_to_predict(rows: lm.data.TokenRows) -> torch.nn.Module:
     """Return a model that knows the rows well, so that ablations hurt."""
     torch.manual_seed(0)
     model, ids = tiny("gpt2"), as_ids(rows)

@@ -177,7 +177,7 @@ def test_seeds_are_compared_and_planted_features_looked_for(learned):
 
 
 def test_the_table_shows_results_then_controls_with_what_was_measured(learned):
-    (table,) = [t for t in lm.comparison([learned]) if t.title == "Dictionaries of tiny"]
+    (table,) = [t for t in lm.reports.comparison([learned]) if t.title == "Dictionaries of tiny"]
     here = [row for row in table.rows if row[0] == HOOK]
     assert {row[1] for row in here} == NAMES and len(table.rows) == 16
     assert [row[2] != "" for row in here] == [False] * 2 + [True] * 6

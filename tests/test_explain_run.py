@@ -118,7 +118,7 @@ def test_the_untrained_control_is_what_the_untrained_model_scores(explained, tmp
     run = open_run(explained / "runs/tiny")
     assert open_run(run.dir / "untrained").is_done("score")
     fresh = lm.untrained(run.model, run.recipe.seed)
-    units = lm.sample(12, seed=run.recipe.seed)
+    units = lm.records.sample(12, seed=run.recipe.seed)
     query = """SELECT unit, value, details FROM scores WHERE metric = 'simulation_tar'
         AND control IS NOT DISTINCT FROM $control AND unit IS NOT NULL
         AND explainer = 'token_lookup:window=32' AND hook = $hook ORDER BY unit"""

@@ -168,7 +168,7 @@ def test_what_is_explained_is_left_alone_unless_asked(planted):
 
 def test_settings_and_presets_are_part_of_the_name(planted):
     with astore.open(planted.path, mode="a") as store:
-        small = lm.explain(store, HOOK, counts=lm.Counts(top=5), units=[ON_CAT])
+        small = lm.explain(store, HOOK, counts=lm.records.Counts(top=5), units=[ON_CAT])
         paper = lm.explain(store, HOOK, preset="openai", units=[ON_CAT])
         leaky = lm.explain(store, HOOK, preset="openai_crate", units=[ON_CAT])
         rows = store.sql("SELECT explainer, n_records, split FROM explanations").fetchall()
@@ -203,10 +203,10 @@ def test_a_random_explanation_is_that_of_another_unit(planted, explained):
 
 
 def test_a_sample_is_drawn_per_hook_by_seed():
-    sample = lm.sample(8, seed=0)
+    sample = lm.records.sample(8, seed=0)
     assert sample.draw(HOOK, 64) == sorted(set(sample.draw(HOOK, 64)))
     assert sample.draw(HOOK, 64) != sample.draw(OTHER, 64)
-    assert sample.draw(HOOK, 64) != lm.sample(8, seed=1).draw(HOOK, 64)
+    assert sample.draw(HOOK, 64) != lm.records.sample(8, seed=1).draw(HOOK, 64)
     assert sample.draw(HOOK, 5) == [0, 1, 2, 3, 4]
 
 
@@ -218,7 +218,10 @@ def test_what_cannot_be_explained_says_why(planted):
             ({"units": [D_VOCAB]}, "want units 0 to 5"),
             ({"max_rules": 3}, "token_lookup: no setting 'max_rules'; it has none"),
             ({"explainer": "context_rules", "max_rule": 3}, "did you mean max_rules"),
-            ({"preset": "openai", "counts": lm.Counts(top=3)}, "'openai' says which records"),
+            (
+                {"preset": "openai", "counts": lm.records.Counts(top=3)},
+                "'openai' says which records",
+            ),
         ):
             with pytest.raises(ExplainError, match=said):
                 lm.explain(store, **faulty)

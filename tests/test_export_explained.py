@@ -108,7 +108,7 @@ def load(path) -> NeuronSimulationResults:
 
 
 def test_openai_reads_simulations_whose_scores_are_those_of_the_store(store, planted, tmp_path):
-    out = lm.export_simulations(store, tmp_path / "out", HOOK)
+    out = lm.interop.export_simulations(store, tmp_path / "out", HOOK)
     assert sorted(int(path.stem) for path in (out / "0").iterdir()) == UNITS
     query = """SELECT value, nan_fraction FROM scores WHERE explainer = 'token_lookup'
         AND control IS NULL AND metric = $metric AND unit = $unit"""
@@ -147,7 +147,7 @@ def test_openai_reads_simulations_whose_scores_are_those_of_the_store(store, pla
 def test_a_language_models_simulation_says_its_scale(store, tmp_path):
     with serving(expecting(ten_on_the_token)) as calls:
         client = ServerClient("judge", base_url=calls.base_url, n_retries=0)
-        out = lm.export_simulations(
+        out = lm.interop.export_simulations(
             store,
             tmp_path / "out",
             HOOK,
@@ -249,7 +249,7 @@ def imported(out) -> duckdb.DuckDBPyConnection:
 
 
 def test_neuronpedia_imports_units_with_their_explanations_and_scores(store, tmp_path):
-    out = lm.export_neuronpedia(store, tmp_path / "out", HOOK, model="My Model/1")
+    out = lm.interop.export_neuronpedia(store, tmp_path / "out", HOOK, model="My Model/1")
     con = imported(out)
     (model,) = con.sql("SELECT id FROM Model").fetchall()[0]
     assert model == "my-model-1" and (out / model / "0-lmmono").is_dir()
@@ -271,7 +271,7 @@ def test_neuronpedia_imports_units_with_their_explanations_and_scores(store, tmp
 
 
 def test_neuronpedia_gets_every_score_with_its_interval_and_controls(store, tmp_path):
-    con = imported(lm.export_neuronpedia(store, tmp_path / "out", HOOK))
+    con = imported(lm.interop.export_neuronpedia(store, tmp_path / "out", HOOK))
     rows = con.sql("""SELECT e."index", e.typeName, s.explanationScoreTypeName, s.value,
             s.jsonDetails FROM ExplanationScore s JOIN Explanation e ON e.id = s.explanationId""")
     found = {row[:3]: row[3:] for row in rows.fetchall()}

@@ -40,11 +40,11 @@ def test_the_front_holds_the_results_that_none_beats_in_both():
 
 @pytest.mark.parametrize("y", ["fvu", "ce_loss_recovered"])
 def test_equal_input_gives_equal_bytes_and_every_kind_is_named(tmp_path, y):
-    first = lm.pareto(POINTS, y=y, path=tmp_path / "a.svg")
+    first = lm.reports.pareto(POINTS, y=y, path=tmp_path / "a.svg")
     script = (
         "import sys; sys.path.insert(0, 'tests'); import lmmono as lm\n"
         "from test_figures import POINTS\n"
-        f"lm.pareto(POINTS, y={y!r}, path=sys.argv[1])"
+        f"lm.reports.pareto(POINTS, y={y!r}, path=sys.argv[1])"
     )
     again = tmp_path / "b.svg"
     subprocess.run([sys.executable, "-c", script, again], check=True, env={"PATH": ""})
@@ -56,9 +56,9 @@ def test_equal_input_gives_equal_bytes_and_every_kind_is_named(tmp_path, y):
 
 def test_runs_and_hooks_have_panels_of_their_own(tmp_path):
     others = [Measured("gpt2", "other", "a", "topk", None, POINTS[0].measures), *POINTS]
-    text = lm.pareto(others, path=tmp_path / "a.svg").read_text()
+    text = lm.reports.pareto(others, path=tmp_path / "a.svg").read_text()
     assert len(re.findall('id="axes_', text)) == 2
-    text = lm.pareto(others, hooks=["other"], path=tmp_path / "a.svg").read_text()
+    text = lm.reports.pareto(others, hooks=["other"], path=tmp_path / "a.svg").read_text()
     assert len(re.findall('id="axes_', text)) == 1 and "gpt2: other" in text
 
 
@@ -81,9 +81,9 @@ def test_measures_are_read_from_a_store_with_their_intervals(tmp_path):
     assert (x.control, y.control) == (None, "random")
     assert [each.name for each in measured([tmp_path / "one" / "store.duckdb"])] == ["x", "y"]
     with pytest.raises(RunError, match="no dictionary has both l0 and fvu"):
-        lm.pareto([x, y], path=tmp_path / "a.svg")
+        lm.reports.pareto([x, y], path=tmp_path / "a.svg")
 
 
 def test_an_unknown_measure_is_refused_with_the_nearest_name():
     with pytest.raises(RunError, match="fvuu: no such metric; did you mean fvu"):
-        lm.pareto(POINTS, y="fvuu")
+        lm.reports.pareto(POINTS, y="fvuu")

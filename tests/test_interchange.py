@@ -56,7 +56,7 @@ def arch(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def assert_same(dictionary: lm.Dictionary, network: Any) -> None:
+def assert_same(dictionary: lm.dictionaries.Dictionary, network: Any) -> None:
     """Compare codes and reconstructions with those of a sae-lens SAE."""
     x = some_vectors()
     with torch.no_grad():

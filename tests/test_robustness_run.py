@@ -145,13 +145,15 @@ def test_a_bare_model_chooses_its_hook_on_clean_validation_texts(folder):
     model = open_run(folder / "runs/robustness_planted").model
     few = {"seeds": 1, "n_train": 60, "n_val": 40, "n_test": 40, "margins": (0.5,), "rates": ()}
     found = lm.robustness(model, "planted_polarity", features={"dense": None}, **few)
-    assert found.store is None and found.hook in lm.match_hooks(model, "blocks.*.hook_resid_post")
+    assert found.store is None and found.hook in lm.models.match_hooks(
+        model, "blocks.*.hook_resid_post"
+    )
     assert found.n_computed == len(found.rows) == 1 and found.n_found == 0
     assert "in memory" in repr(found) and "noisy_labels planted_polarity symmetric" in repr(found)
     assert found.df().shape[0] == 1
 
 
-def study(path: Path, stop_after: int | None = None) -> lm.Outcomes:
+def study(path: Path, stop_after: int | None = None) -> lm.studies.Outcomes:
     """Run a study into a store; with a number, kill this process after so many groups of rows."""
 
     append, left = astore.Store.append, [stop_after]

@@ -265,7 +265,7 @@ def test_wrong_widths_are_told() -> None:
 
 def test_several_from_one_pass_are_those_fitted_alone() -> None:
     plans = {arch: {"steps": 40 + 10 * i} for i, arch in enumerate(ARCHS)}
-    together = lm.fit_together({a: make(a, **s) for a, s in plans.items()}, vectors())
+    together = lm.dictionaries.fit_together({a: make(a, **s) for a, s in plans.items()}, vectors())
     for arch, settings in plans.items():
         assert together[arch].digest == make(arch, **settings).fit(vectors()).digest
 
@@ -285,22 +285,22 @@ def test_two_hooks_of_a_store_in_one_pass(tmp_path: Path) -> None:
     stream = store.vectors(["a", "b"], batch_tokens=64)
     made = {name: lm.SAE("topk", seed=0, **settings) for name in ("one", "two", "three")}
     hooks = {"one": "a", "two": "b", "three": "a"}
-    both = lm.fit_together(made, stream, hooks=hooks)
+    both = lm.dictionaries.fit_together(made, stream, hooks=hooks)
     assert [both[name].hook for name in hooks] == ["a", "b", "a"]
     assert both["one"].digest == both["three"].digest
     assert [both[name].d_in for name in hooks] == [12, 6, 12]
-    alone = lm.fit_together([lm.SAE("topk", seed=0, **settings)], stream, hooks=["b"])
+    alone = lm.dictionaries.fit_together([lm.SAE("topk", seed=0, **settings)], stream, hooks=["b"])
     assert alone["0"].digest == both["two"].digest
     with pytest.raises(DictionaryError, match="want one hook, got a, b"):
         lm.SAE("topk", **settings).fit(stream)
     with pytest.raises(DictionaryError, match="'c' is none of the vectors'; known: a, b"):
-        lm.fit_together([lm.SAE("topk", **settings)], stream, hooks=["c"])
+        lm.dictionaries.fit_together([lm.SAE("topk", **settings)], stream, hooks=["c"])
 
 
 def test_one_that_breaks_does_not_stop_the_others() -> None:
     good, bad = make("topk"), make("topk", lr=1e30)
     with pytest.raises(DictionaryError, match="bad: the loss became"):
-        lm.fit_together({"bad": bad, "good": good}, vectors())
+        lm.dictionaries.fit_together({"bad": bad, "good": good}, vectors())
     assert bad.d_in == 0
     assert good.digest == make("topk").fit(vectors()).digest
 
@@ -308,10 +308,10 @@ def test_one_that_breaks_does_not_stop_the_others() -> None:
 def test_only_saes_are_fitted_together() -> None:
     pca: Any = lm.Classical("pca", d_sae=4)
     with pytest.raises(DictionaryError, match="pca: want an SAE, got Classical; fit other kinds"):
-        lm.fit_together({"pca": pca}, vectors())
+        lm.dictionaries.fit_together({"pca": pca}, vectors())
     sae = make("topk")
     with pytest.raises(DictionaryError, match="comes twice"):
-        lm.fit_together([sae, sae], vectors())
+        lm.dictionaries.fit_together([sae, sae], vectors())
 
 
 def test_settings_are_checked_at_once() -> None:

@@ -180,7 +180,7 @@ import lmmono as lm
 from tests.test_sae import make, vectors
 saes = {arch: make(arch) for arch in ("topk", "batchtopk", "standard")}
 seen = set()
-lm.fit_together(saes, vectors(), folder=sys.argv[1],
+lm.dictionaries.fit_together(saes, vectors(), folder=sys.argv[1],
                 progress=lambda what, done, total, **facts: seen.add(what))
 digests = ",".join(sae.digest for sae in saes.values())
 with open(sys.argv[1] + "/seen." + os.environ["RANK"], "w") as file:
@@ -202,4 +202,4 @@ def test_two_processes_share_the_dictionaries_and_each_loads_all(tmp_path: Path)
 def test_several_processes_need_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DictionaryError, match="share their results through files; give folder"):
-        lm.fit_together([make("topk")], vectors())
+        lm.dictionaries.fit_together([make("topk")], vectors())

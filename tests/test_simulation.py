@@ -94,7 +94,7 @@ def test_programs_of_known_skill_get_their_exact_scores(store):
 def test_the_value_is_pearson_over_the_tokens_of_all_records(store):
     reader = RecordReader(store)
     explained = kept_explanations(reader, HOOK, "token_lookup")
-    records = reader.records(HOOK, "score", lm.Counts(top=20, random=20))
+    records = reader.records(HOOK, "score", lm.records.Counts(top=20, random=20))
     for scorer, kinds in (
         ("simulation_tar", ("top", "random")),
         ("simulation_random", ("random",)),
@@ -147,7 +147,7 @@ def test_what_is_said_of_another_unit_is_read_on_the_scale_of_the_unit_itself(st
     said[DENSE] = Lookup(np.arange(60), 0.1 + np.arange(60) / 40, 0.0)
     store_programs(store, "two", said)
     lm.score(store, HOOK, explainer="two", scorer="simulation_random")
-    records = RecordReader(store).records(HOOK, "score", lm.Counts(random=20))
+    records = RecordReader(store).records(HOOK, "score", lm.records.Counts(random=20))
     ids = records.token_ids(DENSE)
     (largest,) = store.sql(f"SELECT max_act FROM unit_stats WHERE unit = {DENSE}").fetchall()[0]
     predicted = said[ON_CAT].simulate(ids)[ids >= 0] * largest / 2.0

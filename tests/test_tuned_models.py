@@ -32,7 +32,7 @@ def task() -> Task:
     return Task("halves", "which half of the words", "none", "here", ("low", "high"), parts)
 
 
-def study(into=None, suite="fine_tuning", **changed) -> lm.Outcomes:
+def study(into=None, suite="fine_tuning", **changed) -> lm.studies.Outcomes:
     return lm.robustness(
         tiny("crate"),
         task(),

@@ -33,7 +33,7 @@ CODE_BYTES = 2**28
 
 @runtime_checkable
 class Code(Protocol):
-    """What is asked of a dictionary here: every `lm.Dictionary` has it."""
+    """What is asked of a dictionary here: every `lm.dictionaries.Dictionary` has it."""
 
     settings: BaseModel
     hook: str | None

@@ -88,7 +88,7 @@ class VectorSource(ABC):
         if len(self.widths) > 1:
             raise DictionaryError(
                 f"vectors: want one hook, got {', '.join(self.widths)}; choose one, or fit one "
-                "dictionary per hook in one pass with lm.fit_together"
+                "dictionary per hook in one pass with lm.dictionaries.fit_together"
             )
         return next(iter(self.widths))
 

@@ -1,5 +1,6 @@
 """Networks and their named activations; importing this registers CRATE with the `Auto*` classes."""
 
-from lmmono.models.crate import CrateConfig, CrateForCausalLM, CrateModel
+import lmmono.models.crate  # pyright: ignore[reportUnusedImport]  # noqa: F401  # registers
+from lmmono.exports import lazy_exports
 
-__all__ = ["CrateConfig", "CrateForCausalLM", "CrateModel"]
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -1,5 +1,5 @@
 """Tables and figures made from the stores of runs."""
 
-from lmmono.reports.tables import Table, comparison
+from lmmono.exports import lazy_exports
 
-__all__ = ["Table", "comparison"]
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

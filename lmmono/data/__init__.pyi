@@ -1,0 +1,4 @@
+from lmmono.data import planted as planted
+from lmmono.data import tasks as tasks
+from lmmono.data.tokens import TokenCorpus as TokenCorpus
+from lmmono.data.tokens import TokenRows as TokenRows
