@@ -5,7 +5,7 @@ most often on clean validation texts, on average over the tasks, is taken for al
 conditions. What each gave is a row of suite `layers`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,11 @@ from lmmono.suites.text_codes import Encoder, Feature, streams
 VAL = "val"
 
 
-def _no_draws(_task: Task, _settings: Robustness) -> Iterator[Draw]:
-    yield from ()
-
-
-LAYERS = Suite("layers", "which stream tells clean validation texts apart best", _no_draws)
+LAYERS = Suite(
+    "layers",
+    "which stream tells clean validation texts apart best",
+    "lmmono.suites.suite:clean_draws",
+)
 
 
 @dataclass(frozen=True, slots=True)
