@@ -19,11 +19,11 @@ from lmmono.dictionaries.classical import Classical as Classical
 from lmmono.dictionaries.controls import Control as Control
 from lmmono.dictionaries.estimator import load_dictionary as load_dictionary
 from lmmono.dictionaries.evaluation import evaluate as evaluate
-from lmmono.dictionaries.live import model_vectors as model_vectors
 from lmmono.dictionaries.recovery import recovery as recovery
 from lmmono.dictionaries.sae import SAE as SAE
 from lmmono.dictionaries.splicing import run_with_sae as run_with_sae
 from lmmono.dictionaries.stability import stability as stability
+from lmmono.dictionaries.vector_source import model_vectors as model_vectors
 from lmmono.errors import LmmonoError as LmmonoError
 from lmmono.explanations.explain import explain as explain
 from lmmono.models.generation import generate as generate

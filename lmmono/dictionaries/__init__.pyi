@@ -1,11 +1,11 @@
 from lmmono.dictionaries.classical import Classical as Classical
 from lmmono.dictionaries.controls import Control as Control
-from lmmono.dictionaries.controls import shuffled as shuffled
 from lmmono.dictionaries.estimator import Dictionary as Dictionary
 from lmmono.dictionaries.estimator import load_dictionary as load_dictionary
 from lmmono.dictionaries.evaluation import SAEReport as SAEReport
 from lmmono.dictionaries.evaluation import evaluate as evaluate
-from lmmono.dictionaries.live import model_vectors as model_vectors
 from lmmono.dictionaries.sae import SAE as SAE
 from lmmono.dictionaries.sae import fit_together as fit_together
 from lmmono.dictionaries.splicing import run_with_sae as run_with_sae
+from lmmono.dictionaries.vector_source import model_vectors as model_vectors
+from lmmono.dictionaries.vector_source import shuffled as shuffled
