@@ -1,6 +1,7 @@
 """Recipes: every fault at once with its line, overrides, arms and seeds, digests, JSON Schema."""
 
 import json
+import time
 from pathlib import Path
 
 import jsonschema
@@ -121,6 +122,62 @@ arms:
 )
 def test_what_is_no_recipe_is_said_to_be_none(write, text, fault):
     assert any(line.startswith(fault) for line in faults(write(text)))
+
+
+LAUGHS = "".join(
+    f"x{i}: &x{i} [{', '.join([f'*x{i - 1}' if i else 'lol'] * 9)}]\n" for i in range(7)
+)
+ONE_LINE = "name: a\nseed: 1\nmodel: {arch: crate}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (LAUGHS, "r.yaml:2: aliases are not read; write the value of *x0 out"),
+        ("name: &a a\nabout: *a\n", "r.yaml:2: aliases are not read"),
+        ("a: &a {b: 1}\nc: {<<: *a}\n", "r.yaml:2: aliases are not read"),
+        ("about: &a [*a]\n", "r.yaml:1: aliases are not read"),
+        ("about: " + "[" * 500 + "]" * 500, "r.yaml:1: want at most 50 lists and mappings"),
+        ("a: " + "{b: " * 5000, "r.yaml:1: want at most 50 lists and mappings"),
+        ("seeds: [" + "1, " * 30_000 + "]", "r.yaml:1: want at most 10,000 keys and values"),
+        (f"about: {'x' * 1_000_001}", "r.yaml: want a recipe of at most 1,000,000 bytes"),
+        (ONE_LINE + "train: {steps: " + "9" * 5000 + "}", "train.steps: want a number of at"),
+        (ONE_LINE + "train: {lr: 0x" + "f" * 5000 + "}", "r.yaml:4: train.lr: want a number of at"),
+        (ONE_LINE + "train: {steps: !!int 4x}", "r.yaml:4: train.steps: want a plain value, got "),
+        (ONE_LINE + "train: {steps: !!bool maybe}", "r.yaml:4: train.steps: want a plain value,"),
+        (ONE_LINE + "train: {lr: !!float x}", "r.yaml:4: train.lr: want a plain value, got 'x'"),
+        (ONE_LINE + "about: !!binary x", "r.yaml:4: about: want a plain value, got the tag"),
+        (ONE_LINE + 'about: "\\U00110000"', "r.yaml: not YAML: "),
+        (ONE_LINE + 'out: "a\\0b"', "r.yaml:4: out: want text that a file can hold"),
+        (ONE_LINE + 'about: "\\ud800"', "r.yaml:4: about: want text that a file can hold"),
+        (ONE_LINE.replace("seed: 1", "seeds: []"), "r.yaml:2: seeds: want seed (an integer >= 0) "),
+        (ONE_LINE + f"arms: {dict.fromkeys(map(str, range(1001)), {})}", "want at most 1000 runs"),
+        (ONE_LINE.replace("seed: 1", f"seeds: {[*range(1001)]}"), "want at most 1000 runs"),
+        (ONE_LINE + "--- {}", "r.yaml:4: not YAML: "),
+        (ONE_LINE + "%TAG ! !x", "r.yaml:"),
+    ],
+)  # fmt: skip
+def test_a_hostile_file_is_refused_with_a_line_and_quickly(write, text, fault):
+    began = time.process_time()
+    told = faults(write(text))
+    assert any(fault in line for line in told), told
+    assert max(map(len, told)) < 400
+    assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("train.steps=" + "9" * 5000, "about=" + "[" * 500, "about=&a [*a]", "seeds=[]"),
+        *('out="a\\0b"', 'about="\\U00110000"', "a." * 60 + "b=1", "train.lr=!!float x"),
+    ],
+)  # fmt: skip
+def test_a_hostile_override_is_refused(write, override):
+    assert faults(write(TWINS), override)
+
+
+def test_a_name_with_a_null_character_is_no_file(write):
+    assert faults("a\0.yaml")[0].endswith("cannot be read: embedded null byte")
 
 
 def test_files_that_cannot_be_read_are_named(write, tmp_path):

@@ -34,8 +34,9 @@ class Explain(Section):
     @model_validator(mode="before")
     @classmethod
     def _name_what_is_there(cls, values: Any) -> Any:
-        given: Any = values.get("explainers", ()) if isinstance(values, dict) else ()
-        for i, name in enumerate(given if isinstance(given, tuple | list) else ()):
+        given: Any = values.get("explainers") if isinstance(values, dict) else None
+        names: tuple[Any, ...] = tuple(given) if isinstance(given, tuple | list) else ()
+        for i, name in enumerate(names):
             known = EXPLAINERS.get(name) if isinstance(name, str) else None
             if known is not None and known.needs:
                 raise _from_python(name, known.needs[0], f"explainers.{i}", "explain", "explainer")

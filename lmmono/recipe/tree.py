@@ -32,8 +32,8 @@ MAX_BYTES = 1_000_000
 """Bytes of a recipe file; the longest of ours has 4,000."""
 MAX_DEPTH = 50
 """Lists and mappings inside each other; a recipe needs 6, and ruamel recurses 3 calls for each."""
-MAX_VALUES = 20_000
-"""Keys and values of a file: ruamel reads about 10,000 per second."""
+MAX_VALUES = 10_000
+"""Keys and values of a file: ruamel reads some thousands per second, and recipes have 100."""
 MAX_DIGITS = 400
 """Characters of a number: the largest float has 309 digits, and int() refuses 4,301."""
 
