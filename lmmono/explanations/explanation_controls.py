@@ -8,12 +8,14 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from lmmono.errors import ExplainError
-from lmmono.explanations.explainer_registry import Task
+from lmmono.explanations.explain_task import ExplainTask
 from lmmono.explanations.explanation import Explanation, Program
 from lmmono.explanations.stored_explanations import read_densities, read_explanations
+from lmmono.records.seeds import stream
 
 NEAREST = 10
-"""A density-matched unit is one of this many whose density is nearest."""
+"""A density-matched unit is one of this many whose density is nearest: the seed draws
+among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +42,16 @@ class Constant(Program):
         return cls(float(values["act"]))
 
 
-def explain_by_a_constant(task: Task) -> list[Explanation]:
+def explain_by_a_constant(task: ExplainTask) -> list[Explanation]:
     """Explain each unit by its mean activation over its records."""
-    records = task.records
-    there = records.all_token_ids() >= 0
-    means = records.acts.sum(axis=(1, 2)) / np.maximum(there.sum(axis=(1, 2)), 1)
-    return [
-        task.refused(i) or task.explained(i, "every token", Constant(float(mean)), complexity=1.0)
-        for i, mean in enumerate(means)
-    ]
+    n_tokens = (task.records.all_token_ids() >= 0).sum(axis=(1, 2))
+    means = task.records.acts.sum(axis=(1, 2)) / np.maximum(n_tokens, 1)
+    return task.explain_each(
+        lambda i: task.explained(i, "every token", Constant(float(means[i])), complexity=1.0)
+    )
 
 
-def explain_by_others(task: Task) -> list[Explanation]:
+def explain_by_others(task: ExplainTask) -> list[Explanation]:
     """Explain each unit by what is stored for another unit of the hook.
 
     Settings: `of`, the explainer whose explanations are taken; `matched_density`, take one of the
@@ -63,7 +63,7 @@ def explain_by_others(task: Task) -> list[Explanation]:
     assert task.store is not None
     hook, of = task.records.hook, task.settings["of"]
     stored = read_explanations(task.store, hook, of, task.seed)
-    stored = {unit: found for unit, found in stored.items() if found.failure is None}
+    stored = {unit: own for unit, own in stored.items() if own.failure is None}
     densities = read_densities(task.store, hook) if task.settings["matched_density"] else None
     units = [int(unit) for unit in task.records.units]
     others = other_units(units, sorted(stored), hook, task.seed, densities)
@@ -103,10 +103,11 @@ def other_units(
     candidates = np.array(explained)
     logs = None
     if densities is not None:
+        # densities differ by factors; a silent unit has density 0
         logs = np.log([max(densities[unit], 1e-12) for unit in explained])
     drawn: list[int] = []
     for unit in units:
-        rng = np.random.default_rng((seed, *hook.encode(), unit, 7))
+        rng = stream("explanation of another unit", seed, hook, unit)
         among = candidates[candidates != unit]
         if logs is not None and densities is not None:
             gap = np.abs(logs[candidates != unit] - np.log(max(densities[unit], 1e-12)))

@@ -1,28 +1,33 @@
 """Explainers that ask a language model to put into words what a unit does.
 
-What cannot be read as an explanation is the failure `unparsed`, a row of its own.
+What cannot be read as an explanation is the failure `unparsed`, a row of its own. Of several
+candidates the best is chosen by records of split `explain` that their writer did not see; records
+of split `score` are never read here: what chooses an explanation must not score it.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
+from numpy import ndarray
 
-from lmmono.clients.client import Answer, Prompt
+from lmmono.clients.client import Answer, Prompt, Usage
 from lmmono.errors import ExplainError
-from lmmono.explanations.explainer_registry import Task
+from lmmono.explanations.explain_task import ExplainTask
 from lmmono.explanations.explanation import Explanation
-from lmmono.explanations.llm_examples import Shown
 from lmmono.explanations.llm_prompts import (
+    Shown,
     contrastive_prompt,
     levels,
     max_act_prompt,
     pairs_prompt,
     parse_explanation,
 )
-from lmmono.explanations.llm_ranking import rank_values
-from lmmono.records.sampler import Kind
+from lmmono.explanations.llm_simulation import Simulation, simulate
+from lmmono.records.record_reader import RecordReader
+from lmmono.records.sampler import Counts, Kind, Records
 
 FIRING: tuple[Kind, ...] = ("top", "quantile", "firing")
 """Kinds of records that are shown as firing."""
@@ -33,29 +38,67 @@ SILENT: tuple[Kind, ...] = ("near_miss", "random")
 MOST_SILENT = 5
 """Silent excerpts that are shown, near misses first."""
 
+SEEDS_PER_CALL = 1009
+"""Candidates of two explain seeds never share a seed, up to so many of them."""
 
-def explain_by_pairs(task: Task) -> list[Explanation]:
+N_TOP, N_RANDOM = 5, 5
+"""Records that rank candidates, of those that were not shown (as many as Bills et al. 2023 score
+with)."""
+
+Score = Callable[[str, Int[ndarray, "records window"], Float[ndarray, "records window"]], float]
+"""How good an explanation is on tokens and their activations; more is better, NaN is worst."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """What ranks explanations, given by the caller."""
+
+    name: str
+    """Name in tables."""
+    score: Score
+    """Explanation, tokens and activations to a number."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
+class AskSettings:
+    """What may be set of an explainer that asks a language model."""
+
+    n_candidates: int
+    """Explanations asked for."""
+    temperature: float
+    """Temperature of the sampling; 0 takes the likeliest token."""
+    max_tokens: int
+    """Most tokens of an answer; models that think aloud want thousands."""
+    rank_by: Ranking | str
+    """What chooses among several: `simulation`, the correlation of activations that the client
+    expects with the true ones; or the caller's own."""
+
+
+def explain_by_pairs(task: ExplainTask) -> list[Explanation]:
     """Explain by tokens and their activations, line by line; see `explain_by`."""
     return explain_by(task, lambda i: pairs_prompt(shown_records(task, i, FIRING)))
 
 
-def explain_by_max_act(task: Task) -> list[Explanation]:
+def explain_by_max_act(task: ExplainTask) -> list[Explanation]:
     """Explain by excerpts with the tokens that fire marked; see `explain_by`."""
     return explain_by(task, lambda i: max_act_prompt(shown_records(task, i, FIRING)))
 
 
-def explain_by_contrast(task: Task) -> list[Explanation]:
+def explain_by_contrast(task: ExplainTask) -> list[Explanation]:
     """Explain by excerpts that fire against excerpts that do not; see `explain_by`."""
-    return explain_by(task, lambda i: _contrast(task, i))
+
+    def prompt_of(i: int) -> Prompt:
+        others = shown_records(task, i, SILENT)
+        silent = [record for record in others if not any(act for _, act in record)]
+        return contrastive_prompt(shown_records(task, i, FIRING), silent[:MOST_SILENT])
+
+    return explain_by(task, prompt_of)
 
 
-def _contrast(task: Task, i: int) -> Prompt:
-    others = shown_records(task, i, SILENT)
-    silent = [record for record in others if not any(act for _, act in record)]
-    return contrastive_prompt(shown_records(task, i, FIRING), silent[:MOST_SILENT])
-
-
-def shown_records(task: Task, i: int, kinds: tuple[Kind, ...]) -> list[Shown]:
+def shown_records(task: ExplainTask, i: int, kinds: tuple[Kind, ...]) -> list[Shown]:
     """Return the i-th unit's records of some kinds, in the order of kinds, activations 0 to 10.
 
     Raises:
@@ -73,70 +116,161 @@ def shown_records(task: Task, i: int, kinds: tuple[Kind, ...]) -> list[Shown]:
     ]
 
 
-def explain_by(task: Task, prompt_of: Callable[[int], Prompt]) -> list[Explanation]:
+def explain_by(task: ExplainTask, prompt_of: Callable[[int], Prompt]) -> list[Explanation]:
     """Ask for an explanation of each unit; return one, or all candidates, best first.
 
-    Settings: `n_candidates`, how many are asked for; `temperature` of the sampling; `max_tokens` of
-    an answer; `rank_by`, what ranks several (`simulation`, or a `Ranking`).
+    Settings: those of `AskSettings`.
 
     Raises:
         ExplainError: Several candidates at temperature 0, which would be the same; or an unknown
             ranking.
         ClientError: The model cannot be asked.
     """
-    client, settings = task.client, task.settings
-    assert client is not None
-    n, temperature = int(settings["n_candidates"]), float(settings["temperature"])
+    assert task.client is not None
+    settings = AskSettings(**task.settings)
+    n, temperature = int(settings.n_candidates), float(settings.temperature)
     if n > 1 and temperature == 0:
         raise ExplainError(f"{task.explainer}: {n} candidates at temperature 0 are all the same")
-    refused = [task.refused(i) for i in range(len(task.records.units))]
-    asked = [i for i, each in enumerate(refused) if each is None]
+    explanations: list[list[Explanation]] = [
+        [] if refused is None else [refused]
+        for refused in (task.refused(i) for i in range(len(task.records.units)))
+    ]
+    asked = [i for i, some in enumerate(explanations) if not some]
     prompts = [prompt_of(i) for i in asked]
-    candidates: dict[int, list[Explanation]] = {i: [] for i in asked}
     for k in range(n):
-        answers = client.complete(
+        answers = task.client.complete(
             prompts,
-            max_tokens=int(settings["max_tokens"]),
+            max_tokens=int(settings.max_tokens),
             temperature=temperature,
-            seed=task.seed * 1009 + k,
+            seed=task.seed * SEEDS_PER_CALL + k,
         )
         for i, prompt, answer in zip(asked, prompts, answers, strict=True):
-            candidates[i].append(_explanation(task, i, prompt, answer))
-        task.progress(f"ask {client.name}", k + 1, n)
+            explanations[i].append(_explanation(task, i, prompt, answer))
+        task.progress(f"ask {task.client.name}", k + 1, n)
     if n > 1:
-        candidates = _ranked(task, candidates, settings["rank_by"])
-    found = [[each] if each is not None else candidates[i] for i, each in enumerate(refused)]
-    return [each for some in found for each in some]
+        _rank(task, asked, explanations, settings.rank_by)
+    return [explanation for some in explanations for explanation in some]
 
 
-def _explanation(task: Task, i: int, prompt: Prompt, answer: Answer) -> Explanation:
-    assert task.client is not None
-    facts: dict[str, Any] = {"model": task.client.name, "prompt_hash": prompt.sha256}
-    facts |= {"usage": answer.usage}
+def _explanation(task: ExplainTask, i: int, prompt: Prompt, answer: Answer) -> Explanation:
+    facts: dict[str, Any] = {"prompt_hash": prompt.sha256, "usage": answer.usage}
     if answer.text is None:
         return task.failed(i, answer.failure or "no_answer", **facts)
     text = parse_explanation(answer.text)
-    if text is None:
-        return task.failed(i, "unparsed", **facts)
-    return task.explained(i, text, None, **facts)
+    return task.failed(i, "unparsed", **facts) if text is None else task.explained(i, text, None, **facts)
 
 
-def _ranked(
-    task: Task, candidates: dict[int, list[Explanation]], by: Any
-) -> dict[int, list[Explanation]]:
-    """Return the candidates of each unit with their ranks, best first, failures last."""
-    n_units = len(task.records.units)
-    good = [[each for each in candidates.get(i, []) if each.text] for i in range(n_units)]
-    texts = [[each.text or "" for each in some] for some in good]
+def _rank(
+    task: ExplainTask, asked: Sequence[int], explanations: list[list[Explanation]], by: Ranking | str
+) -> None:
+    """Put the candidates of each unit that was asked in order, best first, failures last."""
+    candidates: list[list[Explanation]] = [[] for _ in explanations]
+    for i in asked:
+        candidates[i] = [candidate for candidate in explanations[i] if candidate.text]
+    texts = [[candidate.text or "" for candidate in some] for some in candidates]
     values = rank_values(task, by, texts)
-    ranked: dict[int, list[Explanation]] = {}
-    for i, some in candidates.items():
+    for i in asked:
         worth = np.array([value for value, _ in values[i]], np.float64)
         order = np.argsort(-np.nan_to_num(worth, nan=-np.inf), kind="stable")
-        costed = [
-            replace(each, usage=each.usage + usage)
-            for each, (_, usage) in zip(good[i], values[i], strict=True)
+        with_cost = [
+            replace(candidate, usage=candidate.usage + usage)
+            for candidate, (_, usage) in zip(candidates[i], values[i], strict=True)
         ]
-        first = [costed[place] for place in order] + [each for each in some if not each.text]
-        ranked[i] = [replace(each, rank=rank) for rank, each in enumerate(first, start=1)]
-    return ranked
+        failures = [candidate for candidate in explanations[i] if not candidate.text]
+        ordered = [with_cost[place] for place in order] + failures
+        explanations[i] = [replace(one, rank=rank) for rank, one in enumerate(ordered, start=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Records of one unit that were not shown."""
+
+    token_ids: Int[ndarray, "records window"]
+    """Tokens; negative where there is none."""
+    acts: Float[ndarray, "records window"]
+    """Activations, in units of the hook."""
+
+
+def held_out(task: ExplainTask) -> list[HeldOut]:
+    """Return, for each unit of a task, records of split `explain` that are not the task's own.
+
+    Raises:
+        ExplainError: The task has no store.
+    """
+    if task.store is None:
+        raise ExplainError(f"{task.explainer}: ranking explanations reads records from a store")
+    shown = task.records
+    # so many more are drawn that enough are left when all that were shown are among them
+    n_top = N_TOP + len(shown.columns("top")) + len(shown.columns("firing", "quantile"))
+    counts = Counts(top=n_top, random=N_RANDOM + len(shown.kinds))
+    units = [int(unit) for unit in shown.units]
+    records = RecordReader(task.store, seed=task.seed).records(
+        shown.hook, "explain", counts, window=shown.excerpts.window, units=units
+    )
+    return [_unseen(records, i, _places(shown, i)) for i in range(len(units))]
+
+
+def _places(records: Records, i: int) -> set[tuple[int, int]]:
+    """Return where the records of a unit begin: row and position."""
+    index = records.index[i][records.index[i] >= 0]
+    excerpts = records.excerpts
+    return set(
+        zip(excerpts.seq_ids[index].tolist(), excerpts.first_pos[index].tolist(), strict=True)
+    )
+
+
+def _unseen(records: Records, i: int, seen: set[tuple[int, int]]) -> HeldOut:
+    excerpts, taken = records.excerpts, list[int]()
+    wanted: dict[Kind, int] = {"top": N_TOP, "random": N_RANDOM}
+    for kind, n in wanted.items():
+        free: list[int] = []
+        for column in records.columns(kind):
+            excerpt = int(records.index[i, column])
+            place = (int(excerpts.seq_ids[excerpt]), int(excerpts.first_pos[excerpt]))
+            if excerpt >= 0 and place not in seen:
+                free.append(int(column))
+                seen = seen | {place}
+        taken += free[:n]
+    return HeldOut(records.token_ids(i)[taken], records.acts[i][taken])
+
+
+def rank_values(
+    task: ExplainTask, by: Ranking | str, texts: Sequence[Sequence[str]]
+) -> list[list[tuple[float, Usage]]]:
+    """Return the value of each candidate of each unit, and what finding it took.
+
+    Args:
+        task: The units.
+        by: See `AskSettings.rank_by`.
+        texts: Candidates of each unit.
+
+    Raises:
+        ExplainError: There is no such ranking.
+        ClientError: The client gives no log-probabilities of its prompt.
+    """
+    records = held_out(task)
+    if isinstance(by, Ranking):
+        return [
+            [(by.score(text, own.token_ids, own.acts), Usage()) for text in candidates]
+            for own, candidates in zip(records, texts, strict=True)
+        ]
+    if by != "simulation":
+        raise ExplainError(f"rank_by: want 'simulation' or a Ranking, got {by!r}")
+    assert task.client is not None
+    pairs = [(text, own) for own, some in zip(records, texts, strict=True) for text in some]
+    ids = [own.token_ids for _, own in pairs]
+    simulations = simulate(task.client, [text for text, _ in pairs], ids, task.vocabulary)
+    values = iter(
+        (_correlation(simulation, own), simulation.usage)
+        for simulation, (_, own) in zip(simulations, pairs, strict=True)
+    )
+    return [[next(values) for _ in candidates] for candidates in texts]
+
+
+def _correlation(simulation: Simulation, own: HeldOut) -> float:
+    """Return Pearson's correlation of expected and true activations; NaN where there is none."""
+    is_token = own.token_ids >= 0
+    expected, true = simulation.acts[is_token], own.acts[is_token].astype(np.float64)
+    if simulation.failure or not (np.ptp(expected) > 0 and np.ptp(true) > 0):
+        return float("nan")
+    return float(np.corrcoef(expected, true)[0, 1])

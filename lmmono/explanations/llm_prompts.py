@@ -1,13 +1,83 @@
-"""What language models are asked about a unit, and how their answers are read."""
+"""What language models are asked about a unit, and how their answers are read.
+
+Models are shown invented units first, written for lmmono. An excerpt of one is written
+`token|token:8|token`: tokens between bars, each with its activation of 1 to 10 where it is not 0.
+"""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
 from lmmono.clients.client import Message, Prompt
-from lmmono.explanations.llm_examples import EXAMPLES, Example, Shown
+
+Shown = tuple[tuple[str, int], ...]
+"""Tokens of an excerpt, each with its activation of 0 to 10."""
+
+
+def shown(written: str) -> Shown:
+    """Return the tokens and activations of a written excerpt.
+
+    >>> shown("We| sail:7| at| dawn")
+    (('We', 0), (' sail', 7), (' at', 0), (' dawn', 0))
+    """
+    parts = [part.rpartition(":") for part in written.split("|")]
+    return tuple((token, int(act)) if token else (act, 0) for token, _, act in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class InventedUnit:
+    """An invented unit."""
+
+    explanation: str
+    """What it means."""
+    firing: tuple[Shown, ...]
+    """Excerpts in which it fires."""
+    silent: tuple[Shown, ...]
+    """Excerpts in which it does not."""
+
+
+INVENTED_UNITS: tuple[InventedUnit, ...] = (
+    InventedUnit(
+        "words for boats and ships",
+        (
+            shown("The| old| ferry:9| left| the| quay| an| hour| late|."),
+            shown(" We| watched| a| canoe:10| drift| past| two| barges:8|."),
+            shown(" he| painted| the| boat:10| blue| before| winter"),
+        ),
+        (
+            shown(" The| harbour| office| opens| at| nine|."),
+            shown(" a| lorry| full| of| fish| stood| by| the| water"),
+        ),
+    ),
+    InventedUnit(
+        "the number of a year after the word in or since",
+        (
+            shown(" the| mill| closed| in| 1962:10| and| never| opened| again"),
+            shown(" She| has| lived| here| since| 2004:8|.| In| 2011:9| she| wed|."),
+            shown(" prices| fell| in| 1931:10|,| then| rose"),
+        ),
+        (
+            shown(" The| hall| seats| 1200| people|."),
+            shown(" in| room| 214| we| found| 3| chairs"),
+        ),
+    ),
+    InventedUnit(
+        "the second part of a contraction with not",
+        (
+            shown(" I| do|n't:10| think| it| will| rain"),
+            shown(" They| could|n't:9| find| the| key|,| so| they| wait|ed"),
+            shown(" it| is|n't:10| far| and| we| were|n't:8| tired"),
+        ),
+        (
+            shown(" I| do| not| know| him|."),
+            shown(" She|'s| late| because| the| bus| was| full"),
+        ),
+    ),
+)
+"""The invented units, in the order in which they are shown."""
 
 LEVELS = 10
 """Activations are shown as 0 to this."""
@@ -60,7 +130,7 @@ def visible(token: str) -> str:
 def pairs_prompt(records: Sequence[Shown]) -> Prompt:
     """Ask with each token and its activation on a line of its own."""
     about = _ABOUT + "You see excerpts, one token per line: the token, a tab, its activation. "
-    return _prompt(about + _ASK, [_pairs(each.firing) for each in EXAMPLES], _pairs(records))
+    return _prompt(about + _ASK, [_pairs(unit.firing) for unit in INVENTED_UNITS], _pairs(records))
 
 
 def max_act_prompt(records: Sequence[Shown]) -> Prompt:
@@ -69,7 +139,7 @@ def max_act_prompt(records: Sequence[Shown]) -> Prompt:
         "You see excerpts of text in which it fires. Tokens that fire stand in [[double "
         "brackets]]; under each excerpt are its strongest tokens with their activations. "
     )
-    return _prompt(about + _ASK, [_marked(each.firing) for each in EXAMPLES], _marked(records))
+    return _prompt(about + _ASK, [_marked(unit.firing) for unit in INVENTED_UNITS], _marked(records))
 
 
 def contrastive_prompt(firing: Sequence[Shown], silent: Sequence[Shown]) -> Prompt:
@@ -79,7 +149,7 @@ def contrastive_prompt(firing: Sequence[Shown], silent: Sequence[Shown]) -> Prom
         "brackets]], and then excerpts in which it is silent throughout. The explanation must hold "
         "for the first and not for the others. "
     )
-    examples = [_contrast(each.firing, each.silent) for each in EXAMPLES]
+    examples = [_contrast(unit.firing, unit.silent) for unit in INVENTED_UNITS]
     return _prompt(about + _ASK, examples, _contrast(firing, silent))
 
 
@@ -105,13 +175,10 @@ def parse_explanation(answer: str) -> str | None:
 
 def _prompt(about: str, examples: Iterable[str], asked: str) -> Prompt:
     turns = [Message("system", about)]
-    for example, shown in zip(EXAMPLES, examples, strict=True):
-        turns += [Message("user", shown), Message("assistant", _answer(example))]
+    for unit, excerpts in zip(INVENTED_UNITS, examples, strict=True):
+        answer = f"{ANSWER} {unit.explanation}"
+        turns += [Message("user", excerpts), Message("assistant", answer)]
     return Prompt((*turns, Message("user", asked)))
-
-
-def _answer(example: Example) -> str:
-    return f"{ANSWER} {example.explanation}"
 
 
 def _pairs(records: Sequence[Shown]) -> str:

@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -25,8 +25,7 @@ from numpy import ndarray
 from lmmono.clients.client import Client, Reading, Usage
 from lmmono.errors import ExplainError
 from lmmono.explanations.explanation import Failure
-from lmmono.explanations.llm_examples import EXAMPLES
-from lmmono.explanations.llm_prompts import LEVELS, visible
+from lmmono.explanations.llm_prompts import INVENTED_UNITS, LEVELS, visible
 
 N_ALTERNATIVES = 15
 """Tokens looked at per slot, as in Bills et al. 2023."""
@@ -90,14 +89,14 @@ class _Slot:
 @cache
 def _start() -> str:
     blocks = [_ABOUT]
-    for i, example in enumerate(EXAMPLES, start=1):
-        pairs = [*example.silent[0], *example.firing[0]]
-        n_hidden = len(example.silent[0]) - 2
+    for i, unit in enumerate(INVENTED_UNITS, start=1):
+        pairs = [*unit.silent[0], *unit.firing[0]]
+        n_hidden = len(unit.silent[0]) - 2  # the first tokens are unknown, as all will be
         lines = [
             f"{visible(token)}\t{_UNKNOWN if n < n_hidden else act}"
             for n, (token, act) in enumerate(pairs)
         ]
-        blocks.append(_head(i, example.explanation) + "\n".join(lines) + "\nEnd")
+        blocks.append(_head(i, unit.explanation) + "\n".join(lines) + "\nEnd")
     return "\n\n".join(blocks) + "\n\n"
 
 
@@ -107,7 +106,7 @@ def _head(i: int, explanation: str) -> str:
 
 def simulation_text(explanation: str, tokens: Sequence[str]) -> tuple[str, list[int]]:
     """Return the text to read, and the character at which each token's slot begins."""
-    text = _start() + _head(len(EXAMPLES) + 1, " ".join(explanation.split()))
+    text = _start() + _head(len(INVENTED_UNITS) + 1, " ".join(explanation.split()))
     lines = [f"{visible(token)}\t{_UNKNOWN}\n" for token in tokens]
     ends = accumulate((len(line) for line in lines), initial=len(text))
     slots = [end - len(_UNKNOWN) - 1 for end in list(ends)[1:]]
@@ -134,25 +133,24 @@ def simulate(
     """
     if not vocabulary:
         raise ExplainError("the store has no vocabulary, so no text can be shown; capture it anew")
-    found = [Simulation(np.zeros(ids.shape)) for ids in token_ids]
-    digests = [hashlib.sha256() for _ in found]
-    for some in _some(_texts(explanations, token_ids, vocabulary)):
-        for one, reading, slots in _read(client, some):
-            i, simulation = one.explanation, found[one.explanation]
-            there = token_ids[i][one.record] >= 0
-            simulation.acts[one.record, there] = [slot.value for slot in slots]
-            digests[i].update(one.text.encode())
-            n_fallback = sum(not slot.shares.any() for slot in slots)
-            found[i] = replace(
+    simulations = [Simulation(np.zeros(ids.shape)) for ids in token_ids]
+    digests = [hashlib.sha256() for _ in simulations]
+    for texts in _batches(_texts(explanations, token_ids, vocabulary)):
+        for text, reading, slots in _read(client, texts):
+            i, simulation = text.explanation, simulations[text.explanation]
+            is_token = token_ids[i][text.record] >= 0
+            simulation.acts[text.record, is_token] = [slot.value for slot in slots]
+            digests[i].update(text.text.encode())
+            simulations[i] = replace(
                 simulation,
                 n_slots=simulation.n_slots + len(slots),
-                n_fallback=simulation.n_fallback + n_fallback,
+                n_fallback=simulation.n_fallback + sum(not slot.shares.any() for slot in slots),
                 failure=simulation.failure or reading.failure,
                 usage=simulation.usage + reading.usage,
                 prompt_hash=digests[i].hexdigest(),
             )
     return [
-        replace(each, acts=np.zeros(each.acts.shape)) if each.failure else each for each in found
+        replace(one, acts=np.zeros(one.acts.shape)) if one.failure else one for one in simulations
     ]
 
 
@@ -178,36 +176,36 @@ def _texts(
                 yield _Text(i, record, *simulation_text(explanation, tokens))
 
 
-def _some(texts: Iterator[_Text]) -> Iterator[list[_Text]]:
-    held: list[_Text] = []
-    for text in texts:
-        held.append(text)
-        if len(held) == TEXTS_AT_ONCE:
-            yield held
-            held = []
-    if held:
-        yield held
+def _batches(texts: Iterator[_Text]) -> Iterator[list[_Text]]:
+    while batch := list(islice(texts, TEXTS_AT_ONCE)):
+        yield batch
 
 
 def _read(client: Client, texts: list[_Text]) -> Iterator[tuple[_Text, Reading, list[_Slot]]]:
-    readings = client.read([each.text for each in texts], n_alternatives=N_ALTERNATIVES)
+    readings = client.read([text.text for text in texts], n_alternatives=N_ALTERNATIVES)
     slots = [
-        [] if reading.failure else _slots(reading, each.slots)
-        for each, reading in zip(texts, readings, strict=True)
+        [] if reading.failure else _slots(reading, text.slots)
+        for text, reading in zip(texts, readings, strict=True)
     ]
-    for i, slot, tens in _tens(client, texts, readings, slots):
-        usage = readings[i].usage + tens.usage
-        readings[i] = replace(readings[i], usage=usage, failure=readings[i].failure or tens.failure)
-        if not tens.failure:
-            _split_one(slot, tens)
-    for each, reading, found in zip(texts, readings, slots, strict=True):
-        there = [] if reading.failure else found
-        yield each, reading, there or [_Slot(end, np.zeros(LEVELS + 1)) for end in each.slots]
+    for i, slot, after_one in _read_on(client, texts, readings, slots):
+        usage = readings[i].usage + after_one.usage
+        failure = readings[i].failure or after_one.failure
+        readings[i] = replace(readings[i], usage=usage, failure=failure)
+        if not after_one.failure:
+            _split_one(slot, after_one)
+    for text, reading, own in zip(texts, readings, slots, strict=True):
+        nothing = [_Slot(end, np.zeros(LEVELS + 1)) for end in text.slots]
+        yield text, reading, (nothing if reading.failure else own)
 
 
 def _slots(reading: Reading, ends: list[int]) -> list[_Slot]:
-    by_start = _by_start(reading)
-    return [_Slot(end, _shares(reading, by_start.get(end))) for end in ends]
+    by_start, slots = _by_start(reading), list[_Slot]()
+    for end in ends:
+        token = by_start.get(end)
+        alternatives = {} if token is None else reading.alternatives[token]
+        logprobs = [alternatives.get(str(level), -np.inf) for level in range(LEVELS + 1)]
+        slots.append(_Slot(end, np.exp(logprobs)))
+    return slots
 
 
 def _by_start(reading: Reading) -> dict[int, int]:
@@ -217,36 +215,29 @@ def _by_start(reading: Reading) -> dict[int, int]:
     return {start: i for i, (start, token) in enumerate(pairs) if token}
 
 
-def _shares(reading: Reading, token: int | None) -> Float[ndarray, " levels"]:
-    alternatives = {} if token is None else reading.alternatives[token]
-    logprobs = [alternatives.get(str(level), -np.inf) for level in range(LEVELS + 1)]
-    return np.exp(logprobs)
-
-
-def _tens(
+def _read_on(
     client: Client, texts: list[_Text], readings: list[Reading], slots: list[list[_Slot]]
 ) -> Iterator[tuple[int, _Slot, Reading]]:
     """Read on after "1" in the slots where it matters; yield text, slot and reading."""
+    # a 10 is two tokens to this model where the examples' first one is
+    first_ten = _start().index("\t10\n") + 2
     wanted = [
         (i, slot)
         for i, reading in enumerate(readings)
-        if not reading.failure and _ten_is_split(reading)
+        if not reading.failure and first_ten in _by_start(reading)
         for slot in slots[i]
         if slot.shares[1] >= TEN_SHARE * slot.shares.sum() > 0
     ]
     if wanted:
-        on = client.read([texts[i].text[: slot.end] + "10" for i, slot in wanted])
-        yield from ((i, slot, found) for (i, slot), found in zip(wanted, on, strict=True))
+        further = client.read([texts[i].text[: slot.end] + "10" for i, slot in wanted])
+        for (i, slot), after_one in zip(wanted, further, strict=True):
+            yield i, slot, after_one
 
 
-def _ten_is_split(reading: Reading) -> bool:
-    """Return whether the examples' first 10 is two tokens to this model."""
-    return _start().index("\t10\n") + 2 in _by_start(reading)
-
-
-def _split_one(slot: _Slot, tens: Reading) -> None:
-    zero = _by_start(tens).get(slot.end + 1)
-    logprob = None if zero is None else tens.logprobs[zero]
+def _split_one(slot: _Slot, after_one: Reading) -> None:
+    """Give 10 its part of the probability of "1"."""
+    zero = _by_start(after_one).get(slot.end + 1)
+    logprob = None if zero is None else after_one.logprobs[zero]
     ten = slot.shares[1] * (0.0 if logprob is None else np.exp(logprob))
     slot.shares[1] -= ten
     slot.shares[10] += ten

@@ -7,14 +7,14 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from lmmono.explanations.explainer_registry import Task
+from lmmono.explanations.explain_task import ExplainTask
 from lmmono.explanations.explanation import Explanation, Program
 
 SHOWN_TOKENS = 8
 """Most tokens that a text names."""
 
-SHOWN_SHARE = 0.3
-"""Tokens are named whose activation is at least this share of the strongest token's."""
+SHOWN_FRACTION = 0.3
+"""Tokens are named whose activation is at least this fraction of the strongest token's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Lookup(Program):
         if not len(self.tokens):
             return np.where(token_ids >= 0, self.otherwise, 0.0)
         at = np.minimum(np.searchsorted(self.tokens, token_ids), len(self.tokens) - 1)
-        known = self.tokens[at] == token_ids
-        return np.where(token_ids >= 0, table[np.where(known, at, -1)], 0.0)
+        is_listed = self.tokens[at] == token_ids
+        return np.where(token_ids >= 0, table[np.where(is_listed, at, -1)], 0.0)
 
     def to_json(self) -> dict[str, Any]:
         """Return the two columns and the default."""
@@ -100,18 +100,16 @@ def shrink(
     return Shrinkage(float(mean), within, between, mean + weight * (sums / n - mean))
 
 
-def explain_by_tokens(task: Task) -> list[Explanation]:
+def explain_by_tokens(task: ExplainTask) -> list[Explanation]:
     """Explain each unit of a task by the activation it has on each token of its records."""
     all_ids = task.records.all_token_ids()
-    return [
-        task.refused(i) or _explained(task, i, all_ids[i]) for i in range(len(task.records.units))
-    ]
+    return task.explain_each(lambda i: _explained(task, i, all_ids[i]))
 
 
-def _explained(task: Task, i: int, token_ids: ndarray) -> Explanation:
-    there = token_ids >= 0
-    tokens, group = np.unique(token_ids[there], return_inverse=True)
-    acts = task.records.acts[i][there].astype(np.float64)
+def _explained(task: ExplainTask, i: int, token_ids: ndarray) -> Explanation:
+    is_token = token_ids >= 0
+    tokens, group = np.unique(token_ids[is_token], return_inverse=True)
+    acts = task.records.acts[i][is_token].astype(np.float64)
     n = np.bincount(group).astype(np.float64)
     means = shrink(n, np.bincount(group, acts), float(np.square(acts).sum()))
     program = Lookup(tokens, rounded(means.shrunk), float(rounded(np.array([means.mean]))[0]))
@@ -120,9 +118,11 @@ def _explained(task: Task, i: int, token_ids: ndarray) -> Explanation:
 
 
 def rounded(values: Float[ndarray, " n"]) -> Float[ndarray, " n"]:
-    """Return values with 4 digits that count: what is stored is what simulates."""
+    """Return values with 4 significant digits: what is stored is what simulates."""
     with np.errstate(divide="ignore", invalid="ignore"):
+        # decimal places that leave 4 significant digits
         digits = np.where(values != 0, 3 - np.floor(np.log10(np.abs(values))), 0).astype(int)
+    # beyond these powers of ten a double overflows
     scale = 10.0 ** np.clip(digits, -300, 300)
     return np.round(values * scale) / scale
 
@@ -133,7 +133,7 @@ def lookup_text(program: Lookup, vocabulary: tuple[str, ...]) -> str:
     strongest = program.acts[order[0]] if len(order) else 0.0
     if strongest <= max(program.otherwise, 0.0):
         return "no token in particular"
-    least = program.otherwise + SHOWN_SHARE * (strongest - program.otherwise)
+    least = program.otherwise + SHOWN_FRACTION * (strongest - program.otherwise)
     named = program.tokens[order[program.acts[order] >= least]]
     return "tokens " + ", ".join(quoted(int(token_id), vocabulary) for token_id in named)
 
@@ -144,5 +144,5 @@ def quoted(token_id: int, vocabulary: tuple[str, ...]) -> str:
     >>> quoted(1, (" the", "\n"))
     "'\\n'"
     """
-    known = 0 <= token_id < len(vocabulary)
-    return repr(vocabulary[token_id]) if known else f"[{token_id}]"
+    has_string = 0 <= token_id < len(vocabulary)
+    return repr(vocabulary[token_id]) if has_string else f"[{token_id}]"

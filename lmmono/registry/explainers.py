@@ -51,14 +51,14 @@ _ALL = (
     ),
     Explainer(
         "context_rules",
-        "lmmono.explanations.rules:explain_by_rules",
+        "lmmono.explanations.contexts:explain_by_rules",
         citation="own; greedy forward selection of rules, sets of keys as in CART (Breiman 1984)",
         about="a few rules over the token, those before it, their character classes and the place",
         settings={"max_rules": 8, "max_terms": 12},
     ),
     Explainer(
         "context_boosted",
-        "lmmono.explanations.boosted:explain_by_all_contexts",
+        "lmmono.explanations.contexts:explain_by_all_contexts",
         citation="own; boosting with random-effect means per context, an upper bound",
         about="a weight for every context that the records hold",
     ),

@@ -1,5 +1,6 @@
 """What an explainer is asked to do."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,11 @@ from lmmono.records.sampler import Records
 from lmmono.types import Progress, silent
 
 MIN_FIRING_RECORDS = 5
-"""A unit with fewer top records is not explained: `too_few_records`."""
+"""A unit that fires in fewer of its records is not explained: `too_few_records`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class ExplainTask:
     """What an explainer is asked to do: the units of some records of one hook."""
 
     records: Records
@@ -30,9 +31,16 @@ class Task:
     store: astore.Store | None = None
     """The store, for explainers that reuse what is explained there."""
     client: Client | None = None
-    """Language model that writes."""
+    """Language model that writes; None for explainers that ask none."""
     progress: Progress = silent
     """Told how far the work is."""
+
+    def explain_each(self, explain: Callable[[int], Explanation]) -> list[Explanation]:
+        """Return the explanation of every unit: why it cannot be explained, or what `explain` says.
+
+        Units are passed by their place among the records.
+        """
+        return [self.refused(i) or explain(i) for i in range(len(self.records.units))]
 
     def refused(self, i: int) -> Explanation | None:
         """Return why the i-th unit cannot be explained, or None."""
@@ -51,8 +59,13 @@ class Task:
 
     def _explanation(self, i: int, **facts: Any) -> Explanation:
         records = self.records
-        origin = {"split": records.excerpts.split, "seed": self.seed, "explainer": self.explainer}
-        n = int((records.index[i] >= 0).sum())
         return Explanation(
-            hook=records.hook, unit=int(records.units[i]), n_records=n, **origin, **facts
+            hook=records.hook,
+            unit=int(records.units[i]),
+            explainer=self.explainer,
+            split=records.excerpts.split,
+            n_records=int((records.index[i] >= 0).sum()),
+            seed=self.seed,
+            model=None if self.client is None else self.client.name,
+            **facts,
         )
