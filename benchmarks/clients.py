@@ -19,8 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from lmmono.clients.client import Prompt
 from lmmono.clients.local import LocalClient
-from lmmono.explanations.llm_examples import Shown
-from lmmono.explanations.llm_prompts import max_act_prompt
+from lmmono.explanations.llm_prompts import Shown, max_act_prompt
 from lmmono.explanations.llm_simulation import simulation_text
 
 WORDS = [" the", " cat", " sat", " on", " a", " mat", " by", " door", ".", " and", " rain", " fell"]

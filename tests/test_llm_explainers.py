@@ -14,8 +14,8 @@ import activation_store as astore
 import lmmono as lm
 from lmmono.clients.server import Price, ServerClient
 from lmmono.errors import ExplainError
+from lmmono.explanations.llm_explainers import Ranking
 from lmmono.explanations.llm_prompts import levels, pairs_prompt, parse_explanation
-from lmmono.explanations.llm_ranking import Ranking
 
 EXPLAINERS = ("llm_token_act_pair", "llm_max_act", "llm_contrastive")
 READ = expecting(ten_on_the_token)
@@ -118,7 +118,7 @@ def test_what_is_no_explanation_is_a_failure_in_the_store(store) -> None:
 
     with serving(script) as calls:
         made = lm.explain(store, HOOK, explainer=EXPLAINERS[0], client=client_of(calls))
-    assert made.failures == {"unparsed": 2, "no_answer": 1, "silent": 1, "too_few_records": 1}
+    assert made.failures == {"unparsed": 3, "silent": 1, "too_few_records": 1}
     assert made.n_explained == 1
     rows = store.sql("SELECT unit, text FROM explanations WHERE text IS NOT NULL").fetchall()
     assert rows == [(2, "fine")]

@@ -1,2 +1,2 @@
 from lmmono.explanations.explain import Explanations as Explanations
-from lmmono.explanations.llm_ranking import Ranking as Ranking
+from lmmono.explanations.llm_explainers import Ranking as Ranking

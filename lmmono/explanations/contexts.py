@@ -3,8 +3,8 @@
 A context group gives each token one key: the token itself, those before it, their character
 classes, pairs of these, or the place in the excerpt. Two explainers choose among the keys:
 
-`context_rules`: a few rules "one of these keys: add this much", found by greedy forward selection as
-in matching pursuit: the rule that explains most of what is left, then all weights anew by ridge
+`context_rules`: a few rules "one of these keys: add this much", found by greedy forward selection
+as in matching pursuit: the rule that explains most of what is left, then all weights anew by ridge
 regression. It ends at the limits on rules and terms, or when the best rule left explains no more
 than the best of so many rules would by chance.
 
@@ -172,7 +172,9 @@ class Context(Program):
     def from_json(cls, values: dict[str, Any]) -> "Context":
         """Return the program that was described."""
         tables = tuple(
-            ContextTable(t["group"], np.array(t["keys"], np.int64), np.array(t["weights"], np.float64))
+            ContextTable(
+                t["group"], np.array(t["keys"], np.int64), np.array(t["weights"], np.float64)
+            )
             for t in values["tables"]
         )
         classes = zlib.decompress(base64.b64decode(values["classes"]))
@@ -304,7 +306,11 @@ def _key_phrase(group: str, key: int, vocabulary: tuple[str, ...]) -> str:
     if group in ("class", "class before"):
         return _class_phrase(key)
     first, second = divmod(key, PAIR)
-    left = _class_phrase(first - 1) if "class" in group else _key_phrase("token", first - 1, vocabulary)
+    left = (
+        _class_phrase(first - 1)
+        if "class" in group
+        else _key_phrase("token", first - 1, vocabulary)
+    )
     of_second = "class" if group == "class after class" else "token"
     return f"{_key_phrase(of_second, second - 1, vocabulary)} after {left}"
 

@@ -1,4 +1,4 @@
-"""Explaining the units of a store: the verb, and the handle on what was made."""
+"""Explaining the units of a store: the verb, the handle on what it did, and the stage of a run."""
 
 import time
 from collections.abc import Sequence
@@ -8,18 +8,21 @@ from typing import Any, Literal
 import activation_store as astore
 from lmmono.clients.client import Client
 from lmmono.errors import ExplainError, nearest
-from lmmono.explanations.explainer_registry import Task
+from lmmono.explanations.explain_task import ExplainTask
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.protocols import Protocol, find_protocol, variant
 from lmmono.explanations.stored_explanations import (
+    answered_units,
+    count_failures,
     match_stored_hooks,
     read_explanations,
     read_vocabulary,
 )
 from lmmono.records.record_reader import RecordReader
 from lmmono.records.sampler import KINDS, Counts, Records
-from lmmono.records.units import Units, units_of
+from lmmono.records.units import Units, sample, units_of
 from lmmono.registry.explainers import Explainer, find_explainer
+from lmmono.runs.folder import Run
 from lmmono.types import Progress, silent
 
 
@@ -39,17 +42,22 @@ class Explanations:
     """Units with an explanation."""
     failures: dict[str, int]
     """Units without one, by type of failure."""
+    details: dict[str, str]
+    """What went wrong in words, by type of failure: the first of this call."""
     n_found: int
-    """How many of all these were there already."""
+    """How many of all these were stored already."""
     seconds: float
     """Wall time."""
 
     def __repr__(self) -> str:
-        failed = ", ".join(f"{n:,} {kind}" for kind, n in sorted(self.failures.items())) or "none"
+        failed = [
+            f"{n:,} {kind}" + (f" ({self.details[kind]})" if kind in self.details else "")
+            for kind, n in sorted(self.failures.items())
+        ]
         return (
             f"Explanations({self.store.path}, {self.explainer}: {self.n_explained:,} units of "
-            f"{len(self.hooks)} hooks explained, failed: {failed}; {self.n_found:,} were there; "
-            f"{self.seconds:.1f} s)"
+            f"{len(self.hooks)} hooks explained, failed: {', '.join(failed) or 'none'}; "
+            f"{self.n_found:,} were stored already; {self.seconds:.1f} s)"
         )
 
     def of(self, hook: str) -> dict[int, Explanation]:
@@ -74,9 +82,11 @@ def explain(
 ) -> Explanations:
     """Explain units from the records of split `explain`, into table `explanations`.
 
-    Units that have a row already are left as they are. The rows of a hook are added in one commit;
-    a failure is a row too. Whatever differs from the explainer's defaults is part of the name in
-    the table, such as `token_lookup:top=5`.
+    Resumable: units that have a row are skipped. The rows of a hook are added in one commit. A
+    failure is a row too; units that a language model was asked about in vain (no answer came, or a
+    limit was reached) are asked about again by the next call. Whatever decides the answer is part
+    of the name in the table: settings other than the explainer's defaults, as in
+    `token_lookup:top=5`, and the language model, as in `llm_max_act:model=judge@host`.
 
     Args:
         store: A store opened with mode "a".
@@ -88,7 +98,7 @@ def explain(
         counts: Records shown; None takes the explainer's own.
         seed: Seed of what is drawn.
         client: Language model, for explainers that ask one.
-        overwrite: Explain anew what is there.
+        overwrite: Explain anew what is stored.
         progress: Told how many hooks are done.
         settings: Settings of the explainer.
 
@@ -97,18 +107,32 @@ def explain(
             client is missing.
         StoreError: The store is not open for writing.
     """
-    made = _Explaining(store, find_explainer(explainer), preset, window, counts, seed, settings)
-    made.check(client)
-    started, found = time.perf_counter(), match_stored_hooks(store, hooks)
-    n_found = 0
-    for done, hook in enumerate(found, start=1):
-        n_found += made.hook(hook, units, client, overwrite, progress)
-        progress(f"explain {made.name}", done, len(found))
-    seconds = time.perf_counter() - started
-    return _handle(store, made.name, seed, tuple(found), units, n_found, seconds)
+    started = time.perf_counter()
+    plan = _ExplainPlan(
+        store, find_explainer(explainer), preset, window, counts, seed, client, settings
+    )
+    matching = match_stored_hooks(store, hooks)
+    wanted = {hook: units_of(store, hook, units) for hook in matching}
+    n_found, details = 0, dict[str, str]()
+    for done, hook in enumerate(matching, start=1):
+        stored = set[int]() if overwrite else answered_units(store, hook, plan.name, seed)
+        left = [unit for unit in wanted[hook] if unit not in stored]
+        n_found += len(wanted[hook]) - len(left)
+        if left:
+            whole_hook = units is None and len(left) == len(wanted[hook])
+            for explanation in plan.explain(hook, None if whole_hook else left, progress):
+                if explanation.failure is not None and explanation.detail:
+                    details.setdefault(explanation.failure, explanation.detail)
+        progress(f"explain {plan.name}", done, len(matching))
+    failures = count_failures(store, plan.name, seed, wanted)
+    n_explained, seconds = failures.pop(None, 0), time.perf_counter() - started
+    by_name = {str(failure): n for failure, n in failures.items()}
+    return Explanations(
+        store, plan.name, seed, tuple(matching), n_explained, by_name, details, n_found, seconds
+    )
 
 
-class _Explaining:
+class _ExplainPlan:
     """One explainer with its settings, ready to explain hooks of a store."""
 
     def __init__(
@@ -119,104 +143,103 @@ class _Explaining:
         window: int,
         counts: Counts | None,
         seed: int,
+        client: Client | None,
         settings: dict[str, Any],
     ) -> None:
+        asks = "client" in explainer.needs
+        for name in settings:
+            if name not in explainer.settings:
+                way_out = nearest(name, explainer.settings) if explainer.settings else "it has none"
+                raise ExplainError(f"{explainer.name}: no setting {name!r}; {way_out}")
+        if asks and client is None:
+            raise ExplainError(f"{explainer.name} asks a language model; pass client=")
+        if preset is not None and counts is not None:
+            raise ExplainError(f"preset {preset!r} says which records; leave counts= out")
         self._store, self._explainer, self._seed = store, explainer, seed
+        self._client = client if asks else None
         self._protocol = None if preset is None else find_protocol(preset)
         self._window = window
         self._counts = Counts(**explainer.shown) if counts is None else counts
         self._settings = {**explainer.settings, **settings}
-        defaults = explainer.settings
-        changes: dict[str, object] = {k: v for k, v in settings.items() if defaults.get(k) != v}
-        if preset is None:
-            changes |= {} if window == 64 else {"window": window}
-            shown = {kind: getattr(self._counts, kind) for kind in KINDS}
-            default = {kind: explainer.shown.get(kind, 0) for kind in KINDS}
-            changes |= {kind: n for kind, n in shown.items() if n != default[kind]}
-        elif counts is not None:
-            raise ExplainError(f"preset {preset!r} says which records; leave counts= out")
-        self.name = str(variant(explainer.name, preset, changes))
+        self.name = self._name(preset, settings)
         self._reader = RecordReader(store, seed=seed)
         self._vocabulary = read_vocabulary(store)
 
-    def check(self, client: Client | None) -> None:
-        known = self._explainer.settings
-        for name in self._settings:
-            if name not in known:
-                way_out = nearest(name, known) if known else "it has none"
-                raise ExplainError(f"{self._explainer.name}: no setting {name!r}; {way_out}")
-        if "client" in self._explainer.needs and client is None:
-            raise ExplainError(f"{self._explainer.name} asks a language model; pass client=")
+    def _name(self, preset: str | None, settings: dict[str, Any]) -> str:
+        """Return the name that tells apart whatever decides the answer."""
+        defaults, changes = self._explainer.settings, dict[str, object]()
+        changes |= {name: value for name, value in settings.items() if defaults[name] != value}
+        if preset is None:
+            changes |= {} if self._window == 64 else {"window": self._window}
+            for kind in KINDS:
+                n = getattr(self._counts, kind)
+                changes |= {} if n == self._explainer.shown.get(kind, 0) else {kind: n}
+        if self._client is not None:
+            changes["model"] = self._client.name
+        return str(variant(self._explainer.name, preset, changes))
 
-    def hook(
-        self,
-        hook: str,
-        units: Units,
-        client: Client | None,
-        overwrite: bool,
-        progress: Progress,
-    ) -> int:
-        """Explain the units of one hook and return how many were there already."""
-        wanted = units_of(self._store, hook, units)
-        query = """SELECT DISTINCT unit FROM explanations
-            WHERE hook = $hook AND explainer = $name AND seed = $seed"""
-        known = self._store.sql(query, hook=hook, name=self.name, seed=self._seed).fetchall()
-        there = set() if overwrite else {unit for (unit,) in known} & set(wanted)
-        left = [unit for unit in wanted if unit not in there]
-        if left:
-            started = time.perf_counter()
-            records = self._records(hook, left, len(wanted) == len(left) and units is None)
-            task = Task(
-                records,
-                self._vocabulary,
-                self.name,
-                self._seed,
-                self._settings,
-                self._store,
-                client,
-                progress,
-            )
-            rows = [each.row() for each in self._explainer.load()(task)]
-            each_took = (time.perf_counter() - started) / len(left)
-            rows = [row | {"seconds": row["seconds"] or each_took} for row in rows]
-            self._store.append("explanations", rows)
-        return len(there)
+    def explain(
+        self, hook: str, units: list[int] | None, progress: Progress
+    ) -> Sequence[Explanation]:
+        """Explain units of one hook, None for all, and store what is said of them."""
+        started = time.perf_counter()
+        task = ExplainTask(
+            self._records(hook, units),
+            self._vocabulary,
+            self.name,
+            self._seed,
+            self._settings,
+            self._store,
+            self._client,
+            progress,
+        )
+        explanations = self._explainer.load()(task)
+        per_unit = (time.perf_counter() - started) / max(len(task.records.units), 1)
+        rows = [explanation.row() for explanation in explanations]
+        rows = [row | {"seconds": row["seconds"] or per_unit} for row in rows]
+        self._store.append("explanations", rows)
+        return explanations
 
-    def _records(self, hook: str, units: list[int], is_all: bool) -> Records:
-        of = None if is_all else units
+    def _records(self, hook: str, units: list[int] | None) -> Records:
         protocol: Protocol | None = self._protocol
         if protocol is None:
             return self._reader.records(
-                hook, "explain", self._counts, window=self._window, units=of
+                hook, "explain", self._counts, window=self._window, units=units
             )
         return self._reader.ranked(
             hook,
             protocol.explain_split,
             protocol.explain,
             window=protocol.window,
-            units=of,
+            units=units,
             token_centred=protocol.token_centred,
         )
 
 
-def _handle(
-    store: astore.Store,
-    name: str,
-    seed: int,
-    hooks: tuple[str, ...],
-    units: Units,
-    n_found: int,
-    seconds: float,
-) -> Explanations:
-    query = """SELECT failure, count(DISTINCT unit) FROM explanations WHERE hook = $hook
-        AND explainer = $name AND seed = $seed AND unit IN (SELECT unnest($units))
-        GROUP BY failure"""
-    counts: dict[str | None, int] = {}
-    for hook in hooks:
-        wanted = units_of(store, hook, units)
-        rows = store.sql(query, hook=hook, name=name, seed=seed, units=wanted).fetchall()
-        for failure, n in rows:
-            counts[failure] = counts.get(failure, 0) + n
-    n_explained = counts.pop(None, 0)
-    failures = {str(kind): n for kind, n in counts.items()}
-    return Explanations(store, name, seed, hooks, n_explained, failures, n_found, seconds)
+def explain_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
+    """Explain the units that a captured run's recipe names; return the facts.
+
+    Resumable: units that have a row already are skipped.
+
+    Raises:
+        ExplainError: A hook is not stored as rows, or split `explain` was not captured.
+        StoreError: The store cannot be read or written.
+    """
+    settings, seed = run.recipe.explain, run.recipe.seed
+    units = None if settings.units is None else sample(settings.units, seed=seed)
+    n_explained = dict[str, int]()
+    with astore.open(run.store_path, mode="a") as store:
+        for explainer in settings.explainers:
+            for preset in (None, *settings.presets):
+                explanations = explain(
+                    store,
+                    settings.hooks,
+                    units=units,
+                    explainer=explainer,
+                    preset=preset,
+                    window=settings.window,
+                    seed=seed,
+                    progress=progress,
+                )
+                n_explained[explanations.explainer] = explanations.n_explained
+    return {"n_explained": n_explained}

@@ -20,8 +20,7 @@ Failure = Literal["too_few_records", "silent", "unparsed", "refused", "no_answer
 """Why there is no explanation.
 
 too_few_records: fewer records than the explainer wants. silent: the unit never fires in the split.
-unparsed: the language model's answer has not the form asked for. refused: the client's limit on
-calls or cost is reached. no_answer: the client failed after its retries.
+The others are those of a language model's answer; see `lmmono.clients.client.AnswerFailure`.
 """
 
 
@@ -101,6 +100,8 @@ class Explanation:
     """sha256 of the prompt."""
     usage: Usage = field(default_factory=Usage)
     """What it took."""
+    detail: str = ""
+    """What went wrong, for people; not stored."""
 
     def __post_init__(self) -> None:
         assert (self.text is None) == (self.failure is not None), "a text, or a failure"
@@ -108,6 +109,7 @@ class Explanation:
     def row(self) -> dict[str, Any]:
         """Return the row of table `explanations`."""
         values = {key: getattr(self, key) for key in self.__slots__}
+        del values["detail"]
         usage = asdict(values.pop("usage"))
         program = values.pop("program")
         described = None if program is None else {"kind": program.kind, **program.to_json()}

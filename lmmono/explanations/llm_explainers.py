@@ -13,11 +13,12 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from lmmono.clients.client import Answer, Prompt, Usage
+from lmmono.clients.client import Answer, Prompt, Usage, final_answer
 from lmmono.errors import ExplainError
 from lmmono.explanations.explain_task import ExplainTask
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.llm_prompts import (
+    ANSWER,
     Shown,
     contrastive_prompt,
     levels,
@@ -155,13 +156,22 @@ def explain_by(task: ExplainTask, prompt_of: Callable[[int], Prompt]) -> list[Ex
 def _explanation(task: ExplainTask, i: int, prompt: Prompt, answer: Answer) -> Explanation:
     facts: dict[str, Any] = {"prompt_hash": prompt.sha256, "usage": answer.usage}
     if answer.text is None:
-        return task.failed(i, answer.failure or "no_answer", **facts)
+        return task.failed(i, answer.failure or "no_answer", detail=answer.detail, **facts)
     text = parse_explanation(answer.text)
-    return task.failed(i, "unparsed", **facts) if text is None else task.explained(i, text, None, **facts)
+    if text is not None:
+        return task.explained(i, text, None, **facts)
+    last = final_answer(answer.text)
+    detail = f"no line begins with {ANSWER!r} in {last[:80]!r}"
+    if not last:
+        detail = "it was still thinking when its tokens ended; give it more (max_tokens=)"
+    return task.failed(i, "unparsed", detail=detail, **facts)
 
 
 def _rank(
-    task: ExplainTask, asked: Sequence[int], explanations: list[list[Explanation]], by: Ranking | str
+    task: ExplainTask,
+    asked: Sequence[int],
+    explanations: list[list[Explanation]],
+    by: Ranking | str,
 ) -> None:
     """Put the candidates of each unit that was asked in order, best first, failures last."""
     candidates: list[list[Explanation]] = [[] for _ in explanations]

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from lmmono.clients.client import Message, Prompt
+from lmmono.clients.client import Message, Prompt, final_answer
 
 Shown = tuple[tuple[str, int], ...]
 """Tokens of an excerpt, each with its activation of 0 to 10."""
@@ -139,7 +139,9 @@ def max_act_prompt(records: Sequence[Shown]) -> Prompt:
         "You see excerpts of text in which it fires. Tokens that fire stand in [[double "
         "brackets]]; under each excerpt are its strongest tokens with their activations. "
     )
-    return _prompt(about + _ASK, [_marked(unit.firing) for unit in INVENTED_UNITS], _marked(records))
+    return _prompt(
+        about + _ASK, [_marked(unit.firing) for unit in INVENTED_UNITS], _marked(records)
+    )
 
 
 def contrastive_prompt(firing: Sequence[Shown], silent: Sequence[Shown]) -> Prompt:
@@ -157,18 +159,23 @@ def parse_explanation(answer: str) -> str | None:
     """Return the explanation in an answer; None where it has not the form asked for.
 
     The form is one line that begins with `Explanation:`, emphasis aside, of at most 400 characters,
-    with nothing before it and no second explanation after it.
+    or that word and the next line, with nothing before it and no second explanation after it.
+    Thinking aloud before it and a fence around it are left out; see `final_answer`.
 
     >>> parse_explanation("Explanation: names of rivers.")
     'names of rivers'
     >>> parse_explanation("I am sorry, I cannot help with that.") is None
     True
     """
-    lines = [line.strip().strip("*").strip() for line in answer.strip().splitlines()]
+    lines = [line.strip().strip("*").strip() for line in final_answer(answer).splitlines()]
+    lines = [line for line in lines if line]
     heads = [line for line in lines if line.lower().startswith(ANSWER.lower())]
     if len(heads) != 1 or lines[0] != heads[0]:
         return None
-    text = heads[0][len(ANSWER) :].strip(" *\"'").removesuffix(".").strip()
+    text = heads[0][len(ANSWER) :].strip(" *\"'")
+    if not text and len(lines) > 1:
+        text = lines[1].strip(" *\"'")
+    text = text.removesuffix(".").strip()
     has_words = any(character.isalnum() for character in text)
     return text if has_words and len(text) <= MAX_CHARACTERS else None
 

@@ -1,10 +1,11 @@
 """What a store holds already: explanations, hooks, densities and the strings of tokens."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import activation_store as astore
+from lmmono.clients.client import UNANSWERED
 from lmmono.errors import ExplainError, nearest
 from lmmono.explanations.explanation import Explanation, program_from_json
 from lmmono.records.record_reader import RecordReader
@@ -28,17 +29,17 @@ def match_stored_hooks(store: astore.Store, patterns: str | Sequence[str] | None
         ExplainError: A pattern matches nothing; says the nearest names.
     """
     query = "SELECT hook FROM hooks WHERE kind = 'rows' ORDER BY hook"
-    known = [str(hook) for (hook,) in store.sql(query).fetchall()]
+    stored = [str(hook) for (hook,) in store.sql(query).fetchall()]
     if patterns is None:
-        return known
-    found: set[str] = set()
+        return stored
+    matching: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = {hook for hook in known if hook == pattern or fnmatchcase(hook, pattern)}
+        hits = {hook for hook in stored if hook == pattern or fnmatchcase(hook, pattern)}
         if not hits:
-            way_out = nearest(pattern, known)
+            way_out = nearest(pattern, stored)
             raise ExplainError(f"{store.path}: no hook {pattern!r} stored as rows; {way_out}")
-        found |= hits
-    return [hook for hook in known if hook in found]
+        matching |= hits
+    return [hook for hook in stored if hook in matching]
 
 
 def read_vocabulary(store: astore.Store) -> tuple[str, ...]:
@@ -60,13 +61,66 @@ def read_maxima(store: astore.Store, hook: str) -> dict[int, float]:
     return dict(store.sql(query, hook=hook).fetchall())
 
 
+def stored_explainer(store: astore.Store, explainer: str, hook: str | None = None) -> str:
+    """Return the name under which explanations are stored, of that name or of it without the model.
+
+    `llm_max_act` finds `llm_max_act:model=judge@host` where no other model was asked; a name of
+    which nothing is stored comes back as it is.
+
+    Raises:
+        ExplainError: Several models were asked; says the names to choose from.
+    """
+    query = """SELECT DISTINCT explainer, model FROM explanations
+        WHERE hook = $hook OR $hook IS NULL ORDER BY explainer"""
+    names: set[str] = set()
+    for name, model in store.sql(query, hook=hook).fetchall():
+        if name == explainer:
+            return explainer
+        # where in the name the model stands depends on the settings named with it
+        ways = [f":model={model},", f",model={model}", f":model={model}"]
+        if any(name.replace(way, ":" if way[-1] == "," else "") == explainer for way in ways):
+            names.add(name)
+    if len(names) > 1:
+        raise ExplainError(
+            f"{store.path}: {explainer!r} was asked of several language models; name one: "
+            f"explainer={' or '.join(map(repr, sorted(names)))}"
+        )
+    return names.pop() if names else explainer
+
+
+def answered_units(store: astore.Store, hook: str, explainer: str, seed: int | None) -> set[int]:
+    """Return the units that an explainer is done with: those with rows, and none unanswered."""
+    query = """SELECT unit FROM explanations WHERE hook = $hook AND explainer = $explainer
+        AND seed IS NOT DISTINCT FROM $seed GROUP BY unit
+        HAVING NOT coalesce(bool_or(failure IN (SELECT unnest($unanswered))), false)"""
+    rows = store.sql(
+        query, hook=hook, explainer=explainer, seed=seed, unanswered=list(UNANSWERED)
+    ).fetchall()
+    return {int(unit) for (unit,) in rows}
+
+
+def count_failures(
+    store: astore.Store, explainer: str, seed: int, units: Mapping[str, Sequence[int]]
+) -> dict[str | None, int]:
+    """Return how many units of each hook's list have each type of failure; None for explained."""
+    query = """SELECT failure, count(DISTINCT unit) FROM explanations WHERE hook = $hook
+        AND explainer = $explainer AND seed = $seed AND unit IN (SELECT unnest($units))
+        GROUP BY failure"""
+    counts: dict[str | None, int] = {}
+    for hook, wanted in units.items():
+        rows = store.sql(query, hook=hook, explainer=explainer, seed=seed, units=list(wanted))
+        for failure, n in rows.fetchall():
+            counts[failure] = counts.get(failure, 0) + n
+    return counts
+
+
 def explained_units(store: astore.Store, hook: str, explainer: str, seed: int | None) -> list[int]:
     """Return the units that an explainer has rows of, failures included, ascending.
 
     Raises:
         ExplainError: There are none.
     """
-    seed = _stored_seed(store, hook, explainer, seed)
+    explainer, seed = _origin(store, hook, explainer, seed)
     query = """SELECT DISTINCT unit FROM explanations WHERE hook = $hook
         AND explainer = $explainer AND seed IS NOT DISTINCT FROM $seed ORDER BY unit"""
     rows = store.sql(query, hook=hook, explainer=explainer, seed=seed).fetchall()
@@ -81,25 +135,27 @@ def read_explanations(
     Args:
         store: An open store.
         hook: Hook of the units.
-        explainer: Name as stored, with its preset and changed settings.
+        explainer: Name as stored, with its preset and changed settings; the language model may be
+            left out where only one was asked.
         seed: Seed it was made with; where there are none, those of the only other seed are taken.
 
     Raises:
         ExplainError: There are none; says what there is, and how to make some.
     """
-    seed = _stored_seed(store, hook, explainer, seed)
+    explainer, seed = _origin(store, hook, explainer, seed)
+    # of a unit's candidates the best comes last, and of those of one rank the newest
     query = """SELECT unit, program, {} FROM explanations
         WHERE hook = $hook AND explainer = $explainer AND seed IS NOT DISTINCT FROM $seed
-        ORDER BY unit, rank DESC NULLS FIRST""".format(", ".join(_COLUMNS))
-    found: dict[int, Explanation] = {}
+        ORDER BY unit, rank DESC NULLS FIRST, created_at""".format(", ".join(_COLUMNS))
+    explanations: dict[int, Explanation] = {}
     rows = store.sql(query, hook=hook, explainer=explainer, seed=seed).fetchall()
     for unit, described, *values in rows:
         program = None if described is None else program_from_json(json.loads(described))
         facts = dict(zip(_COLUMNS, values, strict=True))
-        found[unit] = Explanation(
+        explanations[unit] = Explanation(
             hook=hook, unit=unit, explainer=explainer, program=program, seed=seed, **facts
         )
-    return found
+    return explanations
 
 
 def kept_explanations(reader: RecordReader, hook: str, explainer: str) -> dict[int, Explanation]:
@@ -115,25 +171,26 @@ def kept_explanations(reader: RecordReader, hook: str, explainer: str) -> dict[i
     )
 
 
-def _stored_seed(store: astore.Store, hook: str, explainer: str, seed: int | None) -> int | None:
+def _origin(
+    store: astore.Store, hook: str, explainer: str, seed: int | None
+) -> tuple[str, int | None]:
+    """Return name and seed under which explanations of a hook are stored."""
+    explainer = stored_explainer(store, explainer, hook)
     query = "SELECT DISTINCT seed FROM explanations WHERE hook = $hook AND explainer = $explainer"
-    seeds = {each for (each,) in store.sql(query, hook=hook, explainer=explainer).fetchall()}
+    rows = store.sql(query, hook=hook, explainer=explainer).fetchall()
+    seeds = {stored_seed for (stored_seed,) in rows}
     if seed in seeds:
-        return seed
+        return explainer, seed
     if len(seeds) == 1:
-        return seeds.pop()
-    raise ExplainError(_missing(store, hook, explainer, seed, seeds))
-
-
-def _missing(
-    store: astore.Store, hook: str, explainer: str, seed: int | None, seeds: set[int | None]
-) -> str:
+        return explainer, seeds.pop()
     if seeds:
-        known = ", ".join(str(each) for each in sorted(seeds, key=str))
-        return f"{hook}: explanations by {explainer} have seeds {known}, not {seed}; name one"
+        names = ", ".join(str(stored_seed) for stored_seed in sorted(seeds, key=str))
+        raise ExplainError(
+            f"{hook}: explanations by {explainer} have seeds {names}, not {seed}; name one"
+        )
     query = "SELECT DISTINCT explainer FROM explanations WHERE hook = $hook ORDER BY explainer"
-    known = ", ".join(name for (name,) in store.sql(query, hook=hook).fetchall()) or "none"
-    return (
-        f"{store.path}: no explanations of {hook} by {explainer!r} (there: {known}); make them: "
+    names = ", ".join(name for (name,) in store.sql(query, hook=hook).fetchall()) or "none"
+    raise ExplainError(
+        f"{store.path}: no explanations of {hook} by {explainer!r} (stored: {names}); make them: "
         f"lm.explain(store, {hook!r}, explainer={explainer.partition(':')[0]!r})"
     )

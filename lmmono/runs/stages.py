@@ -103,7 +103,7 @@ _LIST = (
     # the stages from here on add rows to the store that `capture` has made
     Stage(
         "explain",
-        "lmmono.explanations.explain_run:explain_run",
+        "lmmono.explanations.explain:explain_run",
         needs=("capture", "dictionary"),
         reads=("explain",),
         is_asked=_explains,
