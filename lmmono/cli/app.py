@@ -7,7 +7,7 @@ everything saved that was finished. Verbs import what they need themselves, so t
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lmmono.cli.output import Format, Rows, prints_rows
 from lmmono.cli.store_verbs import DataPath, store_app
 from lmmono.cli.toy_verbs import toy_app
 from lmmono.errors import LmmonoError, RecipeError, TrainingStopped
+from lmmono.files.printable import printable
 from lmmono.files.processes import this_process
 from lmmono.types import silent
 
 if TYPE_CHECKING:
     from lmmono.recipe import Recipe
-    from lmmono.reports.tables import Table
+    from lmmono.reports.table import ReportTable
     from lmmono.runs.folder import Run
 else:  # for annotations only
-    Recipe = Run = Table = object
+    Recipe = Run = ReportTable = object
 
 app = typer.Typer(
     name="lmmono",
@@ -34,6 +36,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # [KEY=VALUE] in a help text is text
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 import_app = typer.Typer(help="Bring in models that were trained elsewhere.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
@@ -79,14 +83,25 @@ def root(
 @app.command()
 def check(
     recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="Files, overrides.")
+        list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="Files, settings.")
     ],
 ) -> None:
-    """Say every fault of recipes at once; write nothing."""
-    overrides = [text for text in recipes if _is_override(text)]
+    """Say every fault of recipes at once; write nothing.
+
+    Example: lmmono check recipes/quickstart.yaml train.steps=500
+    """
+    from lmmono.recipe import Recipe
+
+    overrides = [text for text in recipes if "=" in text and not Path(text).exists()]
     faults: list[str] = []
-    for path in (text for text in recipes if not _is_override(text)):
-        faults += _faults(path, overrides)
+    for path in (text for text in recipes if text not in overrides):
+        try:
+            runs = Recipe.load(path, *overrides).runs()
+        except RecipeError as error:
+            faults += error.faults
+            continue
+        names = ", ".join(str(run.dir) for run in runs)
+        print(printable(f"{path}: ok, {len(runs)} run{'s' * (len(runs) > 1)}: {names}"))
     if faults:
         raise RecipeError(dict.fromkeys(faults))
 
@@ -95,8 +110,11 @@ def check(
 def schema(
     out: Annotated[Path | None, typer.Option(help="File to write instead of stdout.")] = None,
 ) -> None:
-    """Print the JSON Schema of recipes, for editors."""
-    from lmmono.recipe.recipe import schema_text
+    """Print the JSON Schema of recipes, for editors.
+
+    Example: lmmono schema --out recipe.schema.json
+    """
+    from lmmono.recipe.schema import schema_text
 
     if out is None:
         print(schema_text(), end="")
@@ -105,152 +123,200 @@ def schema(
 
 
 @app.command("ls")
+@prints_rows
 def list_(
     what: Annotated[Listed, typer.Argument(help="What to list.")],
     where: Annotated[
         Path | None, typer.Argument(help="A folder; a run for hooks and dictionaries.")
     ] = None,
-) -> None:
-    """List recipes, runs, stores; hooks, dictionaries of a run; explainers, scorers or tasks."""
+) -> Rows:
+    """List recipes, runs, stores; hooks, dictionaries of a run; explainers, scorers or tasks.
+
+    Example: lmmono ls dictionaries runs/quickstart/crate
+    """
     from lmmono.cli import listing
-    from lmmono.cli.terminal import show_table
 
     default = Path("recipes" if what is Listed.recipes else "runs")
-    found = getattr(listing, f"list_{what.value}")(where or default)
-    show_table(found.columns, found.rows)
+    return getattr(listing, f"list_{what.value}")(where or default)
 
 
 @app.command("run")
-def run_(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Do every stage of every run that is not done yet, then compare the runs."""
-    from lmmono.recipe import Recipe
-    from lmmono.reports.tables import comparison
+@prints_rows
+def run_(recipe: RecipeFile, overrides: Overrides = None) -> Sequence[Rows]:
+    """Do every stage of every run that is not done yet, then show the runs side by side.
 
-    runs = _done(Recipe.load(recipe, *overrides or ()).runs())
-    _show(comparison(runs))
+    Example: lmmono run recipes/quickstart.yaml train.lr=1e-3 out=other
+    """
+    runs = _done(recipe, overrides)
+    if not this_process().is_main:
+        return []
+    from lmmono.reports.run_tables import run_tables
+
+    return _reports(run_tables(runs))
 
 
 @app.command()
 def train(target: RecipeOrRun, overrides: Overrides = None) -> None:
-    """Train the models of a recipe; go on where an interrupted training stopped."""
-    _done(_runs_of(target, overrides), "train")
+    """Train the models of a recipe, or resume an interrupted training.
+
+    Example: lmmono train recipes/quickstart.yaml model.arch=crate train.steps=500
+    """
+    _done(target, overrides, "train")
 
 
 @app.command()
 def capture(target: RecipeOrRun, overrides: Overrides = None) -> None:
-    """Stream activations of trained models into their stores."""
-    _done(_runs_of(target, overrides), "capture")
+    """Stream activations of trained models into their stores.
+
+    Example: lmmono capture runs/quickstart/crate
+    """
+    _done(target, overrides, "capture")
 
 
 @app.command()
 def dictionary(target: RecipeOrRun, overrides: Overrides = None) -> None:
-    """Learn the dictionaries of captured runs, and judge them; go on where it stopped."""
-    _done(_runs_of(target, overrides), "dictionary")
+    """Learn the dictionaries of captured runs, and judge them; resumable.
+
+    Example: lmmono dictionary recipes/dictionaries.yaml
+    """
+    _done(target, overrides, "dictionary")
 
 
 @app.command()
 def explain(target: RecipeOrRun, overrides: Overrides = None) -> None:
-    """Explain the units of captured runs, from documents that no score will see."""
-    _done(_runs_of(target, overrides), "explain")
+    """Explain the units of captured runs, from documents that no score will see.
+
+    Example: lmmono explain runs/mine explain.explainers=[token_lookup]
+    """
+    _done(target, overrides, "explain")
 
 
 @app.command()
 def score(target: RecipeOrRun, overrides: Overrides = None) -> None:
-    """Score the units of captured runs, and what was said of them; controls beside them."""
-    _done(_runs_of(target, overrides), "score")
+    """Score the units of captured runs and their explanations, next to controls.
+
+    Example: lmmono score runs/quickstart/crate
+    """
+    _done(target, overrides, "score")
 
 
 @app.command()
-def robustness(target: RecipeOrRun, overrides: Overrides = None) -> None:
-    """Make tasks harder, and measure which codes of captured runs serve best then."""
-    from lmmono.reports.robustness_tables import run_tables
+@prints_rows
+def robustness(
+    target: RecipeOrRun,
+    overrides: Overrides = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every level and difference, not the areas alone.")
+    ] = False,
+) -> Sequence[Rows]:
+    """Make tasks harder, and measure which codes of captured runs serve best then.
 
-    for run in _done(_runs_of(target, overrides), "robustness"):
-        for path in sorted((run.dir / "robustness").glob("*.svg")):
-            print(path)
-        _show(run_tables(run))
+    Example: lmmono robustness recipes/robustness_planted.yaml --all
+    """
+    from lmmono.reports.robustness_tables import suite_tables
+
+    runs = _done(target, overrides, "robustness")
+    return _reports(table for run in runs for table in suite_tables(run, every=every))
 
 
 @app.command()
+@prints_rows
 def compare(
     studies: Annotated[
         list[Path], typer.Argument(metavar="FOLDER...", help="Folders of a study's runs.")
     ],
-) -> None:
-    """Compare the arms of scored studies over training seeds, and twins of each other."""
+) -> Sequence[Rows]:
+    """Compare the arms of scored studies over training seeds, and twins with each other.
+
+    Example: lmmono compare runs/study_layers
+    """
     from lmmono.cli.terminal import shown_progress
     from lmmono.reports.study_tables import study_tables
 
     with shown_progress() as progress:
-        tables = study_tables(studies, progress)
-    _show(tables)
+        return _reports(study_tables(studies, progress))
 
 
 @app.command("audit-scorer")
+@prints_rows
 def audit_scorer(
     name: Annotated[str, typer.Argument(help="A scorer; see `lmmono ls scorers`.")],
     n_documents: Annotated[int, typer.Option(min=100, help="Documents, half for scores.")] = 600,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of text, noise and lies.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of text, noise and false texts.")] = 0,
     run: Annotated[
         Path | None, typer.Option(help="Ask about this run's neurons; of the planted language.")
     ] = None,
-) -> None:
-    """Say how often a scorer ranks true explanations of planted units above false ones."""
-    from lmmono.cli.terminal import show_table, shown_progress
+) -> Rows:
+    """Say how often a scorer ranks true explanations of planted units above false ones.
+
+    Example: lmmono audit-scorer simulation_tar
+    """
+    from lmmono.cli.terminal import shown_progress
     from lmmono.scores.audit import audit_scorer
 
     with shown_progress() as progress:
-        found = audit_scorer(name, run=run, n_documents=n_documents, seed=seed, progress=progress)
-    show_table(
-        tuple(found.rows[0]), [tuple(row.values()) for row in found.rows], title=found.metric
-    )
+        audit = audit_scorer(name, run=run, n_documents=n_documents, seed=seed, progress=progress)
+    rows = [tuple(row.values()) for row in audit.rows]
+    return Rows(tuple(audit.rows[0]), rows, title=audit.metric)
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})  # a query may begin with a comment
+@prints_rows
 def sql(
-    stores: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Runs, stores or a lake, then the query.")
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN... QUERY", help="Runs, stores or a lake, then the query."),
     ],
-    query: Annotated[str, typer.Argument(help="SQL; $name stands for a --param.")],
-    param: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE")] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A value for $NAME in the query; repeatable."),
+    ] = None,
     data_path: DataPath = None,
-    csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON array on stdout.")] = False,
-    arrow: Annotated[bool, typer.Option("--arrow", help="Arrow IPC stream on stdout.")] = False,
+    format: Format = "table",
 ) -> None:
-    """Ask a store in SQL, reading only; several runs are schemas named by their folders."""
-    from lmmono.cli.querying import answer
-    from lmmono.cli.terminal import write_result
+    """Query a store in SQL, read-only; several runs are schemas named by their folders.
 
-    if csv + json + arrow > 1:
-        raise typer.BadParameter("want at most one of --csv, --json, --arrow")
-    format = "csv" if csv else "json" if json else "arrow" if arrow else "table"
-    write_result(answer(stores, query, param or [], data_path), format)
+    Example: lmmono sql runs/quickstart/crate "FROM exemplars('blocks.1.mlp.hook_post', 17, 4)"
+    """
+    from lmmono.cli.querying import write_answer
+
+    if len(words) < 2:
+        raise typer.BadParameter(f"want a run and a query, got {words[0]!r} alone")
+    write_answer(words[:-1], words[-1], param or [], data_path, format)
 
 
 @app.command()
 def generate(
     target: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")] = "",
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Let a trained model go on from a text."""
+    """Generate text with a trained model.
+
+    Example: lmmono generate runs/quickstart/crate "the red" --max-tokens 20
+    """
     from lmmono.models.generation import generate
     from lmmono.runs.folder import open_run
 
     run = open_run(target)
-    print(generate(run, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed))
+    text = generate(run, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    print(printable(text))
 
 
 @import_app.command("crate-lm")
 def import_crate_lm(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A released .pt file.")],
     out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
-    n_heads: Annotated[int | None, typer.Option(min=1, help="If the file does not say.")] = None,
+    n_heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads, where the file does not say.")
+    ] = None,
 ) -> None:
-    """Turn a released CRATE or GPT-2 checkpoint into a Hugging Face folder."""
+    """Turn a released CRATE or GPT-2 checkpoint into a Hugging Face folder.
+
+    Example: lmmono import crate-lm crate_12L.pt --out models/crate_12l
+    """
     from lmmono.models.released import import_released
 
     print(import_released(checkpoint, out, n_heads=n_heads))
@@ -268,62 +334,47 @@ def _exit_code(error: BaseException) -> int | str | None:
     """Tell an error that the user can act on; let our own mistakes through with their trace."""
     if isinstance(error, SystemExit) and error.code != 130:
         return error.code
-    if isinstance(error, SystemExit | KeyboardInterrupt):
-        _tell("stopped; what was finished is kept, the same command goes on from there")
+    # DuckDB turns Ctrl-C into a RuntimeError of its own
+    is_interrupt = isinstance(error, RuntimeError) and "interrupted" in str(error).lower()
+    if isinstance(error, SystemExit | KeyboardInterrupt) or is_interrupt:
+        _tell("stopped; what was finished is kept, the same command resumes from there")
         return 130
     if isinstance(error, BrokenPipeError):  # the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if not (isinstance(error, LmmonoError | OSError) or _is_store_error(error)):
+    if _is_memory_error(error):
+        first = str(error).splitlines()[0] if str(error) else "the machine refused"
+        _tell(f"not enough memory: {first}; what was finished is kept. Lower batch_tokens or d_sae")
+        return 2
+    # a store's error cannot have been raised where its module was never imported
+    store = sys.modules.get("activation_store.errors")
+    kinds = (LmmonoError, OSError, *([store.StoreError] if store else []))
+    if not isinstance(error, kinds):
         raise error
     _tell(str(error))
     return 143 if isinstance(error, TrainingStopped) else 2
 
 
-def _is_store_error(error: BaseException) -> bool:
-    """Say whether the store's error root is among the error's classes, without importing it."""
-    roots = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
-    return ("activation_store", "StoreError") in roots
+def _is_memory_error(error: BaseException) -> bool:
+    """Say whether memory ran out; torch says it in a RuntimeError."""
+    text = str(error)
+    torch_says = "can't allocate memory" in text or "out of memory" in text
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torch_says)
 
 
 def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
-def _is_override(text: str) -> bool:
-    return "=" in text and not Path(text).exists()
-
-
-def _faults(path: str, overrides: Sequence[str]) -> list[str]:
-    """Return the faults of a recipe; where there are none, say what it stands for."""
-    from lmmono.recipe import Recipe
-
-    try:
-        runs = Recipe.load(path, *overrides).runs()
-    except RecipeError as error:
-        return list(error.faults)
-    print(
-        f"{path}: ok, {len(runs)} run{'s' * (len(runs) > 1)}: {', '.join(str(r.dir) for r in runs)}"
-    )
-    return []
-
-
-def _runs_of(target: Path, overrides: Sequence[str] | None) -> "tuple[Recipe, ...]":
-    from lmmono.recipe import Recipe
-
-    path = target / "recipe.yaml" if (target / "manifest.json").is_file() else target
-    return Recipe.load(path, *overrides or ()).runs()
-
-
-def _done(recipes: "Sequence[Recipe]", *verbs: str) -> "list[Run]":
-    """Do the stages of some verbs of every run, or all stages; show progress, and say it."""
+def _done(target: Path, overrides: Sequence[str] | None, *verbs: str) -> "list[Run]":
+    """Do the stages of some verbs of every run of a recipe or folder, or all stages."""
     from lmmono.cli.terminal import shown_progress
     from lmmono.pipeline import open_for, run_stages
     from lmmono.runs.folder import changes, open_run
 
     runs: list[Run] = []
-    for recipe in recipes:
-        run = open_for(recipe)
+    for recipe, folder in _recipes_of(target, overrides or ()):
+        run = open_for(recipe, folder)
         if run.set_aside:
             before = changes(open_run(run.set_aside).recipe, recipe)
             _tell(f"{run.dir}: other settings' results set aside in {run.set_aside}")
@@ -335,8 +386,20 @@ def _done(recipes: "Sequence[Recipe]", *verbs: str) -> "list[Run]":
     return runs
 
 
-def _show(tables: "Sequence[Table]") -> None:
-    from lmmono.cli.terminal import show_table
+def _recipes_of(target: Path, overrides: Sequence[str]) -> "list[tuple[Recipe, Path | None]]":
+    """Return the recipe of every run, with the folder of a run that is named itself.
 
-    for table in tables:
-        show_table(table.columns, table.rows, title=table.title, note=table.note)
+    A run folder may have been moved since its recipe was written, so it is worked on where it is,
+    unless an override says where else.
+    """
+    from lmmono.recipe import Recipe
+
+    if not (target / "manifest.json").is_file():
+        return [(recipe, None) for recipe in Recipe.load(target, *overrides).runs()]
+    recipe = Recipe.load(target / "recipe.yaml", *overrides)
+    is_elsewhere = any(text.partition("=")[0].strip() in ("out", "name") for text in overrides)
+    return [(recipe, None if is_elsewhere else target)]
+
+
+def _reports(tables: "Iterable[ReportTable]") -> list[Rows]:
+    return [Rows(t.columns, t.rows, t.title, t.note, is_report=True) for t in tables]

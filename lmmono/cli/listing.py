@@ -1,26 +1,16 @@
 """What lies around: recipes, runs, stores, hook names, dictionaries and instruments, as rows."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
+from lmmono.cli.output import Rows
 from lmmono.errors import RecipeError, RunError
 from lmmono.recipe import Recipe
 from lmmono.runs.folder import find_runs, open_run
 from lmmono.runs.stages import STAGES
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """Rows with a name for each column."""
-
-    columns: tuple[str, ...]
-    """Column heads."""
-    rows: tuple[tuple[object, ...], ...]
-    """One tuple of cells per row."""
-
-
-def list_recipes(folder: Path) -> Listing:
+def list_recipes(folder: Path) -> Rows:
     """List the recipe files of a folder; one with faults says so in place of its runs."""
     rows: list[tuple[object, ...]] = []
     for path in sorted(folder.glob("*.yaml")):
@@ -30,10 +20,10 @@ def list_recipes(folder: Path) -> Listing:
             rows.append((str(path), runs, recipe.about))
         except RecipeError as error:
             rows.append((str(path), f"{len(error.faults)} faults; lmmono check {path}", ""))
-    return Listing(("recipe", "runs", "about"), tuple(rows))
+    return Rows(("recipe", "runs", "about"), tuple(rows))
 
 
-def list_runs(folder: Path) -> Listing:
+def list_runs(folder: Path) -> Rows:
     """List the run folders under a folder, with their stages; a damaged one says so."""
     rows: list[tuple[object, ...]] = []
     for path in find_runs(folder):
@@ -47,47 +37,50 @@ def list_runs(folder: Path) -> Listing:
         stages = ", ".join(f"{name} {records[name].state}" for name in begun)
         loss = records["train"].facts.get("val_loss") if "train" in records else None
         rows.append((str(path), stages, loss, _megabytes(path)))
-    return Listing(("run", "stages", "val loss", "MB"), tuple(rows))
+    return Rows(("run", "stages", "val loss", "MB"), tuple(rows))
 
 
-def list_stores(folder: Path) -> Listing:
+def list_stores(folder: Path) -> Rows:
     """List the activation stores under a folder, those of vectors alone too."""
     paths = sorted([*folder.rglob("store.duckdb"), *folder.rglob("vectors.duckdb")])
     rows = tuple((str(path), _megabytes(path) + _megabytes(path.with_suffix(""))) for path in paths)
-    return Listing(("store", "MB"), rows)
+    return Rows(("store", "MB"), rows)
 
 
-def list_hooks(path: Path) -> Listing:
+def list_hooks(path: Path) -> Rows:
     """List the hook names of a run's model, in the order they run."""
     from lmmono.models.hooks import hook_names
 
-    return Listing(("hook",), tuple((name,) for name in hook_names(open_run(path).model)))
+    return Rows(("hook",), tuple((name,) for name in hook_names(open_run(path).model)))
 
 
-def list_dictionaries(path: Path) -> Listing:
+def list_dictionaries(path: Path) -> Rows:
     """List the dictionaries in a run's folder, as they lie there: fitted, or begun."""
     folder = open_run(path).dir / "dictionaries"
     rows: list[tuple[object, ...]] = []
     for place in sorted(folder.glob("*/*")):
-        about = place / "dictionary.json"
-        if about.is_file():
-            found = json.loads(about.read_text(encoding="utf-8"))
-            widths = f"{found['d_in']} -> {found['d_sae']}"
-            rows.append((place.parent.name, place.name, widths, found["seed"], str(place)))
-        else:
-            rows.append((place.parent.name, place.name, "not finished", None, str(place)))
-    return Listing(("hook", "dictionary", "widths", "seed", "folder"), tuple(rows))
+        hook, name, about = place.parent.name, place.name, place / "dictionary.json"
+        if not about.is_file():
+            rows.append((hook, name, "not finished", None, str(place)))
+            continue
+        try:
+            facts = json.loads(about.read_text(encoding="utf-8"))
+            widths = f"{facts['d_in']} -> {facts['d_sae']}"
+            rows.append((hook, name, widths, facts["seed"], str(place)))
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            rows.append((hook, name, f"damaged: {type(fault).__name__}: {fault}", None, str(place)))
+    return Rows(("hook", "dictionary", "widths", "seed", "folder"), tuple(rows))
 
 
-def list_explainers(_: Path) -> Listing:
+def list_explainers(_: Path) -> Rows:
     """List what explains units, with what each needs besides a store."""
     from lmmono.registry.explainers import EXPLAINERS
 
     rows = ((each.name, ", ".join(each.needs), each.about) for each in EXPLAINERS.values())
-    return Listing(("explainer", "needs", "about"), tuple(rows))
+    return Rows(("explainer", "needs", "about"), tuple(rows))
 
 
-def list_scorers(_: Path) -> Listing:
+def list_scorers(_: Path) -> Rows:
     """List what scores units, with what each needs besides a store, and what guessing gets."""
     from lmmono.registry.scorers import SCORERS
 
@@ -95,10 +88,10 @@ def list_scorers(_: Path) -> Listing:
         (each.name, ", ".join(each.needs), each.chance, ", ".join(each.presets), each.about)
         for each in SCORERS.values()
     )
-    return Listing(("scorer", "needs", "chance", "presets", "about"), tuple(rows))
+    return Rows(("scorer", "needs", "chance", "presets", "about"), tuple(rows))
 
 
-def list_tasks(_: Path) -> Listing:
+def list_tasks(_: Path) -> Rows:
     """List the tasks of the robustness suites, with their other domains and where they lie."""
     from lmmono.data.tasks.planted_tasks import PLANTED_TASKS
     from lmmono.registry.tasks import TASK_NAMES, find_record
@@ -112,7 +105,7 @@ def list_tasks(_: Path) -> Listing:
             record = find_record(name)
             place = ", ".join(dict.fromkeys(t.place for t in (*record.files, *record.hub)))
             rows.append((name, len(record.label_names), ", ".join(record.ood), place, record.about))
-    return Listing(("task", "classes", "other domains", "place", "about"), tuple(rows))
+    return Rows(("task", "classes", "other domains", "place", "about"), tuple(rows))
 
 
 def _megabytes(path: Path) -> float:

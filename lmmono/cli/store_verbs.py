@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from lmmono.files.printable import printable
+
 store_app = typer.Typer(help="Look after activation stores.", no_args_is_help=True)
 
 RunOrStore = Annotated[
@@ -18,11 +20,14 @@ DataPath = Annotated[
 
 @store_app.command()
 def info(place: RunOrStore, data_path: DataPath = None) -> None:
-    """Say what a store holds, in numbers."""
+    """Summarise a store: hooks, tokens, activations, bytes.
+
+    Example: lmmono store info runs/quickstart/crate
+    """
     from lmmono.cli.querying import open_stores
 
     with open_stores([place], data_path) as store:
-        typer.echo(store.info())
+        print(printable(str(store.info())))
 
 
 @store_app.command()
@@ -31,22 +36,28 @@ def verify(
     repair: Annotated[bool, typer.Option("--repair", help="Drop what is lost.")] = False,
     data_path: DataPath = None,
 ) -> None:
-    """Check every byte of a store; exit code 2 if it is not whole."""
+    """Check every byte of a store; exit code 2 if it is not whole.
+
+    Example: lmmono store verify runs/quickstart/crate
+    """
     import activation_store as astore
     from lmmono.cli.querying import store_address
 
     report = astore.verify(store_address(place), repair=repair, data_path=data_path)
-    typer.echo(report)
+    print(printable(str(report)))
     raise typer.Exit(0 if report.ok else 2)
 
 
 @store_app.command("compact")
 def store_compact(place: RunOrStore, data_path: DataPath = None) -> None:
-    """Merge the small shards that many commits leave behind; the rows stay the same."""
+    """Merge the small shards that many commits leave behind; the rows stay the same.
+
+    Example: lmmono store compact runs/quickstart/crate
+    """
     import activation_store as astore
     from lmmono.cli.querying import store_address
 
-    typer.echo(astore.compact(store_address(place), data_path=data_path))
+    print(astore.compact(store_address(place), data_path=data_path))
 
 
 @store_app.command("export")
@@ -62,9 +73,12 @@ def store_export(
     ] = None,
     data_path: DataPath = None,
 ) -> None:
-    """Write a store in the layout of another tool, its explanations and scores too where it can."""
+    """Write a store in the layout of another tool, its explanations and scores too where it can.
+
+    Example: lmmono store export runs/quickstart/crate --to parquet --out exported
+    """
     from lmmono.cli.querying import open_stores
     from lmmono.interop.store_export import export_store
 
     with open_stores([place], data_path) as store:
-        typer.echo(export_store(store, to, out, tuple(hook or ())))
+        print(export_store(store, to, out, tuple(hook or ())))

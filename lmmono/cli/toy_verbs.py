@@ -1,12 +1,12 @@
 """The verbs of `lmmono toy`: studies so small that every part of them is known."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from lmmono.toy.superposition import ToySettings
+from lmmono.cli.output import Rows, prints_rows
 
 toy_app = typer.Typer(help="Small studies whose every part is known.", no_args_is_help=True)
 
@@ -17,6 +17,7 @@ def toy() -> None:
 
 
 @toy_app.command("superposition")
+@prints_rows
 def toy_superposition(
     p: Annotated[float, typer.Option(help="Probability that a feature is there.")] = 0.05,
     targets: Annotated[
@@ -26,20 +27,19 @@ def toy_superposition(
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Steps in which codes are learned.")] = 2_000,
     store: Annotated[Path | None, typer.Option(help="Store to write the rows to.")] = None,
-) -> None:
-    """Ask whether codes that keep features apart learn better under noise; errors and moments."""
-    from lmmono.toy.superposition import toy_settings
+) -> Sequence[Rows]:
+    """Ask whether codes that keep features apart learn better under noise; errors and moments.
 
-    _run(toy_settings(p, targets, n_train, seeds, steps), store)
-
-
-def _run(settings: "ToySettings", store: Path | None) -> None:
-    """Run the study, write its rows where there is a store, and show its tables."""
-    from lmmono.cli.terminal import show_table, shown_progress
+    Example: lmmono toy superposition --p 0.05 --n-train 200 --n-train 1000
+    """
+    from lmmono.cli.terminal import shown_progress
     from lmmono.reports.toy_tables import superposition_tables
-    from lmmono.toy.superposition import superposition
+    from lmmono.toy.superposition import superposition, toy_settings
 
+    settings = toy_settings(p, targets, n_train, seeds, steps)
     with shown_progress() as progress:
-        found = superposition(settings, into=store, progress=progress)
-    for table in superposition_tables(found):
-        show_table(table.columns, table.rows, title=table.title, note=table.note)
+        study = superposition(settings, into=store, progress=progress)
+    return [
+        Rows(t.columns, t.rows, t.title, t.note, is_report=True)
+        for t in superposition_tables(study)
+    ]

@@ -21,7 +21,7 @@ def control_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
     recipe = control_recipe(run)
     if not recipe.capture.hooks:
         return {"hooks": []}
-    control = Run.create(recipe)
+    control = Run.create(recipe, run.dir / "untrained")
     run_stages(control, progress=progress)
     return {"hooks": list(recipe.capture.hooks)}
 
@@ -46,5 +46,4 @@ def control_recipe(run: Run) -> Recipe:
         "score": recipe.score.model_copy(update={"controls": False}),
         "robustness": type(recipe.robustness)(),
     }
-    place = {"out": str(run.dir.parent), "name": run.dir.name, "folder": "untrained"}
-    return recipe.model_copy(update={**changes, **place})
+    return recipe.model_copy(update={**changes, "folder": "untrained"})

@@ -2,6 +2,7 @@
 
 import time
 from importlib import import_module
+from pathlib import Path
 
 from lmmono.errors import RecipeError, RunError
 from lmmono.files.processes import this_process
@@ -72,28 +73,33 @@ def train(recipe: Recipe, *, progress: Progress = silent) -> Run:
     return run_stages(open_for(recipe), "train", progress=progress)
 
 
-def open_for(recipe: Recipe) -> Run:
+def open_for(recipe: Recipe, folder: Path | None = None) -> Run:
     """Open the run folder of a recipe; of several processes the main one makes it, others wait.
+
+    Args:
+        recipe: One run.
+        folder: The run folder, where it is not that of the recipe's `out` and `name`.
 
     Raises:
         RecipeError: The recipe stands for several runs.
         RunError: As `Run.create`.
     """
     if this_process().is_main:
-        return Run.create(recipe)
+        return Run.create(recipe, folder)
     recipe = recipe.only()
     # polled, because a barrier here would open a process group before Accelerate chooses its kind;
     # the launcher ends this process if the main one fails
-    while not _is_ready(recipe):
+    place = folder or recipe.dir
+    while not _is_ready(place, recipe):
         time.sleep(POLL_SECONDS)
-    return open_run(recipe.dir)
+    return open_run(place)
 
 
-def _is_ready(recipe: Recipe) -> bool:
+def _is_ready(folder: Path, recipe: Recipe) -> bool:
     """Say whether the folder holds this recipe; the manifest is written after everything else."""
-    if not (recipe.dir / "manifest.json").is_file():
+    if not (folder / "manifest.json").is_file():
         return False
-    return Manifest.read(recipe.dir).recipe_digest == recipe.digest(*SECTIONS)
+    return Manifest.read(folder).recipe_digest == recipe.digest(*SECTIONS)
 
 
 def _require(run: Run, stage: Stage) -> None:

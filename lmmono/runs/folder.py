@@ -56,8 +56,13 @@ class Run:
         """Where `create` put what other settings had made here; None if there was nothing."""
 
     @classmethod
-    def create(cls, recipe: Recipe) -> "Run":
+    def create(cls, recipe: Recipe, folder: Path | None = None) -> "Run":
         """Open the run folder of a recipe, made now if there is none.
+
+        Args:
+            recipe: One run.
+            folder: The run folder, where it is not that of the recipe's `out` and `name`: a run
+                may have been moved.
 
         A stage that was begun here with other settings is not reused, nor are those that build on
         it, and none is deleted: they move to `replaced/`, with the recipe and the manifest that
@@ -69,7 +74,7 @@ class Run:
                 it cannot be written.
         """
         recipe = recipe.only()
-        folder = recipe.dir
+        folder = folder or recipe.dir
         if not _holds_something(folder):
             run = cls(folder, recipe, Manifest.new(recipe))
             run._write()
@@ -153,11 +158,9 @@ class Run:
         """Prepared corpora: $LMMONO_CACHE, or `.cache` in the folder of the runs."""
         if shared := os.environ.get("LMMONO_CACHE"):
             return Path(shared)
-        if not self.recipe.folder:
-            return self.dir.parent / ".cache"
         if (self.dir.parent / "manifest.json").is_file():  # a control inside its run
             return open_run(self.dir.parent).cache_dir
-        return self.dir.parent.parent / ".cache"
+        return (self.dir.parent.parent if self.recipe.folder else self.dir.parent) / ".cache"
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:

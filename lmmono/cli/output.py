@@ -1,0 +1,304 @@
+"""What verbs print: tables for people, CSV, JSON and Arrow for programs; all on stdout.
+
+A table fits the terminal, or `REPORT_WIDTH` columns where it is a report in a pipe: first intervals
+go under their values, then long words lose their middle to an ellipsis, and at last each row is a
+block of lines. No digit is ever cut off.
+"""
+
+import inspect
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lmmono.files.printable import printable
+
+if TYPE_CHECKING:
+    from pyarrow import Table as ArrowTable
+else:  # for annotations only: `lmmono check` needs no arrow
+    ArrowTable = object
+
+Format = Literal["table", "csv", "json", "arrow"]
+REPORT_WIDTH = 100
+"""Columns of a report that goes to a file or a pipe."""
+SHORTEST_WORD = 12
+"""A word is shortened to make a table fit only down to this."""
+GAP = "  "
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows that a verb prints."""
+
+    columns: Sequence[str]
+    """Column heads."""
+    rows: Sequence[Sequence[object]]
+    """One sequence of cells per row; None is an empty cell."""
+    title: str = ""
+    """What they are."""
+    note: str = ""
+    """How numbers were made."""
+    is_report: bool = False
+    """A pipe gets it in `REPORT_WIDTH` columns; else every row is one line there."""
+
+
+def prints_rows(verb: Callable[..., "Rows | Sequence[Rows] | None"]) -> Callable[..., None]:
+    """Give a verb that returns rows the options --csv, --json and --arrow.
+
+    A verb with a parameter `format` is told which was chosen, and may write by itself.
+    """
+    own = inspect.signature(verb, eval_str=True).parameters.values()
+    is_told = any(parameter.name == "format" for parameter in own)
+
+    @wraps(verb)
+    def print_rows(
+        *, csv: bool = False, json: bool = False, arrow: bool = False, **arguments: Any
+    ) -> None:
+        if csv + json + arrow > 1:
+            raise typer.BadParameter("want at most one of --csv, --json, --arrow")
+        format: Format = "csv" if csv else "json" if json else "arrow" if arrow else "table"
+        result = verb(**arguments, **({"format": format} if is_told else {}))
+        if result is not None:
+            write_tables([result] if isinstance(result, Rows) else list(result), format)
+
+    shown = [parameter for parameter in own if parameter.name != "format"]
+    options = [
+        _option("csv", "CSV on stdout."),
+        _option("json", "JSON on stdout."),
+        _option("arrow", "An Arrow IPC stream on stdout."),
+    ]
+    print_rows.__signature__ = inspect.Signature([*shown, *options])  # pyright: ignore[reportAttributeAccessIssue]
+    return print_rows
+
+
+def _option(name: str, text: str) -> inspect.Parameter:
+    annotation = Annotated[bool, typer.Option(f"--{name}", help=text)]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation
+    )
+
+
+def write_tables(tables: Sequence[Rows], format: Format) -> None:
+    """Write tables; CSV of several is parted by empty lines, JSON of several lists their titles."""
+    if format == "table":
+        for table in tables:
+            show_table(table)
+        return
+    if format == "arrow" and len(tables) != 1:
+        titles = ", ".join(table.title for table in tables)
+        raise typer.BadParameter(f"--arrow takes one table, got {len(tables)}: {titles}; use --json")
+    if format == "json" and len(tables) != 1:
+        listed = [{"title": table.title, "rows": _records(table)} for table in tables]
+        _write_json(listed)
+        return
+    for i, table in enumerate(tables):
+        if i:
+            sys.stdout.write("\n")
+        if format == "csv":
+            write_csv(table.columns, table.rows)
+        elif format == "json":
+            _write_json(_records(table))
+        else:
+            import pyarrow as pa
+
+            write_arrow(pa.Table.from_pylist(_records(table)))
+
+
+def write_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write rows as CSV; nested values are JSON, None an empty field."""
+    import csv
+
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow([printable(name) for name in columns])
+    for row in rows:
+        writer.writerow([_field(value) for value in row])
+
+
+def _field(value: object) -> object:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list | dict):
+        return printable(_json_text(value))
+    return value
+
+
+def write_arrow(table: ArrowTable) -> None:
+    """Write an Arrow IPC stream."""
+    from pyarrow import ipc
+
+    with ipc.new_stream(sys.stdout.buffer, table.schema) as stream:
+        stream.write_table(table)
+
+
+def _records(table: Rows) -> list[dict[str, object]]:
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+def _write_json(value: object) -> None:
+    sys.stdout.write(_json_text(value) + "\n")
+
+
+def _json_text(value: object) -> str:
+    # control characters leave as \u escapes by JSON's own rule; direction marks are data here
+    text = json.dumps(_finite(value), default=str, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "replace").decode()
+
+
+def _finite(value: Any) -> Any:
+    """Return a value without NaN and infinity, which JSON cannot hold: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def show_table(table: Rows, *, width: int | None = None) -> None:
+    """Print a table that fits `width` columns; by default those of the terminal."""
+    if width is None and sys.stdout.isatty():
+        import shutil
+
+        width = shutil.get_terminal_size().columns
+    elif width is None and table.is_report:
+        width = REPORT_WIDTH
+    lines = table_lines(table, width)
+    sys.stdout.write("\n".join(line.rstrip() for line in lines) + "\n")
+
+
+def table_lines(table: Rows, width: int | None) -> list[str]:
+    """Return the lines of a table that is at most `width` wide; None is no limit."""
+    head = [printable(name).replace("\n", " ") for name in table.columns]
+    rows = [[cell_text(cell) for cell in row] for row in table.rows]
+    columns = [[name, *(row[i] for row in rows)] for i, name in enumerate(head)]
+    is_number = [
+        bool(rows) and all(isinstance(row[i], int | float) for row in table.rows)
+        for i in range(len(head))
+    ]
+    lines = [printable(table.title), ""] if table.title else []
+    widths = _column_widths(columns, width)
+    if widths is None:
+        lines += _tall(head, rows, width or REPORT_WIDTH)
+    else:
+        lines += _side_by_side(head, widths, is_number)
+        lines.append(GAP.join("-" * n for n in widths))
+        for row in rows:
+            lines += _side_by_side(row, widths, is_number)
+    if table.note:
+        lines += ["", *_wrapped(printable(table.note), width or REPORT_WIDTH)]
+    return [*lines, ""]
+
+
+def cell_text(value: object) -> str:
+    """Return what a cell shows: numbers in four digits, text on one line."""
+    if value is None:
+        return ""
+    text = short_number(value) if isinstance(value, float) else str(value)
+    return printable(text).replace("\n", "⏎").replace("\t", " ")
+
+
+def short_number(value: float | int) -> str:
+    """Return a number in four digits, large ones whole.
+
+    >>> short_number(0.123456), short_number(12345.6)
+    ('0.1235', '12,346')
+    """
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _column_widths(columns: Sequence[Sequence[str]], limit: int | None) -> list[int] | None:
+    """Return how wide each column is, or None where they cannot stand side by side."""
+    widths = [max(map(_width, cells), default=0) for cells in columns]
+    if limit is None:
+        return widths
+    room = limit - len(GAP) * (len(columns) - 1)
+    longest_word = [
+        max((_width(word) for cell in cells for word in cell.split()), default=0)
+        for cells in columns
+    ]
+    # text in more lines first, then words with an ellipsis; numbers (digits) are never shortened
+    shortest = [
+        n if any(word[:1].isdigit() for cell in cells for word in cell.split()) else SHORTEST_WORD
+        for n, cells in zip(longest_word, columns, strict=True)
+    ]
+    for floors in (longest_word, [min(a, b) for a, b in zip(longest_word, shortest, strict=True)]):
+        while sum(widths) > room:
+            spare = [w - floor for w, floor in zip(widths, floors, strict=True)]
+            if max(spare, default=0) <= 0:
+                break
+            # the widest column that can still give
+            i = max(range(len(widths)), key=lambda i: (spare[i] > 0, widths[i]))
+            widths[i] -= 1
+    return widths if sum(widths) <= room else None
+
+
+def _side_by_side(cells: Sequence[str], widths: Sequence[int], is_number: Sequence[bool]) -> list[str]:
+    """Return one row as lines, each cell wrapped to the width of its column."""
+    parts = [_wrapped(cell, n) if n else [""] for cell, n in zip(cells, widths, strict=True)]
+    height = max(map(len, parts), default=1)
+    lines: list[str] = []
+    for i in range(height):
+        texts = [part[i] if i < len(part) else "" for part in parts]
+        padded = [
+            " " * (n - _width(text)) + text if right else text + " " * (n - _width(text))
+            for text, n, right in zip(texts, widths, is_number, strict=True)
+        ]
+        lines.append(GAP.join(padded))
+    return lines
+
+
+def _tall(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Return rows as blocks, a line or more per cell: for tables of too many columns."""
+    names = max(map(_width, head), default=0)
+    lines: list[str] = []
+    for i, row in enumerate(rows, start=1):
+        lines.append(f"-- {i} --")
+        for name, cell in zip(head, row, strict=True):
+            first, *more = _wrapped(cell, max(SHORTEST_WORD, width - names - len(GAP)))
+            lines.append(f"{name}{' ' * (names - _width(name))}{GAP}{first}")
+            lines += [" " * names + GAP + line for line in more]
+    return lines
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Return text in lines of at most `width`, broken at spaces; longer words lose their middle."""
+    if _width(text) <= width:
+        return [text]
+    lines = [""]
+    for word in text.split(" "):
+        piece = _shortened(word, width)
+        candidate = f"{lines[-1]} {piece}" if lines[-1] else piece
+        if _width(candidate) <= width:
+            lines[-1] = candidate
+        else:
+            lines.append(piece)
+    return lines if lines[0] else lines[1:]
+
+
+def _shortened(word: str, width: int) -> str:
+    """Return a word with an ellipsis for what does not fit; ends of names tell them apart.
+
+    >>> _shortened("blocks.1.hook_resid_post.hook_sae_acts_post", 20)
+    'blocks.1.h…acts_post'
+    """
+    if _width(word) <= width:
+        return word
+    head, tail = (width - 1) - (width - 1) // 2, (width - 1) // 2
+    while _width(word[:head]) + 1 + _width(word[len(word) - tail :]) > width:  # wide characters
+        head, tail = max(0, head - 1), max(0, tail - 1)
+    return f"{word[:head]}…{word[len(word) - tail :]}"
+
+
+def _width(text: str) -> int:
+    """Return how many columns a terminal takes for a text."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
