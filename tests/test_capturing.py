@@ -17,7 +17,7 @@ from lmmono.models.hooks import run_with_cache
 from lmmono.pipeline import run_stages, train
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import CrateModel, Data, Gpt2Model, PlantedCorpus, Splits
-from lmmono.reports.tables import comparison
+from lmmono.reports.run_tables import run_tables
 from lmmono.scores.token_statistics import N_GROUPS, score_token_selectivity
 from lmmono.stats.formulas import entropies
 
@@ -228,7 +228,7 @@ capture: {{max_tokens: 640, max_density: 0.9}}
         score_token_selectivity(store, "blocks.0.mlp.hook_post")
         (facts,) = store.sql("SELECT run, arch, n_ctx, n_layers FROM runs").fetchall()
         assert facts == ("tiny", "crate", 32, 1)
-    layers, neurons = comparison([run])
+    layers, neurons = run_tables([run])
     assert layers.rows[0][:2] == ("tiny", "blocks.0.mlp.hook_post")
     assert len(neurons.rows) == 6
     assert all("«" in row[-1] for row in neurons.rows)

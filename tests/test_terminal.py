@@ -1,13 +1,17 @@
 """Progress and tables as people and other programs see them."""
 
 import io
+import json
+import math
+import re
 import time
 
-import pyarrow as pa
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
-from lmmono.cli.terminal import LineProgress, show_table, shown_progress, write_result
+from lmmono.cli.output import Rows, table_lines, write_tables
+from lmmono.cli.terminal import LineProgress, shown_progress
 from lmmono.types import Progress
 
 
@@ -62,27 +66,69 @@ def test_progress_goes_to_stderr(capsys):
     assert (out, err) == ("", "train: 1 of 1 (100%)\n")
 
 
-def test_a_table_in_a_pipe_is_never_cut_and_shows_text_as_it_is():
-    console = plain()
-    text = "word " * 60 + "[bold]not markup[/bold] \\[x]"
-    rows = [["h", 0.123456, text], ["h", None, ""]]
-    about = {"title": "all [bold] of it", "note": "y = [x1 > x2]"}
-    show_table(["hook", "act", "text"], rows, **about, console=console)
-    assert text in written(console)
-    assert all(words in written(console) for words in about.values())
-    assert "0.1235" in written(console)
+TEXT = "word " * 60 + "[bold]not markup[/bold] \\[x]"
+LONG = "blocks.1.hook_resid_post.hook_sae_acts_post"
+WIDE = Rows(
+    ("run", "hook", "n", "selectivity", "excerpt"),
+    [
+        (
+            "crate",
+            "blocks.1.hook_resid_post.hook_sae_acts_post",
+            198_912,
+            "0.266 [0.238, 0.296]",
+            TEXT,
+        ),
+        ("gpt2", "blocks.0.mlp.hook_post", 12, "0.1 [0.05, 0.2]", "日本語 「テスト」 " * 9),
+    ],
+    title="all [bold] of it",
+    note="y = [x1 > x2]",
+)
 
 
-def test_on_a_terminal_only_long_cells_are_folded():
-    console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
-    show_table(["hook", "text"], [["blocks.0.mlp.hook_post", "some words " * 20]], console=console)
-    assert "blocks.0.mlp.hook_post" in written(console)
-    assert max(map(len, written(console).splitlines())) <= 60
+def test_rows_in_a_pipe_are_one_line_each_and_show_text_as_it_is():
+    lines = table_lines(WIDE, None)
+    assert sum(TEXT.strip() in line for line in lines) == 1
+    assert WIDE.title in lines and WIDE.note in lines
 
 
-@pytest.mark.parametrize("format", ["csv", "json", "table"])
-def test_nested_and_missing_values_survive_every_text_form(capfdbinary, format):
-    table = pa.table({"unit": [1, 2], "acts": [[0.5, None], None], "text": ['a,"b"', "é\n"]})
-    write_result(table, format)
-    out = capfdbinary.readouterr().out.decode()
-    assert "0.5" in out and "é" in out
+@pytest.mark.parametrize("width", [100, 80, 60, 40])
+def test_a_table_fits_without_a_digit_cut_and_says_where_it_left_something_out(width):
+    lines = table_lines(WIDE, width)
+    assert max(map(cell_len, lines)) <= width
+    text = "\n".join(lines)
+    for number in ("198912", "0.266", "0.238,", "0.296]"):
+        assert number in text
+    assert "blocks.1.hook_resid_post.hook_sae_acts_post" in text or re.search(
+        r"blocks.*….*post", text
+    )
+    for head in WIDE.columns:
+        assert head in text, "no column is left out"
+
+
+def test_statistics_of_units_fit_any_terminal_as_blocks():
+    columns = [f"column_{i}" for i in range(16)]
+    lines = table_lines(Rows(columns, [[float(i) for i in range(16)]]), 80)
+    assert max(map(len, lines)) <= 80
+    assert all(
+        any(line.split() == [name, f"{i}"] for line in lines) for i, name in enumerate(columns)
+    )
+
+
+@pytest.mark.parametrize("format", ["table", "csv", "json"])
+def test_text_of_a_corpus_drives_no_terminal(capsys, format):
+    hostile = "\x1b]0;title\x07 \x1b]52;c;aGk=\x07 \u202egnp.exe \x9b31m"
+    write_tables([Rows((hostile, "n"), [(hostile, 1)], title=hostile, note=hostile)], format)
+    out = capsys.readouterr().out
+    assert not set(out) & set("\x1b\x07\x9b")
+    if format != "json":  # JSON is for programs, and escapes control characters by itself
+        assert "\u202e" not in out and "<U+202E>" in out
+
+
+def test_json_holds_no_nan_and_several_tables_keep_their_titles(capsys):
+    write_tables([Rows(("x",), [(math.nan,), (math.inf,), (1.5,)])], "json")
+    assert json.loads(capsys.readouterr().out) == [{"x": None}, {"x": None}, {"x": 1.5}]
+    write_tables([Rows(("x",), [(1,)], title="a"), Rows(("y",), [], title="b")], "json")
+    assert json.loads(capsys.readouterr().out) == [
+        {"title": "a", "rows": [{"x": 1}]},
+        {"title": "b", "rows": []},
+    ]

@@ -8,6 +8,7 @@ block of lines. No digit is ever cut off.
 import inspect
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lmmono.files.printable import printable
+from lmmono.files.printable import UNSAFE, printable
 
 if TYPE_CHECKING:
     from pyarrow import Table as ArrowTable
@@ -26,8 +27,8 @@ else:  # for annotations only: `lmmono check` needs no arrow
 Format = Literal["table", "csv", "json", "arrow"]
 REPORT_WIDTH = 100
 """Columns of a report that goes to a file or a pipe."""
-SHORTEST_WORD = 12
-"""A word is shortened to make a table fit only down to this."""
+SHORT_WORD, SHORTEST_WORD = 20, 12
+"""A name is shortened to make a table fit down to these: at first, and where that is too wide."""
 GAP = "  "
 
 
@@ -91,7 +92,9 @@ def write_tables(tables: Sequence[Rows], format: Format) -> None:
         return
     if format == "arrow" and len(tables) != 1:
         titles = ", ".join(table.title for table in tables)
-        raise typer.BadParameter(f"--arrow takes one table, got {len(tables)}: {titles}; use --json")
+        raise typer.BadParameter(
+            f"--arrow takes one table, got {len(tables)}: {titles}; use --json"
+        )
     if format == "json" and len(tables) != 1:
         listed = [{"title": table.title, "rows": _records(table)} for table in tables]
         _write_json(listed)
@@ -144,9 +147,9 @@ def _write_json(value: object) -> None:
 
 
 def _json_text(value: object) -> str:
-    # control characters leave as \u escapes by JSON's own rule; direction marks are data here
     text = json.dumps(_finite(value), default=str, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "replace").decode()
+    # JSON has its own way to write these, so nothing of the data is lost
+    return UNSAFE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 def _finite(value: Any) -> Any:
@@ -218,27 +221,39 @@ def _column_widths(columns: Sequence[Sequence[str]], limit: int | None) -> list[
     if limit is None:
         return widths
     room = limit - len(GAP) * (len(columns) - 1)
-    longest_word = [
-        max((_width(word) for cell in cells for word in cell.split()), default=0)
-        for cells in columns
-    ]
-    # text in more lines first, then words with an ellipsis; numbers (digits) are never shortened
-    shortest = [
-        n if any(word[:1].isdigit() for cell in cells for word in cell.split()) else SHORTEST_WORD
-        for n, cells in zip(longest_word, columns, strict=True)
-    ]
-    for floors in (longest_word, [min(a, b) for a, b in zip(longest_word, shortest, strict=True)]):
+    # cells in several lines first, then the middle of names goes, then intervals are parted
+    for is_parted, shortest in ((False, SHORT_WORD), (True, SHORT_WORD), (True, SHORTEST_WORD)):
+        floors = [_least_width(cells, is_parted, shortest) for cells in columns]
         while sum(widths) > room:
-            spare = [w - floor for w, floor in zip(widths, floors, strict=True)]
-            if max(spare, default=0) <= 0:
+            givers = [i for i, floor in enumerate(floors) if widths[i] > floor]
+            if not givers:
                 break
-            # the widest column that can still give
-            i = max(range(len(widths)), key=lambda i: (spare[i] > 0, widths[i]))
-            widths[i] -= 1
-    return widths if sum(widths) <= room else None
+            widths[max(givers, key=widths.__getitem__)] -= 1
+        if sum(widths) <= room:
+            return widths
+    return None
 
 
-def _side_by_side(cells: Sequence[str], widths: Sequence[int], is_number: Sequence[bool]) -> list[str]:
+def _least_width(cells: Sequence[str], is_parted: bool, shortest: int) -> int:
+    """Return how narrow a column may be; what holds digits is never shortened."""
+    pieces = [piece for cell in cells for piece in (cell.split() if is_parted else _pieces(cell))]
+    longest = max(map(_width, pieces), default=0)
+    is_numeric = any(piece[:1].isdigit() for piece in pieces)
+    return longest if is_numeric else min(longest, shortest)
+
+
+def _pieces(text: str) -> list[str]:
+    """Return the words of a cell, an interval or a value with its error in one piece.
+
+    >>> _pieces("0.266 [0.238, 0.296] 2.6 ± 0.1")
+    ['0.266', '[0.238, 0.296]', '2.6 ± 0.1']
+    """
+    return re.findall(r"\S+ ± \S+|\[[^\[\]]*\](?!\S)|\S+", text)
+
+
+def _side_by_side(
+    cells: Sequence[str], widths: Sequence[int], is_number: Sequence[bool]
+) -> list[str]:
     """Return one row as lines, each cell wrapped to the width of its column."""
     parts = [_wrapped(cell, n) if n else [""] for cell, n in zip(cells, widths, strict=True)]
     height = max(map(len, parts), default=1)
@@ -271,13 +286,14 @@ def _wrapped(text: str, width: int) -> list[str]:
     if _width(text) <= width:
         return [text]
     lines = [""]
-    for word in text.split(" "):
-        piece = _shortened(word, width)
-        candidate = f"{lines[-1]} {piece}" if lines[-1] else piece
-        if _width(candidate) <= width:
-            lines[-1] = candidate
-        else:
-            lines.append(piece)
+    for piece in _pieces(text):
+        for word in [piece] if _width(piece) <= width else piece.split():
+            word = _shortened(word, width)
+            candidate = f"{lines[-1]} {word}" if lines[-1] else word
+            if _width(candidate) <= width:
+                lines[-1] = candidate
+            else:
+                lines.append(word)
     return lines if lines[0] else lines[1:]
 
 

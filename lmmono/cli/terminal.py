@@ -21,7 +21,6 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from lmmono.cli.output import short_number
-from lmmono.files.printable import printable
 from lmmono.types import Progress
 
 LINE_EVERY_SECONDS = 5.0

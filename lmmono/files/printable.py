@@ -8,7 +8,7 @@ import re
 
 # control characters but tab and newline; marks that change the direction of text, and other line
 # separators (Unicode TR 36, "bidirectional text spoofing"); halves of surrogate pairs
-_UNSAFE = re.compile(
+UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
@@ -19,4 +19,4 @@ def printable(text: str) -> str:
     >>> printable("a\x1b]0;title\x07 b\u202ec")
     'a<U+001B>]0;title<U+0007> b<U+202E>c'
     """
-    return _UNSAFE.sub(lambda match: f"<U+{ord(match.group()):04X}>", text)
+    return UNSAFE.sub(lambda match: f"<U+{ord(match.group()):04X}>", text)

@@ -1,4 +1,4 @@
-"""Tables and figures made from the stores of runs."""
+"""Tables and figures made from the stores and manifests of runs."""
 
 from lmmono.exports import lazy_exports
 

@@ -1,3 +1,3 @@
 from lmmono.reports.figures import pareto as pareto
-from lmmono.reports.tables import Table as Table
-from lmmono.reports.tables import comparison as comparison
+from lmmono.reports.side_by_side import run_tables as run_tables
+from lmmono.reports.table import ReportTable as ReportTable

@@ -13,7 +13,7 @@ import numpy as np
 import activation_store as astore
 from lmmono.errors import DataError, RunError
 from lmmono.registry.metrics import METRICS
-from lmmono.reports.tables import Table
+from lmmono.reports.table import ReportTable
 from lmmono.runs.folder import Run
 from lmmono.stats.intervals import student_interval
 from lmmono.stats.significance import FEW_SEEDS, Effect
@@ -47,7 +47,7 @@ def robustness_tables(
     hypotheses: Sequence[str] = (),
     metric: str = "accuracy",
     measure: str | None = None,
-) -> list[Table]:
+) -> list[ReportTable]:
     """Return what a store says of robustness: values, differences, areas, domains, verdicts.
 
     Args:
@@ -81,24 +81,32 @@ def robustness_tables(
     return tables
 
 
-def run_tables(run: Run) -> list[Table]:
+def suite_tables(run: Run, *, every: bool = False) -> list[ReportTable]:
     """Return what a run's suites came to: areas against its first family, and the verdicts.
 
-    Empty where the recipe has no suites, or they are not done; `robustness_tables` says all.
+    Empty where the recipe has no suites, or they are not done.
+
+    Args:
+        run: A run whose suites are done.
+        every: Return what `robustness_tables` says instead: each level and difference too.
     """
     settings = run.recipe.robustness
     if not settings.suites or not run.is_done("robustness"):
         return []
+    tables: list[ReportTable] = []
     with astore.open(run.store_path) as store:
-        results = run_results(run, store)
-        scored = read_doses(store, SCORED, _hook_of(run))
-    tables: list[Table] = []
-    if settings.families:
-        tables.append(area_table(results, settings.families[0].label))
-    tables.append(dose_table(results, scored))
-    if settings.hypotheses:
-        tables.append(verdict_table(verdicts(settings.hypotheses, Evidence(results))))
-    return [replace(each, title=f"{each.title}, {run.name}") for each in tables if each.rows]
+        if every and settings.families:
+            baseline, names = settings.families[0].label, settings.hypotheses
+            tables = robustness_tables(store, baseline=baseline, hypotheses=names)
+        else:
+            results = run_results(run, store)
+            scored = read_doses(store, SCORED, _hook_of(run))
+            if settings.families:
+                tables.append(area_table(results, settings.families[0].label))
+            tables.append(dose_table(results, scored))
+            if settings.hypotheses:
+                tables.append(verdict_table(verdicts(settings.hypotheses, Evidence(results))))
+    return [replace(table, title=f"{table.title}, {run.name}") for table in tables if table.rows]
 
 
 def _hook_of(run: Run) -> str | None:
@@ -106,7 +114,7 @@ def _hook_of(run: Run) -> str | None:
     return None if hook is None else str(hook)
 
 
-def _effective(results: Sequence[Result]) -> Table:
+def _effective(results: Sequence[Result]) -> ReportTable:
     """Return the table of other domains; where there is no line, it says why."""
     mine = [each for each in results if each.suite == "ood"]
     dense = sorted({each.feature for each in mine if first_word(each.feature) in DENSE})
@@ -116,9 +124,9 @@ def _effective(results: Sequence[Result]) -> Table:
         return replace(effective_table([]), note=f"Not worked out: {missing}")
 
 
-def level_tables(results: Sequence[Result]) -> list[Table]:
+def level_tables(results: Sequence[Result]) -> list[ReportTable]:
     """Return a table per task and corruption: families down, levels along, means over seeds."""
-    tables: list[Table] = []
+    tables: list[ReportTable] = []
     for curves in curves_of(results):
         first = next(each for each in curves if each.level)
         ordered = sorted(curves, key=lambda each: each.level or 0.0)
@@ -128,7 +136,7 @@ def level_tables(results: Sequence[Result]) -> list[Table]:
             for name, mine in by_name(curves).items()
         ]
         tables.append(
-            Table(
+            ReportTable(
                 title=title_of(first),
                 columns=("family", *map(_strength, levels)),
                 rows=tuple(rows),
@@ -139,7 +147,7 @@ def level_tables(results: Sequence[Result]) -> list[Table]:
     return tables
 
 
-def area_table(results: Sequence[Result], baseline: str) -> Table:
+def area_table(results: Sequence[Result], baseline: str) -> ReportTable:
     """Return the areas under the severity curves, and how they differ from the baseline's."""
     areas = severity_areas(results)
     return comparison_table(
@@ -149,7 +157,7 @@ def area_table(results: Sequence[Result], baseline: str) -> Table:
     )
 
 
-def comparison_table(found: Iterable[Comparison], *, title: str, note: str = "") -> Table:
+def comparison_table(found: Iterable[Comparison], *, title: str, note: str = "") -> ReportTable:
     """Return paired differences, one row each."""
     rows = [
         (
@@ -167,7 +175,7 @@ def comparison_table(found: Iterable[Comparison], *, title: str, note: str = "")
         for each in found
     ]
     methods = f"over seeds within tasks: Student t, BCa bootstrap from {FEW_SEEDS} seeds on"
-    return Table(
+    return ReportTable(
         title=title,
         columns=(
             *("task", "condition", "family", "mean", "baseline", "difference"),
@@ -185,7 +193,7 @@ def _difference(found: Effect) -> str:
     return f"{found.value:+.3f}" + ("" if math.isnan(found.ci_low) else interval)
 
 
-def effective_table(found: Iterable[EffectiveRobustness]) -> Table:
+def effective_table(found: Iterable[EffectiveRobustness]) -> ReportTable:
     """Return how far above the baselines' line each family lies, domain by domain."""
     rows = [
         (
@@ -201,7 +209,7 @@ def effective_table(found: Iterable[EffectiveRobustness]) -> Table:
         )
         for each in found
     ]
-    return Table(
+    return ReportTable(
         title="Effective robustness",
         columns=(
             *("task", "domain", "family", "at home", "elsewhere", "above the line"),
@@ -212,7 +220,7 @@ def effective_table(found: Iterable[EffectiveRobustness]) -> Table:
     )
 
 
-def dose_table(results: Sequence[Result], scored: Sequence[Dose] = ()) -> Table:
+def dose_table(results: Sequence[Result], scored: Sequence[Dose] = ()) -> ReportTable:
     """Return how the gain under label noise goes with each measure, over dictionaries of one width.
 
     Without rows where fewer than 3 dictionaries have a gain: of 20 on, H3 may be judged.
@@ -238,7 +246,7 @@ def dose_table(results: Sequence[Result], scored: Sequence[Dose] = ()) -> Table:
         )
         for each in found
     ]
-    return Table(
+    return ReportTable(
         title="Gain under label noise against measures of dictionaries",
         columns=("measure", "width", "dictionaries", "Spearman", "p", "slope"),
         rows=tuple(rows),
@@ -253,10 +261,10 @@ def _interval(ends: tuple[float, float], form: str) -> str:
     return "" if math.isnan(ends[0]) else f" [{ends[0]:{form}}, {ends[1]:{form}}]"
 
 
-def verdict_table(found: Iterable[Verdict]) -> Table:
+def verdict_table(found: Iterable[Verdict]) -> ReportTable:
     """Return the registered hypotheses with what came out."""
     rows = tuple((each.name, each.claim, each.outcome, each.reason) for each in found)
-    return Table(
+    return ReportTable(
         title="Hypotheses registered before the run",
         columns=("", "claim", "verdict", "numbers"),
         rows=rows,

@@ -17,7 +17,7 @@ import activation_store as astore
 from lmmono.errors import RunError
 from lmmono.recipe import Recipe
 from lmmono.registry.scorers import SCORERS, Scorer, find_scorer
-from lmmono.reports.tables import Table
+from lmmono.reports.table import ReportTable
 from lmmono.runs.folder import Run, find_runs, open_run
 from lmmono.stats.intervals import student_interval
 from lmmono.studies.differences import Difference, Estimate, compare
@@ -46,7 +46,7 @@ FROM scores WHERE unit IS NULL AND preset IS NULL AND judge IS NULL AND explaine
 """
 
 
-def study_tables(folders: Sequence[Path], progress: Progress = silent) -> tuple[Table, ...]:
+def study_tables(folders: Sequence[Path], progress: Progress = silent) -> tuple[ReportTable, ...]:
     """Return the tables of a study whose runs are scored.
 
     Args:
@@ -131,7 +131,7 @@ def _scorers() -> Iterator[Scorer]:
             yield scorer
 
 
-def _arm_table(arms: dict[str, list[Run]], stores: dict[str, list[astore.Store]]) -> Table:
+def _arm_table(arms: dict[str, list[Run]], stores: dict[str, list[astore.Store]]) -> ReportTable:
     rows: list[tuple[str, ...]] = []
     for name, runs in arms.items():
         facts = [store.sql(_DENSITIES).fetchall()[0] for store in stores[name]]
@@ -141,7 +141,7 @@ def _arm_table(arms: dict[str, list[Run]], stores: dict[str, list[astore.Store]]
         numbers = [over_seeds(each) for each in (losses, density, kurtosis)]
         shares = (f"{never.mean():.1%}", f"{always.mean():.1%}")
         rows.append((name, str(len(runs)), f"{n_parameters:,}", *numbers, *shares))
-    return Table(
+    return ReportTable(
         title="Arms",
         columns=(
             "arm",
@@ -165,7 +165,7 @@ def _arm_table(arms: dict[str, list[Run]], stores: dict[str, list[astore.Store]]
 
 def _score_table(
     key: Key, scores: dict[str, list[dict[Key, dict[str, tuple[float, float]]]]]
-) -> Table:
+) -> ReportTable:
     """Return one scorer of one explainer and kind of unit: every arm, with its controls."""
     scorer, explainer, kind = key
     found = {
@@ -184,7 +184,7 @@ def _score_table(
         for arm, mine in found.items()
     ]
     chance = find_scorer(scorer).chance
-    return Table(
+    return ReportTable(
         title=f"{scorer} of {explainer}, {kind}",
         columns=("arm", "undefined", *("score" if c == "" else c for c in columns)),
         rows=tuple(rows),
@@ -204,7 +204,7 @@ def _twin_table(
     stores: dict[str, list[astore.Store]],
     seeds: dict[str, list[int]],
     progress: Progress,
-) -> Table:
+) -> ReportTable:
     """Return the differences of arms that differ in architecture alone."""
     rows: list[tuple[str, ...]] = []
     for done, (a, b) in enumerate(pairs, start=1):
@@ -221,7 +221,7 @@ def _twin_table(
             )
             rows.append((f"{a} - {b}", kind, scorer, explainer, *_cells(found)))
         progress(f"compare {a} - {b}", done, len(pairs))
-    return Table(
+    return ReportTable(
         title="Twins",
         columns=(
             "arms",

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from lmmono.reports.robustness_tables import comparison_table, level_tables
-from lmmono.reports.tables import Table
+from lmmono.reports.table import ReportTable
 from lmmono.studies.comparisons import compare_families
 from lmmono.toy.separability import MONO, POLY, two_feature_ratio
 from lmmono.toy.superposition import Superposition
@@ -17,7 +17,7 @@ LABEL_NOISE = (0.0, 0.25, 0.4, 0.45)
 
 def superposition_tables(
     found: Superposition, baseline: str = "poly", *, draws: int = 20
-) -> list[Table]:
+) -> list[ReportTable]:
     """Return the tables of a toy study; differences are from the polysemantic code.
 
     Args:
@@ -45,13 +45,13 @@ def superposition_tables(
     ]
 
 
-def _capacity_table(found: Superposition) -> Table:
+def _capacity_table(found: Superposition) -> ReportTable:
     rows = tuple(
         (each.arm, f"{each.alone:.1f}", f"{each.shared:.1f}", f"{each.dropped:.1f}", each.about)
         for each in found.capacities
     )
     settings = found.settings
-    return Table(
+    return ReportTable(
         title=f"Codes of 40 features in 20 dimensions, {settings.seeds} seeds",
         columns=("code", "alone", "shared", "dropped", "how it comes about"),
         rows=rows,
@@ -60,7 +60,7 @@ def _capacity_table(found: Superposition) -> Table:
     )
 
 
-def two_feature_table(errors: Iterable[TwoFeatureErrors], draws: int) -> Table:
+def two_feature_table(errors: Iterable[TwoFeatureErrors], draws: int) -> ReportTable:
     """Return closed forms of the two-feature code beside what a probe on it achieves."""
     rows = tuple(
         (
@@ -73,7 +73,7 @@ def two_feature_table(errors: Iterable[TwoFeatureErrors], draws: int) -> Table:
         )
         for each in errors
     )
-    return Table(
+    return ReportTable(
         title="Two features: the moment score J of x1 and of x1 - x2, and the accuracy of a probe",
         columns=(
             *("p", "label noise", "J mono", "J poly"),

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
@@ -10,6 +9,8 @@ from numpy import ndarray
 
 import activation_store as astore
 from lmmono.reports.dictionary_tables import Interval, measured, stabilities
+from lmmono.reports.robustness_tables import suite_tables
+from lmmono.reports.table import ReportTable
 from lmmono.runs.folder import Run
 
 N_NEURONS = 6
@@ -40,81 +41,76 @@ ORDER BY real.ci_low DESC, real.hook, real.unit LIMIT $n_neurons
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A titled table of text, ready to print or to put on a page."""
-
-    title: str
-    """What it shows."""
-    columns: tuple[str, ...]
-    """Column heads."""
-    rows: tuple[tuple[str, ...], ...]
-    """One tuple of cells per row."""
-    note: str = ""
-    """How the numbers were made."""
-
-
-def comparison(runs: Sequence[Run]) -> tuple[Table, ...]:
+def run_tables(runs: Sequence[Run]) -> tuple[ReportTable, ...]:
     """Return the layers of all runs in one table; those of each run's other stages in others."""
-    from lmmono.reports.robustness_tables import run_tables  # which builds on Table
-
     learned = [run for run in runs if run.recipe.dictionary.learn]
     return (
         _layer_table(runs),
-        *(_dictionary_table(run) for run in learned),
+        *(table for run in learned for table in _dictionary_tables(run)),
         *(_neuron_table(run) for run in runs),
-        *(table for run in runs for table in run_tables(run)),
+        *(table for run in runs for table in suite_tables(run)),
     )
 
 
-def _dictionary_table(run: Run) -> Table:
-    """Return the dictionaries of a run, hook by hook, results before controls."""
-    planned = {each.name: each.entry_name for each in run.recipe.dictionary.planned}
-    found = [each for each in measured(run) if each.name in planned]
+def _dictionary_tables(run: Run) -> list[ReportTable]:
+    """Return a table for each hook that the run has dictionaries of, results before controls."""
+    entries = {planned.name: planned.entry_name for planned in run.recipe.dictionary.planned}
+    dictionaries = [one for one in measured(run) if one.name in entries]
     with astore.open(run.store_path) as store:
         alike, floor = stabilities(store), stabilities(store, "random_directions")
-    found.sort(key=lambda each: (each.hook, each.control is not None))
-    nothing = (math.nan, math.nan, math.nan)
-    columns = {
-        head: measure
-        for head, measure in _DICTIONARY_COLUMNS.items()
-        if any(measure in each.measures for each in found)
-    }
-    rows = [
-        (
-            each.hook,
-            each.name,
-            each.control or "",
-            *(_number(each.get(measure)) for measure in columns.values()),
-            _number(alike.get((each.hook, planned[each.name]), nothing)),
-            f"{floor.get((each.hook, planned[each.name]), nothing)[0]:.3g}".replace("nan", "-"),
+    tables: list[ReportTable] = []
+    for hook in dict.fromkeys(one.hook for one in dictionaries):
+        mine = [one for one in dictionaries if one.hook == hook]
+        mine.sort(key=lambda one: one.control is not None)
+        columns = [
+            (head, about, [_number(one.get(measure)) for one in mine])
+            for head, measure, about in _DICTIONARY_COLUMNS
+        ]
+        nothing = (math.nan, math.nan, math.nan)
+        between = [(one.hook, entries[one.name]) for one in mine]
+        columns += [
+            (
+                "stability",
+                "mean cosine of latents matched one-to-one between seeds",
+                [_number(alike.get(key, nothing)) for key in between],
+            ),
+            (
+                "random",
+                "stability of as many random directions",
+                [f"{floor[key][0]:.3g}" if key in floor else "-" for key in between],
+            ),
+        ]
+        shown = [column for column in columns if set(column[2]) != {"-"}]
+        names = [(one.name, one.control or "") for one in mine]
+        tables.append(
+            ReportTable(
+                title=f"Dictionaries of {run.name}, {hook}",
+                columns=("dictionary", "control", *(head for head, _, _ in shown)),
+                rows=tuple(
+                    (*name, *(cells[i] for _, _, cells in shown)) for i, name in enumerate(names)
+                ),
+                note="On documents of the split score, with 95 % intervals over documents. "
+                "control: what a result is held against. "
+                + "".join(f"{head}: {about}. " for head, about, _ in shown).strip(),
+            )
         )
-        for each in found
-    ]
-    return Table(
-        title=f"Dictionaries of {run.name}",
-        columns=("hook", "dictionary", "control", *columns, "stability", "random"),
-        rows=tuple(rows),
-        note=(
-            "On documents of the split score, with 95 % intervals over documents. L0: latents that "
-            "are not zero per token. FVU: share of variance left unexplained. CE recovered: share "
-            "of the loss that the ablation in brackets costs and the reconstruction does not; - "
-            "where the ablation does no clear harm. dead: latents that were zero on all these "
-            "tokens. MCC: mean correlation of planted features with latents matched one-to-one. "
-            "stability: mean cosine of latents matched one-to-one between seeds, beside that of as "
-            "many random directions. untrained: learned and judged on the untrained model."
-        ),
-    )
+    return tables
 
 
-_DICTIONARY_COLUMNS = {
-    "L0": "l0",
-    "FVU": "fvu",
-    "CE recovered (mean)": "ce_loss_recovered (mean)",
-    "CE recovered (zero)": "ce_loss_recovered (zero)",
-    "dead": "dead_fraction (nonzero)",
-    "MCC": "mcc",
-}
+_DICTIONARY_COLUMNS = (
+    ("L0", "l0", "latents that are not zero per token"),
+    ("FVU", "fvu", "share of variance left unexplained"),
+    (
+        "CE (mean)",
+        "ce_loss_recovered (mean)",
+        "share of the loss that ablation by the mean costs and the reconstruction does not; - "
+        "where the ablation does no clear harm",
+    ),
+    ("CE (zero)", "ce_loss_recovered (zero)", "the same with ablation by zero"),
+    ("dead", "dead_fraction (nonzero)", "latents that were zero on all these tokens"),
+    ("MCC", "mcc", "mean correlation of planted features with latents matched one-to-one"),
+)
+"""Head, measure, and what it is."""
 
 
 def _number(interval: Interval) -> str:
@@ -125,14 +121,14 @@ def _number(interval: Interval) -> str:
     return f"{value:.3g}" + ("" if math.isnan(low) else f" [{low:.3g}, {high:.3g}]")
 
 
-def _layer_table(runs: Sequence[Run]) -> Table:
+def _layer_table(runs: Sequence[Run]) -> ReportTable:
     """Return one row per run and captured hook."""
     rows: list[tuple[str, ...]] = []
     for run in runs:
         with astore.open(run.store_path) as store:
             hooks = store.sql("SELECT DISTINCT hook FROM unit_stats ORDER BY hook").fetchall()
             rows += [_layer_row(run, store, hook) for (hook,) in hooks]
-    return Table(
+    return ReportTable(
         title="Layers",
         columns=(
             "run",
@@ -160,7 +156,7 @@ def _layer_row(run: Run, store: astore.Store, hook: str) -> tuple[str, ...]:
     facts = run.manifest.stages["train"].facts
     silent = units["n_active"].to_numpy() == 0
     return (
-        run.name,
+        run.recipe.folder or run.recipe.name,
         hook,
         f"{facts['val_loss']:.3f} ± {facts['val_loss_se']:.3f}",
         f"{np.mean(units['density'].to_numpy()):.3f}",
@@ -181,7 +177,20 @@ def _median(values: Float[ndarray, " units"]) -> str:
     return f"{np.median(data):.3g} [{low:.3g}, {high:.3g}]"
 
 
-def _neuron_table(run: Run) -> Table:
+def _around_peak(text: str, n_characters: int = 40) -> str:
+    """Return an excerpt's part around its peak, which « and » mark.
+
+    >>> _around_peak("one two three four «five» six seven eight nine ten", 20)
+    '…hree four «five» six …'
+    """
+    first, last = text.find("«"), text.find("»")
+    room = max(0, n_characters - (last - first + 1))
+    start = max(0, first - (2 * room) // 3)  # what comes before is what a unit has seen
+    end = min(len(text), last + 1 + room // 3)
+    return "…" * (start > 0) + text[start:end] + "…" * (end < len(text))
+
+
+def _neuron_table(run: Run) -> ReportTable:
     """Return the units of a run whose selectivity is surely highest, each with an excerpt."""
     with astore.open(run.store_path) as store:
         found = store.sql(
@@ -195,11 +204,11 @@ def _neuron_table(run: Run) -> Table:
                 f"{shuffled:.3f}",
                 f"{n:,}",
                 f"{density:.4f}",
-                store.exemplars(hook, unit, 1)[0].text.replace("\n", "⏎"),
+                _around_peak(store.exemplars(hook, unit, 1)[0].text),
             )
             for hook, unit, value, low, high, shuffled, n, density in found
         )
-    return Table(
+    return ReportTable(
         title=f"Most selective units of {run.name}",
         columns=("hook", "unit", "selectivity", "shuffled", "activations", "density", "excerpt"),
         rows=rows,
