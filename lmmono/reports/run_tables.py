@@ -9,7 +9,6 @@ from numpy import ndarray
 
 import activation_store as astore
 from lmmono.reports.dictionary_tables import Interval, measured, stabilities
-from lmmono.reports.robustness_tables import suite_tables
 from lmmono.reports.table import ReportTable
 from lmmono.runs.folder import Run
 
@@ -44,12 +43,20 @@ ORDER BY real.ci_low DESC, real.hook, real.unit LIMIT $n_neurons
 def run_tables(runs: Sequence[Run]) -> tuple[ReportTable, ...]:
     """Return the layers of all runs in one table; those of each run's other stages in others."""
     learned = [run for run in runs if run.recipe.dictionary.learn]
+    tested = [run for run in runs if run.recipe.robustness.suites]
     return (
         _layer_table(runs),
         *(table for run in learned for table in _dictionary_tables(run)),
         *(_neuron_table(run) for run in runs),
-        *(table for run in runs for table in suite_tables(run)),
+        *(table for run in tested for table in _suite_tables(run)),
     )
+
+
+def _suite_tables(run: Run) -> list[ReportTable]:
+    # scipy and numba take seconds to import, and most runs have no suites
+    from lmmono.reports.robustness_tables import suite_tables
+
+    return suite_tables(run)
 
 
 def _dictionary_tables(run: Run) -> list[ReportTable]:
@@ -106,7 +113,11 @@ _DICTIONARY_COLUMNS = (
         "share of the loss that ablation by the mean costs and the reconstruction does not; - "
         "where the ablation does no clear harm",
     ),
-    ("CE (zero)", "ce_loss_recovered (zero)", "the same with ablation by zero"),
+    (
+        "CE (zero)",
+        "ce_loss_recovered (zero)",
+        "share of the loss that ablation by zero costs and the reconstruction does not",
+    ),
     ("dead", "dead_fraction (nonzero)", "latents that were zero on all these tokens"),
     ("MCC", "mcc", "mean correlation of planted features with latents matched one-to-one"),
 )
@@ -163,7 +174,7 @@ def _layer_row(run: Run, store: astore.Store, hook: str) -> tuple[str, ...]:
         f"{silent.mean():.1%}",
         _median(units["kurtosis"].to_numpy()),
         _median(units["selectivity"].to_numpy()),
-        _median(units["shuffled"].to_numpy()),
+        _median(units["shuffled"].to_numpy()).partition(" ")[0],
     )
 
 
