@@ -25,7 +25,7 @@ SERVER = multiprocessing.get_context("forkserver")
 PRELOADED = (
     *("accelerate", "sae_lens", "lmmono.training.loop", "lmmono.captures.capture"),
     *("lmmono.dictionaries.sae", "lmmono.scores.score", "lmmono.suites.study"),
-    *("lmmono.reports.run_tables", "lmmono.models.hooks"),
+    *("lmmono.reports.side_by_side", "lmmono.models.hooks"),
 )
 # the server passes over what it cannot import, and every process is then seconds slower
 assert all(map(importlib.util.find_spec, PRELOADED))

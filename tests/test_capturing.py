@@ -17,7 +17,7 @@ from lmmono.models.hooks import run_with_cache
 from lmmono.pipeline import run_stages, train
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import CrateModel, Data, Gpt2Model, PlantedCorpus, Splits
-from lmmono.reports.run_tables import run_tables
+from lmmono.reports.side_by_side import run_tables
 from lmmono.scores.token_statistics import N_GROUPS, score_token_selectivity
 from lmmono.stats.formulas import entropies
 

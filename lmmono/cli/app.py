@@ -150,7 +150,7 @@ def run_(recipe: RecipeFile, overrides: Overrides = None) -> Sequence[Rows]:
     runs = _done(recipe, overrides)
     if not this_process().is_main:
         return []
-    from lmmono.reports.run_tables import run_tables
+    from lmmono.reports.side_by_side import run_tables
 
     return _reports(run_tables(runs))
 
