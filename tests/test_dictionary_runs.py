@@ -177,7 +177,8 @@ def test_seeds_are_compared_and_planted_features_looked_for(learned):
 
 
 def test_the_table_shows_results_then_controls_with_what_was_measured(learned):
-    tables = [t for t in lm.reports.run_tables([learned]) if t.title.startswith("Dictionaries of tiny")]
+    tables = lm.reports.run_tables([learned])
+    tables = [t for t in tables if t.title.startswith("Dictionaries of tiny")]
     assert sum(len(table.rows) for table in tables) == 16
     (table,) = [table for table in tables if table.title.endswith(f", {HOOK}")]
     assert {row[0] for row in table.rows} == NAMES

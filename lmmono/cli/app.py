@@ -114,7 +114,7 @@ def schema(
 
     Example: lmmono schema --out recipe.schema.json
     """
-    from lmmono.recipe.schema import schema_text
+    from lmmono.recipe.recipe import schema_text
 
     if out is None:
         print(schema_text(), end="")
