@@ -9,6 +9,7 @@ transpose of the paper's D. Refuses flash-attention, which has not been tested h
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,18 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from lmmono.errors import ModelError
 from lmmono.models.weights import RELEASED_CRATE, count_blocks, fill, shape_of
 
+_OUTPUT_FIELDS = {field.name for field in fields(BaseModelOutputWithPast)}
+
+CACHE_ARGUMENT = "cache" if "cache" in _OUTPUT_FIELDS else "past_key_values"
+"""Name of a cache among transformers' arguments and outputs: 5.24 renamed `past_key_values`."""
+
+PASSED_THROUGH = frozenset(
+    # read by transformers around `forward`: what is recorded, and how the loss is taken
+    ("output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch")
+    + ("shift_labels", "ignore_index", "cache_position")
+)
+"""Arguments beyond those named that a forward pass may be given; any other is refused."""
+
 
 class CrateConfig(PreTrainedConfig):
     """Sizes and options of a CRATE model; the defaults are the released 12-layer model.
@@ -38,7 +51,7 @@ class CrateConfig(PreTrainedConfig):
     """
 
     model_type = "crate"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "d_vocab": "vocab_size",
         "n_ctx": "max_position_embeddings",
@@ -119,15 +132,15 @@ class CrateMssa(nn.Module):
         self,
         x: Float[Tensor, "batch pos d_model"],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[Float[Tensor, "batch pos d_model"], Tensor | None]:
         """Return the attention output, and the pattern where the implementation is `eager`."""
         heads = (*x.shape[:-1], -1, self.d_head)
         u = self.u_proj(x).view(heads).transpose(1, 2)
         q = u if self.q_proj is None else self.q_proj(x).view(heads).transpose(1, 2)
-        if past_key_values is not None:
+        if cache is not None:
             # values of width 0: any cache class then stores the one shared tensor and no more
-            u, _ = past_key_values.update(u, u[..., :0], self.layer_idx)
+            u, _ = cache.update(u, u[..., :0], self.layer_idx)
         kind = cast(str, self.config._attn_implementation)  # pyright: ignore[reportPrivateUsage]
         attend = AttentionInterface().get_interface(kind, eager_attention_forward)
         z, pattern = attend(self, q, u, u, attention_mask, dropout=0.0, scaling=self.d_head**-0.5)
@@ -219,10 +232,10 @@ class CrateBlock(GradientCheckpointingLayer):
         self,
         x: Float[Tensor, "batch pos d_model"],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """Return the stream after the block."""
-        attn_out, _ = self.attn(self.ln1(x), attention_mask, past_key_values)
+        attn_out, _ = self.attn(self.ln1(x), attention_mask, cache)
         x = x + attn_out
         mlp_out = self.mlp(self.ln2(x))
         return x + mlp_out if self.ista_skip else mlp_out
@@ -236,7 +249,7 @@ class CratePreTrainedModel(PreTrainedModel):
     _input_embed_layer = "embed"
     supports_gradient_checkpointing = True
     _no_split_modules = ["CrateBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -287,31 +300,42 @@ class CrateModel(CratePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch pos d_model"] | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,  # noqa: ARG002  # flags that `capture_outputs` reads
+        cache: Cache | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return the normed stream; without `position_ids`, padding takes no positions.
 
-        A cache is made only when asked for (`generate` asks), so training never pays for it.
+        A cache is made only when asked for (`generate` asks), so training never pays for it. It is
+        taken under both its names, `cache` and `past_key_values` (before transformers 5.24).
 
         Raises:
-            ModelError: Not exactly one kind of input, or a row longer than the positional table.
+            ModelError: Not exactly one kind of input, two caches, an argument that has no meaning
+                here, or a row longer than the positional table.
         """
+        unknown = sorted(name for name in kwargs.keys() - PASSED_THROUGH if kwargs[name] is not None)
+        if unknown:  # never swallowed: a cache under a new name once gave wrong tokens silently
+            raise ModelError(f"{type(self).__name__} takes no argument {unknown[0]!r}; leave it out")
+        if cache is not None and past_key_values is not None:
+            raise ModelError("got both cache and past_key_values, two names of one thing; pass one")
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("want exactly one of input_ids and inputs_embeds")
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
+        if self.training and any(block.gradient_checkpointing for block in self.blocks):
+            cache = None  # a checkpointed block runs twice and would add its tokens twice
+        elif use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         if position_ids is None:
-            position_ids = self._positions(x, attention_mask, past_key_values)
+            position_ids = self._positions(x, attention_mask, cache)
         x = x + self.pos_embed(position_ids)
         if self.training:
             # before the blocks: a checkpointed block runs twice and must see one step size
             for block in self.blocks:
                 block.mlp.follow_dictionary()
         for block in self.blocks:
-            x = block(x, mask, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(self.ln_final(x), past_key_values if use_cache else None)
+            x = block(x, mask, cache)
+        return BaseModelOutputWithPast(self.ln_final(x), cache if use_cache else None)
 
     def _positions(
         self, x: Tensor, attention_mask: Tensor | None, past: Cache | None
@@ -349,13 +373,14 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
         labels: Int[Tensor, "batch pos"] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits [batch, pos, d_vocab], and the mean next-token loss in nats with `labels`.
 
         `labels` are shifted here, -100 is ignored; `shift_labels` are targets shifted already.
         """
-        rest = (attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        rest = (attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache)
         out = self.model(input_ids, *rest, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep])
