@@ -6,8 +6,9 @@ from small_models import VARIANTS, small, some_tokens
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from lmmono.errors import ModelError
 from lmmono.models.build import build_model
-from lmmono.models.crate import CrateForCausalLM
+from lmmono.models.crate import CACHE_ARGUMENT, CrateForCausalLM
 from lmmono.recipe.sections import Gpt2Model
 
 
@@ -37,7 +38,7 @@ def test_generating_with_a_cache_equals_running_every_row_whole(options, cache):
 @pytest.mark.parametrize("options", [{}, {"separate_query": True}])
 def test_the_cache_holds_one_tensor_per_layer_half_of_gpt2s(options):
     def cached(model, cache):
-        model(some_tokens(2, 7), past_key_values=cache, use_cache=True)
+        model(some_tokens(2, 7), **{CACHE_ARGUMENT: cache}, use_cache=True)
         tensors = (t for layer in cache.layers for t in (layer.keys, layer.values))
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
@@ -98,3 +99,27 @@ def test_packed_rows_with_their_own_positions_do_not_see_each_other():
     both = model(torch.cat([first, second], dim=1), position_ids=positions).logits
     alone = torch.cat([model(first).logits, model(second).logits], dim=1)
     torch.testing.assert_close(both, alone)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_taken_under_both_its_names(name):
+    model, tokens = small(), some_tokens(2, 8)
+    whole = model(tokens).logits
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :5], **{name: cache}, use_cache=True)
+    rest = model(tokens[:, 5:], **{name: cache}, use_cache=True)
+    assert torch.allclose(rest.logits, whole[:, 5:], atol=1e-5)
+    assert rest[CACHE_ARGUMENT] is cache
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kv_store": 1}, "CrateModel takes no argument 'kv_store'; leave it out"),
+        ({"token_type_ids": torch.zeros(1, 4)}, "takes no argument 'token_type_ids'"),
+        ({"cache": DynamicCache(), "past_key_values": DynamicCache()}, "two names of one thing"),
+    ],
+)
+def test_no_argument_is_swallowed(arguments, message):
+    with pytest.raises(ModelError, match=message):
+        small()(some_tokens(1, 4), **arguments)

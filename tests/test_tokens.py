@@ -97,9 +97,34 @@ def test_seq_ids_are_unique_over_splits_and_count_rows(corpus: TokenCorpus) -> N
 def test_a_limit_takes_whole_rows(corpus: TokenCorpus) -> None:
     rows = corpus.tokens("train")
     assert len(rows.limit(100)) == 3 and rows.limit(None) is rows
-    assert rows.limit(100).first_seq_id == rows.first_seq_id
+    assert rows.limit(rows.ids.size) is rows
     with pytest.raises(DataError, match="allow at least 32"):
         rows.limit(31)
+
+
+def test_a_limit_draws_rows_of_the_whole_split_and_a_larger_one_keeps_them(corpus: TokenCorpus):
+    rows = corpus.tokens("train")
+    few, more = rows.limit(10 * 32), rows.limit(20 * 32)
+    assert set(few.seq_ids) < set(more.seq_ids) <= set(rows.seq_ids)
+    assert (np.diff(more.seq_ids) > 0).all() and more.seq_ids[-1] > len(rows) // 2
+    place = few.seq_ids - rows.first_seq_id
+    assert np.array_equal(few.ids, rows.ids[place])
+    assert np.array_equal(few.doc_ids, rows.doc_ids[place])
+    assert few.n_documents > rows[:10].n_documents  # the first ten rows hold few documents
+    assert not np.array_equal(rows.limit(10 * 32, seed=1).seq_ids, few.seq_ids)
+    assert np.array_equal(few[2:5].seq_ids, few.seq_ids[2:5])
+
+
+@pytest.mark.parametrize("name", ["train.ids.npy", "val.doc_ids.npy", "documents.parquet"])
+def test_a_prepared_corpus_with_other_bytes_is_refused(tmp_path: Path, name: str):
+    made = prepare(PLANTED, tmp_path)
+    path = made.dir / name
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(bytes(whole))
+    assert made.verify() == [f"{path}: other bytes than were written (sha256 differs)"]
+    with pytest.raises(DataError, match=f"{name}: other bytes .*; delete .* and prepare"):
+        prepare(PLANTED, tmp_path)
 
 
 def test_the_second_call_opens_what_the_first_made(
@@ -185,7 +210,7 @@ def test_a_folder_that_is_no_prepared_corpus_is_an_error(
     shutil.copytree(corpus.dir, tmp_path / "other")
     facts = json.loads((corpus.dir / "corpus.json").read_text())
     (tmp_path / "other" / "corpus.json").write_text(json.dumps(facts | {"format": 0}))
-    with pytest.raises(DataError, match="want a corpus of format 1, got 0"):
+    with pytest.raises(DataError, match="want a corpus of format 2, got 0"):
         TokenCorpus(tmp_path / "other")
     (tmp_path / "other" / "corpus.json").write_text("{")
     with pytest.raises(DataError, match="corpus.json: broken.*delete"):
@@ -219,7 +244,7 @@ def test_an_interrupted_call_cleans_up_after_itself(
 
 
 def test_what_a_killed_call_left_is_thrown_away(corpus: TokenCorpus, tmp_path: Path) -> None:
-    left = tmp_path / f"{corpus.digest[:16]}.partial"
+    left = tmp_path / f"{corpus.digest[:16]}.tmp"
     shutil.copytree(corpus.dir, left)
     (left / "train.ids.npy").write_bytes(b"half")
     assert stream(prepare(PLANTED, tmp_path).tokens("train")) == stream(corpus.tokens("train"))

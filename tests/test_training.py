@@ -16,6 +16,7 @@ from scipy import stats
 from torch.nn import functional
 
 from lmmono.data.minimal_pairs import MinimalPair
+from lmmono.data.tokens import TokenRows
 from lmmono.errors import RecipeError, TrainError, TrainingStopped
 from lmmono.models.build import build_model
 from lmmono.models.hooks import run_with_cache
@@ -206,10 +207,14 @@ def tiny_model() -> torch.nn.Module:
     return build_model(section, d_vocab=50, n_ctx=12, seed=0, eos_token_id=0)
 
 
+def one_document_a_row(ids: np.ndarray) -> TokenRows:
+    doc_ids = np.arange(len(ids), dtype=np.int32)[:, None].repeat(ids.shape[1], axis=1)
+    return TokenRows(ids.astype(np.uint32), doc_ids, 0, "val")
+
+
 def test_an_evaluation_agrees_with_plain_numpy_and_scipy() -> None:
-    model, rows = tiny_model(), np.random.default_rng(0).integers(0, 50, (7, 12))
-    result = evaluate(model, rows, batch_rows=3)
-    ids = torch.from_numpy(rows)
+    model, ids = tiny_model(), torch.from_numpy(np.random.default_rng(0).integers(0, 50, (7, 12)))
+    result = evaluate(model, one_document_a_row(ids.numpy()), batch_rows=3)
     logits, acts = run_with_cache(model, ids, "blocks.*.mlp.hook_post")
     losses = functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
@@ -228,7 +233,7 @@ def test_an_evaluation_agrees_with_plain_numpy_and_scipy() -> None:
 
 def test_ista_facts_are_the_spectral_norm_and_the_relative_error() -> None:
     model, rows = tiny_model(), np.random.default_rng(1).integers(0, 50, (2, 12))
-    layer = evaluate(model, rows, batch_rows=2).layers[1]
+    layer = evaluate(model, one_document_a_row(rows), batch_rows=2).layers[1]
     block = model.model.blocks[1]
     d = block.mlp.dictionary.detach().double()
     assert layer.ista_step_norm == pytest.approx(0.1 * float(torch.linalg.svdvals(d)[0]) ** 2)

@@ -6,7 +6,6 @@ run folder as its recipe says, and takes up an interrupted capture where its las
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -93,7 +92,10 @@ def capture_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
     """
     recipe, settings, here = run.recipe, run.recipe.capture, this_process()
     with here.main_first():
-        parts = [run.tokens(split).limit(settings.max_tokens) for split in settings.splits]
+        parts = [
+            run.tokens(split).limit(settings.max_tokens, seed=recipe.seed)
+            for split in settings.splits
+        ]
         store = _opened(run, parts, here)
     with store:
         model = _on_device(run.model)
@@ -189,8 +191,7 @@ def _on_device(model: nn.Module) -> nn.Module:
 def _share(part: TokenRows, here: Processes) -> TokenRows:
     """Return the rows that this process captures: as many as the others', one after the other."""
     first, last = (len(part) * rank // here.n for rank in (here.rank, here.rank + 1))
-    ids, doc_ids = part.ids[first:last], part.doc_ids[first:last]
-    return replace(part, ids=ids, doc_ids=doc_ids, first_seq_id=part.first_seq_id + first)
+    return part[first:last]
 
 
 def _add_words(store: astore.Store, parts: Sequence[TokenRows]) -> None:

@@ -5,10 +5,8 @@ A prepared folder holds `tokenizer/`, `{split}.ids.npy` and `{split}.doc_ids.npy
 name only when it is complete.
 """
 
-import fcntl
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,26 +29,34 @@ from lmmono.data.tokenizers import (
     tokenizer_fingerprint,
 )
 from lmmono.data.vocabulary import shown_tokens
-from lmmono.errors import DataError
+from lmmono.errors import DataError, RunError
+from lmmono.files.atomic import atomic_folder
+from lmmono.files.digests import damaged_files, folder_digests
+from lmmono.files.locks import wait_for_lock
 from lmmono.recipe.sections import Data
 from lmmono.types import SPLITS, Progress, Split, silent
 
-FORMAT = 1
+FORMAT = 2
 """Part of every digest: raised whenever equal settings and text would give other files."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """Rows of one split in corpus order, documents packed end to end with end-of-text between."""
+    """Rows of one split in corpus order: all of them, or a sample.
+
+    Documents are packed end to end with an end-of-text token after each, and cut into rows.
+    """
 
     ids: UInt[np.ndarray, "n_rows n_ctx"]
     """Token ids, uint16 or uint32, usually a memory map."""
     doc_ids: Int32[np.ndarray, "n_rows n_ctx"]
     """Document of each token; an end-of-text token belongs to the document it ends."""
     first_seq_id: int
-    """`seq_id` of the first row; row r has `first_seq_id + r`, unique over a corpus' splits."""
+    """`seq_id` of the split's first row; its row r has `first_seq_id + r`, unique in a corpus."""
     split: Split
     """The split all rows come from."""
+    places: Int64[np.ndarray, "n_rows"] | None = field(default=None, repr=False)
+    """Number r of each row in the split, ascending; None where these are 0, 1, 2, ..."""
     corpus: "TokenCorpus | None" = field(default=None, repr=False, compare=False)
     """The corpus they belong to: its documents and vocabulary go where the rows go."""
 
@@ -62,13 +68,28 @@ class TokenRows:
     @property
     def seq_ids(self) -> Int64[np.ndarray, "n_rows"]:
         """The `seq_id` of every row."""
-        return np.arange(self.first_seq_id, self.first_seq_id + len(self), dtype=np.int64)
+        places = np.arange(len(self), dtype=np.int64) if self.places is None else self.places
+        return self.first_seq_id + places
+
+    @property
+    def n_documents(self) -> int:
+        """Documents that the rows hold tokens of; padding (below 0) is none."""
+        return int((np.unique(self.doc_ids) >= 0).sum())
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
-    def limit(self, max_tokens: int | None) -> "TokenRows":
-        """Return the first whole rows that hold at most `max_tokens` tokens; None keeps all.
+    def __getitem__(self, rows: slice) -> "TokenRows":
+        """Return some rows, such as the share of one process."""
+        places = self.seq_ids[rows] - self.first_seq_id
+        return replace(self, ids=self.ids[rows], doc_ids=self.doc_ids[rows], places=places)
+
+    def limit(self, max_tokens: int | None, *, seed: int = 0) -> "TokenRows":
+        """Return a sample of whole rows that hold at most `max_tokens` tokens; None keeps all.
+
+        The first rows of a split are few documents, so rows are drawn from all of it: the first
+        ones of a permutation by seed, in corpus order. A larger limit keeps what a smaller one
+        has.
 
         Raises:
             DataError: If not even one row fits.
@@ -81,7 +102,13 @@ class TokenRows:
                 f"a limit of {max_tokens} tokens holds no row of {self.n_ctx}: "
                 f"allow at least {self.n_ctx} tokens"
             )
-        return replace(self, ids=self.ids[:n_rows], doc_ids=self.doc_ids[:n_rows])
+        if n_rows >= len(self):
+            return self
+        # the split is part of the seed: splits of equal size do not get the same places
+        rng = np.random.default_rng((seed, SPLITS.index(self.split)))
+        drawn = np.sort(rng.permutation(len(self))[:n_rows])
+        places = self.seq_ids[drawn] - self.first_seq_id
+        return replace(self, ids=self.ids[drawn], doc_ids=self.doc_ids[drawn], places=places)
 
 
 class TokenCorpus:
@@ -105,6 +132,10 @@ class TokenCorpus:
     def facts(self) -> dict[str, dict[str, int]]:
         """Per split: `n_rows`, `n_documents`, `n_tokens` and `n_tokens_dropped` by packing."""
         return self._facts["splits"]
+
+    def verify(self) -> list[str]:
+        """Return one fault for each file whose bytes are not those that were written."""
+        return damaged_files(self.dir, self._facts["sha256"])
 
     @cached_property
     def section(self) -> Data:
@@ -167,27 +198,20 @@ def prepare(section: Data, cache_dir: Path, progress: Progress = silent) -> Toke
     folder = cache_dir / digest[:16]
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with (cache_dir / f"{digest[:16]}.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # waits; goes with the process, however it ends
-            if not folder.exists():
-                _make(section, digest, folder, progress)
-    except OSError as error:
+        with wait_for_lock(cache_dir / f"{digest[:16]}.lock"):
+            is_new = not folder.exists()
+            if is_new:
+                with atomic_folder(folder) as partial:
+                    _write(section, digest, partial, progress)
+    except (OSError, RunError) as error:
         raise DataError(
             f"cannot write the prepared corpus to {cache_dir}: {error}; "
             "free space there or choose another folder"
         ) from error
-    return TokenCorpus(folder)
-
-
-def _make(section: Data, digest: str, folder: Path, progress: Progress) -> None:
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed call; the lock is ours now
-    partial.mkdir()
-    try:
-        _write(section, digest, partial, progress)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    corpus = TokenCorpus(folder)
+    if not is_new and (faults := corpus.verify()):
+        raise DataError(f"{faults[0]}; delete {folder} and prepare the corpus again")
+    return corpus
 
 
 def _write(section: Data, digest: str, folder: Path, progress: Progress) -> None:
@@ -215,6 +239,7 @@ def _write(section: Data, digest: str, folder: Path, progress: Progress) -> None
         "empty_documents": texts.n_empty,
         "splits": splits,
         "settings": section.model_dump(mode="json"),
+        "sha256": folder_digests(folder),
     }
     (folder / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n")
 

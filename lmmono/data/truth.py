@@ -42,13 +42,14 @@ def row_truth(corpus: TokenCorpus, rows: TokenRows) -> Bool[np.ndarray, "n_rows 
     language = planted_language(corpus)
     backend = exact_backend(corpus.tokenizer)
     truth = np.zeros((rows.ids.size, len(language.features)), bool)
-    start = (rows.first_seq_id - corpus.tokens(rows.split).first_seq_id) * rows.n_ctx
-    first_tokens = _first_tokens(corpus, rows)
-    for doc_id in np.unique(rows.doc_ids).tolist():
-        of_document = _document_truth(language, backend, doc_id)
-        at = first_tokens[doc_id] - start
-        head, tail = max(at, 0), min(at + len(of_document), len(truth))
-        truth[head:tail] = of_document[head - at : tail - at]
+    first_tokens, doc_ids = _first_tokens(corpus, rows), rows.doc_ids.ravel()
+    places = rows.seq_ids - corpus.tokens(rows.split).first_seq_id
+    # where each token stands in the split, documents end to end
+    place = (places[:, None] * rows.n_ctx + np.arange(rows.n_ctx)).ravel()
+    by_document = np.argsort(doc_ids, kind="stable")
+    known, starts = np.unique(doc_ids[by_document], return_index=True)
+    for doc_id, here in zip(known.tolist(), np.split(by_document, starts[1:]), strict=True):
+        truth[here] = _document_truth(language, backend, doc_id)[place[here] - first_tokens[doc_id]]
     return truth.reshape(*rows.ids.shape, -1)
 
 

@@ -167,7 +167,7 @@ class _ModelVectors(VectorSource):
         self._mixing = Mixing(self.n_tokens, self._n_ctx, pool, seed, shuffle=True)
         # what tells rows from others: their corpus and place in it, or else their tokens
         rows = [
-            [part.corpus.digest, part.split, part.first_seq_id, len(part)]
+            [part.corpus.digest, hashlib.sha256(part.seq_ids.tobytes()).hexdigest()]
             if part.corpus is not None
             else [hashlib.sha256(part.ids.tobytes()).hexdigest(), len(part)]
             for part in parts

@@ -312,11 +312,12 @@ class CrateModel(CratePreTrainedModel):
             ModelError: Not exactly one kind of input, two caches, an argument that has no meaning
                 here, or a row longer than the positional table.
         """
-        unknown = sorted(name for name in kwargs.keys() - PASSED_THROUGH if kwargs[name] is not None)
-        if unknown:  # never swallowed: a cache under a new name once gave wrong tokens silently
-            raise ModelError(f"{type(self).__name__} takes no argument {unknown[0]!r}; leave it out")
+        # nothing is swallowed: a cache under a new name once gave wrong tokens and no error
+        for name in sorted(kwargs.keys() - PASSED_THROUGH):
+            if kwargs[name] is not None:
+                raise ModelError(f"{type(self).__name__} takes no argument {name!r}; leave it out")
         if cache is not None and past_key_values is not None:
-            raise ModelError("got both cache and past_key_values, two names of one thing; pass one")
+            raise ModelError("got cache and past_key_values, two names of one thing; pass one")
         cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("want exactly one of input_ids and inputs_embeds")

@@ -191,12 +191,14 @@ def _dense(
 ) -> Float[ndarray, "tokens units"]:
     """Return the activations of a hook on rows of tokens, 0 where none is stored."""
     query = """SELECT seq_id, pos, unit, act FROM acts
-        WHERE hook = $hook AND seq_id >= $first AND seq_id < $after"""
-    first, n_ctx = rows.first_seq_id, rows.n_ctx
-    columns = store.sql(query, hook=hook, first=first, after=first + len(rows)).fetchnumpy()
+        WHERE hook = $hook AND seq_id BETWEEN $first AND $last"""
+    seq_ids, n_ctx = rows.seq_ids, rows.n_ctx
+    limits = {"first": int(seq_ids[0]), "last": int(seq_ids[-1])}
+    columns = store.sql(query, hook=hook, **limits).fetchnumpy()
     seq, pos, unit, act = (np.asarray(columns[name]) for name in ("seq_id", "pos", "unit", "act"))
     dense = np.zeros((rows.ids.size, d), np.float32)
-    dense[(seq.astype(np.int64) - first) * n_ctx + pos, unit] = act
+    known = np.isin(seq, seq_ids)  # the store may hold further rows
+    dense[np.searchsorted(seq_ids, seq[known]) * n_ctx + pos[known], unit[known]] = act[known]
     return dense
 
 

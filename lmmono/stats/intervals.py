@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray
 from scipy.stats import norm
 from scipy.stats import t as student_t
@@ -88,6 +88,22 @@ def jackknife_interval(
     error = np.sqrt((n - 1) / n * np.square(spread).sum(axis=-1))
     half = student_quantile(n - 1, level) * error
     return np.asarray(values - half), np.asarray(values + half)
+
+
+def cluster_error(values: Float[ndarray, " n"], clusters: Shaped[ndarray, " n"]) -> float:
+    """Return the standard error of a mean whose items hang together within clusters.
+
+    The mean is over items, what varies is clusters (documents): with residual sums r over each of
+    m clusters it is sqrt(m / (m - 1) sum r^2) / n (Liang and Zeger 1986, for a mean). NaN for one
+    cluster.
+
+    >>> cluster_error(np.array([1.0, 1.0, 3.0, 3.0]), np.array([0, 0, 1, 1]))  # sums -2 and 2
+    1.0
+    """
+    _, number = np.unique(clusters, return_inverse=True)
+    residuals = np.bincount(number.ravel(), values - values.mean())
+    n, m = len(values), len(residuals)
+    return math.sqrt(m / (m - 1) * float(np.square(residuals).sum())) / n if m > 1 else math.nan
 
 
 def leave_one_out(

@@ -1,6 +1,5 @@
 """What a model is worth during training: held-out loss, minimal pairs, and how its codes look."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +11,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lmmono.data.minimal_pairs import MinimalPair
+from lmmono.data.tokens import TokenRows
 from lmmono.models.crate import CrateForCausalLM
 from lmmono.models.hooks import recording
 from lmmono.stats.formulas import kurtosis
+from lmmono.stats.intervals import cluster_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Evaluation:
     loss: float
     """Nats per token."""
     loss_se: float
-    """Standard error of the loss over rows; NaN for a single row."""
+    """Standard error of the loss: documents vary, their tokens hang together; NaN for one."""
     n_tokens: int
     """Predicted tokens."""
     layers: tuple[LayerStatistics, ...]
@@ -56,25 +57,25 @@ def token_losses(model: PreTrainedModel, ids: Int[Tensor, "batch pos"]) -> Float
     return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
 
 
-def evaluate(model: PreTrainedModel, rows: np.ndarray, batch_rows: int) -> Evaluation:
-    """Return held-out loss and layer statistics of a model over packed rows [n_rows, n_ctx]."""
+def evaluate(model: PreTrainedModel, rows: TokenRows, batch_rows: int) -> Evaluation:
+    """Return held-out loss and layer statistics of a model over packed rows."""
     n_layers = model.config.num_hidden_layers
     codes = [f"blocks.{i}.mlp.hook_post" for i in range(n_layers)]
     sums = [_CodeSums() for _ in codes]
-    row_losses: list[Tensor] = []
+    losses: list[Tensor] = []
     model.eval()
     with recording(model, codes) as acts:
-        for ids in _batches(rows, batch_rows, model.device):
-            row_losses.append(token_losses(model, ids).view(len(ids), -1).double().mean(dim=1))
+        for ids in _batches(rows.ids, batch_rows, model.device):
+            losses.append(token_losses(model, ids).double().cpu())
             for name, layer_sums in zip(codes, sums, strict=True):
                 layer_sums.add(acts[name])
-    ista = _ista_facts(model, next(_batches(rows, batch_rows, model.device)))
+    ista = _ista_facts(model, next(_batches(rows.ids, batch_rows, model.device)))
     model.train()
-    losses = torch.cat(row_losses).cpu().numpy()
+    nats = torch.cat(losses).numpy()
     return Evaluation(
-        loss=float(losses.mean()),
-        loss_se=float(losses.std(ddof=1) / len(losses) ** 0.5) if len(losses) > 1 else math.nan,
-        n_tokens=len(losses) * (rows.shape[1] - 1),
+        loss=float(nats.mean()),
+        loss_se=cluster_error(nats, rows.doc_ids[:, 1:].ravel()),
+        n_tokens=len(nats),
         layers=tuple(
             layer_sums.statistics(i, *facts)
             for i, (layer_sums, facts) in enumerate(zip(sums, ista, strict=True))

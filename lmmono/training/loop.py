@@ -234,7 +234,7 @@ class _Loop:
             settings = self._settings
             rows = self.run.tokens("val").limit(settings.eval_tokens)
             batch_tokens = min(settings.batch_tokens, settings.eval_tokens)
-            result = evaluate(self.bare, rows.ids, max(1, batch_tokens // rows.n_ctx))
+            result = evaluate(self.bare, rows, max(1, batch_tokens // rows.n_ctx))
             seconds = time.perf_counter() - self.started
             self.log.add(evaluation_rows(result, self.step, seconds))
             self.log.save()
