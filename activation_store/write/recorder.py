@@ -4,9 +4,9 @@ The file is not called `capture` because `activation_store.capture` is the funct
 """
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from activation_store.errors import ContentError, StoreError
-from activation_store.hooks import Rows, Vectors
+from activation_store.hooks import Dtype, Rows, Skip, Vectors
 from activation_store.store import Store
+from activation_store.write.accumulator import as_tokens
+from activation_store.write.recording import OutputRecorder, first_tensor, padded_inputs
 from activation_store.write.writer import COMMIT_TOKENS, Writer
 
 if TYPE_CHECKING:
@@ -33,7 +35,12 @@ class Batch:
     split: str = "all"
     """Part of the corpus."""
     inputs: tuple[Any, ...] | None = None
-    """Arguments of the module; None calls it with `token_ids`."""
+    """Arguments of the module; None calls it with `token_ids`, and with a mask where there is
+    padding."""
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the module, such as attention_mask."""
+    seq_ids: Any = None
+    """[batch] numbers of the sequences in the store; None counts on from the batch before."""
 
 
 def capture(
@@ -45,12 +52,14 @@ def capture(
     into: Store,
     seed: int = 0,
     commit_tokens: int = COMMIT_TOKENS,
+    vector_dtype: Dtype = "float16",
+    skip: Skip | None = None,
     **settings: Any,
 ) -> int:
     """Run the batches through a module and store the outputs of some of its submodules.
 
-    A capture that was stopped goes on: give the same batches again, and the sequences that are
-    committed are passed over without a forward pass.
+    Resumable: give the same batches again, and sequences that the capture holds are skipped
+    without a forward pass. Further sequences have numbers of their own (`Batch.seq_ids`).
 
     Args:
         module: any torch module; it is in evaluation mode while this runs.
@@ -60,14 +69,16 @@ def capture(
         into: a store open for writing.
         seed: seed of the exemplars.
         commit_tokens: tokens between commits.
+        vector_dtype: type of stored vectors; float16 drops tokens with values beyond 65,504.
+        skip: tokens to leave out of all that is stored but the tokens themselves.
         **settings: further settings of `Rows`, such as threshold, the same for every hook.
 
     Returns:
-        The number of sequences in the capture, those of earlier runs included.
+        The number of sequences given; those that the capture held before included.
 
     Raises:
-        ContentError: a path that names no submodule, an output that is not [batch, n_ctx, d], or a
-            store that holds something else.
+        ContentError: a path that names no submodule, an output that is not [batch, n_ctx, d], a
+            sequence that the store holds with other tokens, or a store of something else.
     """
     if into.mode == "r":
         raise StoreError(f"{into.where.file}: open for reading; use mode='a' to add to it.")
@@ -82,37 +93,48 @@ def capture(
         writer = Writer(
             into.where,
             rows=[Rows(name, width[name], **settings) for name in rows],
-            vectors=[Vectors(name, width[name]) for name in whole],
+            vectors=[Vectors(name, width[name], vector_dtype) for name in whole],
             n_ctx=int(first.token_ids.shape[1]),
             seed=seed,
             commit_tokens=commit_tokens,
             model_digest=digest(module),
+            skip=skip,
         )
         with writer:
             return _write_all(module, chain([first], stream), recorder, writer)
 
 
 def _write_all(
-    module: "nn.Module", batches: Iterable[Batch], recorder: "_Recorder", writer: Writer
+    module: "nn.Module", batches: Iterable[Batch], recorder: OutputRecorder, writer: Writer
 ) -> int:
-    """Write every sequence from `next_seq` on; return how many there are."""
-    done = 0
+    """Write every sequence that the capture does not hold; return how many were given."""
+    next_seq = n_given = 0
     for batch in batches:
         n = len(batch.token_ids)
-        skip = min(n, max(0, writer.next_seq - done)) if done < writer.next_seq else 0
-        seq = np.arange(done + skip, done + n)
-        if len(seq):
+        seq = np.arange(next_seq, next_seq + n)
+        if batch.seq_ids is not None:
+            seq = as_tokens("seq_ids", batch.seq_ids, (n,)).astype(np.int64)
+        docs = _doc_ids(batch, seq)
+        pending = writer.pending(seq, batch.token_ids, docs)
+        if pending.any():
             outputs = _run(module, batch, recorder)
-            docs = np.arange(done, done + n)[:, None] + np.zeros_like(np.asarray(batch.token_ids))
             writer.add(
-                seq,
-                batch.token_ids[skip:],
-                (docs if batch.doc_ids is None else batch.doc_ids)[skip:],
+                seq[pending],
+                np.asarray(batch.token_ids)[pending],
+                docs[pending],
                 batch.split,
-                {name: output[skip:] for name, output in outputs.items()},
+                {name: output[pending.tolist()] for name, output in outputs.items()}
+                if not pending.all()
+                else outputs,
             )
-        done += n
-    return done
+        next_seq, n_given = int(seq.max(initial=next_seq - 1)) + 1, n_given + n
+    return n_given
+
+
+def _doc_ids(batch: Batch, seq: np.ndarray) -> np.ndarray:
+    if batch.doc_ids is None:
+        return np.repeat(seq[:, None], batch.token_ids.shape[1], axis=1)
+    return as_tokens("doc_ids", batch.doc_ids, tuple(batch.token_ids.shape))
 
 
 def match_modules(module: "nn.Module", patterns: str | Sequence[str]) -> list[str]:
@@ -122,8 +144,8 @@ def match_modules(module: "nn.Module", patterns: str | Sequence[str]) -> list[st
         ContentError: a pattern that matches nothing; lists paths that share its last part.
     """
     names = [name for name, _ in module.named_modules() if name]
-    given = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in given:
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in wanted:
         if not any(fnmatchcase(name, pattern) for name in names):
             last = pattern.rsplit(".", 1)[-1]
             near = [name for name in names if name.endswith(last)] or names
@@ -131,87 +153,86 @@ def match_modules(module: "nn.Module", patterns: str | Sequence[str]) -> list[st
                 f"{pattern}: names no submodule of {type(module).__name__}; it has "
                 f"{', '.join(near[:8])}{', ...' if len(near) > 8 else ''}."
             )
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in given)]
-
-
-class _Recorder:
-    """Keeps the outputs of some submodules at every forward pass."""
-
-    def __init__(self) -> None:
-        self.outputs: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
-        self._copied: set[str] = set()
-
-    def hook(self, name: str) -> "Callable[[nn.Module, Any, Any], None]":
-        """Return the forward hook of one submodule."""
-
-        def record(part: "nn.Module", given: Any, output: Any) -> None:
-            del part, given
-            tensor = output[0] if isinstance(output, tuple) else output
-            if tensor.is_inference():
-                self._copied.add(name)  # such a tensor does not tell when it is changed
-            copied = name in self._copied
-            self.outputs[name] = tensor.clone() if copied else tensor
-            self._versions[name] = 0 if copied else tensor._version
-
-        return record
-
-    def changed(self) -> bool:
-        """Tell whether an output was changed in place after its module had returned it.
-
-        Such outputs are copied from the next forward pass on.
-        """
-        late = {
-            name
-            for name, output in self.outputs.items()
-            if name not in self._copied and output._version != self._versions[name]
-        }
-        self._copied |= late
-        return bool(late)
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
 
 
 @contextmanager
-def _recording(module: "nn.Module", names: Iterable[str]) -> "Generator[_Recorder]":
+def _recording(module: "nn.Module", names: Iterable[str]) -> "Generator[OutputRecorder]":
     """Record the submodules' outputs, the module in evaluation mode; undo all of it after."""
-    recorder = _Recorder()
+    recorder = OutputRecorder()
+
+    def hook(name: str) -> "Callable[[nn.Module, Any, Any], None]":
+        return lambda _module, _inputs, output: recorder.keep(name, first_tensor(name, output))
+
     was_training = [part for part in module.modules() if part.training]
     module.eval()
     with ExitStack() as undo:
         undo.callback(lambda: [setattr(part, "training", True) for part in was_training])
         for name in names:
             part = module.get_submodule(name)
-            undo.callback(part.register_forward_hook(recorder.hook(name)).remove)
+            undo.callback(part.register_forward_hook(hook(name)).remove)
         yield recorder
 
 
-def _run(module: "nn.Module", batch: Batch, recorder: "_Recorder") -> "dict[str, Tensor]":
-    """Run one batch and return [batch, n_ctx, d] of every hook."""
+def _run(module: "nn.Module", batch: Batch, recorder: OutputRecorder) -> "dict[str, Tensor]":
+    """Run one batch and return [batch, n_ctx, d] of every hook.
+
+    Raises:
+        ContentError: the module has no such token or position, or an output is not per token.
+    """
     import torch
 
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    given = batch.inputs
-    if given is None:
-        given = (torch.as_tensor(batch.token_ids, dtype=torch.int64),)
-    moved = [value.to(device) if isinstance(value, torch.Tensor) else value for value in given]
-    with torch.no_grad():
-        module(*moved)
-        if recorder.changed():
-            module(*moved)
     n, n_ctx = batch.token_ids.shape
-    return {
-        name: output.reshape(n, n_ctx, -1) if output.shape[0] == n * n_ctx else output
-        for name, output in recorder.outputs.items()
-    }
+    inputs, keywords = batch.inputs, dict(batch.keywords)
+    if inputs is None:
+        inputs = (torch.as_tensor(batch.token_ids, dtype=torch.int64),)
+        if batch.doc_ids is not None:
+            is_token = as_tokens("doc_ids", batch.doc_ids, (n, n_ctx)) >= 0
+            # what the caller says of the padding counts
+            if "attention_mask" not in keywords:
+                keywords = {**padded_inputs(module, is_token), **keywords}
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    arguments = [moved(value) for value in inputs]
+    named = {name: moved(value) for name, value in keywords.items()}
+    with torch.no_grad():
+        try:
+            module(*arguments, **named)
+            if recorder.changed():
+                module(*arguments, **named)
+        except IndexError as fault:
+            ids = np.asarray(torch.as_tensor(batch.token_ids).cpu())
+            raise ContentError(
+                f"{type(module).__name__}: {fault}: the batch has token ids {ids.min()} to "
+                f"{ids.max()} and {n_ctx} positions; give ids of its vocabulary, and sequences no "
+                "longer than its context."
+            ) from fault
+    return {name: _per_token(name, x, n, n_ctx) for name, x in recorder.outputs.items()}
+
+
+def _per_token(name: str, output: "Tensor", n: int, n_ctx: int) -> "Tensor":
+    shape = tuple(output.shape)
+    if len(shape) >= 2 and shape[0] == n * n_ctx:  # mixtures of experts see a batch as one row
+        return output.reshape(n, n_ctx, -1)
+    if len(shape) >= 3 and shape[:2] == (n, n_ctx):
+        return output.flatten(2)
+    raise ContentError(
+        f"{name}: gives a tensor of shape {list(shape)}, want [batch, n_ctx, d] with batch = {n} "
+        f"and n_ctx = {n_ctx}; its output is not one vector per token."
+    )
 
 
 def digest(module: "nn.Module") -> str:
     """Return the sha256 of a module's parameters and buffers, by name; 64 hexadecimal digits."""
     import torch
 
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         if isinstance(value, torch.Tensor):
-            found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            sha256.update(f"{name} {value.dtype} {list(value.shape)}".encode())
             plain = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            found.update(plain.numpy().tobytes())
-    return found.hexdigest()
+            sha256.update(plain.numpy().tobytes())
+    return sha256.hexdigest()
