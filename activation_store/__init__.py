@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from activation_store.catalog.verification import Report
 from activation_store.errors import (
     ContentError,
+    DroppedWarning,
     LockedError,
     NotAStoreError,
     QueryError,
@@ -13,7 +14,7 @@ from activation_store.errors import (
     StoreError,
     WriteError,
 )
-from activation_store.hooks import Rows, Vectors
+from activation_store.hooks import Rows, Skip, Vectors
 from activation_store.lake.shared import Lake
 from activation_store.opening import compact, open, verify
 from activation_store.store import Info, Store
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Batch",
     "ContentError",
+    "DroppedWarning",
     "Exemplar",
     "Info",
     "Lake",
@@ -37,6 +39,7 @@ __all__ = [
     "Rows",
     "SchemaError",
     "ShardError",
+    "Skip",
     "Store",
     "StoreError",
     "Unit",

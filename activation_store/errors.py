@@ -45,6 +45,10 @@ class QueryError(StoreError):
     """SQL that the store refuses to run, or that DuckDB could not run."""
 
 
+class DroppedWarning(UserWarning):
+    """Activations that a capture could not store: not finite, or beyond the range of their type."""
+
+
 def damaged_shard(fault: duckdb.Error, file: Path) -> ShardError:
     """Return the error to tell when DuckDB could not read a shard of the store at `file`."""
     return ShardError(

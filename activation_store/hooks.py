@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Bool, Integer
 
 from activation_store.errors import ContentError
 
@@ -102,6 +103,42 @@ class Vectors:
         _check(self.hook, "dtype", self.dtype, self.dtype in LARGEST, "float32 or float16")
 
 
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Tokens that a capture leaves out of statistics, exemplars, acts and vectors.
+
+    The tokens themselves stay in the store, so excerpts show them. True where something is left
+    out at all.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    """Ids to leave out, such as those of BOS and EOS, where many units of a model fire."""
+    first: int = 0
+    """Positions to leave out at the beginning of each sequence, >= 0; padding does not count."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be.
+
+        Raises:
+            ContentError: a setting is out of its range.
+        """
+        _check("skip", "first", self.first, self.first >= 0, "an integer >= 0")
+        _check("skip", "token_ids", self.token_ids, min(self.token_ids, default=0) >= 0, "ids >= 0")
+
+    def __bool__(self) -> bool:
+        return bool(self.token_ids) or self.first > 0
+
+    def mask(
+        self,
+        token_ids: Integer[np.ndarray, "batch n_ctx"],
+        doc_ids: Integer[np.ndarray, "batch n_ctx"],
+    ) -> Bool[np.ndarray, "batch n_ctx"]:
+        """Return where a token is left out; padding (doc_id < 0) is neither."""
+        real = doc_ids >= 0
+        left_out = np.isin(token_ids, self.token_ids) | (np.cumsum(real, axis=1) <= self.first)
+        return left_out & real
+
+
 def _check(hook: str, name: str, got: object, holds: object, wanted: str) -> None:
     if not holds:
         raise ContentError(f"{hook}: {name}: want {wanted}, got {got!r}.")
@@ -110,3 +147,7 @@ def _check(hook: str, name: str, got: object, holds: object, wanted: str) -> Non
 def _shortened(units: tuple[int, ...]) -> str:
     shown = ", ".join(str(unit) for unit in units[:6])
     return f"[{shown}{', ...' if len(units) > 6 else ''}]"
+
+
+NOTHING = Skip()
+"""What a capture leaves out unless asked otherwise."""

@@ -17,7 +17,7 @@ from activation_store.errors import ContentError, QueryError, StoreError, damage
 from activation_store.unit import Exemplar, ExemplarKind, Unit, read_exemplars, read_unit
 
 if TYPE_CHECKING:
-    from activation_store.hooks import Rows, Vectors
+    from activation_store.hooks import Rows, Skip, Vectors
     from activation_store.read.stream import VectorStream
     from activation_store.write.writer import Writer
 
@@ -329,6 +329,7 @@ class Store:
         model_digest: str | None = None,
         rank: int = 0,
         world_size: int = 1,
+        skip: "Skip | None" = None,
     ) -> "Writer":
         """Return a writer of activations; use it as a context manager.
 
@@ -351,6 +352,7 @@ class Store:
             model_digest=model_digest,
             rank=rank,
             world_size=world_size,
+            skip=skip,
         )
 
     def verify(self, repair: bool = False) -> Report:

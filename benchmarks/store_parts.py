@@ -50,7 +50,8 @@ def scan_times() -> tuple[float, float]:
         hook = Accumulator(Rows("hook", D), 0, pool, 1)
         for i in range(3 * len(blocks)):
             seq = np.arange(i * GROUP, (i + 1) * GROUP, dtype=np.int32)
-            tiles = tiles_of(seq, np.repeat(seq[:, None], N_CTX, 1))
+            docs = np.repeat(seq[:, None], N_CTX, 1)
+            tiles = tiles_of(seq, docs, docs + np.arange(N_CTX, dtype=np.int32))
             block = blocks[i % len(blocks)]
             times.append(spent(lambda block=block, tiles=tiles: hook.add(block, tiles)))
             if hook.n_buffered > BLOCK_ACTS // 2:

@@ -23,7 +23,14 @@ from activation_store.write.kernel import Entries, Seen, scan
 from activation_store.write.state import merge_seen
 
 
-def see(x: np.ndarray, docs: np.ndarray, rows: Rows, seed: int = 0, first_seq: int = 0) -> Seen:
+def see(
+    x: np.ndarray,
+    docs: np.ndarray,
+    rows: Rows,
+    seed: int = 0,
+    first_seq: int = 0,
+    tokens: np.ndarray | None = None,
+) -> Seen:
     seen = new_seen(rows, seed)
     n, _, d = x.shape
     none = Entries(
@@ -34,7 +41,10 @@ def see(x: np.ndarray, docs: np.ndarray, rows: Rows, seed: int = 0, first_seq: i
         np.empty((0, 0), np.int64),
         np.zeros(2, np.int64),
     )
-    tiles = tiles_of(np.arange(first_seq, first_seq + n, dtype=np.int32), docs.astype(np.int32))
+    seq = np.arange(first_seq, first_seq + n, dtype=np.int32)
+    if tokens is None:  # no two alike
+        tokens = seq[:, None] * docs.shape[1] + np.arange(docs.shape[1])
+    tiles = tiles_of(seq, docs.astype(np.int32), tokens.astype(np.int32))
     flat = np.ascontiguousarray(x.reshape(-1, d), np.float32)
     largest = np.float32(np.finfo(np.float32).max)
     scan(flat, tiles, 0, d, rows.cutoff, largest, seen, none)
@@ -74,9 +84,9 @@ def test_top_by_hand() -> None:
         (2.5, 3, 3, 9),
     ]
     for act, seq, pos, doc in offers:
-        offer_top(top, 0, act, seq, pos, doc)
+        offer_top(top, 0, act, seq, pos, doc, np.uint64(doc))
     # document 7 is best at (0, 1) with 3.0; document 8 reaches 3.0 later; 9 has 2.5 and is third
-    assert as_tuples(top_exemplars(top), 0) == [(0, 1, 7, 3.0), (2, 0, 8, 3.0)]
+    assert as_tuples(top_exemplars(top, 2), 0) == [(0, 1, 7, 3.0), (2, 0, 8, 3.0)]
 
 
 @given(
@@ -101,8 +111,28 @@ def test_top_is_the_best_of_each_document_whatever_ties_and_cuts(
     merge_seen(merged, see(x[:half], docs[:half], rows))
     for unit in range(3):
         expected = best_per_document(x, docs, unit, k)
-        assert as_tuples(top_exemplars(whole.top), unit) == expected
-        assert as_tuples(top_exemplars(merged.top), unit) == expected
+        assert as_tuples(top_exemplars(whole.top, k), unit) == expected
+        assert as_tuples(top_exemplars(merged.top, k), unit) == expected
+
+
+@pytest.mark.parametrize("change", [0, 20])
+def test_of_copies_of_a_text_one_is_an_exemplar_also_where_they_differ_further_away(change) -> None:
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(0, 1000, (40, 30))
+    tokens[5:30] = tokens[5]
+    tokens[6:30, :change] = rng.integers(0, 1000, (24, change))
+    x = np.zeros((40, 30, 1), np.float32)
+    x[:, 29, 0] = np.where(np.arange(40) < 30, 2.0, 1.0 + np.arange(40) / 100)
+    docs = np.repeat(np.arange(40)[:, None], 30, 1)
+    rows = Rows("h", 1, top_k=20)
+    whole = see(x, docs, rows, tokens=tokens)
+    merged = see(x[17:], docs[17:], rows, first_seq=17, tokens=tokens[17:])
+    merge_seen(merged, see(x[:17], docs[:17], rows, tokens=tokens[:17]))
+    expected = [0, 1, 2, 3, 4, 5, *range(39, 29, -1)]  # document 5 stands for its copies
+    for seen in (whole, merged):
+        chosen = top_exemplars(seen.top, 20)
+        assert chosen.doc.tolist() == expected
+        assert chosen.rank.tolist() == list(range(1, 17))
 
 
 def test_draws_do_not_depend_on_how_tokens_are_grouped() -> None:
@@ -180,7 +210,7 @@ def test_a_unit_that_hardly_fires_has_fewer_exemplars_and_none_made_up(fires: in
     x = np.zeros((1, 50, 1), np.float32)
     x[0, :fires, 0] = np.arange(1, fires + 1)
     seen = see(x, np.zeros((1, 50), int), Rows("h", 1, top_k=3, random_k=60))
-    assert len(top_exemplars(seen.top).rank) == min(fires, 1)
+    assert len(top_exemplars(seen.top, 3).rank) == min(fires, 1)
     assert len(quantile_exemplars(seen.firing).rank) == fires
     assert len(random_exemplars(seen.random).rank) == 50
 

@@ -39,7 +39,7 @@ def take(
     seq = np.arange(first_seq, first_seq + n, dtype=np.int32)
     if docs is None:
         docs = np.repeat(seq[:, None], n_ctx, 1)
-    tiles = tiles_of(seq, docs.astype(np.int32))
+    tiles = tiles_of(seq, docs.astype(np.int32), docs.astype(np.int32))
     if cut is not None:
         tiles = tiles._replace(cut=cut)
     flat = np.ascontiguousarray(x.reshape(-1, d), np.float32)

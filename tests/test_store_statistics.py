@@ -42,7 +42,7 @@ def add(seen: Seen, x: np.ndarray, first_seq: int, threshold: float = 0.0) -> No
     )
     flat = np.ascontiguousarray(x.reshape(-1, d), np.float32)
     largest = np.float32(np.finfo(np.float32).max)
-    scan(flat, tiles_of(seq, docs), 0, d, np.float32(threshold), largest, seen, none)
+    scan(flat, tiles_of(seq, docs, docs), 0, d, np.float32(threshold), largest, seen, none)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])

@@ -307,7 +307,11 @@ def test_odd_activations_are_counted_per_hook_and_stored_nowhere(tmp_path: Path)
     stream.resid[1, 2, 3] = np.nan
     stream.resid[1, 3, :2] = [1e5, -np.inf]
     path = tmp_path / "store.duckdb"
-    with opened(path, stream, rows=[stream.rows(dtype="float16")]) as writer:
+    message = r"1 activations are beyond float16.*2 of 640 tokens have no vector.*dtype float32"
+    with (
+        pytest.warns(astore.DroppedWarning, match=message),
+        opened(path, stream, rows=[stream.rows(dtype="float16")]) as writer,
+    ):
         stream.write(writer, 10)
     counts = query(path, "SELECT kind, n_nan, n_inf, n_overflow FROM hooks ORDER BY kind")
     assert counts == [("rows", 1, 1, 1), ("vectors", 1, 1, 1)]
@@ -315,6 +319,69 @@ def test_odd_activations_are_counted_per_hook_and_stored_nowhere(tmp_path: Path)
     vectors = query(path, f"SELECT seq_id, pos FROM read_parquet({shards(path, 'vectors')})")
     assert len(vectors) == 10 * N_CTX - 2
     assert {(1, 2), (1, 3)}.isdisjoint(vectors)
+
+
+def test_a_second_capture_adds_what_is_new_whatever_its_order(tmp_path: Path) -> None:
+    stream = Stream(n=20)
+    path = tmp_path / "store.duckdb"
+    rng = np.random.default_rng(0)
+    for chosen in (np.arange(8), rng.permutation(20), np.arange(20)):
+        with opened(path, stream) as writer:
+            arrays = (chosen, stream.tokens[chosen], stream.docs[chosen])
+            pending = writer.pending(*arrays)
+            some = chosen[pending]
+            acts = {"mlp.hook_post": stream.acts[some], "hook_resid_post": stream.resid[some]}
+            writer.add(some, stream.tokens[some], stream.docs[some], "val", acts)
+    assert not pending.any()
+    (n,) = query(path, "SELECT DISTINCT n_tokens FROM unit_stats")[0]
+    assert n == stream.tokens.size
+    unit, seq, pos = np.nonzero(stream.acts.transpose(2, 0, 1))
+    expected = np.stack([unit, seq, pos, stream.acts[seq, pos, unit].astype(float)], axis=1)
+    np.testing.assert_array_equal(acts_of(path), expected)
+    with opened(path, stream) as writer, pytest.raises(StoreError, match="sequence 0: its tokens"):
+        writer.pending(np.arange(2), stream.tokens[:2] + 1, stream.docs[:2])
+
+
+def test_tokens_that_are_skipped_are_in_no_statistic_exemplar_act_or_vector(tmp_path: Path) -> None:
+    stream = Stream(n=12)
+    stream.docs[3, :5] = -1  # padding is no first position
+    stream.tokens[:, 0] = 7
+    stream.acts[stream.tokens == 7] += 100
+    path = tmp_path / "store.duckdb"
+    skip = astore.Skip(token_ids=(7,), first=2)
+    with opened(path, stream, skip=skip) as writer:
+        stream.write(writer, 5)
+    real = stream.docs >= 0
+    kept = real & (stream.tokens != 7) & (np.cumsum(real, axis=1) > 2)
+    stats = query(path, "SELECT n_tokens, density, max_act, kurtosis FROM unit_stats ORDER BY unit")
+    x = stream.acts[kept].astype(np.float64)
+    fourth = ((x - x.mean(0)) ** 4).mean(0) / x.var(0) ** 2
+    expected = np.stack([np.full(70, kept.sum()), (x > 0).mean(0), x.max(0), fourth], axis=1)
+    np.testing.assert_allclose(np.array(stats), expected, rtol=1e-12)
+    unit, seq, pos = np.nonzero((stream.acts * kept[..., None]).transpose(2, 0, 1))
+    np.testing.assert_array_equal(acts_of(path)[:, :3], np.stack([unit, seq, pos], axis=1))
+    for table in (f"read_parquet({shards(path, 'vectors')})", "exemplars"):
+        places = query(path, f"SELECT DISTINCT seq_id, pos FROM {table}")
+        assert all(kept[place] for place in places) and len(places) > 100
+    assert len(query(path, f"FROM read_parquet({shards(path, 'tokens')})")) == real.sum()
+    texts = query(path, "SELECT DISTINCT skip::VARCHAR, n_tokens FROM hooks")
+    assert texts == [('{"token_ids": [7], "first": 2}', kept.sum())]
+    with pytest.raises(StoreError, match="skip: stored"), opened(path, stream):
+        pass
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.3}, {"units": (3, 40)}, {"dtype": "float16"}])
+def test_statistics_are_over_every_token_whatever_is_kept(tmp_path: Path, settings: dict) -> None:
+    stream = Stream(n=10)
+    path = tmp_path / "store.duckdb"
+    with opened(path, stream, rows=[stream.rows(**settings)]) as writer:
+        stream.write(writer, 10)
+    x = stream.acts[..., list(settings.get("units", range(70)))].astype(np.float64)
+    x = x.reshape(-1, x.shape[-1])
+    stats = query(path, "SELECT density, mean, kurtosis FROM unit_stats ORDER BY unit")
+    fourth = ((x - x.mean(0)) ** 4).mean(0) / x.var(0) ** 2
+    expected = np.stack([(x > 0).mean(0), x.mean(0), fourth], axis=1)
+    np.testing.assert_allclose(np.array(stats), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["float64", "bfloat16", "float16"])

@@ -79,6 +79,7 @@ CREATE TABLE IF NOT EXISTS hooks (
     random_k INTEGER,
     quantile_k INTEGER,
     seed BIGINT,
+    skip JSON,
     n_tokens BIGINT NOT NULL,
     n_acts BIGINT NOT NULL,
     n_nan BIGINT NOT NULL,
@@ -99,7 +100,8 @@ COMMENT ON COLUMN hooks.top_k IS 'Top exemplars kept per unit, one per document,
 COMMENT ON COLUMN hooks.random_k IS 'Random exemplars kept per unit, >= 0';
 COMMENT ON COLUMN hooks.quantile_k IS 'Exemplars kept per unit and quantile bin, >= 0';
 COMMENT ON COLUMN hooks.seed IS 'Seed of the random and quantile exemplars';
-COMMENT ON COLUMN hooks.n_tokens IS 'Tokens seen, >= 0';
+COMMENT ON COLUMN hooks.skip IS 'Tokens left out, as token_ids and first positions of a sequence; NULL for none';
+COMMENT ON COLUMN hooks.n_tokens IS 'Tokens seen, without those left out, >= 0';
 COMMENT ON COLUMN hooks.n_acts IS 'Acts stored (kind rows) or vectors stored (kind vectors), >= 0';
 COMMENT ON COLUMN hooks.n_nan IS 'NaN activations seen, never stored, >= 0';
 COMMENT ON COLUMN hooks.n_inf IS 'Infinite activations seen, never stored, >= 0';

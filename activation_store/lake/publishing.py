@@ -23,7 +23,7 @@ from activation_store.catalog import migrations, tables
 from activation_store.catalog.catalogue import Place
 from activation_store.catalog.presence import Presence
 from activation_store.errors import ContentError, ShardError
-from activation_store.hooks import Rows, Vectors
+from activation_store.hooks import Rows, Skip, Vectors
 from activation_store.shards.encoding import Target, encode_tokens
 from activation_store.shards.names import (
     Shard,
@@ -244,7 +244,7 @@ def _agreed(source: Source, name: str, parts: Sequence[Capture]) -> int:
     first = parts[0].settings
     seen = to_ranges(np.zeros(0, np.int64))
     for part in parts:
-        for setting in (name, "seed", "n_ctx"):
+        for setting in (name, "seed", "n_ctx", "skip"):
             if part.settings[setting] != first[setting]:
                 raise ContentError(
                     f"{source.where.file}: {name}: {setting}: other stores of the lake have "
@@ -280,7 +280,7 @@ def _rows_total(name: str, parts: Sequence[Capture], seed: int) -> RowsTotal:
         state.merge_seen(total, seen)
         counts = ours["counts"].tolist()
         n_tokens, n_acts = n_tokens + counts[0], n_acts + counts[1]
-    return RowsTotal(rows, total, n_tokens, n_acts)
+    return RowsTotal(rows, total, n_tokens, n_acts, _skip(parts[0]))
 
 
 def _vectors_total(name: str, parts: Sequence[Capture]) -> VectorsTotal:
@@ -291,7 +291,13 @@ def _vectors_total(name: str, parts: Sequence[Capture]) -> VectorsTotal:
         odd += part.held["vectors.odd"][place]
         counts += part.held["vectors.counts"]
     n_tokens, n_vectors = counts.tolist()
-    return VectorsTotal(Vectors(**parts[0].settings[name]), n_tokens, n_vectors, odd)
+    hook = Vectors(**parts[0].settings[name])
+    return VectorsTotal(hook, n_tokens, n_vectors, odd, _skip(parts[0]))
+
+
+def _skip(part: Capture) -> Skip:
+    skip = part.settings["skip"]
+    return Skip(tuple(skip["token_ids"]), skip["first"])
 
 
 def _tokens_once(

@@ -4,9 +4,9 @@ What is computed from the vectors, such as the latents of a dictionary, can so b
 store as if the model had given it: the same sequences, tokens and order, by the same writer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -24,6 +24,10 @@ class VectorStore(Queried, Protocol):
     def shard_folder(self, hooks: Sequence[str]) -> Path:
         """Return the folder that holds the shards of these hooks."""
         ...
+
+
+Pending: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Says of sequences, given their numbers, token ids and document ids, which are wanted."""
 
 
 class StoredSequences(NamedTuple):
@@ -68,14 +72,18 @@ class Replay:
         self.n_ctx = int(rows[0][0])
 
     def batches(
-        self, skip: int = 0, batch_tokens: int = 8192, max_tokens: int | None = None
+        self,
+        pending: Pending | None = None,
+        batch_tokens: int = 8192,
+        max_tokens: int | None = None,
     ) -> Iterator[StoredSequences]:
         """Yield the sequences in the order they were captured.
 
         Args:
-            skip: sequences to leave out at the start: a writer's `next_seq`.
+            pending: says which sequences are wanted, given their numbers, tokens and documents: a
+                `Writer.pending`. None takes all.
             batch_tokens: tokens per batch, about; at least one sequence.
-            max_tokens: vectors of all sequences together, those left out included, at most.
+            max_tokens: vectors of all sequences together, unwanted ones included, at most.
 
         Raises:
             ShardError: a file is gone or changed.
@@ -83,21 +91,23 @@ class Replay:
         """
         limit = self.n_tokens if max_tokens is None else max_tokens
         at_once = max(1, batch_tokens // self.n_ctx)
-        begin = n_before = 0
+        begin = 0
         for file in self._source.files:
             keys = file.keys()
             first = np.flatnonzero(np.diff(keys >> 32, prepend=-1) != 0)  # where a sequence begins
             stop = np.append(first[1:], len(keys))
             wanted = np.flatnonzero(begin + stop <= limit)
-            late = wanted[max(0, skip - n_before) :]
-            if len(late):
-                tokens = self._tokens(keys[first[late]] >> 32)
-                for part in _parts(tokens, at_once):
-                    start, end = int(first[late[part.start]]), int(stop[late[part.stop - 1]])
+            if len(wanted):
+                tokens = self._tokens(keys[first[wanted]] >> 32)
+                if pending is not None:
+                    mask = np.asarray(pending(tokens.seq, tokens.ids, tokens.docs))
+                    wanted, tokens = wanted[mask], _TokenArrays(*(part[mask] for part in tokens))
+                for part in _parts(tokens, wanted, at_once):
+                    start, end = int(first[wanted[part.start]]), int(stop[wanted[part.stop - 1]])
                     yield self._sequences(tokens, part, keys[start:end], begin + start)
-            if len(wanted) < len(first):
+            if begin + stop[-1] > limit:
                 return
-            begin, n_before = begin + len(keys), n_before + len(first)
+            begin += len(keys)
 
     def _sequences(
         self, tokens: "_TokenArrays", part: slice, keys: np.ndarray, first_row: int
@@ -148,10 +158,11 @@ class _TokenArrays(NamedTuple):
     splits: np.ndarray
 
 
-def _parts(tokens: _TokenArrays, at_once: int) -> Iterator[slice]:
-    """Cut the sequences into batches of one split each."""
+def _parts(tokens: _TokenArrays, places: np.ndarray, at_once: int) -> Iterator[slice]:
+    """Cut the sequences into batches of one split each, whose `places` follow each other."""
     n = len(tokens.seq)
-    change = np.flatnonzero(tokens.splits[1:] != tokens.splits[:-1]) + 1
+    is_new = (tokens.splits[1:] != tokens.splits[:-1]) | (np.diff(places) != 1)
+    change = np.flatnonzero(is_new) + 1
     cuts = sorted({*range(0, n, at_once), *change.tolist(), n})
     for start, stop in zip(cuts, cuts[1:], strict=False):
         yield slice(start, stop)

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from activation_store.errors import ContentError
-from activation_store.hooks import LARGEST, Rows, Vectors
+from activation_store.hooks import LARGEST, NOTHING, Rows, Skip, Vectors
 from activation_store.shards.names import BLOCK_ACTS
-from activation_store.write.exemplars import QUANTILE_BINS, new_sample, new_top
+from activation_store.write.exemplars import QUANTILE_BINS, TOP_SPARE, new_sample, new_top
 from activation_store.write.kernel import STRIP, TILE, Entries, Seen, Tiles, scan, top_p_cuts
 from activation_store.write.moments import new_moments, new_sketch
 from activation_store.write.state import RankState, arrays_to_seen, merge_seen, seen_to_arrays
@@ -76,38 +76,47 @@ def as_tokens(name: str, values: Tensor, shape: tuple[int, ...]) -> Int32[np.nda
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def tiles_of(seq: Int32[np.ndarray, " batch"], doc: Int32[np.ndarray, "batch n_ctx"]) -> Tiles:
-    """Return the tiles of a block; a negative doc_id marks padding, which is left out.
+def tiles_of(
+    seq: Int32[np.ndarray, " batch"],
+    doc: Int32[np.ndarray, "batch n_ctx"],
+    token: Int32[np.ndarray, "batch n_ctx"],
+    keep: Bool[np.ndarray, "batch n_ctx"] | None = None,
+) -> Tiles:
+    """Return the tiles of a block: runs of tokens that are neither padding nor left out.
+
+    A negative doc_id marks padding; `keep` is false where a token is left out.
 
     Raises:
         ContentError: padding between tokens of one sequence.
     """
-    n_ctx = doc.shape[1]
-    first, stop = _bounds(seq, doc)
-    begin = np.arange(0, n_ctx, TILE)
-    low = np.maximum(begin[None, :], first[:, None])
-    high = np.minimum(begin[None, :] + TILE, stop[:, None])
-    row, _ = filled = np.nonzero(high > low)
-    pos = low[filled]
-    no_cut = np.empty(0, np.float32)
-    return Tiles(row * n_ctx + pos, high[filled] - pos, seq[row], pos, doc.reshape(-1), no_cut)
-
-
-def _bounds(seq: np.ndarray, doc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first position of each sequence and the one after its last."""
-    n, n_ctx = doc.shape
     real = doc >= 0
-    if real.all():
-        return np.zeros(n, np.int64), np.full(n, n_ctx, np.int64)
-    count = real.sum(axis=1)
-    first = np.where(count > 0, real.argmax(axis=1), 0)
-    stop = np.where(count > 0, n_ctx - real[:, ::-1].argmax(axis=1), 0)
-    if (stop - first != count).any():
-        at = int(np.flatnonzero(stop - first != count)[0])
+    is_split = _begins(real).sum(axis=1) > 1
+    if is_split.any():
         raise ContentError(
-            f"sequence {seq[at]}: padding (doc_id < 0) between tokens; want it at the ends only."
+            f"sequence {seq[is_split][0]}: padding (doc_id < 0) between tokens; want it at the "
+            "ends only."
         )
-    return first, stop
+    kept = real if keep is None else real & keep
+    # a run also ends at the grid of tiles, which is fixed within the sequence
+    on_grid = np.arange(doc.shape[1]) % TILE == 0
+    row, pos = np.nonzero(_begins(kept) | (kept & on_grid))
+    _, last = np.nonzero(_ends(kept) | (kept & np.roll(on_grid, -1)))
+    n_ctx = doc.shape[1]
+    no_cut = np.empty(0, np.float32)
+    flat = doc.reshape(-1), token.reshape(-1)
+    return Tiles(row * n_ctx + pos, last + 1 - pos, seq[row], pos, *flat, n_ctx, no_cut)
+
+
+def _begins(mask: np.ndarray) -> np.ndarray:
+    """Return where runs of a mask [batch, n_ctx] begin."""
+    begins = mask.copy()
+    begins[:, 1:] &= ~mask[:, :-1]
+    return begins
+
+
+def _ends(mask: np.ndarray) -> np.ndarray:
+    """Return where runs of a mask [batch, n_ctx] end."""
+    return _begins(mask[:, ::-1])[:, ::-1]
 
 
 class UnitEntries(NamedTuple):
@@ -124,7 +133,7 @@ def new_seen(rows: Rows, seed: int) -> Seen:
     return Seen(
         new_moments(n),
         new_sketch(n),
-        new_top(n, rows.top_k),
+        new_top(n, rows.top_k * TOP_SPARE),
         new_sample(units, rows.random_k, seed, _RANDOM),
         new_sample(units, rows.quantile_k * QUANTILE_BINS, seed, _FIRING),
         np.zeros((n, 3), np.int64),
@@ -138,8 +147,11 @@ class Accumulator:
     written, and taking one waits until the other is free.
     """
 
-    def __init__(self, rows: Rows, seed: int, pool: Executor, n_parts: int) -> None:
+    def __init__(
+        self, rows: Rows, seed: int, pool: Executor, n_parts: int, skip: Skip = NOTHING
+    ) -> None:
         self.rows = rows
+        self.skip = skip
         self.seen = new_seen(rows, seed)
         self.n_tokens = 0
         self.n_acts = 0
@@ -249,7 +261,7 @@ class Accumulator:
     def total(self, others: Sequence[RankState | None]) -> RowsTotal:
         """Return what all ranks have seen together; `others` has None in this rank's place."""
         if not any(others):
-            return RowsTotal(self.rows, self.seen, self.n_tokens, self.n_acts)
+            return RowsTotal(self.rows, self.seen, self.n_tokens, self.n_acts, self.skip)
         total = new_seen(self.rows, self._seed)
         n_tokens, n_acts = self.n_tokens, self.n_acts
         for state in others:
@@ -259,7 +271,7 @@ class Accumulator:
                 counts = load_rows(state, self.rows.hook, seen)
                 n_tokens, n_acts = n_tokens + counts[0], n_acts + counts[1]
             merge_seen(total, seen)
-        return RowsTotal(self.rows, total, n_tokens, n_acts)
+        return RowsTotal(self.rows, total, n_tokens, n_acts, self.skip)
 
 
 def load_rows(state: RankState, hook: str, into: Seen) -> tuple[int, int]:
@@ -315,8 +327,8 @@ class VectorLog:
     range of the stored type) at one hook is left out at every hook, and counted at the one.
     """
 
-    def __init__(self, hooks: Sequence[Vectors]) -> None:
-        self.hooks = tuple(hooks)
+    def __init__(self, hooks: Sequence[Vectors], skip: Skip = NOTHING) -> None:
+        self.hooks, self.skip = tuple(hooks), skip
         self.n_tokens = 0
         self.n_vectors = 0
         self.odd = np.zeros((len(hooks), 3), np.int64)
@@ -327,20 +339,20 @@ class VectorLog:
     def add(
         self,
         seq: Int32[np.ndarray, " batch"],
-        docs: Int32[np.ndarray, "batch n_ctx"],
+        real: Bool[np.ndarray, "batch n_ctx"],
         blocks: Mapping[str, Float32[np.ndarray, "batch n_ctx d"]],
     ) -> None:
-        """Take a batch; the values are copied."""
+        """Take a batch, of which the tokens in `real` count; the values are copied."""
         if not self.hooks:
             return
-        keep = docs >= 0
+        keep = real
         self.n_tokens += int(keep.sum())
         rounded: dict[str, np.ndarray] = {}
         for i, hook in enumerate(self.hooks):
             with np.errstate(over="ignore"):
                 rounded[hook.hook] = blocks[hook.hook].astype(hook.dtype)
             if not np.isfinite(rounded[hook.hook]).all():
-                keep = keep & self._finite(i, blocks[hook.hook], docs >= 0)
+                keep = keep & self._finite(i, blocks[hook.hook], real)
         row, pos = np.nonzero(keep)
         vectors = {
             name: x.reshape(-1, x.shape[-1]) if keep.all() else x[keep]
@@ -395,5 +407,6 @@ class VectorLog:
         odd = np.sum([state["vectors.odd"] for state in states], axis=0)
         n_tokens, n_vectors = np.sum([state["vectors.counts"] for state in states], axis=0).tolist()
         return [
-            VectorsTotal(hook, n_tokens, n_vectors, odd[i]) for i, hook in enumerate(self.hooks)
+            VectorsTotal(hook, n_tokens, n_vectors, odd[i], self.skip)
+            for i, hook in enumerate(self.hooks)
         ]

@@ -2,7 +2,8 @@
 
 Three choices, each the same for any grouping of the tokens into batches, commits and ranks:
 
-- top: the largest activations above the threshold, one per document; the earlier of equals wins.
+- top: the largest activations above the threshold, one per document and one per text: of copies
+  of a text, such as a page that was crawled many times, one stays. The earlier of equals wins.
 - random: a uniform draw without replacement over all tokens with a finite activation.
 - firing: the same over the tokens above the threshold. Ranked by activation and cut into
   `QUANTILE_BINS` parts of equal count, it gives the quantile exemplars: bin b stands for the b-th
@@ -23,8 +24,19 @@ from jaxtyping import Float32, Float64, Int32, Int64, UInt16, UInt64
 from activation_store.compiled import compiled
 
 QUANTILE_BINS = 10  # `export_openai` writes tenths
-DRAWS = 2
+DRAWS = 3
 """Version of the draws; a capture begun with another one cannot be resumed."""
+
+
+TOP_SPARE = 2
+"""Times `top_k` documents that are kept: copies of a text are dropped when the table is written.
+
+Dropping them earlier would let the order of the tokens decide which stay: a document's best token
+may come to be another one, of another text.
+"""
+
+TEXT_REACH = 8
+"""Two exemplars are of one text where so many tokens before and after their own are the same."""
 
 
 class Top(NamedTuple):
@@ -34,6 +46,8 @@ class Top(NamedTuple):
     seq: Int32[np.ndarray, "units k"]
     pos: UInt16[np.ndarray, "units k"]
     doc: Int32[np.ndarray, "units k"]
+    text: UInt64[np.ndarray, "units k"]
+    """Hash of the tokens around it, `text_key`."""
     size: Int64[np.ndarray, " units"]
     worst: Int64[np.ndarray, " units"]
     """Place of the entry that goes next, once the unit's list is full."""
@@ -65,6 +79,7 @@ def new_top(n_units: int, k: int) -> Top:
         seq=np.zeros((n_units, k), np.int32),
         pos=np.zeros((n_units, k), np.uint16),
         doc=np.zeros((n_units, k), np.int32),
+        text=np.zeros((n_units, k), np.uint64),
         size=np.zeros(n_units, np.int64),
         worst=np.zeros(n_units, np.int64),
         gate=np.full(n_units, -np.inf if k else np.inf, np.float32),
@@ -120,7 +135,25 @@ def position_key(seq: int, pos: int) -> np.uint64:
 
 @compiled
 @no_type_check
-def offer_top(top: Top, u: int, act: float, seq: int, pos: int, doc: int) -> None:
+def text_key(
+    tokens: Int32[np.ndarray, " rows"],
+    docs: Int32[np.ndarray, " rows"],
+    first: int,
+    last: int,
+    at: int,
+) -> np.uint64:
+    """Return a hash of the tokens around row `at`: of its document, within rows first..last-1."""
+    key = np.uint64(0)
+    for i in range(max(first, at - TEXT_REACH), min(last, at + TEXT_REACH + 1)):
+        if docs[i] == docs[at]:
+            # the token's place is part of it, so that a text at its beginning is another one
+            key = mix(key ^ position_key(tokens[i], i - at + TEXT_REACH))
+    return key
+
+
+@compiled
+@no_type_check
+def offer_top(top: Top, u: int, act: float, seq: int, pos: int, doc: int, text: np.uint64) -> None:
     """Let one token into the list of unit u if it belongs there; exact for tokens in any order."""
     k = top.act.shape[1]
     n = top.size[u]
@@ -141,6 +174,7 @@ def offer_top(top: Top, u: int, act: float, seq: int, pos: int, doc: int) -> Non
     top.seq[u, place] = seq
     top.pos[u, place] = pos
     top.doc[u, place] = doc
+    top.text[u, place] = text
     if top.size[u] == k:
         acts, worst = top.act[u], 0
         for i in range(np.uint64(1), np.uint64(k)):
@@ -246,7 +280,8 @@ def merge_tops(into: Top, other: Top) -> None:
     """Take the lists of other tokens of the same units into `into`."""
     for u in range(other.size.shape[0]):
         for i in range(other.size[u]):
-            offer_top(into, u, other.act[u, i], other.seq[u, i], other.pos[u, i], other.doc[u, i])
+            seq, pos, doc = other.seq[u, i], other.pos[u, i], other.doc[u, i]
+            offer_top(into, u, other.act[u, i], seq, pos, doc, other.text[u, i])
 
 
 @compiled
@@ -280,27 +315,43 @@ class ChosenTokens(NamedTuple):
     act: Float32[np.ndarray, " n"]
 
 
-def top_exemplars(top: Top) -> ChosenTokens:
-    """Return the top exemplars, the largest first."""
-    return _ordered(top, -top.act)
+def top_exemplars(top: Top, k: int) -> ChosenTokens:
+    """Return up to k exemplars per unit, each of another text, the largest first."""
+    order, is_filled = _order(top, -top.act)
+    ranked = _ordered(top, order, is_filled)
+    text = np.take_along_axis(top.text, order, axis=1)[is_filled]
+    # of each text of a unit the first by rank
+    by_text = np.lexsort((ranked.rank, text, ranked.place))
+    unit, key = ranked.place[by_text], text[by_text]
+    is_first = np.ones(len(by_text), bool)
+    is_first[1:] = (unit[1:] != unit[:-1]) | (key[1:] != key[:-1])
+    chosen = np.sort(by_text[is_first])
+    place = ranked.place[chosen]
+    rank = (np.arange(len(place)) - np.searchsorted(place, place) + 1).astype(np.int32)
+    chosen, rank = chosen[rank <= k], rank[rank <= k]
+    columns = (ranked.seq[chosen], ranked.pos[chosen], ranked.doc[chosen], ranked.act[chosen])
+    return ChosenTokens(ranked.place[chosen], rank, None, *columns)
 
 
 def random_exemplars(sample: TokenSample) -> ChosenTokens:
     """Return the sample in the order of its priorities, so that the first m are a sample of m."""
-    return _ordered(sample, sample.key)
+    return _ordered(sample, *_order(sample, sample.key))
 
 
 def quantile_exemplars(sample: TokenSample) -> ChosenTokens:
     """Return the sample by ascending activation, cut into `QUANTILE_BINS` parts of equal count."""
-    chosen = _ordered(sample, sample.act)
+    chosen = _ordered(sample, *_order(sample, sample.act))
     share = (chosen.rank - 1) * QUANTILE_BINS // sample.size[chosen.place]
     return chosen._replace(bin=share.astype(np.int32))
 
 
-def _ordered(lists: Top | TokenSample, key: np.ndarray) -> ChosenTokens:
-    """Return the entries, by unit, then by key, then by position."""
+def _order(lists: Top | TokenSample, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order of each unit's entries, by key and then by position, and which are some."""
     is_filled = np.arange(lists.act.shape[1]) < lists.size[:, None]
-    order = np.lexsort((lists.pos, lists.seq, key, ~is_filled), axis=1)
+    return np.lexsort((lists.pos, lists.seq, key, ~is_filled), axis=1), is_filled
+
+
+def _ordered(lists: Top | TokenSample, order: np.ndarray, is_filled: np.ndarray) -> ChosenTokens:
     columns = [
         np.take_along_axis(values, order, axis=1)[is_filled]
         for values in (lists.seq, lists.pos, lists.doc, lists.act)

@@ -33,6 +33,7 @@ from activation_store.write.exemplars import (
     mix,
     offer_top,
     position_key,
+    text_key,
 )
 from activation_store.write.moments import SIDE, Counts, Moments, add_sums, bucket
 
@@ -52,6 +53,9 @@ class Tiles(NamedTuple):
     pos: Int64[np.ndarray, " tiles"]
     """Position of the first row within its sequence."""
     doc: Int32[np.ndarray, " rows"]
+    token: Int32[np.ndarray, " rows"]
+    n_ctx: int
+    """Rows per sequence of the block."""
     cut: Float32[np.ndarray, " rows"]
     """Smallest activation of the token that is kept; empty keeps all above the threshold."""
 
@@ -401,7 +405,7 @@ def _choose(
     for u in range(width):
         unit, m = c + u, strip.n[u]
         if m > 0 and strip.high[u] >= top.gate[unit]:
-            _offer_best(unit, u, seq, pos, docs, top, strip)
+            _offer_best(tiles, tile, unit, u, top, strip)
         if is_drawn(firing.salt[unit], firing.gate[unit], tile_key, m):
             at, values = strip.at[u, :m], strip.fired[u, :m]
             draw_tile(firing, unit, tile_key, at, values, strip.used, seq, pos, docs)
@@ -412,19 +416,22 @@ def _choose(
 
 @compiled
 @no_type_check
-def _offer_best(
-    unit: int, u: int, seq: int, pos: int, docs: np.ndarray, top: Top, strip: Strip
-) -> None:
+def _offer_best(tiles: Tiles, tile: int, unit: int, u: int, top: Top, strip: Strip) -> None:
     """Offer the best token of each run of one document: at most one of them can stay."""
-    at, fired = strip.at[u], strip.fired[u]
+    at, fired, n, row = strip.at[u], strip.fired[u], strip.n[u], tiles.row[tile]
     best = 0
-    for k in range(1, strip.n[u]):
-        if docs[at[k]] != docs[at[best]]:
-            offer_top(top, unit, fired[best], seq, pos + at[best], docs[at[best]])
+    for k in range(1, n + 1):
+        if k == n or tiles.doc[row + at[k]] != tiles.doc[row + at[best]]:
+            act = fired[best]
+            if act >= top.gate[unit]:
+                pos = tiles.pos[tile] + at[best]
+                place = row + at[best]
+                first = place - pos  # the sequence's first row
+                text = text_key(tiles.token, tiles.doc, first, first + tiles.n_ctx, place)
+                offer_top(top, unit, act, tiles.seq[tile], pos, tiles.doc[place], text)
             best = k
         elif fired[k] > fired[best]:
             best = k
-    offer_top(top, unit, fired[best], seq, pos + at[best], docs[at[best]])
 
 
 @compiled

@@ -68,7 +68,9 @@ def first_tensor(name: str, output: Any) -> "Tensor":
     elif isinstance(value, (tuple, list)):
         value = value[0] if value else None
     if not isinstance(value, torch.Tensor):
-        raise ContentError(f"{name}: gives {type(output).__name__}, want a tensor or a tuple of them.")
+        raise ContentError(
+            f"{name}: gives {type(output).__name__}, want a tensor or a tuple of them."
+        )
     return value
 
 
@@ -91,9 +93,9 @@ def padded_inputs(
     if "attention_mask" not in names:
         if (is_token[:, 1:] & ~is_token[:, :-1]).any():
             raise ContentError(
-                f"{type(module).__name__}: tokens follow padding (doc_id < 0), and its forward takes "
-                "no attention_mask, so they would see the padding; pad at the end, or give each "
-                "batch its `inputs`."
+                f"{type(module).__name__}: tokens follow padding (doc_id < 0), and its forward "
+                "takes no attention_mask, so they would see the padding; pad at the end, or give "
+                "each batch its `inputs`."
             )
         return {}  # padding at the end, which tokens before it do not see in a causal model
     inputs = {"attention_mask": torch.from_numpy(is_token.astype(np.int64))}

@@ -7,7 +7,7 @@ same sequences. Their tokens are written once; later captures are checked agains
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt64
+from jaxtyping import Bool, Int32, Int64, UInt64
 
 from activation_store.errors import ContentError
 from activation_store.write.state import RankState, from_bytes, to_bytes
@@ -124,19 +124,33 @@ class TokenLog:
         names = seq.astype(np.int64)
         repeated = np.ones(len(names), bool)
         repeated[np.unique(names, return_index=True)[1]] = False
-        again = repeated | (names < 0) | (self._given.get(names) > 0)
+        again = repeated | (names < 0) | self.is_given(seq)
         if again.any():
             raise ContentError(
                 f"sequence {names[again][0]} was given before; each sequence of a capture has a "
-                "number >= 0 of its own. After a restart begin at the writer's next_seq."
+                "number >= 0 of its own. Leave out what the writer's `pending` does not name."
             )
+        self.check_same(seq, tokens, docs)
+
+    def check_same(self, seq: Int32[np.ndarray, " batch"], tokens: Ids, docs: Ids) -> None:
+        """Refuse sequences that the store holds with other tokens.
+
+        Raises:
+            ContentError: there is one; names it.
+        """
+        names = seq.astype(np.int64)
         stored = self._stored(names)
         other = (stored > 0) & (stored != digests(tokens, docs))
         if other.any():
             raise ContentError(
                 f"sequence {names[other][0]}: its tokens or documents differ from those in the "
-                "store; a store holds one corpus. Write this capture to another store."
+                "store; a store holds one corpus, and each sequence of it a number of its own. "
+                "Number these sequences further on, or write them to another store."
             )
+
+    def is_given(self, seq: Int32[np.ndarray, " batch"]) -> Bool[np.ndarray, " batch"]:
+        """Return which sequences this capture was given before."""
+        return self._given.get(seq.astype(np.int64)) > 0
 
     def add(self, seq: Int32[np.ndarray, " batch"], tokens: Ids, docs: Ids, split: str) -> None:
         """Note sequences that were checked; their tokens are kept unless the store has them."""

@@ -4,16 +4,17 @@ Each commit replaces the rows of the capture's hooks, so the tables always speak
 tokens that are committed.
 """
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from activation_store.hooks import Rows, Vectors
+from activation_store.hooks import Rows, Skip, Vectors
 from activation_store.write.exemplars import (
     ChosenTokens,
     quantile_exemplars,
@@ -44,6 +45,7 @@ class RowsTotal:
     seen: Seen
     n_tokens: int
     n_acts: int
+    skip: Skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class VectorsTotal:
     n_vectors: int
     odd: Int64[np.ndarray, "3"]
     """NaN, infinite and overflowing activations."""
+    skip: Skip
 
 
 def write_tables(
@@ -73,6 +76,7 @@ def write_tables(
         con.execute("DELETE FROM hooks WHERE hook = $1 AND kind = 'vectors'", [hook.hook])
         counts = dict(zip(("n_nan", "n_inf", "n_overflow"), whole.odd.tolist(), strict=True))
         facts = {"hook": hook.hook, "kind": "vectors", "d": hook.d, "dtype": hook.dtype}
+        facts |= {"skip": _as_json(whole.skip)}
         seen = {"n_tokens": whole.n_tokens, "n_acts": whole.n_vectors}
         _insert_row(con, "hooks", {**facts, **seen, **counts})
 
@@ -132,7 +136,12 @@ def _rows_facts(hook: RowsTotal, seed: int) -> dict[str, object]:
         "n_inf": odd[1],
         "n_overflow": odd[2],
         "quantile_error": RELATIVE_ERROR,
+        "skip": _as_json(hook.skip),
     }
+
+
+def _as_json(skip: Skip) -> str | None:
+    return json.dumps(asdict(skip)) if skip else None
 
 
 def unit_stats(hook: RowsTotal) -> pa.Table:
@@ -166,7 +175,7 @@ def unit_stats(hook: RowsTotal) -> pa.Table:
 def exemplars(hook: RowsTotal) -> dict[str, pa.Table]:
     """Return the rows of table `exemplars` of one hook, by kind."""
     chosen = {
-        "top": top_exemplars(hook.seen.top),
+        "top": top_exemplars(hook.seen.top, hook.rows.top_k),
         "random": random_exemplars(hook.seen.random),
         "quantile": quantile_exemplars(hook.seen.firing),
     }

@@ -10,6 +10,7 @@ never stopped.
 
 import json
 import os
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -18,10 +19,11 @@ from types import TracebackType
 
 import duckdb
 import numpy as np
+from jaxtyping import Bool
 
 from activation_store.catalog import catalogue
-from activation_store.errors import ContentError, StoreError
-from activation_store.hooks import Rows, Vectors
+from activation_store.errors import ContentError, DroppedWarning, StoreError
+from activation_store.hooks import LARGEST, NOTHING, Rows, Skip, Vectors
 from activation_store.shards.names import (
     StateFile,
     listed,
@@ -69,6 +71,7 @@ class Writer:
         model_digest: str | None = None,
         rank: int = 0,
         world_size: int = 1,
+        skip: Skip | None = None,
     ) -> None:
         """Check the settings; nothing is opened or written before the block is entered.
 
@@ -82,11 +85,13 @@ class Writer:
             model_digest: of the model's weights; a store holds one model.
             rank: which of several processes this is, each with sequences of its own.
             world_size: how many processes capture together.
+            skip: tokens to leave out of statistics, exemplars, acts and vectors.
 
         Raises:
             ContentError: no hook, or one named twice, or a rank that cannot be.
         """
         self._rank = Rank(rank, world_size)
+        self._skip = skip or NOTHING
         if not 1 <= n_ctx <= 2**16:
             raise ContentError(f"n_ctx: want 1 to 65536 tokens per sequence, got {n_ctx}.")
         for kind, hooks in (("rows", rows), ("vectors", vectors)):
@@ -119,6 +124,7 @@ class Writer:
             "draws": DRAWS,
             "world_size": self._rank.world_size,
             "commit_tokens": self._commit_seqs * self._n_ctx,
+            "skip": asdict(self._skip),
             **{f"rows {hook.hook}": asdict(hook) for hook in self._rows},
             **{f"vectors {hook.hook}": asdict(hook) for hook in self._vectors},
         }
@@ -140,9 +146,10 @@ class Writer:
             n_threads = min(8, os.cpu_count() or 1)
             self._pool = opening.enter_context(ThreadPoolExecutor(n_threads))
             self._accumulators = [
-                Accumulator(hook, self._seed, self._pool, n_threads) for hook in self._rows
+                Accumulator(hook, self._seed, self._pool, n_threads, self._skip)
+                for hook in self._rows
             ]
-            self._vector_log = VectorLog(self._vectors)
+            self._vector_log = VectorLog(self._vectors, self._skip)
             self._tokens = TokenLog()
             wait = catalogue.COMMIT_WAIT_SECONDS
             with (
@@ -170,8 +177,33 @@ class Writer:
         with self._open:
             if kind is None and not self._stopped and self._n_seqs > self._committed:
                 self.commit()
+                self._warn_of_dropped()
             else:
                 self._spool.abandon()
+
+    def _warn_of_dropped(self) -> None:
+        """Say which vectors are missing, and which acts, because they do not fit their type."""
+        dropped = [
+            f"{hook.rows.hook}: {n:,} activations are beyond {hook.rows.dtype} and were dropped"
+            for hook in self._accumulators
+            if (n := int(hook.seen.odd[:, 2].sum()))
+        ]
+        log = self._vector_log
+        if n := log.n_tokens - log.n_vectors:
+            causes = [
+                f"{hook.hook} ({hook.dtype}) has {n_nan:,} NaN, {n_inf:,} infinite, {n_large:,} "
+                f"beyond {LARGEST[hook.dtype]:,.0f}"
+                for hook, (n_nan, n_inf, n_large) in zip(log.hooks, log.odd.tolist(), strict=True)
+                if n_nan + n_inf + n_large
+            ]
+            dropped.append(f"{n:,} of {log.n_tokens:,} tokens have no vector: {'; '.join(causes)}")
+        if dropped:
+            warnings.warn(
+                f"{self._where.file}: {'; '.join(dropped)}. Where values are large, capture with "
+                "dtype float32; table hooks counts all that was left out.",
+                DroppedWarning,
+                stacklevel=2,
+            )
 
     def _resume(self, con: duckdb.DuckDBPyConnection) -> None:
         """Take up the state of the last commit, if there was one with the same settings."""
@@ -227,6 +259,30 @@ class Writer:
                 "the same set of hooks to resume that capture, or leave these out."
             )
 
+    def pending(
+        self, seq_ids: Tensor, token_ids: Tensor, doc_ids: Tensor
+    ) -> Bool[np.ndarray, " batch"]:
+        """Tell which sequences this capture does not hold yet: all others can be skipped.
+
+        A second capture of the same hooks adds what is new, and a resumed one what is missing,
+        whatever the order of the sequences.
+
+        Args:
+            seq_ids: [batch], numbers of the sequences.
+            token_ids: [batch, n_ctx].
+            doc_ids: [batch, n_ctx], document of each token; below 0 for padding.
+
+        Raises:
+            ContentError: a shape that does not fit, or a sequence that the store holds with other
+                tokens or documents.
+        """
+        n = len(seq_ids)
+        seq = as_tokens("seq_ids", seq_ids, (n,))
+        tokens = as_tokens("token_ids", token_ids, (n, self._n_ctx))
+        docs = as_tokens("doc_ids", doc_ids, (n, self._n_ctx))
+        self._tokens.check_same(seq, tokens, docs)
+        return ~self._tokens.is_given(seq)
+
     def add(
         self,
         seq_ids: Tensor,
@@ -262,6 +318,8 @@ class Writer:
             hook.hook: as_block(hook.hook, activations[hook.hook], (n, self._n_ctx, hook.d))
             for hook in hooks
         }
+        keep = ~self._skip.mask(tokens, docs) if self._skip else None
+        real = docs >= 0 if keep is None else (docs >= 0) & keep
         self._tokens.check(seq, tokens, docs)
         with self._changing():
             done = 0
@@ -269,12 +327,13 @@ class Writer:
                 stop = min(n, done + self._group - self._n_seqs % self._group)
                 part = slice(done, stop)
                 self._tokens.add(seq[part], tokens[part], docs[part], split)
-                tiles = tiles_of(seq[part], docs[part])
+                kept = None if keep is None else keep[part]
+                tiles = tiles_of(seq[part], docs[part], tokens[part], kept)
                 for hook in self._accumulators:
                     block = blocks[hook.rows.hook][part]
                     hook.add(block.reshape(docs[part].size, -1), tiles)
                 some = {hook.hook: blocks[hook.hook][part] for hook in self._vectors}
-                self._vector_log.add(seq[part], docs[part], some)
+                self._vector_log.add(seq[part], real[part], some)
                 self._n_seqs += stop - done
                 done = stop
                 if self._n_seqs % self._group == 0:

@@ -153,7 +153,7 @@ def store_latents(
         seed=seed,
         commit_tokens=commit_tokens or ALL_AT_ONE_COMMIT,
     ) as writer:
-        for part in replay.batches(writer.next_seq, at_once, max_tokens):
+        for part in replay.batches(writer.pending, at_once, max_tokens):
             acts = latents.encode(torch.from_numpy(part.vectors))
             writer.add(*part[:4], {latents.hook: acts})
             done += part.doc_ids.size
