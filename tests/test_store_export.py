@@ -48,6 +48,27 @@ def test_parquet_is_read_by_pyarrow_polars_and_duckdb(small, store, tmp_path):
         assert found == store.sql(f"SELECT * FROM {table} ORDER BY ALL").fetchall()
 
 
+@pytest.mark.parametrize("kind", ["acts", "tokens", "vectors"])
+@pytest.mark.parametrize("to", ["parquet", "delphi", "openai"])
+def test_damaged_bytes_get_no_new_checksum(tmp_path, kind, to):
+    small = small_store(tmp_path / "run")
+    with astore.open(small.path) as store:
+        query = "SELECT file FROM shards WHERE kind = $kind AND coalesce(hook, $hook) = $hook"
+        hook = "resid" if kind == "vectors" else HOOK
+        (name,) = store.sql(query + " LIMIT 1", kind=kind, hook=hook).fetchone()
+        shard = small.path / "store" / name
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 3] ^= 1
+        shard.write_bytes(data)
+        hooks = () if to == "parquet" else (HOOK,)
+        if kind == "vectors" and to != "parquet":  # not read for these
+            export(store, to, tmp_path / "out", hooks)
+            return
+        with pytest.raises(astore.ShardError, match=f"{name}: .*verify --repair"):
+            export(store, to, tmp_path / "out", hooks)
+    assert not (tmp_path / "out").exists()
+
+
 def test_delphi_reads_its_layout(small, store, tmp_path):
     """The reading is that of delphi's TensorBuffer.load, without torch."""
     out = export_delphi(store, tmp_path / "out", n_splits=4, model_name="some/model")

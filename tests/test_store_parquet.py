@@ -64,6 +64,23 @@ def test_three_readers_agree_on_what_was_written(
         np.testing.assert_array_equal(polars[name].to_numpy(), values)
 
 
+def test_every_page_has_a_checksum_that_arrow_checks(tmp_path: Path) -> None:
+    path = written(tmp_path / "acts.parquet", [row_group(np.random.default_rng(0), 30, 9, 0.2)])
+    whole = pq.read_table(path, page_checksum_verification=True)
+    data = path.read_bytes()
+    metadata = pq.ParquetFile(path).metadata.row_group(0)
+    for column in range(5):
+        chunk = metadata.column(column)
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        damaged = bytearray(data)
+        damaged[start + chunk.total_compressed_size - 1] ^= 1  # the last byte of the last page
+        path.write_bytes(damaged)
+        with pytest.raises(OSError, match="CRC checksum verification failed"):
+            pq.read_table(path, page_checksum_verification=True, use_threads=False)
+    path.write_bytes(data)
+    assert pq.read_table(path) == whole
+
+
 def test_statistics_let_readers_pass_over_row_groups(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     groups = [row_group(rng, 20, 4, 0.3) for _ in range(2)]

@@ -342,6 +342,22 @@ def test_a_lost_or_shortened_shard_is_named(tmp_path, prefetch):
             list(stream)
 
 
+def test_a_changed_vector_is_named_where_reading_is_checked(tmp_path):
+    with astore.open(tmp_path / "run", "w") as store:
+        fill(store, [Vectors(A, D)])
+        shard = max((tmp_path / "run" / "store").glob("vectors-*"))
+        whole = list(store.vectors(A, checked=True, prefetch=2, epochs=2, **SMALL))
+        data = bytearray(shard.read_bytes())
+        value = activations(N, 0, D)[-1, -1].astype(np.float16).tobytes()
+        data[data.rindex(value) + 5] ^= 1
+        shard.write_bytes(data)
+        unchecked = list(store.vectors(A, epochs=2, **SMALL))
+        assert sum(not np.array_equal(*pair) for pair in zip(whole, unchecked, strict=True)) == 2
+        for prefetch in (0, 2):
+            with pytest.raises(astore.ShardError, match=f"{shard.name}: .*page 0.*verify --repair"):
+                list(store.vectors(A, checked=True, prefetch=prefetch, **SMALL))
+
+
 def test_a_shard_that_is_shortened_between_pools_is_named(tmp_path):
     with astore.open(tmp_path / "run", "w") as store:
         fill(store, [Vectors(A, D)])

@@ -4,6 +4,7 @@ An export is atomic: it is written next to its final place and renamed when it i
 of that name is complete. Nothing is ever added to a folder that has something in it.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from activation_store.errors import ContentError, StoreError, writing
+from activation_store.errors import ContentError, ShardError, StoreError, writing
 from activation_store.lake.shared import Lake
 from activation_store.read.excerpts import records
 from activation_store.store import Store
@@ -85,6 +86,7 @@ def export_parquet(store: Store | Lake, out: str | os.PathLike[str]) -> Path:
     shards = store.sql(
         "SELECT kind, hook, file FROM shards ORDER BY kind, hook, length(file), file"
     ).fetchall()
+    check_shards(store)
     with whole_folder(out) as folder:
         (folder / "tables").mkdir()
         for table in _TABLES:
@@ -97,6 +99,33 @@ def export_parquet(store: Store | Lake, out: str | os.PathLike[str]) -> Path:
             number = numbers[at] = numbers.get(at, -1) + 1
             _copy_rows(*_lies(store, file), at / f"{number:05d}.parquet")
     return Path(out)
+
+
+def check_shards(store: Store | Lake, hooks: Sequence[str] | None = None) -> None:
+    """Compare the shards of tokens and of some hooks, or of all, with their sha256.
+
+    An export gives bytes a new form and a new checksum; damaged ones must not become sound.
+
+    Raises:
+        ShardError: a shard is missing or was changed; names it and the way out.
+    """
+    rows = store.sql(
+        "SELECT file, checksum FROM shards"
+        " WHERE $hooks::VARCHAR[] IS NULL OR hook IS NULL OR list_contains($hooks, hook)"
+        " ORDER BY file",
+        hooks=None if hooks is None else list(hooks),
+    ).fetchall()
+    for file, checksum in rows:
+        files, path = _lies(store, file)
+        sha256 = hashlib.sha256()
+        try:
+            with files.open_input_stream(path) as stream:
+                while data := stream.read(2**22):
+                    sha256.update(data)
+        except FileNotFoundError as fault:
+            raise _unreadable(path, fault) from fault
+        if sha256.hexdigest() != checksum:
+            raise _unreadable(path, ValueError("its bytes were changed after they were written"))
 
 
 def _lies(store: Store | Lake, file: str) -> tuple[fs.FileSystem, str]:
@@ -120,8 +149,8 @@ def _copy_rows(files: fs.FileSystem, shard: str, to: Path) -> None:
                 file.write_table(source.read_row_group(number, columns=names))
 
 
-def _unreadable(shard: str, fault: Exception) -> StoreError:
-    return StoreError(
+def _unreadable(shard: str, fault: Exception) -> ShardError:
+    return ShardError(
         f"{shard}: cannot be read: {fault}. Run `lmmono store verify --repair` on the store, which "
         "drops only what is lost and says what."
     )
@@ -162,6 +191,7 @@ def export_delphi(
     if n_splits < 1:
         raise ContentError(f"n_splits: want an integer >= 1, got {n_splits}.")
     widths = _widths(store, hooks)
+    check_shards(store, list(widths))
     seqs, tokens = _token_matrix(store, pad_token_id)
     with whole_folder(out) as folder:
         for hook, d in widths.items():
@@ -290,6 +320,7 @@ def export_openai(
     """
     _widths(store, hook)
     number = layer if layer is not None else layer_of(hook)
+    check_shards(store, [hook])
     with whole_folder(out) as folder:
         at = folder / str(number)
         at.mkdir()

@@ -102,11 +102,17 @@ class Selection(NamedTuple):
 
 
 def select(
-    store: Queried, folder: Path, hooks: Sequence[str], split: str | None, where: str | None
+    store: Queried,
+    folder: Path,
+    hooks: Sequence[str],
+    split: str | None,
+    where: str | None,
+    *,
+    checked: bool = False,
 ) -> Selection:
     """Return the vectors of `hooks` for the tokens of a split and of the documents `where` chooses.
 
-    `folder` is where the shards lie.
+    `folder` is where the shards lie; `checked` compares pages with their CRC-32 when they are read.
 
     Memory: about 16 bytes per run of tokens of one document. Where the hooks were not captured
     together, 40 bytes per token besides until this returns.
@@ -115,7 +121,7 @@ def select(
         ContentError: a hook without vectors, an unknown split, or nothing is chosen.
         QueryError: `where` is no condition on table `documents`, or does more than read.
     """
-    sources = tuple(_hook_vectors(store, folder, hook) for hook in hooks)
+    sources = tuple(_hook_vectors(store, folder, hook, checked) for hook in hooks)
     allowed = _allowed(store, split, where)
     lead = sources[0]
     if len(sources) == 1 and allowed is None:
@@ -129,7 +135,7 @@ def select(
     return Selection(sources, tuple(runs), n_tokens)
 
 
-def _hook_vectors(store: Queried, folder: Path, hook: str) -> HookVectors:
+def _hook_vectors(store: Queried, folder: Path, hook: str, checked: bool) -> HookVectors:
     rows = store.sql("SELECT kind, d, dtype FROM hooks WHERE hook = $hook", hook=hook).fetchall()
     shapes = {kind: (d, dtype) for kind, d, dtype in rows}
     if "vectors" not in shapes:
@@ -140,9 +146,8 @@ def _hook_vectors(store: Queried, folder: Path, hook: str) -> HookVectors:
         " ORDER BY length(file), file",  # by number, also beyond six digits
         hook=hook,
     ).fetchall()
-    return HookVectors(
-        hook, d, dtype, [VectorFile(folder / name, n, d, dtype) for name, n in files]
-    )
+    shards = [VectorFile(folder / name, n, d, dtype, checked=checked) for name, n in files]
+    return HookVectors(hook, d, dtype, shards)
 
 
 def _no_vectors(store: Queried, hook: str, has_rows: bool) -> ContentError:

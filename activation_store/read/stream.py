@@ -71,6 +71,7 @@ class VectorStream:
         framework: Literal["numpy", "torch"] = "numpy",
         shuffle: bool = True,
         buffer_tokens: int | None = None,
+        checked: bool = False,
     ) -> None:
         """Look up what is to be read; no vector is read before the first batch is asked for.
 
@@ -90,6 +91,8 @@ class VectorStream:
             framework: numpy arrays or torch tensors.
             shuffle: False gives the tokens in the order they were captured.
             buffer_tokens: tokens that are mixed together; by default 128 MiB of vectors.
+            checked: compare the bytes of each page with its checksum before it is first used;
+                without it a damaged file is found by `Store.verify` only.
 
         Raises:
             ContentError: a hook without vectors, a setting out of its range, nothing to read, or a
@@ -103,7 +106,7 @@ class VectorStream:
         self.batch_tokens, self.seed, self.epochs = batch_tokens, seed, epochs
         self.prefetch, self.framework = prefetch, framework
         self.dtype: Dtype = dtype
-        self._selection = select(store, folder, self.hooks, split, where)
+        self._selection = select(store, folder, self.hooks, split, where, checked=checked)
         self._check_settings()
         self._mixing = self._mixed(shuffle, buffer_tokens)
         self._settings = self._described(store, split, where)

@@ -175,6 +175,7 @@ def _write_table(
             compression="none",
             store_schema=False,
             version="2.6",
+            write_page_checksum=True,
             **settings,
         )
     shard.cover(len(table), table["seq_id"].to_numpy())

@@ -11,6 +11,7 @@ import mmap
 import os
 import sys
 import threading
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,10 @@ class _Pages(NamedTuple):
     """Number of the first row of each page, and of rows in all."""
     offset: Int64[np.ndarray, " pages"]
     """Where its values begin in the file."""
+    begin: Int64[np.ndarray, " pages"]
+    """Where its bytes begin, which end with its values."""
+    crc: Int64[np.ndarray, " pages"]
+    """CRC-32 of its bytes; -1 where the header has none."""
 
 
 class VectorFile:
@@ -61,8 +66,13 @@ class VectorFile:
     Threads may share it.
     """
 
-    def __init__(self, path: Path, n_rows: int, d: int, dtype: str) -> None:
+    def __init__(
+        self, path: Path, n_rows: int, d: int, dtype: str, *, checked: bool = False
+    ) -> None:
+        """Touch nothing yet; `checked` compares each page with its CRC-32 when it is first used."""
         self.path, self.n_rows, self.d = path, n_rows, d
+        self._checked = checked
+        self._good_pages: set[int] = set()
         self.dtype = np.dtype(dtype)
         self._row_bytes = d * self.dtype.itemsize
         self._mapped: _MappedFile | None = None
@@ -94,6 +104,8 @@ class VectorFile:
                     raise ValueError(f"has {size} bytes, had {len(memory)}")
             for at, n_bytes in parts.tolist():
                 _bring(begin + at, n_bytes)
+            if self._checked:
+                self._check(mapped, runs)
         except (OSError, ValueError) as fault:
             raise self._fault(fault) from fault
         n = parts[:, 1] // self._row_bytes
@@ -141,7 +153,7 @@ class VectorFile:
         column = next((i for i, path in enumerate(paths) if path.startswith("vector.")), None)
         if column is None:
             raise ValueError("has no column of vectors")
-        first, offset = [0], list[int]()
+        first, offset, begins, crcs = [0], list[int](), list[int](), list[int]()
         for number in range(metadata.num_row_groups):
             chunk = metadata.row_group(number).column(column)
             if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
@@ -153,13 +165,30 @@ class VectorFile:
                     raise ValueError("a page of another kind than our writer makes")
                 n_rows, excess = divmod(header[5][1], self.d)
                 begin, at = at + size, at + size + header[3]
+                begins.append(begin)
+                crcs.append(header[4] & 0xFFFFFFFF if 4 in header else -1)
                 offset.append(at - n_rows * self._row_bytes)
                 first.append(first[-1] + n_rows)
                 if excess or offset[-1] < begin or at > len(memory):
                     raise ValueError("the values of a page are not where its header says")
         if first[-1] != self.n_rows:
             raise ValueError(f"holds {first[-1]} vectors of {self.d}, want {self.n_rows}")
-        return _Pages(np.array(first, np.int64), np.array(offset, np.int64))
+        return _Pages(*(np.array(column, np.int64) for column in (first, offset, begins, crcs)))
+
+    def _check(self, mapped: _MappedFile, runs: Spans) -> None:
+        """Compare the pages that hold rows with their checksums, each once.
+
+        Raises:
+            ValueError: a page was changed.
+        """
+        pages = mapped.pages
+        _, touched = cut(runs, pages.first[:-1])
+        for page in set(touched.tolist()) - self._good_pages:
+            end = pages.offset[page] + (pages.first[page + 1] - pages.first[page]) * self._row_bytes
+            crc = zlib.crc32(mapped.memory[pages.begin[page] : end])
+            if pages.crc[page] not in (-1, crc):
+                raise ValueError(f"page {page} of its vectors was changed after it was written")
+            self._good_pages.add(page)
 
     def keys(self) -> Int64[np.ndarray, " n"]:
         """Return, row by row, which token it is: seq_id x 2^32 + pos.

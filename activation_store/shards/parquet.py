@@ -15,6 +15,7 @@ https://github.com/apache/parquet-format/blob/master/Encodings.md and
 https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
 """
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -135,7 +136,7 @@ class _GroupColumns:
     ) -> None:
         """Add a column that has the i-th of its dictionary's k entries runs[i] times."""
         begin = self._at
-        head = {1: i32(_DICTIONARY_PAGE), 2: i32(len(entries)), 3: i32(len(entries))}
+        head = _page_head(_DICTIONARY_PAGE, entries)
         self._add(struct({**head, 7: struct({1: i32(len(runs)), 2: i32(_PLAIN)})}).data, entries)
         width = max(1, (len(runs) - 1).bit_length())
         packed = np.empty(room(len(runs)), np.uint8)
@@ -155,7 +156,7 @@ class _GroupColumns:
         """Add a column's one data page; `dictionary` is where the page of its entries begins."""
         page = self._at
         levels = {3: i32(_RLE), 4: i32(_RLE)}
-        head = {1: i32(_DATA_PAGE), 2: i32(len(data)), 3: i32(len(data))}
+        head = _page_head(_DATA_PAGE, data)
         self._add(struct({**head, 5: struct({1: i32(n), 2: i32(encoding), **levels})}).data, data)
         size = i64(self._at - (page if dictionary is None else dictionary))
         used = [encoding, _RLE] if dictionary is None else [encoding, _RLE, _PLAIN]
@@ -176,6 +177,13 @@ class _GroupColumns:
     def _add(self, *parts: Bytes) -> None:
         self.parts += parts
         self._at += sum(len(part) for part in parts)
+
+
+def _page_head(kind: int, data: Bytes) -> dict[int, "Value"]:
+    """Return what every page header says: kind, sizes, and the CRC-32 of the page's bytes."""
+    crc = zlib.crc32(data)
+    # the format has no unsigned integers
+    return {1: i32(kind), 2: i32(len(data)), 3: i32(len(data)), 4: i32(crc - ((crc >> 31) << 32))}
 
 
 def _bounds(values: Int32[np.ndarray, " n"]) -> _Bounds:
