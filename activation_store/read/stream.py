@@ -11,6 +11,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -43,6 +44,53 @@ Planned: TypeAlias = "tuple[tuple[int, int], partial[Array | dict[str, Array]]]"
 """The place after a batch, epoch and token, and the job that makes the batch."""
 
 
+@dataclass(frozen=True, slots=True)
+class StreamSettings:
+    """What a stream gives, in which order, and how it is read."""
+
+    batch_tokens: int = 4096
+    """Rows per batch; the last batch of an epoch holds what is left."""
+    seed: int = 0
+    """Seed of the order."""
+    split: str | None = None
+    """Read only tokens of this split."""
+    where: str | None = None
+    """SQL condition on table `documents`; reads only tokens of those documents."""
+    epochs: int | None = 1
+    """How often each token comes; None never ends."""
+    prefetch: int = 0
+    """Threads that read ahead; 0 reads when a batch is asked for."""
+    dtype: Dtype = "float32"
+    """Type of the batches."""
+    framework: Literal["numpy", "torch"] = "numpy"
+    """Whether batches are numpy arrays or torch tensors."""
+    shuffle: bool = True
+    """False gives the tokens in the order they were captured."""
+    buffer_tokens: int | None = None
+    """Tokens that are mixed together; by default 128 MiB of vectors."""
+    checked: bool = False
+    """Compare the bytes of each page with its checksum before it is first used; without it a
+    damaged file is found by `Store.verify` only."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be.
+
+        Raises:
+            ContentError: a setting is out of its range; names it.
+        """
+        for name, value, least in (
+            ("batch_tokens", self.batch_tokens, 1),
+            ("seed", self.seed, 0),
+            ("epochs", 1 if self.epochs is None else self.epochs, 1),
+            ("prefetch", self.prefetch, 0),
+            ("buffer_tokens", 1 if self.buffer_tokens is None else self.buffer_tokens, 1),
+        ):
+            if value < least:
+                raise ContentError(f"{name}: want an integer >= {least}, got {value}.")
+        if self.framework not in ("numpy", "torch"):
+            raise ContentError(f"framework: want 'numpy' or 'torch', got {self.framework!r}.")
+
+
 class VectorStream:
     """Batches of vectors; made by `Store.vectors`.
 
@@ -60,18 +108,8 @@ class VectorStream:
         folder: Path,
         hooks: str | Sequence[str],
         *,
-        batch_tokens: int = 4096,
-        seed: int = 0,
         cursor: Cursor | str | None = None,
-        split: str | None = None,
-        where: str | None = None,
-        epochs: int | None = 1,
-        prefetch: int = 0,
-        dtype: Dtype = "float32",
-        framework: Literal["numpy", "torch"] = "numpy",
-        shuffle: bool = True,
-        buffer_tokens: int | None = None,
-        checked: bool = False,
+        **settings: Any,
     ) -> None:
         """Look up what is to be read; no vector is read before the first batch is asked for.
 
@@ -80,19 +118,8 @@ class VectorStream:
             folder: where its shards of vectors lie.
             hooks: one hook for batches that are arrays; a list of hooks for batches that are dicts
                 of arrays whose rows belong to the same tokens.
-            batch_tokens: rows per batch; the last batch of an epoch holds what is left.
-            seed: seed of the order.
             cursor: where to begin, as `cursor` gave it, or its JSON text.
-            split: read only tokens of this split.
-            where: SQL condition on table `documents`; reads only tokens of those documents.
-            epochs: how often each token comes; None never ends.
-            prefetch: threads that read ahead; 0 reads when a batch is asked for.
-            dtype: type of the batches.
-            framework: numpy arrays or torch tensors.
-            shuffle: False gives the tokens in the order they were captured.
-            buffer_tokens: tokens that are mixed together; by default 128 MiB of vectors.
-            checked: compare the bytes of each page with its checksum before it is first used;
-                without it a damaged file is found by `Store.verify` only.
+            settings: of `StreamSettings`.
 
         Raises:
             ContentError: a hook without vectors, a setting out of its range, nothing to read, or a
@@ -103,15 +130,20 @@ class VectorStream:
         self._single = isinstance(hooks, str)
         if not self.hooks or len(set(self.hooks)) < len(self.hooks):
             raise ContentError(f"hooks: want one or several different hooks, got {hooks!r}.")
-        self.batch_tokens, self.seed, self.epochs = batch_tokens, seed, epochs
-        self.prefetch, self.framework = prefetch, framework
-        self.dtype: Dtype = dtype
-        self._selection = select(store, folder, self.hooks, split, where, checked=checked)
+        self.settings = chosen = StreamSettings(**settings)
+        self._selection = select(
+            store, folder, self.hooks, chosen.split, chosen.where, checked=chosen.checked
+        )
         self._check_settings()
-        self._mixing = self._mixed(shuffle, buffer_tokens)
-        self._settings = self._described(store, split, where)
+        self._mixing = self._mixed()
+        self._order = self._described(store)
         self._begin = self._place(cursor)
         self._now = self._begin
+
+    @property
+    def batch_tokens(self) -> int:
+        """Rows per batch."""
+        return self.settings.batch_tokens
 
     @property
     def n_tokens(self) -> int:
@@ -143,7 +175,7 @@ class VectorStream:
     def cursor(self) -> Cursor:
         """The place after the last batch yielded, to begin another stream at."""
         epoch, token = self._now
-        return {**self._settings, "epoch": epoch, "token": token}
+        return {**self._order, "epoch": epoch, "token": token}
 
     def again(
         self,
@@ -158,7 +190,7 @@ class VectorStream:
             ContentError: the cursor is of another stream.
         """
         stream = copy.copy(self)
-        stream.epochs, stream.framework = epochs, framework
+        stream.settings = replace(self.settings, epochs=epochs, framework=framework)
         stream._begin = stream._now = stream._place(cursor)
         return stream
 
@@ -179,9 +211,9 @@ class VectorStream:
             ShardError: a file of the store is gone or changed.
         """
         self._now = self._begin
-        with ThreadPoolExecutor(max(1, self.prefetch)) as threads:
+        with ThreadPoolExecutor(max(1, self.settings.prefetch)) as threads:
             try:
-                for place, batch in _ahead(self._plan(threads), threads, self.prefetch):
+                for place, batch in _ahead(self._plan(threads), threads, self.settings.prefetch):
                     self._now = place
                     yield batch
             finally:
@@ -192,11 +224,11 @@ class VectorStream:
         number, begin = self._begin
         sources = self._selection.sources
         # those read ahead, the one that is worked on, and the one yielded before
-        kept = self.prefetch + 3
-        batches = Buffers(self.batch_tokens, [(s.d, self.dtype) for s in sources], kept)
-        while self.epochs is None or number < self.epochs:
+        kept = self.settings.prefetch + 3
+        batches = Buffers(self.batch_tokens, [(s.d, self.settings.dtype) for s in sources], kept)
+        while self.settings.epochs is None or number < self.settings.epochs:
             epoch = self._mixing.epoch(number)
-            pools = EpochPools(self._selection, epoch, threads if self.prefetch else None)
+            pools = EpochPools(self._selection, epoch, threads if self.settings.prefetch else None)
             for start in range(begin, self.n_tokens, self.batch_tokens):
                 stop = min(start + self.batch_tokens, self.n_tokens)
                 is_last = stop == self.n_tokens
@@ -216,57 +248,43 @@ class VectorStream:
                 end = at + part.stop - part.start
                 part.give(i, batch[at:end])
                 at = end
-            batches[hook] = batch if self.framework == "numpy" else _as_torch(batch)
+            batches[hook] = batch if self.settings.framework == "numpy" else _as_torch(batch)
         return batches[self.hooks[0]] if self._single else batches
 
     def _check_settings(self) -> None:
-        n = self.n_tokens
-        for name, value, least in (
-            ("batch_tokens", self.batch_tokens, 1),
-            ("seed", self.seed, 0),
-            ("epochs", 1 if self.epochs is None else self.epochs, 1),
-            ("prefetch", self.prefetch, 0),
-        ):
-            if value < least:
-                raise ContentError(f"{name}: want an integer >= {least}, got {value}.")
+        n, dtype = self.n_tokens, self.settings.dtype
         if self.batch_tokens > n:
             raise ContentError(
                 f"batch_tokens: {self.batch_tokens} rows of the {n} there are; want at most {n}."
             )
-        if self.framework not in ("numpy", "torch"):
-            raise ContentError(f"framework: want 'numpy' or 'torch', got {self.framework!r}.")
         for source in self._selection.sources:
-            fits = self.dtype == "float32" or self.dtype == source.dtype
-            if self.dtype not in LARGEST or not fits:
+            if dtype not in LARGEST or dtype not in ("float32", source.dtype):
                 raise ContentError(
                     f"dtype: {source.hook} is stored as {source.dtype}; want 'float32', or "
-                    f"'float16' where it is stored so; got {self.dtype!r}."
+                    f"'float16' where it is stored so; got {dtype!r}."
                 )
 
-    def _mixed(self, shuffle: bool, buffer_tokens: int | None) -> Mixing:
-        widths = [source.d * source.dtype.itemsize for source in self._selection.sources]
-        n_bytes = (
-            sum(source.d for source in self._selection.sources) * np.dtype(self.dtype).itemsize
-        )
-        pool = max(1, BUFFER_BYTES // n_bytes) if buffer_tokens is None else buffer_tokens
-        if pool < 1:
-            raise ContentError(f"buffer_tokens: want an integer >= 1, got {pool}.")
-        if not shuffle:
+    def _mixed(self) -> Mixing:
+        settings, sources = self.settings, self._selection.sources
+        n_bytes = sum(source.d for source in sources) * np.dtype(settings.dtype).itemsize
+        pool = settings.buffer_tokens or max(1, BUFFER_BYTES // n_bytes)
+        if not settings.shuffle:
             pool = min(pool, max(1, PLAIN_BYTES // n_bytes))
         # at least 16 blocks per pool: small buffers still mix tokens of different places
-        block = max(1, min(BLOCK_BYTES // max(widths), pool // 16))
-        return Mixing(self.n_tokens, block, pool, self.seed, shuffle)
+        widest = max(source.d * source.dtype.itemsize for source in sources)
+        block = max(1, min(BLOCK_BYTES // widest, pool // 16))
+        return Mixing(self.n_tokens, block, pool, settings.seed, settings.shuffle)
 
-    def _described(self, store: Queried, split: str | None, where: str | None) -> Cursor:
+    def _described(self, store: Queried) -> Cursor:
         """Return what decides the order, which a cursor must agree with."""
         return {
             "data": _digest(store, self._selection),
             "hooks": list(self.hooks),
-            "split": split,
-            "where": where,
+            "split": self.settings.split,
+            "where": self.settings.where,
             "n_tokens": self.n_tokens,
             "batch_tokens": self.batch_tokens,
-            "seed": self.seed,
+            "seed": self.settings.seed,
             "shuffle": self._mixing.shuffle,
             "block_tokens": self._mixing.block_tokens,
             "buffer_tokens": self._mixing.pool_tokens,
@@ -283,7 +301,7 @@ class VectorStream:
         place = _as_cursor(cursor)
         differences = [
             f"{name}: cursor {place.get(name)!r}, stream {value!r}"
-            for name, value in self._settings.items()
+            for name, value in self._order.items()
             if place.get(name) != value
         ]
         if differences:
