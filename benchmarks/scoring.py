@@ -95,13 +95,13 @@ def run(path: Path) -> None:
     started = time.perf_counter()
     import lmmono as lm
     from lmmono.explanations import explain as explanations
-    from lmmono.explanations import lookup, stored_explanations
+    from lmmono.explanations import stored_explanations, token_lookup
     from lmmono.records import record_reader as reader
     from lmmono.scores import simulation
 
     clock = Clock()
     clock.on(reader, "read_records", "read records")
-    clock.on(lookup, "_explained", "explain")
+    clock.on(token_lookup, "_explained", "explain")
     clock.on(stored_explanations, "read_explanations", "read explanations")
     clock.on(simulation, "run_programs", "simulate")
     clock.on(simulation, "record_sums", "sums")

@@ -1,11 +1,12 @@
 """An OpenAI-compatible server on loopback whose answers a test writes: HTTP as it is, no model.
 
 A script takes path and body of a call and returns what is sent: a value (JSON), bytes as they are,
-a `Refusal`, or it may sleep or wait before that.
+a `Refusal`, a `Drip`, or it may sleep or wait before that.
 """
 
 import json
 import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,15 @@ class Refusal:
 
     status: int
     body: Any = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Drip:
+    """An answer whose bytes come one by one, from the first header on."""
+
+    body: Any
+    pause_seconds: float = 0.05
 
 
 Script = Callable[[str, dict[str, Any]], Any]
@@ -71,12 +81,20 @@ def serving(script: Script) -> Generator[Calls, None, None]:
                 calls.most_open = max(calls.most_open, calls.n_open)
             sent = script(self.path.removeprefix("/v1"), body)
             status = sent.status if isinstance(sent, Refusal) else 200
-            content = sent.body if isinstance(sent, Refusal) else sent
+            content = sent.body if isinstance(sent, Refusal | Drip) else sent
             raw = content if isinstance(content, bytes) else json.dumps(content).encode()
             with lock:
                 calls.n_open -= 1
             try:
+                if isinstance(sent, Drip):
+                    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(raw)}\r\n\r\n".encode()
+                    for byte in head + raw:
+                        self.wfile.write(bytes([byte]))
+                        time.sleep(sent.pause_seconds)
+                    return
                 self.send_response(status)
+                for name, value in getattr(sent, "headers", {}).items():
+                    self.send_header(name, value)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(raw)))
                 self.end_headers()

@@ -5,16 +5,22 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lmmono.clients.client import Answer, Reading, Usage
+from lmmono.clients.client import Answer, AnswerFailure, Reading, Usage
 
 
 class Scripted:
     """Answers each prompt by a function of its last message."""
 
-    name = "scripted"
-
-    def __init__(self, rule: Callable[[str], str | None]):
-        self.rule, self.prompts = rule, []
+    def __init__(
+        self,
+        rule: Callable[[str], str | None],
+        *,
+        name: str = "scripted",
+        failure: AnswerFailure = "no_answer",
+        detail: str = "",
+    ):
+        self.rule, self.prompts, self.name = rule, [], name
+        self.failure, self.detail = failure, detail
 
     def complete(self, prompts, *, max_tokens, **settings):
         self.prompts += prompts
@@ -23,7 +29,7 @@ class Scripted:
     def _answer(self, question):
         text = self.rule(question)
         if text is None:
-            return Answer(None, "no_answer", usage=Usage(1, 10, 0))
+            return Answer(None, self.failure, self.detail, usage=Usage(1, 10, 0))
         return Answer(text, usage=Usage(1, 10, 5))
 
     def read(self, texts, **settings):

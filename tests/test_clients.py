@@ -1,5 +1,6 @@
 """Servers and replay: real HTTP on loopback, limits kept, failures typed, nothing paid twice."""
 
+import asyncio
 import logging
 import sqlite3
 import subprocess
@@ -7,16 +8,17 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from llm_server import Calls, Refusal, asked, hosting, said, serving
+from llm_server import Calls, Drip, Refusal, asked, hosting, said, serving
 from small_clients import CHAT, byte_tokens, reader_of_bytes
 
 import lmmono
-from lmmono.clients.client import Answer, Client, Message, Prompt
+from lmmono.clients.client import Answer, Client, Message, Prompt, final_answer
 from lmmono.clients.local import LocalClient
 from lmmono.clients.replayed import ReplayClient
 from lmmono.clients.server import Limits, Price, ServerClient
@@ -277,6 +279,189 @@ def test_replay_files_are_shared_and_others_are_left_alone(tmp_path) -> None:
     with pytest.raises(ClientError, match="cannot be used"):
         ReplayClient("judge", foreign)
     assert foreign.read_text() == "no database " * 100
+
+
+@pytest.mark.parametrize("n_retries", [0, 1])
+def test_a_call_ends_at_its_deadline_however_slowly_bytes_come(n_retries: int) -> None:
+    with serving(lambda *_: Drip(said("slow"))) as calls:  # 0.05 s a byte: 12 s in all
+        client = at(calls, timeout_seconds=1.0, n_retries=n_retries)
+        began = time.monotonic()
+        (answer,) = client.complete(chats("a"), max_tokens=5)
+        took = time.monotonic() - began
+    assert (answer.failure, answer.detail) == ("no_answer", "no answer within 1 s")
+    assert 1.0 <= took < 1.0 + 1.5 * n_retries + 2.0
+
+
+def test_a_redirect_takes_the_prompt_nowhere() -> None:
+    with serving(echo) as other, serving(lambda *_: None) as calls:
+        target = f"{other.base_url}/chat/completions"
+        with (
+            serving(lambda *_: Refusal(307, headers={"Location": target})) as calls,
+            pytest.raises(ClientError, match=r"judge@127.0.0.1: .*HTTP 307.*base_url="),
+        ):
+            at(calls).complete(chats("a secret text"), max_tokens=5)
+    assert other.bodies == []
+
+
+def test_absurd_numbers_cost_one_answer_and_no_other() -> None:
+    def with_usage(number: str) -> bytes:
+        usage = f'"usage": {{"prompt_tokens": {number}, "completion_tokens": 1}}'
+        return f'{{"choices": [{{"message": {{"content": "x"}}}}], {usage}}}'.encode()
+
+    def with_logprob(number: str) -> bytes:
+        token = f'{{"token": "x", "logprob": {number}, "top_logprobs": []}}'
+        logprobs = f'"logprobs": {{"content": [{token}]}}'
+        return f'{{"choices": [{{"message": {{"content": "x"}}, {logprobs}}}]}}'.encode()
+
+    ways = {f"usage {n}": with_usage(n) for n in ("1" + "0" * 400, "1e400", "NaN", "2.5")}
+    ways |= {f"logprob {n}": with_logprob(n) for n in ("NaN", "Infinity", "1000", "0.1")}
+    ways |= {"fine": with_logprob("-0.5"), "rounded": with_logprob("1e-7")}
+    prices = {"judge": Price(1.0, 1.0)}
+    with serving(lambda _, body: ways[asked(body)]) as calls:
+        client = at(calls, prices=prices, limits=Limits(max_cost_usd=1.0))
+        answers = dict(zip(ways, client.complete(chats(*ways), max_tokens=5), strict=True))
+    failed = {name for name, answer in answers.items() if answer.failure == "unparsed"}
+    assert failed == set(ways) - {"fine", "rounded"}
+    assert all(answers[name].text == "x" for name in ("fine", "rounded"))
+
+
+def test_alternatives_that_cannot_be_are_left_out_of_a_reading() -> None:
+    def script(*_: Any) -> Any:
+        best = [None, {" b": -1.0, "c": None, "d": -9999.0}]
+        sent = said("a b", 2, 0)
+        sent["choices"][0]["logprobs"] = {
+            "tokens": ["a", " b"],
+            "token_logprobs": [None, 1e-6],
+            "top_logprobs": best,
+        }
+        return sent
+
+    with serving(script) as calls:
+        (reading,) = at(calls).read(["a b"], n_alternatives=3)
+    assert reading.alternatives == ({}, {" b": -1.0, "d": -9999.0})
+    assert reading.logprobs == (None, 0.0)
+
+
+def test_a_server_that_sends_the_key_back_gets_it_into_no_answer_and_no_file(
+    tmp_path, monkeypatch
+) -> None:
+    def script(_: str, body: dict[str, Any]) -> Any:
+        sent = said(f"your key is {KEY}")
+        pieces = ["your key is ", KEY[:7], KEY[7:]]
+        content = [{"token": p, "logprob": -0.1, "top_logprobs": []} for p in pieces]
+        sent["choices"][0]["logprobs"] = {"content": content}
+        return sent
+
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with serving(script) as calls:
+        client = ReplayClient(at(calls, key_variable="JUDGE_KEY"), tmp_path / "answers.sqlite")
+        (answer,) = client.complete(chats("a"), max_tokens=5, n_alternatives=1)
+    assert answer.text == "your key is ***"
+    assert answer.tokens == ()
+    with sqlite3.connect(tmp_path / "answers.sqlite") as file:
+        ((packed,),) = file.execute("SELECT answer FROM answers").fetchall()
+    file.close()
+    assert KEY[7:] not in zlib.decompress(packed).decode()
+
+
+@pytest.mark.parametrize("key", [KEY + "\n", "sk-ключ", "two keys"])
+def test_a_key_that_no_header_can_hold_is_told_without_being_sent(key, monkeypatch, caplog) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with serving(echo) as calls:
+        with pytest.raises(
+            ClientError, match="environment variable JUDGE_KEY holds a blank"
+        ) as told:
+            at(calls, key_variable="JUDGE_KEY").complete(chats("a"), max_tokens=5)
+        assert calls.bodies == []
+    assert key.strip() not in f"{told.value}{caplog.text}"
+
+
+def test_a_server_that_wants_another_name_for_the_length_gets_it() -> None:
+    def script(path: str, body: dict[str, Any]) -> Any:
+        if "max_tokens" in body:
+            told = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+            return Refusal(400, {"error": {"message": told}})
+        return said(f"{body['max_completion_tokens']} tokens")
+
+    with serving(script) as calls:
+        client = at(calls, n_at_once=4)
+        answers = client.complete(chats(*"abcdefgh"), max_tokens=7)
+        assert [answer.text for answer in answers] == ["7 tokens"] * 8
+        n_calls = len(calls.bodies)
+        client.complete(chats("i"), max_tokens=7)
+        assert len(calls.bodies) == n_calls + 1, "it is remembered"
+    assert client.spent.n_calls == 9
+
+
+def test_what_else_is_sent_is_a_setting_and_part_of_the_name() -> None:
+    with serving(echo) as calls:
+        plain = at(calls)
+        extra = {"reasoning_effort": "low", "temperature": None}
+        thinking = at(calls, extra_body=extra)
+        thinking.complete(chats("a"), max_tokens=5)
+        assert calls.bodies[0]["reasoning_effort"] == "low"
+        assert "temperature" not in calls.bodies[0]
+    assert thinking.name.startswith("judge@127.0.0.1+")
+    assert len({plain.name, thinking.name, at(calls, extra_body={"top_p": 0.9}).name}) == 3
+
+
+def test_a_caller_with_an_event_loop_of_its_own_may_ask() -> None:
+    async def notebook(client: ServerClient) -> list[Answer]:
+        return client.complete(chats("a"), max_tokens=5)
+
+    with serving(echo) as calls:
+        assert asyncio.run(notebook(at(calls)))[0].text == "re: a"
+
+
+@pytest.mark.parametrize(
+    ("answer", "final"),
+    [
+        ("plain", "plain"),
+        ("<think>a [1]\nb</think>\n\nthe answer", "the answer"),
+        ("the template opened it</think>the answer", "the answer"),
+        ("<think>never done", ""),
+        ("```json\n[0, 1]\n```", "[0, 1]"),
+        ("<think>x</think>\n```\nlines\nof text\n```\n", "lines\nof text"),
+        ("text with ```code``` in it", "text with ```code``` in it"),
+        ("it fires on <think>", "it fires on <think>"),
+        ("", ""),
+    ],
+)
+def test_the_final_answer_is_what_follows_thinking_inside_a_fence(answer: str, final: str) -> None:
+    assert final_answer(answer) == final
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"no zlib",
+        zlib.compress(b"{not json"),
+        zlib.compress(b"{}"),
+        zlib.compress(b'{"text": 5}'),
+        zlib.compress(b'{"text": "x", "usage": {"n_calls": "many"}}'),
+        zlib.compress(b'{"text": "x", "tokens": 3}'),
+        zlib.compress(b"[" * 100_000),
+        zlib.compress(b'{"text": "\xff"}'),
+        "text",
+        None,
+    ],
+)
+def test_a_damaged_row_of_a_replay_file_is_named_with_the_way_out(tmp_path, damage) -> None:
+    path = tmp_path / "answers.sqlite"
+    with serving(echo) as calls:
+        client = ReplayClient(at(calls), path)
+        client.complete(chats("a"), max_tokens=5)
+        with sqlite3.connect(path) as file:
+            file.execute("CREATE TABLE loose AS SELECT * FROM answers")
+            file.execute("DROP TABLE answers")
+            file.execute("ALTER TABLE loose RENAME TO answers")
+            file.execute("UPDATE answers SET answer = ?", (damage,))
+        file.close()
+        with pytest.raises(
+            ClientError, match=r"answers\.sqlite: .*is damaged.*DELETE FROM answers"
+        ):
+            client.complete(chats("a"), max_tokens=5)
 
 
 PROGRAM = """

@@ -27,8 +27,8 @@ from lmmono.errors import ExplainError
 from lmmono.explanations.contexts import Context
 from lmmono.explanations.explanation import PROGRAMS, program_from_json
 from lmmono.explanations.explanation_controls import NEAREST, Constant, other_units
-from lmmono.explanations.lookup import Lookup, shrink
 from lmmono.explanations.stored_explanations import read_explanations
+from lmmono.explanations.token_lookup import Lookup, shrink
 
 PROGRAM_EXPLAINERS = ("token_lookup", "context_rules", "context_boosted", "constant")
 

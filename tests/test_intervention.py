@@ -9,7 +9,7 @@ from small_models import tiny
 import activation_store as astore
 from lmmono.errors import ExplainError
 from lmmono.explanations.explanation import Explanation
-from lmmono.explanations.lookup import Lookup
+from lmmono.explanations.token_lookup import Lookup
 from lmmono.models.hooks import Edit, run_with_cache, run_with_edit
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer

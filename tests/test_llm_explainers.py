@@ -8,6 +8,7 @@ import pytest
 from llm_server import asked, said, serving
 from planted_store import RARE, SILENT, planted_store
 from reading_judge import expecting, explains_by_token, ten_on_the_token
+from scripted_judges import Scripted
 from small_store import HOOK, WORDS
 
 import activation_store as astore
@@ -16,6 +17,7 @@ from lmmono.clients.server import Price, ServerClient
 from lmmono.errors import ExplainError
 from lmmono.explanations.llm_explainers import Ranking
 from lmmono.explanations.llm_prompts import levels, pairs_prompt, parse_explanation
+from lmmono.explanations.stored_explanations import read_explanations, stored_explainer
 
 EXPLAINERS = ("llm_token_act_pair", "llm_max_act", "llm_contrastive")
 READ = expecting(ten_on_the_token)
@@ -69,6 +71,13 @@ def test_pairs_are_one_token_a_line_and_sparse_ones_once_more() -> None:
         ("Explanation:", None),
         ("Explanation: ...", None),
         ("Explanation: " + "x" * 401, None),
+        ("<think>\nExplanation: not this\n</think>\n\nExplanation: rivers", "rivers"),
+        ("Explanation: not this</think>Explanation: rivers", "rivers"),
+        ("<think>\nExplanation: not this", None),
+        ("```\nExplanation: rivers\n```", "rivers"),
+        ("```text\n**Explanation:**\nrivers.\n```", "rivers"),
+        ("Explanation:\n\n  'rivers'", "rivers"),
+        ("Explanation:\nExplanation: rivers", None),
     ],
 )
 def test_an_answer_has_the_form_asked_for_or_is_none(answer: str, text: str | None) -> None:
@@ -122,6 +131,80 @@ def test_what_is_no_explanation_is_a_failure_in_the_store(store) -> None:
     assert made.n_explained == 1
     rows = store.sql("SELECT unit, text FROM explanations WHERE text IS NOT NULL").fetchall()
     assert rows == [(2, "fine")]
+
+
+def test_another_model_is_asked_and_both_answers_are_kept(store) -> None:
+    asked_of: dict[str, list[int]] = {"A": [], "B": []}
+    for name in ("A", "B", "A"):
+        client = Scripted(lambda _, name=name: f"Explanation: by {name}", name=name)
+        made = lm.explain(store, HOOK, units=[0, 1], explainer="llm_max_act", client=client)
+        asked_of[name].append(len(client.prompts))
+        assert made.explainer == f"llm_max_act:model={name}"
+        assert made.of(HOOK)[1].text == f"by {name}"
+    assert asked_of == {"A": [2, 0], "B": [2]}, "A is known by then"
+    rows = store.sql("SELECT model, text FROM explanations WHERE unit = 1 ORDER BY 1").fetchall()
+    assert rows == [("A", "by A"), ("B", "by B")]
+    with pytest.raises(ExplainError, match=r"several language models.*model=A' or .*model=B'"):
+        read_explanations(store, HOOK, "llm_max_act", 0)
+
+
+def test_the_only_model_need_not_be_named(store) -> None:
+    client = Scripted(lambda _: "Explanation: x", name="A,b:c")
+    settings = {"explainer": "llm_max_act", "client": client, "units": [0, 1]}
+    lm.explain(store, HOOK, **settings)
+    lm.explain(store, HOOK, **settings, max_tokens=9, temperature=0.5)
+    lm.explain(store, HOOK, **settings, preset="openai")
+    for name in ("llm_max_act", "llm_max_act:max_tokens=9,temperature=0.5", "llm_max_act:openai"):
+        stored = stored_explainer(store, name, HOOK)
+        assert stored != name and "model=A,b:c" in stored
+        assert read_explanations(store, HOOK, name, 0)[1].explainer == stored
+    assert stored_explainer(store, "llm_max_act:max_tokens=8") == "llm_max_act:max_tokens=8"
+
+
+@pytest.mark.parametrize("failure", ["no_answer", "refused"])
+def test_units_without_an_answer_are_asked_about_again_and_others_are_not(store, failure) -> None:
+    def rule(question: str) -> str | None:
+        if "[[ cat]]" in question:
+            return None  # an outage
+        return "no explanation" if "[[ sat]]" in question else "Explanation: x"
+
+    settings = {"explainer": "llm_max_act", "units": [0, 1, 2]}
+    down = Scripted(rule, failure=failure, detail="HTTP 503: down")
+    made = lm.explain(store, HOOK, **settings, client=down)
+    assert made.failures == {failure: 1, "unparsed": 1}
+    assert "HTTP 503: down" in repr(made) and "no explanation" in repr(made)
+    back = Scripted(lambda _: "Explanation: back")
+    made = lm.explain(store, HOOK, **settings, client=back)
+    assert (len(back.prompts), made.n_found, made.failures) == (1, 2, {"unparsed": 1})
+    rows = store.sql("SELECT unit, text, failure FROM explanations ORDER BY unit").fetchall()
+    assert rows == [(0, "x", None), (1, "back", None), (2, None, "unparsed")]
+    lm.explain(store, HOOK, **settings, client=back)
+    assert len(back.prompts) == 1, "all is done"
+
+
+def test_a_unit_of_which_one_candidate_is_missing_is_asked_about_again(store) -> None:
+    calls: list[str] = []
+
+    def rule(_: str) -> str | None:
+        calls.append("")
+        return None if len(calls) == 2 else f"Explanation: {'x' * len(calls)}"
+
+    ranking = Ranking("longest", lambda text, *_: float(len(text)))
+    settings = {"n_candidates": 3, "temperature": 1.0, "rank_by": ranking, "units": [1]}
+    client = Scripted(rule)
+    for n_calls in (3, 6, 6):
+        made = lm.explain(store, HOOK, explainer="llm_max_act", client=client, **settings)
+        assert len(calls) == n_calls
+    assert made.failures == {}
+    rows = store.sql("SELECT rank, text FROM explanations ORDER BY rank").fetchall()
+    assert rows == [(1, "xxxxxx"), (2, "xxxxx"), (3, "xxxx")]
+
+
+def test_tokens_that_end_while_a_model_thinks_are_said(store) -> None:
+    client = Scripted(lambda _: "<think>\nso many words")
+    made = lm.explain(store, HOOK, units=[1], explainer="llm_max_act", client=client)
+    assert made.failures == {"unparsed": 1}
+    assert "max_tokens=" in repr(made)
 
 
 def test_the_best_of_several_is_the_one_that_predicts_records_not_shown(store) -> None:

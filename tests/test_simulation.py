@@ -23,8 +23,8 @@ import lmmono as lm
 from lmmono.errors import ExplainError
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.explanation_controls import Constant
-from lmmono.explanations.lookup import Lookup
 from lmmono.explanations.stored_explanations import kept_explanations
+from lmmono.explanations.token_lookup import Lookup
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.metrics import METRICS
 from lmmono.registry.scorers import SCORERS, find_scorer

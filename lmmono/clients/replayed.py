@@ -141,7 +141,10 @@ class ReplayClient:
         """Answer from the file, and ask the rest; what is asked twice is asked once."""
         parameters = json.dumps(questions.parameters, sort_keys=True)
         origin = (self.name, questions.kind, parameters)
-        keys = [_sha256(json.dumps([FORMAT, *origin, text])) for text in questions.prompts]
+        keys = [
+            hashlib.sha256(json.dumps([FORMAT, *origin, text]).encode()).hexdigest()
+            for text in questions.prompts
+        ]
         answers: list[T | None] = [None] * len(keys)
         places: dict[str, list[int]] = {}
         for i, key in enumerate(keys):
@@ -232,7 +235,3 @@ def _not_stored(outcome: type[T]) -> T:
 def _free(answer: T) -> T:
     cost = None if answer.usage.cost_usd is None else 0.0
     return replace(answer, usage=Usage(cost_usd=cost))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -471,10 +471,11 @@ class ServerClient:
     async def _sent(self, server: Any, call: _Call[T]) -> T:
         import openai
 
+        length_name, body = self._length_name, self._body(call)
         try:
             # `timeout` of the connection is per read: a byte now and then would hold it for ever
             async with asyncio.timeout(self._deadline_seconds):
-                sent = await server.post(call.path, cast_to=bytes, body=self._body(call))
+                sent = await server.post(call.path, cast_to=bytes, body=body)
             self._was_reached = True
             return call.understand(sent)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
@@ -495,7 +496,9 @@ class ServerClient:
                     f"{error.status_code}), where the prompt would go too; base_url= must be the "
                     "address that answers"
                 ) from None
-            if self._renames_length(error):
+            if length_name == "max_tokens" and _wants_other_length(error):
+                # known from now on; calls under way together may each find it out
+                self._length_name = "max_completion_tokens"
                 return await self._sent(server, call)
             detail = f"HTTP {error.status_code}: {self._masked(error.message)[:200]}"
         except (openai.APITimeoutError, TimeoutError):
@@ -524,17 +527,6 @@ class ServerClient:
         body[self._length_name] = body.pop("max_tokens")
         body |= self._extra_body
         return {name: value for name, value in body.items() if value is not None}
-
-    def _renames_length(self, error: Any) -> bool:
-        """Return whether a call was refused for the name of its length, which is then changed.
-
-        OpenAI's reasoning models take `max_completion_tokens` and refuse `max_tokens`.
-        """
-        refused = self._length_name == "max_tokens" and error.status_code in (400, 422)
-        if not refused or "max_completion_tokens" not in f"{error.message} {error.body}":
-            return False
-        self._length_name = "max_completion_tokens"
-        return True
 
     def _connection(self) -> Any:
         try:
@@ -596,6 +588,15 @@ def _completion(prompt: Prompt, shared: dict[str, Any], n_alternatives: int) -> 
     # servers count a few tokens more per turn: for who speaks and where it ends
     n_bytes = sum(len(turn.content.encode()) + 8 for turn in prompt.messages) + 8
     return _Call("/chat/completions", body, n_bytes, chat_answer, failed)
+
+
+def _wants_other_length(error: Any) -> bool:
+    """Return whether a call was refused for the name of its length.
+
+    OpenAI's reasoning models take `max_completion_tokens` and refuse `max_tokens`.
+    """
+    is_refused = error.status_code in (400, 422)
+    return is_refused and "max_completion_tokens" in f"{error.message} {error.body}"
 
 
 def _run_apart(work: Coroutine[Any, Any, None]) -> None:

@@ -25,7 +25,7 @@ from numpy import ndarray
 
 from lmmono.explanations.explain_task import ExplainTask
 from lmmono.explanations.explanation import Explanation, Program
-from lmmono.explanations.lookup import quoted, rounded, shrink
+from lmmono.explanations.token_lookup import quoted, rounded, shrink
 
 PAIR = 1 << 24
 """A pair of keys a, b is (a + 1) * PAIR + b + 1; token ids are smaller: 16 million."""

@@ -47,7 +47,7 @@ class Program(ABC):
 
 
 PROGRAMS: dict[str, str] = {
-    "token_lookup": "lmmono.explanations.lookup:Lookup",
+    "token_lookup": "lmmono.explanations.token_lookup:Lookup",
     "constant": "lmmono.explanations.explanation_controls:Constant",
     "context": "lmmono.explanations.contexts:Context",
 }

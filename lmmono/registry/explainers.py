@@ -45,7 +45,7 @@ _ASKED: dict[str, Any] = {
 _ALL = (
     Explainer(
         "token_lookup",
-        "lmmono.explanations.lookup:explain_by_tokens",
+        "lmmono.explanations.token_lookup:explain_by_tokens",
         citation="Bills et al. 2023, token look-up tables; shrinkage: one-way random effects",
         about="mean activation per token over the records, shrunk towards the mean of all tokens",
     ),

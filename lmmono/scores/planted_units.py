@@ -21,7 +21,7 @@ from lmmono.data.planted import Language
 from lmmono.data.tokens import TokenRows
 from lmmono.data.truth import planted_language, row_truth
 from lmmono.explanations.explanation import Explanation
-from lmmono.explanations.lookup import Lookup, lookup_text
+from lmmono.explanations.token_lookup import Lookup, lookup_text
 from lmmono.runs.folder import Run
 
 LEVELS: dict[str, tuple[float, float]] = {
