@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 import activation_store as astore
 import lmmono as lm
 from lmmono.dictionaries.controls import Control
-from lmmono.dictionaries.measures import dead_fraction, recovered
+from lmmono.dictionaries.evaluation import dead_fraction, recovered
 from lmmono.errors import DictionaryError
 from lmmono.models.hooks import Edit, attached, run_with_cache, run_with_edit
 from lmmono.registry.metrics import METRICS

@@ -350,6 +350,6 @@ def test_a_stopped_command_keeps_its_checkpoint_and_says_so(here, number, code):
     process.send(number)
     assert process.wait() == code, process.stderr
     err = process.stderr
-    assert "Traceback" not in err and "goes on from" in err
+    assert "Traceback" not in err and "resumes from" in err
     assert checkpoint.exists()
     assert open_run("runs/tiny").manifest.stages["dictionary"].state == "begun"

@@ -9,8 +9,7 @@ import activation_store as astore
 import lmmono as lm
 from lmmono.data.truth import planted_language, row_truth
 from lmmono.dictionaries.controls import Control
-from lmmono.dictionaries.detection import best_thresholds, choose, measure, scan
-from lmmono.dictionaries.recovery import recovery_of
+from lmmono.dictionaries.recovery import best_thresholds, choose, measure, recovery_of, scan
 from lmmono.errors import DictionaryError
 from lmmono.models.hooks import run_with_cache
 from lmmono.stats.bootstrap import DocumentDraws

@@ -5,6 +5,7 @@ its batch, except for rounding. Directions are rows of unit norm (a dead one is 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -131,3 +132,8 @@ def _pursuit(
         residual = residual - seen[:, step, None] * basis[:, step]
     fitted = torch.linalg.solve_triangular(upper, seen[:, :, None], upper=True)[:, :, 0]
     return x.new_zeros(n, len(directions)).scatter(1, chosen, fitted)
+
+
+def on_host(tensor: Tensor) -> Any:
+    """Return a tensor as an array on the host."""
+    return tensor.detach().cpu().numpy()

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lmmono.dictionaries.estimator import Dictionary
@@ -62,8 +62,17 @@ def spliced(
         named = {hook_of(model, each, name): each for name, each in sae.items()}
     else:
         raise DictionaryError("several dictionaries are given by hook; leave hook= out")
-    watches = {name: _splice(each, error_term) for name, each in named.items()}
-    with attached(model, watches):
+
+    def splice(dictionary: Dictionary) -> Watch:
+        def watch(acts: Tensor) -> Tensor:
+            vectors, _, reconstructed = coded(dictionary, acts)
+            if error_term:
+                reconstructed = reconstructed + (vectors - reconstructed)
+            return reconstructed.to(acts).view_as(acts)
+
+        return watch
+
+    with attached(model, {name: splice(each) for name, each in named.items()}):
         yield
 
 
@@ -82,13 +91,13 @@ def hook_of(model: nn.Module, dictionary: Dictionary, hook: str | None) -> str:
             f"this {dictionary.arch} dictionary was fitted on an array and knows no hook; "
             "say where it goes: hook='blocks.0.mlp.hook_post'"
         )
-    found = match_hooks(model, wanted)
-    if len(found) > 1:
+    names = match_hooks(model, wanted)
+    if len(names) > 1:
         raise DictionaryError(
-            f"hook: want one hook, {wanted!r} is {len(found)} of them ({', '.join(found[:3])}, "
+            f"hook: want one hook, {wanted!r} is {len(names)} of them ({', '.join(names[:3])}, "
             "...); give dictionaries by hook: {hook: dictionary}"
         )
-    return found[0]
+    return names[0]
 
 
 def coded(
@@ -105,28 +114,29 @@ def coded(
 
 
 @contextmanager
-def replaced(model: nn.Module, hooks: Mapping[str, Tensor | None]) -> Generator[None]:
-    """Put tensors in place of activations, zeros for None; [d_in] goes to every token."""
-    with attached(model, {hook: _replace(tensor) for hook, tensor in hooks.items()}):
+def replaced(
+    model: nn.Module,
+    hooks: Mapping[str, Tensor | None],
+    where: Bool[Tensor, "batch pos"] | None = None,
+) -> Generator[None]:
+    """Put tensors in place of activations, zeros for None; [d_in] goes to every token.
+
+    With `where` the tokens that it leaves out keep their activation.
+    """
+
+    def replace(tensor: Tensor | None) -> Watch:
+        def watch(acts: Tensor) -> Tensor:
+            if tensor is None:
+                new = torch.zeros_like(acts)
+            elif tensor.ndim == 1:
+                new = tensor.to(acts).view(acts.shape[2:]).expand_as(acts)
+            else:
+                new = tensor.to(acts).view_as(acts)
+            if where is None:
+                return new
+            return torch.where(where.view(*where.shape, *[1] * (acts.ndim - 2)), new, acts)
+
+        return watch
+
+    with attached(model, {hook: replace(tensor) for hook, tensor in hooks.items()}):
         yield
-
-
-def _splice(dictionary: Dictionary, error_term: bool) -> Watch:
-    def watch(acts: Tensor) -> Tensor:
-        vectors, _, reconstructed = coded(dictionary, acts)
-        if error_term:
-            reconstructed = reconstructed + (vectors - reconstructed)
-        return reconstructed.to(acts).view_as(acts)
-
-    return watch
-
-
-def _replace(tensor: Tensor | None) -> Watch:
-    def watch(acts: Tensor) -> Tensor:
-        if tensor is None:
-            return torch.zeros_like(acts)
-        if tensor.ndim == 1:
-            return tensor.to(acts).view(acts.shape[2:]).expand_as(acts)
-        return tensor.to(acts).view_as(acts)
-
-    return watch

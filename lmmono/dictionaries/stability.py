@@ -13,8 +13,8 @@ from numpy import ndarray
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
+from lmmono.dictionaries.coding import on_host
 from lmmono.dictionaries.estimator import Dictionary
-from lmmono.dictionaries.measures import on_host
 from lmmono.errors import DictionaryError
 from lmmono.registry.metrics import METRICS
 from lmmono.stats.bootstrap import DocumentDraws
@@ -66,17 +66,17 @@ class StabilityReport:
         return self._rows(name, []) + (self.alive._rows(name, ["alive"]) if self.alive else [])
 
     def _lines(self, which: str) -> list[str]:
-        found = {
+        figures = {
             "cosine": (self.cosine, self.floor_cosine),
             f"share above {self.threshold:g}": (self.share, self.floor_share),
         }
-        return [f"  {which}, {name}: {a!r}, random {b!r}" for name, (a, b) in found.items()]
+        return [f"  {which}, {name}: {a!r}, random {b!r}" for name, (a, b) in figures.items()]
 
     def _rows(self, name: str | None, parts: list[str]) -> list[dict[str, Any]]:
         parts = parts + ([] if self.signed else ["unsigned"])
         above = [] if self.threshold == 0.9 else [f"above {self.threshold:g}"]
         presets = {"stability_cosine": parts, "stability_share": parts + above}
-        found = [
+        figures = [
             ("stability_cosine", None, self.cosine),
             ("stability_cosine", "random_directions", self.floor_cosine),
             ("stability_share", None, self.share),
@@ -93,7 +93,7 @@ class StabilityReport:
                 "details": None if control else {"pairs": self.pairs.to_pylist()},
                 **estimate.row(),
             }
-            for metric, control, estimate in found
+            for metric, control, estimate in figures
         ]
 
 
@@ -130,17 +130,17 @@ def stability(
     fits = list(dictionaries)
     _check(fits, firing)
     directions = [on_host(normalize(fit.tensors()["W_dec"].float(), dim=1)) for fit in fits]
-    there = [np.abs(each).sum(1) > 0 for each in directions]
+    is_alive = [np.abs(each).sum(1) > 0 for each in directions]
     draws = DocumentDraws(0, 0, n_resamples, seed, level)
 
     def report(kept: Sequence[Bool[ndarray, " d_sae"]]) -> StabilityReport:
         chosen = [each[keep] for each, keep in zip(directions, kept, strict=True)]
         return _report(fits[0].hook, chosen, threshold, signed, draws)
 
-    everything = report(there)
+    everything = report(is_alive)
     if firing is None:
         return everything
-    fired = [keep & (np.asarray(count) > 0) for keep, count in zip(there, firing, strict=True)]
+    fired = [keep & (np.asarray(count) > 0) for keep, count in zip(is_alive, firing, strict=True)]
     return replace(everything, alive=report(fired))
 
 
@@ -161,11 +161,11 @@ def _check(fits: list[Dictionary], firing: Sequence[ndarray] | None) -> None:
     if len(fits) < 2:
         raise DictionaryError(f"stability: want two fits or more, got {len(fits)}")
     for what in ("d_in", "hook"):
-        found = dict.fromkeys(getattr(fit, what) for fit in fits)
-        if len(found) > 1 or 0 in found:
+        values = dict.fromkeys(getattr(fit, what) for fit in fits)
+        if len(values) > 1 or 0 in values:
             raise DictionaryError(
                 f"stability: want fitted dictionaries of one {what}, got "
-                + ", ".join(str(each) for each in found)
+                + ", ".join(str(value) for value in values)
             )
     sizes = [fit.d_sae for fit in fits]
     if firing is not None and [len(each) for each in firing] != sizes:
@@ -189,13 +189,13 @@ def _report(
     random = np.random.default_rng(draws.seed)
     one, other = (_random(random, each) for each in directions[:2])
     floor = [matched_cosines(one, other, signed)]
-    found = [each > threshold for each in matched]
+    is_above = [each > threshold for each in matched]
     pairs = {
         "first": [i for i, _ in places],
         "second": [j for _, j in places],
         "n_matched": [len(each) for each in matched],
         "cosine": [float(each.mean()) for each in matched],
-        "share": [float(each.mean()) for each in found],
+        "share": [float(each.mean()) for each in is_above],
     }
     return StabilityReport(
         hook=hook,
@@ -203,7 +203,7 @@ def _report(
         threshold=threshold,
         signed=signed,
         cosine=_estimate(matched, places, draws),
-        share=_estimate([each.astype(np.float64) for each in found], places, draws, lowest=0.0),
+        share=_estimate([each.astype(np.float64) for each in is_above], places, draws, lowest=0.0),
         floor_cosine=_estimate(floor, places[:1], draws),
         floor_share=_estimate([(floor[0] > threshold).astype(np.float64)], places[:1], draws),
         pairs=pa.table(pairs),
@@ -225,9 +225,9 @@ def _estimate(
     n = sum(len(each) for each in values)
     if len(places) == 1:
         latents = replace(draws, n_documents=len(values[0]))
-        found = latents.estimate(latents.totals(values[0]) / n, n=n)
+        estimate = latents.estimate(latents.totals(values[0]) / n, n=n)
         method = f"percentile bootstrap over matched latents, {draws.n_resamples} resamples"
-        return replace(found, n_documents=0, method=method)
+        return replace(estimate, n_documents=0, method=method)
     means = np.array([each.mean() for each in values])
     n_fits = max(j for _, j in places) + 1
     without = [means[[fit not in pair for pair in places]].mean() for fit in range(n_fits)]

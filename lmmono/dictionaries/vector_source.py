@@ -8,12 +8,13 @@ model that runs as batches are asked for, and of any of these with its structure
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from numpy import ndarray
 from torch import Tensor, nn
 
 import activation_store as astore
@@ -26,6 +27,9 @@ from lmmono.models.hooks import bare, hook_width, match_hooks, run_until
 
 FORWARD_TOKENS = 8192
 """Tokens per forward pass of a model; sets the memory, not the result."""
+
+Skip = Bool[ndarray, "n_rows n_ctx"] | Callable[[TokenRows], Bool[ndarray, "n_rows n_ctx"]]
+"""Tokens that do not count: a mask of some rows, or a function that gives one of any rows."""
 
 
 class VectorSource(ABC):
@@ -157,14 +161,18 @@ class _ModelVectors(VectorSource):
         batch_tokens: int,
         seed: int,
         buffer_tokens: int | None,
+        skip: Skip | None,
     ) -> None:
         self._model, self._parts = model, parts
         self.widths = {name: hook_width(model, name) for name in match_hooks(model, hooks)}
-        self.n_tokens = sum(part.ids.size for part in parts)
+        self._counted = np.concatenate([counted_tokens(part, skip) for part in parts])
+        self.n_tokens = int(self._counted.sum())
+        if self.n_tokens == 0:
+            raise DictionaryError("rows: no token is left: all are padding or skipped")
         self.batch_tokens = min(batch_tokens, self.n_tokens)
         pool = buffer_tokens or max(1, BUFFER_BYTES // (4 * sum(self.widths.values())))
         self._n_ctx = parts[0].n_ctx
-        self._mixing = Mixing(self.n_tokens, self._n_ctx, pool, seed, shuffle=True)
+        self._mixing = Mixing(self._counted.size, self._n_ctx, pool, seed, shuffle=True)
         # what tells rows from others: their corpus and place in it, or else their tokens
         rows = [
             [part.corpus.digest, hashlib.sha256(part.seq_ids.tobytes()).hexdigest()]
@@ -174,6 +182,8 @@ class _ModelVectors(VectorSource):
         ]
         self.facts = {"model_digest": weights_digest(model), "n_ctx": self._n_ctx}
         decides = [self.facts, rows, list(self.widths), self.batch_tokens, seed, pool]
+        if self.n_tokens < self._counted.size:
+            decides.append(hashlib.sha256(self._counted.tobytes()).hexdigest())
         self.digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     def _batches(self, start: int) -> Iterator[dict[str, Float[Tensor, "n _"]]]:
@@ -185,8 +195,9 @@ class _ModelVectors(VectorSource):
     def _epoch(self, epoch: EpochOrder, begin: int) -> Iterator[dict[str, Float[Tensor, "n _"]]]:
         """Yield the batches of an epoch from a token on; they reach over the ends of pools."""
         rest = {hook: torch.empty(0) for hook in self.widths}
-        for number in range(epoch.n_pools):
-            start, stop = (int(place) for place in epoch.starts[number : number + 2])
+        in_rows = self._counted.sum(axis=1)[epoch.blocks]
+        starts = np.concatenate([[0], np.cumsum(in_rows)])[epoch.cuts].tolist()
+        for number, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
             if stop <= begin:
                 continue  # a pool before the first batch is never run
             ready = {
@@ -206,25 +217,27 @@ class _ModelVectors(VectorSource):
         """Return the vectors of a pool, mixed."""
         numbers = np.unique(pool.tokens // self._n_ctx)
         ends = np.cumsum([len(part) for part in self._parts])
-        ids = np.concatenate(
-            [
-                part.ids[numbers[(numbers >= end - len(part)) & (numbers < end)] - end + len(part)]
-                for part, end in zip(self._parts, ends, strict=True)
-            ]
-        ).astype(np.int64)
+        rows_of = [
+            (part, numbers[(numbers >= end - len(part)) & (numbers < end)] - end + len(part))
+            for part, end in zip(self._parts, ends, strict=True)
+        ]
+        ids = np.concatenate([part.ids[rows] for part, rows in rows_of]).astype(np.int64)
+        is_token = np.concatenate([part.doc_ids[rows] >= 0 for part, rows in rows_of])
         batch_rows = max(1, FORWARD_TOKENS // self._n_ctx)
         parts: dict[str, list[Tensor]] = {hook: [] for hook in self.widths}
         was_training = self._model.training
         self._model.eval()
         try:
             for first in range(0, len(ids), batch_rows):
-                rows = torch.from_numpy(ids[first : first + batch_rows])
-                for hook, x in run_until(self._model, rows, list(self.widths)).items():
+                some = slice(first, first + batch_rows)
+                rows, real = torch.from_numpy(ids[some]), torch.from_numpy(is_token[some])
+                for hook, x in run_until(self._model, rows, list(self.widths), real).items():
                     parts[hook].append(x.reshape(-1, self.widths[hook]).float())
         finally:
             self._model.train(was_training)
-        assert pool.order is not None
-        order = torch.from_numpy(pool.order).to(next(self._model.parameters()).device)
+        counted = self._counted.ravel()[pool.tokens]
+        order = torch.from_numpy(pool.order[counted[pool.order]])
+        order = order.to(next(self._model.parameters()).device)
         return {hook: torch.cat(vectors)[order] for hook, vectors in parts.items()}
 
 
@@ -276,6 +289,7 @@ def model_vectors(
     seed: int = 0,
     max_tokens: int | None = None,
     buffer_tokens: int | None = None,
+    skip: Skip | None = None,
 ) -> VectorSource:
     """Return the vectors of a model's hooks on rows of tokens, computed when they are asked for.
 
@@ -292,6 +306,8 @@ def model_vectors(
         max_tokens: Tokens per split, whole rows; None takes all.
         buffer_tokens: Tokens whose rows are run and mixed together; by default 128 MiB of
             vectors.
+        skip: Which tokens have no vector, besides padding (documents below 0): a mask of the rows
+            [n_rows, n_ctx], or a function that gives one; None skips none.
 
     Raises:
         ModelError: A hook matches nothing, or has no width per token.
@@ -305,7 +321,25 @@ def model_vectors(
     for name, value in (("batch_tokens", batch_tokens), ("buffer_tokens", buffer_tokens)):
         if value is not None and value < 1:
             raise DictionaryError(f"{name}: want an integer >= 1, got {value}")
-    return _ModelVectors(bare(model), parts, hooks, batch_tokens, seed, buffer_tokens)
+    return _ModelVectors(bare(model), parts, hooks, batch_tokens, seed, buffer_tokens, skip)
+
+
+def counted_tokens(rows: TokenRows, skip: Skip | None) -> Bool[ndarray, "n_rows n_ctx"]:
+    """Return which tokens of some rows count: those that are neither padding nor skipped.
+
+    Raises:
+        DictionaryError: A mask is not one of the rows.
+    """
+    is_token = np.asarray(rows.doc_ids) >= 0
+    if skip is None:
+        return is_token
+    mask = np.asarray(skip(rows) if callable(skip) else skip)
+    if mask.shape != rows.ids.shape or mask.dtype != bool:
+        raise DictionaryError(
+            f"skip: want a mask of bools {list(rows.ids.shape)}, one per token of the rows in use, "
+            f"got {mask.dtype} {list(mask.shape)}; a function of the rows fits any limit"
+        )
+    return is_token & ~mask
 
 
 def shuffled(vectors: Any, seed: int = 0) -> VectorSource:

@@ -12,10 +12,11 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lmmono.errors import ModelError, nearest
@@ -126,11 +127,15 @@ class _Done(Exception):
 
 @torch.no_grad()
 def run_until(
-    model: nn.Module, ids: Int[Tensor, "batch pos"], hooks: Sequence[str]
+    model: nn.Module,
+    ids: Int[Tensor, "batch pos"],
+    hooks: Sequence[str],
+    is_token: Bool[Tensor, "batch pos"] | None = None,
 ) -> dict[str, Tensor]:
     """Return the activations of hooks by exact name; what comes after the last is not computed.
 
-    The model runs in the mode it is in; token ids are moved to it.
+    The model runs in the mode it is in; token ids are moved to it. Where `is_token` says that some
+    are padding, the others get the activations that they have without it.
     """
     record: dict[str, Tensor] = {}
 
@@ -142,10 +147,31 @@ def run_until(
 
         return watch
 
-    given = ids.to(next(model.parameters()).device)
+    inputs = padded_inputs(model, ids, is_token)
     with attached(model, {name: keep(name) for name in hooks}), suppress(_Done):
-        model(input_ids=given, use_cache=False)
+        model(**inputs, use_cache=False)
     return record
+
+
+def padded_inputs(
+    model: nn.Module,
+    ids: Int[Tensor, "batch pos"],
+    is_token: Bool[Tensor, "batch pos"] | None,
+) -> dict[str, Tensor]:
+    """Return what a forward pass over rows with padding takes, where the model is.
+
+    Without padding these are the ids alone. With it, a mask hides the padding, and each row counts
+    its positions from its first token, as it would alone: on the left, padding would else move the
+    absolute positions of GPT-2 and others.
+    """
+    device = next(model.parameters()).device
+    if is_token is None or bool(is_token.all()):
+        return {"input_ids": ids.to(device)}
+    mask = is_token.to(device).long()
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask}
+    if "position_ids" in signature(bare(model).forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
