@@ -5,8 +5,8 @@
            store.duckdb                      tables `dictionaries` and `scores`, latents as hooks
 
 Resumable: what is finished is skipped. Each dictionary is judged on documents of the split `score`,
-at the model that its vectors came from. Those of one hook are judged in one pass, so their intervals
-are of the same redraws.
+at the model that its vectors came from. Those of one hook are judged in one pass, so their
+intervals are of the same redraws.
 """
 
 import json
@@ -193,7 +193,7 @@ def _fit_all(
     settings: Dictionaries,
     progress: Progress,
 ) -> dict[DictionaryFit, str]:
-    """Fit what is not fitted; return what came to nothing, with its reason.
+    """DictionaryFit what is not fitted; return what came to nothing, with its reason.
 
     Raises:
         TrainingStopped: SIGTERM arrived; everything is saved.
@@ -215,7 +215,7 @@ def _fit_all(
 def _fit_pass(
     fits: Sequence[DictionaryFit], vectors: VectorSource, settings: Dictionaries, progress: Progress
 ) -> dict[DictionaryFit, str]:
-    """Fit the SAEs among some dictionaries in one pass; return what came to nothing."""
+    """DictionaryFit the SAEs among some dictionaries in one pass; return what came to nothing."""
     saes = {fit: fit.new() for fit in fits if fit.planned.is_sae}
     if not saes:
         return {}
@@ -239,7 +239,7 @@ def _fit_pass(
 def _fit_alone(
     fit: DictionaryFit, vectors: VectorSource, progress: Progress
 ) -> dict[DictionaryFit, str]:
-    """Fit a dictionary that is no SAE, unless it is fitted; return its failure, if any."""
+    """DictionaryFit a dictionary that is no SAE, unless it is fitted; return its failure, if any."""
     _restore(fit, vectors.digest)
     if fit.is_finished:
         return {}
@@ -373,7 +373,9 @@ def _save(
     store.append("dictionaries", [row])
 
 
-def _store_latents(run: Run, fits: Sequence[Fit], store: astore.Store, progress: Progress) -> None:
+def _store_latents(
+    run: Run, fits: Sequence[DictionaryFit], store: astore.Store, progress: Progress
+) -> None:
     """Capture the latents of the dictionaries that the recipe names, on the run's own tokens."""
     settings = run.recipe.dictionary
     chosen = [fit for fit in fits if fit.has_latents(settings) and fit.is_finished]

@@ -147,7 +147,12 @@ def recovery(
     features = [feature.name for feature in planted_language(rows.corpus).features]
     truth = row_truth(rows.corpus, rows).reshape(rows.ids.size, -1)
     text = DocumentRows(rows, model, RUN_TOKENS)
-    vectors, codes = _codes(dictionary, model, hook, passage)
+    parts: list[tuple[ndarray, ndarray]] = []
+    for batch in text.batches():
+        _, acts = run_with_cache(model, batch.ids, hook)
+        vectors, latents, _ = coded(dictionary, acts[hook])
+        parts.append((on_host(vectors), on_host(latents)))
+    vectors, codes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     n_active = round(float(np.count_nonzero(codes)) / len(codes))
     directions = random_directions(dictionary.d_sae, vectors.shape[1], seed)
     centred = torch.from_numpy(vectors - vectors.mean(axis=0))
@@ -219,6 +224,40 @@ def recovery_of(
         controls={name: each for name, each in means.items() if name is not None},
         table=pa.concat_tables(tables),
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnitChoice:
+    """The units chosen for each feature; -1 where none is left."""
+
+    known: Bool[ndarray, " features"]
+    """Whether some of the tokens had the feature, and some had not; else nothing is chosen."""
+    matched: Int[ndarray, " features"]
+    """Unit of the one-to-one match with the largest sum of correlations, in size."""
+    matched_sign: Float[ndarray, " features"]
+    """1 where its acts rise with the feature, -1 where they fall."""
+    ranked: Int[ndarray, " features"]
+    """Unit of the best AUROC."""
+    ranked_sign: Float[ndarray, " features"]
+    """1 where high acts tell the feature, -1 where low ones do."""
+    split: Int[ndarray, " features"]
+    """Unit of the best F1."""
+    split_sign: Float[ndarray, " features"]
+    """As `ranked_sign`."""
+    threshold: Float[ndarray, " features"]
+    """The feature is said to be there where sign x act is above."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Detection:
+    """Measures per feature on all documents, then on each redraw; NaN where not defined."""
+
+    correlation: Drawn
+    """Correlation of the matched unit with the feature, its sign chosen before."""
+    auroc: Drawn
+    """Chance that the unit's act is higher on a token with the feature than on one without."""
+    f1: Drawn
+    """2 TP / (2 TP + FP + FN) at the threshold."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -310,40 +349,6 @@ def _table(
     columns["auroc_sign"], columns["f1_sign"] = choice.ranked_sign, choice.split_sign
     columns["f1_threshold"] = choice.threshold
     return pa.table(columns)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class UnitChoice:
-    """The units chosen for each feature; -1 where none is left."""
-
-    known: Bool[ndarray, " features"]
-    """Whether some of the tokens had the feature, and some had not; else nothing is chosen."""
-    matched: Int[ndarray, " features"]
-    """Unit of the one-to-one match with the largest sum of correlations, in size."""
-    matched_sign: Float[ndarray, " features"]
-    """1 where its acts rise with the feature, -1 where they fall."""
-    ranked: Int[ndarray, " features"]
-    """Unit of the best AUROC."""
-    ranked_sign: Float[ndarray, " features"]
-    """1 where high acts tell the feature, -1 where low ones do."""
-    split: Int[ndarray, " features"]
-    """Unit of the best F1."""
-    split_sign: Float[ndarray, " features"]
-    """As `ranked_sign`."""
-    threshold: Float[ndarray, " features"]
-    """The feature is said to be there where sign x act is above."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Detection:
-    """Measures per feature on all documents, then on each redraw; NaN where not defined."""
-
-    correlation: Drawn
-    """Correlation of the matched unit with the feature, its sign chosen before."""
-    auroc: Drawn
-    """Chance that the unit's act is higher on a token with the feature than on one without."""
-    f1: Drawn
-    """2 TP / (2 TP + FP + FN) at the threshold."""
 
 
 def scan(
