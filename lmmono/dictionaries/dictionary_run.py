@@ -193,7 +193,7 @@ def _fit_all(
     settings: Dictionaries,
     progress: Progress,
 ) -> dict[DictionaryFit, str]:
-    """DictionaryFit what is not fitted; return what came to nothing, with its reason.
+    """Fit what is not fitted; return what came to nothing, with its reason.
 
     Raises:
         TrainingStopped: SIGTERM arrived; everything is saved.
@@ -215,7 +215,7 @@ def _fit_all(
 def _fit_pass(
     fits: Sequence[DictionaryFit], vectors: VectorSource, settings: Dictionaries, progress: Progress
 ) -> dict[DictionaryFit, str]:
-    """DictionaryFit the SAEs among some dictionaries in one pass; return what came to nothing."""
+    """Fit the SAEs among some dictionaries in one pass; return what came to nothing."""
     saes = {fit: fit.new() for fit in fits if fit.planned.is_sae}
     if not saes:
         return {}
@@ -239,7 +239,7 @@ def _fit_pass(
 def _fit_alone(
     fit: DictionaryFit, vectors: VectorSource, progress: Progress
 ) -> dict[DictionaryFit, str]:
-    """DictionaryFit a dictionary that is no SAE, unless it is fitted; return its failure, if any."""
+    """Fit a dictionary that is no SAE, unless it is fitted; return its failure, if any."""
     _restore(fit, vectors.digest)
     if fit.is_finished:
         return {}

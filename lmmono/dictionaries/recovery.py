@@ -24,8 +24,9 @@ from lmmono.data.truth import planted_language, row_truth
 from lmmono.dictionaries.coding import keep_largest, on_host, random_directions
 from lmmono.dictionaries.estimator import Dictionary
 from lmmono.dictionaries.evaluation import DocumentRows
-from lmmono.dictionaries.splicing import hook_of
+from lmmono.dictionaries.splicing import coded, hook_of
 from lmmono.errors import DictionaryError
+from lmmono.models.hooks import run_with_cache
 from lmmono.registry.metrics import METRICS
 from lmmono.runs.folder import Run
 from lmmono.stats.bootstrap import DocumentDraws, ratio
