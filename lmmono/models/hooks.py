@@ -12,7 +12,6 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -147,31 +146,27 @@ def run_until(
 
         return watch
 
-    inputs = padded_inputs(model, ids, is_token)
+    inputs = model_inputs(model, ids, is_token)
     with attached(model, {name: keep(name) for name in hooks}), suppress(_Done):
         model(**inputs, use_cache=False)
     return record
 
 
-def padded_inputs(
+def model_inputs(
     model: nn.Module,
     ids: Int[Tensor, "batch pos"],
     is_token: Bool[Tensor, "batch pos"] | None,
 ) -> dict[str, Tensor]:
-    """Return what a forward pass over rows with padding takes, where the model is.
+    """Return what a forward pass over rows takes, where the model is.
 
-    Without padding these are the ids alone. With it, a mask hides the padding, and each row counts
-    its positions from its first token, as it would alone: on the left, padding would else move the
-    absolute positions of GPT-2 and others.
+    Where some of a row is padding, a mask hides it, and the row counts its positions from its first
+    token, as it would alone: on the left, padding would else move GPT-2's absolute positions.
     """
+    from activation_store.write.recording import padded_inputs
+
+    padding = {} if is_token is None else padded_inputs(bare(model), is_token.cpu().numpy())
     device = next(model.parameters()).device
-    if is_token is None or bool(is_token.all()):
-        return {"input_ids": ids.to(device)}
-    mask = is_token.to(device).long()
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask}
-    if "position_ids" in signature(bare(model).forward).parameters:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    return inputs
+    return {name: x.to(device) for name, x in {"input_ids": ids, **padding}.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
