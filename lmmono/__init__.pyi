@@ -26,6 +26,8 @@ from lmmono.dictionaries.stability import stability as stability
 from lmmono.dictionaries.vector_source import model_vectors as model_vectors
 from lmmono.errors import LmmonoError as LmmonoError
 from lmmono.explanations.explain import explain as explain
+from lmmono.interop.interchange import export_dictionary as export_dictionary
+from lmmono.interop.interchange import import_dictionary as import_dictionary
 from lmmono.models.generation import generate as generate
 from lmmono.models.hooks import Edit as Edit
 from lmmono.models.hooks import hook_names as hook_names

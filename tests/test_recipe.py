@@ -350,6 +350,35 @@ def test_faults_across_sections_are_told_beside_all_others(write):
     ]
 
 
+def test_check_knows_the_files_that_a_recipe_and_its_arms_name(write):
+    path = write(
+        TWINS.replace(
+            "{n_documents: 500}", "{kind: files, paths: [texts, texts/*.txt, text/a.txt]}"
+        )
+        .replace("model:\n", "  tokenizer: {kind: folder, path: tok}\nmodel:\n")
+        .replace("train:\n", "train:\n  minimal_pairs: pairs.jsonl\n")
+        .replace("train.lr: 1e-3}", "train.minimal_pairs: pairs/blimp}")
+    )
+    assert len(Recipe.load(path).runs()) == 2, "a recipe may be read where its files are not"
+    Path("texts").mkdir()
+    Path("pairs.json").touch()
+    with pytest.raises(RecipeError) as caught:
+        Recipe.check(path)
+    want = "want a file, folder or glob that is there, got"
+    assert caught.value.faults == (
+        f"r.yaml:4: data.corpus.paths[1]: {want} 'texts/*.txt': there is nothing in texts",
+        f"r.yaml:4: data.corpus.paths[2]: {want} 'text/a.txt': there is no folder text",
+        f"r.yaml:5: data.tokenizer.path: {want} 'tok'; known: pairs.json, r.yaml, texts",
+        f"r.yaml:10: train.minimal_pairs: {want} 'pairs.jsonl'; did you mean pairs.json?",
+        f"r.yaml:14: arm gpt2: train.minimal_pairs: {want} 'pairs/blimp': there is no folder pairs",
+    )
+    for name in ("text", "tok", "pairs"):
+        Path(name).mkdir()
+    for name in ("texts/b.txt", "text/a.txt", "pairs.jsonl", "pairs/blimp"):
+        Path(name).touch()
+    assert [run.arm for run in Recipe.check(path)] == ["crate", "gpt2"]
+
+
 DICTIONARY = """\
 dictionary:
   hooks: []

@@ -150,6 +150,16 @@ def test_a_threshold_between_two_float32_keeps_exactly_the_values_above_it() -> 
     assert (x > cutoff).tolist() == (x.astype(np.float64) > 0.1).tolist()
 
 
+def test_a_user_who_can_write_no_cache_compiles_without_one(monkeypatch) -> None:
+    """As in containers: neither the package's folder nor a home can be written."""
+    from numba.core.caching import CacheImpl
+
+    from activation_store.compiled import compiled
+
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    assert compiled(lambda x: x + 1)(1) == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -143,6 +143,16 @@ def test_recomputed_activations_give_the_same_weights(recipe_file: Path, whole: 
         torch.testing.assert_close(weights(recomputed)[name], one, atol=1e-6, rtol=0)
 
 
+def test_arms_that_differ_in_precision_are_trained_one_after_the_other(recipe_file: Path) -> None:
+    """Accelerate keeps the precision of a process' first training and refuses another."""
+    losses = [
+        train(Recipe.load(recipe_file, f"train.precision={kind}", "train.steps=8", f"out={i}"))
+        for i, kind in enumerate(("fp32", "bf16", "fp32"))
+    ]
+    first, half, again = (run.val_loss for run in losses)
+    assert first == again != half and half == pytest.approx(first, rel=0.05)
+
+
 def test_a_finished_training_is_not_repeated(whole: Run) -> None:
     before = (whole.dir / "model" / "model.safetensors").stat().st_mtime_ns
     again = train(whole.recipe)

@@ -92,11 +92,11 @@ def check(
     """
     from lmmono.recipe import Recipe
 
-    overrides = [text for text in recipes if "=" in text and not Path(text).exists()]
+    overrides = [text for text in recipes if "=" in text and not os.path.exists(text)]
     faults: list[str] = []
     for path in (text for text in recipes if text not in overrides):
         try:
-            runs = Recipe.load(path, *overrides).runs()
+            runs = Recipe.check(path, *overrides)
         except RecipeError as error:
             faults += error.faults
             continue

@@ -1,5 +1,6 @@
 """From a recipe file and overrides to checked recipes, with every fault told at once."""
 
+import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 from lmmono.errors import RecipeError, nearest
 from lmmono.recipe.faults import clash_fault, faults_of, keys_of, shown
 from lmmono.recipe.recipe import SECTIONS, Recipe, recipe_schema, row_clash
-from lmmono.recipe.sections import Data, Section, Train
+from lmmono.recipe.sections import Data, FilesCorpus, FolderTokenizer, HubCorpus, Section, Train
 from lmmono.recipe.tree import (
     MAX_BYTES,
     Fault,
@@ -26,8 +27,10 @@ MAX_RUNS = 1000
 """Runs of a study: each is checked by itself, in about two milliseconds, and gets a folder."""
 
 
-def load_recipe(path: str | FilePath, overrides: Sequence[str]) -> Recipe:
-    """Read and check a recipe file; see `Recipe.load`."""
+def load_recipe(
+    path: str | FilePath, overrides: Sequence[str], *, with_files: bool = False
+) -> Recipe:
+    """Read and check a recipe file, and with it the files that it names; see `Recipe.load`."""
     changes: list[Tree] = []
     unreadable: list[str] = []
     for text in overrides:
@@ -43,8 +46,8 @@ def load_recipe(path: str | FilePath, overrides: Sequence[str]) -> Recipe:
         _override(tree, change)
     tree.faults += _seed_faults(tree)
     tree.faults += _select(tree, changes)
-    recipe, faults = _check(tree)
-    runs, run_faults = _expand(tree)
+    recipe, faults = _check(tree, with_files)
+    runs, run_faults = _expand(tree, with_files)
     # of a run only what is neither known already nor inside a setting known to be wrong
     wrong = {fault.path for fault in faults}
     news = [
@@ -178,7 +181,7 @@ def _at(values: Values, path: Path) -> Any:
     return values
 
 
-def _expand(tree: Tree) -> tuple[list[Recipe], list[Fault]]:
+def _expand(tree: Tree, with_files: bool = False) -> tuple[list[Recipe], list[Fault]]:
     """Return the recipe of every run, or the faults of the runs."""
     runs: list[Recipe] = []
     faults: list[Fault] = []
@@ -193,7 +196,7 @@ def _expand(tree: Tree) -> tuple[list[Recipe], list[Fault]]:
         rest.remove("seed")
     for name in arms:
         arm = rest if name is None else _arm_tree(tree, rest, name)
-        checked, wrong = _check(arm)
+        checked, wrong = _check(arm, with_files)
         wrong += [fault for fault in arm.faults if fault not in tree.faults]
         faults += [replace(fault, arm=name or "") for fault in wrong]
         if checked is not None and not wrong:
@@ -228,10 +231,11 @@ def _arm_tree(tree: Tree, rest: Tree, name: str) -> Tree:
     return arm_tree
 
 
-def _check(tree: Tree) -> tuple[Recipe | None, list[Fault]]:
+def _check(tree: Tree, with_files: bool) -> tuple[Recipe | None, list[Fault]]:
     values = _filled(tree.values, Recipe)
     try:
-        return Recipe.model_validate(values), []
+        recipe = Recipe.model_validate(values)
+        return recipe, list(_missing_files(recipe, tree)) if with_files else []
     except ValidationError as error:
         errors = [
             e for e in error.errors(include_url=False) if e["loc"] != ("seed",) or "seed" in values
@@ -240,6 +244,33 @@ def _check(tree: Tree) -> tuple[Recipe | None, list[Fault]]:
     if not {str(f.path[0]) for f in faults if f.path} & {"data", "train"}:
         faults += _row_faults(values, tree)
     return None, list(dict.fromkeys(faults))
+
+
+def _missing_files(recipe: Recipe, tree: Tree) -> Iterator[Fault]:
+    """Yield a fault for each file or folder that a recipe names and that is not there."""
+    data, robustness = recipe.data, recipe.robustness
+    names: dict[Path, str | None] = {
+        ("train", "minimal_pairs"): recipe.train.minimal_pairs,
+        ("robustness", "folder"): robustness.folder if robustness.suites else None,
+        ("robustness", "synonyms"): robustness.synonyms if robustness.suites else None,
+    }
+    if isinstance(data.corpus, FilesCorpus):
+        names |= {("data", "corpus", "paths", i): p for i, p in enumerate(data.corpus.paths)}
+    if isinstance(data.corpus, HubCorpus) and data.corpus.name.startswith((".", "/")):
+        names["data", "corpus", "name"] = data.corpus.name
+    if isinstance(data.tokenizer, FolderTokenizer):
+        names["data", "tokenizer", "path"] = data.tokenizer.path
+    for path, name in names.items():
+        if name is None or FilePath(name).exists() or next(glob.iglob(name, recursive=True), None):
+            continue
+        folder = FilePath(name).parent
+        if not folder.is_dir():
+            hint = f": there is no folder {folder}"
+        else:
+            near = sorted(str(path) for path in folder.iterdir())
+            hint = f"; {nearest(name, near)}" if near else f": there is nothing in {folder}"
+        want = "want a file, folder or glob that is there"
+        yield _fault(tree, path, f"{want}, got {shown(name)}{hint}")
 
 
 def _row_faults(values: Values, tree: Tree) -> list[Fault]:

@@ -108,6 +108,16 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
         """
         return load("lmmono.recipe.load:load_recipe")(path, overrides)
 
+    @classmethod
+    def check(cls, path: str | Path, *overrides: str) -> tuple["Recipe", ...]:
+        """Return the recipes of the runs of a file, as `load`, if the files that it names exist.
+
+        Raises:
+            RecipeError: With every fault of the file, the overrides, and what is missing.
+        """
+        recipe = load("lmmono.recipe.load:load_recipe")(path, overrides, with_files=True)
+        return recipe.runs()
+
     def runs(self) -> tuple["Recipe", ...]:
         """Return the recipe of each run: every arm with every seed; a single run is itself.
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -70,10 +71,16 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         and torch.cuda.is_available()
         and torch.cuda.is_bf16_supported()
     )
+    precision = "bf16" if bf16 else "no"
+    # Accelerate keeps the precision of a process' first Accelerator and refuses another one: arms
+    # of a study that differ in it run one after the other, each with a state of its own; what
+    # belongs to the process (PartialState, its group) stays
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:  # pyright: ignore[reportPrivateUsage]
+        AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
     accelerator = Accelerator(
         # processes without accelerators see each other only if told that there are none
         cpu=not torch.accelerator.is_available(),
-        mixed_precision="bf16" if bf16 else "no",
+        mixed_precision=precision,
         log_with=list(settings.trackers) or None,
         project_dir=recipe.dir,
     )
