@@ -137,6 +137,31 @@ def test_a_dense_hook_is_refused_as_rows_with_its_size(corpus: TokenCorpus, tmp_
         assert store.info().n_acts == 0
 
 
+def test_all_settings_of_the_store_are_reachable(
+    corpus: TokenCorpus, model: torch.nn.Module, tmp_path: Path
+) -> None:
+    """Types, units, the share that is kept: in Python as here, in a recipe by the same names."""
+    tokens, seen = corpus.tokens("val"), {"hooks": HOOK, "vectors": STREAM, "max_density": 0.9}
+    ids = torch.from_numpy(tokens.ids.astype(np.int64))
+    acts = run_with_cache(model, ids, [HOOK, STREAM])[1]
+    wanted = acts[HOOK].flatten(0, 1).numpy()
+    with astore.open(tmp_path / "a.duckdb", mode="w") as store:
+        capture(model, tokens, into=store, units=[1, 5], vectors_dtype="float32", **seen)
+        assert set(store.sql("SELECT DISTINCT unit FROM acts").fetchall()) == {(1,), (5,)}
+        assert store.info().n_acts == (wanted[:, [1, 5]] > 0).sum()
+        (batch,) = store.vectors(STREAM, batch_tokens=tokens.ids.size, shuffle=False)
+        assert (np.asarray(batch) == acts[STREAM].flatten(0, 1).numpy()).all(), "no bit is lost"
+    with astore.open(tmp_path / "b.duckdb", mode="w") as store:
+        capture(model, tokens, into=store, top_p=0.5, dtype="float16", **seen)
+        kept = store.sql("SELECT sum(act) FROM acts").fetchone()[0]
+        assert 0.5 <= kept / wanted.clip(0).sum() < 0.9
+        values = np.array(store.sql("SELECT act FROM acts").fetchall(), np.float32)
+        assert (values == values.astype(np.float16)).all()
+        for wrong in ({"units": (5, 1)}, {"top_p": 0.5, "threshold": -1.0}, {"dtype": "float64"}):
+            with pytest.raises(RunError, match=next(reversed(wrong))):
+                capture(model, tokens, into=store, **wrong)
+
+
 def test_wrong_names_and_settings_say_what_exists(
     corpus: TokenCorpus, model: torch.nn.Module, tmp_path: Path
 ) -> None:

@@ -146,7 +146,7 @@ def test_recomputed_activations_give_the_same_weights(recipe_file: Path, whole: 
 def test_arms_that_differ_in_precision_are_trained_one_after_the_other(recipe_file: Path) -> None:
     """Accelerate keeps the precision of a process' first training and refuses another."""
     losses = [
-        train(Recipe.load(recipe_file, f"train.precision={kind}", "train.steps=8", f"out={i}"))
+        train(Recipe.load(recipe_file, f"train.precision={kind}", "train.steps=8", f"out=o{i}"))
         for i, kind in enumerate(("fp32", "bf16", "fp32"))
     ]
     first, half, again = (run.val_loss for run in losses)

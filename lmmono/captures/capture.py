@@ -159,7 +159,7 @@ def _stream(
         store.writer(
             rows=[_rows(model, name, settings) for name in names]
             + [latent_rows(each, settings) for each in latents],
-            vectors=[astore.Vectors(hook=name, d=hook_width(model, name)) for name in dense],
+            vectors=[_vectors(model, name, settings) for name in dense],
             n_ctx=n_ctx,
             seed=seed,
             model_digest=weights_digest(model),
@@ -212,6 +212,9 @@ def _rows(model: nn.Module, name: str, settings: Capture) -> astore.Rows:
         top_k=settings.top_k,
         random_k=settings.random_k,
         quantile_k=settings.quantile_k,
+        dtype=settings.dtype,
+        units=settings.units,
+        top_p=settings.top_p,
     )
 
 
@@ -239,3 +242,8 @@ def _flat(acts: dict[str, Tensor]) -> dict[str, Tensor]:
 def _names(patterns: str | Sequence[str]) -> tuple[str, ...]:
     """Return one or several names as a tuple."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _vectors(model: nn.Module, name: str, settings: Capture) -> astore.Vectors:
+    """Return the store's settings for one hook kept as dense vectors."""
+    return astore.Vectors(hook=name, d=hook_width(model, name), dtype=settings.vectors_dtype)

@@ -242,6 +242,8 @@ def latent_rows(latents: Latents, settings: Capture) -> astore.Rows:
         top_k=settings.top_k,
         random_k=settings.random_k,
         quantile_k=settings.quantile_k,
+        dtype=settings.dtype,
+        top_p=settings.top_p,
     )
 
 

@@ -288,5 +288,23 @@ class Capture(Section):
     """Exemplars per unit drawn uniformly over all tokens."""
     quantile_k: Count = 4
     """Exemplars per unit and quantile bin of its activation."""
+    units: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, min_length=1, strict=False
+    )
+    """Units of `hooks` whose rows are stored, ascending; null stores all."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Store only the smallest set of a token's activations that holds this share of their sum."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Type that rows are rounded to; statistics use the value before rounding."""
+    vectors_dtype: Literal["float32", "float16"] = "float16"
+    """Type that vectors are rounded to; float16 holds nothing beyond 65,504."""
     batch_tokens: Count = 8192
     """Tokens per forward pass."""
+
+    @model_validator(mode="after")
+    def _check_units(self) -> "Capture":
+        if self.units is not None and list(self.units) != sorted(set(self.units)):
+            raise clash("want ascending units, each once", "units")
+        if self.top_p is not None and self.threshold < 0.0:
+            raise clash(f"want a threshold >= 0 with top_p, got {self.threshold:g}", "threshold")
+        return self
