@@ -85,8 +85,9 @@ def check(
     recipes: Annotated[
         list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="Files, settings.")
     ],
+    files: Annotated[bool, typer.Option(help="See that the files they name exist.")] = True,
 ) -> None:
-    """Say every fault of recipes at once; write nothing.
+    """Say every fault of recipes at once, and which files they name are missing; write nothing.
 
     Example: lmmono check recipes/quickstart.yaml train.steps=500
     """
@@ -96,7 +97,7 @@ def check(
     faults: list[str] = []
     for path in (text for text in recipes if text not in overrides):
         try:
-            runs = Recipe.check(path, *overrides)
+            runs = Recipe.check(path, *overrides) if files else Recipe.load(path, *overrides).runs()
         except RecipeError as error:
             faults += error.faults
             continue
