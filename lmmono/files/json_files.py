@@ -1,4 +1,4 @@
-"""One way to read a JSON file of ours: what it holds is checked, and a fault names file and place."""
+"""One way to read a JSON file of ours: checked whole, and a fault names the file and the place."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ def read_json(
 
     Args:
         path: The file.
-        content: What it must hold: a pydantic model, dataclass, TypedDict, or `dict[str, Any]`.
+        content: What it must hold: a pydantic model, a dataclass, or `dict` for any mapping.
         error: What to raise.
         way_out: What to do about a file at fault, the end of the message.
 
@@ -61,7 +61,7 @@ def _told(fault: Any) -> str:
 def _shortened(value: Any) -> str:
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
-    text = (
-        repr(value) if not isinstance(value, int) or value.bit_length() < 200 else "a huge number"
-    )
+    if isinstance(value, int) and value.bit_length() > 200:  # repr refuses more than 4,300 digits
+        return "a huge number"
+    text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
