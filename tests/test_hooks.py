@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from small_models import FAMILIES, GATED, some_tokens, tiny
+from small_models import FAMILIES, GATED, small, some_tokens, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, Gemma3TextConfig, GPTNeoXConfig
@@ -19,6 +19,7 @@ from lmmono.models.hooks import (
     hook_width,
     match_hooks,
     recording,
+    run_until,
     run_with_cache,
     run_with_edit,
 )
@@ -349,3 +350,83 @@ def test_parallel_blocks_have_no_middle_and_say_so():
     with pytest.raises(ModelError, match="no hook 'blocks.0.hook_resid_mid'"):
         match_hooks(tiny("gpt_neox"), "blocks.0.hook_resid_mid")
     assert isinstance(tiny("gemma3_text").config, Gemma3TextConfig)
+
+
+class ChangesInPlace(torch.nn.Module):
+    """A residual stream that is added to in place after `first` has returned it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first, self.last = torch.nn.Embedding(9, 4), Double(), torch.nn.Identity()
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        x = self.first(self.embed(input_ids))
+        x += 1.0
+        return self.last(torch.relu_(x))
+
+
+class Double(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def test_what_is_recorded_is_what_the_module_returned_though_it_is_changed_in_place_later():
+    model, ids = ChangesInPlace(), torch.arange(8).view(2, 4)
+    with torch.no_grad():
+        wanted = 2 * model.embed(ids)
+        with recording(model, "first") as acts:
+            for _ in range(2):
+                model(ids)
+                assert acts["first"].equal(wanted)
+    assert run_until(model, ids, ["first", "last"])["first"].equal(wanted)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_padding_on_the_left_changes_no_activation_of_a_token(kind):
+    model = tiny(kind)
+    ids, pad = some_tokens(2, 6), torch.zeros(2, 3, dtype=torch.long)
+    mask = torch.tensor([[0] * 3 + [1] * 6] * 2)
+    hook = "blocks.1.mlp.hook_post"
+    logits, acts = run_with_cache(model, ids, hook)
+    padded, seen = run_with_cache(model, torch.cat([pad, ids], 1), hook, attention_mask=mask)
+    assert torch.allclose(padded[:, 3:], logits, atol=1e-5)
+    assert torch.allclose(seen[hook][:, 3:], acts[hook], atol=1e-5)
+    found = run_until(model, torch.cat([pad, ids], 1), [hook], is_token=mask.bool())
+    assert torch.allclose(found[hook][:, 3:], acts[hook], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(1, 40, dtype=torch.long), "rows of 40 tokens do not fit the 32 positions"),
+        (torch.tensor([[3, 77]]), "token ids 3 to 77 do not fit the vocabulary of .*, 0 to 49"),
+        (torch.tensor([[-1, 7]]), "token ids -1 to 7 do not fit"),
+    ],
+)
+def test_tokens_that_do_not_fit_the_model_are_refused(ids, message):
+    with pytest.raises(ModelError, match=message):
+        run_with_cache(small(), ids)
+
+
+@pytest.mark.parametrize("kind", ["Scale", "mean", "zero", ""])
+def test_an_edit_of_no_known_kind_is_refused(kind):
+    with pytest.raises(ModelError, match="no such kind; "):
+        Edit("blocks.0.mlp.hook_post", kind, 2.0)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks
+def test_a_model_wrapped_by_peft_has_the_hooks_of_the_network_inside():
+    peft = pytest.importorskip("peft")
+    model, ids, hook = tiny("gpt2"), some_tokens(1, 6), "blocks.0.mlp.hook_post"
+    before = run_with_cache(model, ids, hook)[1][hook]
+    config = peft.LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True)
+    wrapped = peft.get_peft_model(model, config).eval()
+    assert hook_names(wrapped) == hook_names(tiny("gpt2"))
+    assert torch.allclose(run_with_cache(wrapped, ids, hook)[1][hook], before, atol=1e-5)
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    assert not torch.allclose(run_with_cache(wrapped, ids, hook)[1][hook], before, atol=1e-2)
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ModelError, match="adds tokens to every input"):
+        hook_names(peft.get_peft_model(tiny("gpt2"), prompts))

@@ -27,7 +27,7 @@ from lmmono.dictionaries.estimator import Dictionary
 from lmmono.dictionaries.splicing import coded, hook_of, replaced
 from lmmono.dictionaries.vector_source import Skip, counted_tokens
 from lmmono.errors import DictionaryError
-from lmmono.models.hooks import bare, hook_width, model_inputs, recording
+from lmmono.models.hooks import bare, hook_width, recording, token_inputs
 from lmmono.registry.metrics import METRICS
 from lmmono.stats.bootstrap import DocumentDraws, ratio
 from lmmono.stats.estimate import Estimate
@@ -342,7 +342,7 @@ class TokenBatch:
 
     def run(self, model: nn.Module) -> Float[Tensor, "batch pos d_vocab"]:
         """Return the model's logits."""
-        return model(**model_inputs(model, self.ids, self.is_token), use_cache=False).logits.float()
+        return model(**token_inputs(model, self.ids, self.is_token), use_cache=False).logits.float()
 
     def add_losses(
         self, sums: Float[Tensor, " documents"], logits: Float[Tensor, "batch pos d_vocab"]

@@ -12,21 +12,39 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from activation_store.errors import ContentError
+from activation_store.write.recording import OutputRecorder, padded_inputs
 from lmmono.errors import ModelError, nearest
 from lmmono.models.families import points
 from lmmono.models.points import OutputPoint, Point, Watch
 
 ATTENTION = ("hook_attn_scores", "hook_pattern")
 
+EDIT_KINDS = ("set", "scale", "ablate", "add")
+
 
 def bare(model: nn.Module) -> nn.Module:
-    """Return the network inside the wrappers of `torch.compile`, DDP and Accelerate."""
+    """Return the network inside the wrappers of `torch.compile`, DDP, Accelerate and peft.
+
+    peft's LoRA and its kin live in the modules of the network, which therefore runs with them.
+
+    Raises:
+        ModelError: A peft adapter that adds tokens to the input: the network alone is without it.
+    """
+    if callable(getattr(model, "get_base_model", None)) and hasattr(model, "peft_config"):
+        adapter: Any = model
+        if adapter.active_peft_config.is_prompt_learning:
+            raise ModelError(
+                f"{type(model).__name__}: its adapter adds tokens to every input, which have no "
+                "place in a row; use a LoRA adapter, or the model without it"
+            )
+        return bare(adapter.get_base_model())
     for wrapper in ("_orig_mod", "module"):
         inner = getattr(model, wrapper, None)
         if isinstance(inner, nn.Module):
@@ -78,19 +96,32 @@ def hook_width(model: nn.Module, name: str) -> int:
 def recording(model: nn.Module, names: str | Sequence[str]) -> Generator[dict[str, Tensor]]:
     """Yield a dict that every forward pass inside the block fills anew: hook name to tensor.
 
-    Holds references to the tensors of the last pass, with their graph where gradients are on;
-    copies nothing. Patterns and scores make the whole model attend without a fused kernel.
+    Holds references to the tensors of the last pass, with their graph where gradients are on.
+    Only what the model changes in place later (a residual addition, `ReLU(inplace=True)`) is
+    copied: the first pass in which that shows runs twice. Patterns and scores make the whole model
+    attend without a fused kernel.
 
     Raises:
-        ModelError: A name or glob matches nothing.
+        ModelError: A name or glob matches nothing; in a pass with a cache, a tensor was changed in
+            place.
     """
-    record: dict[str, Tensor] = {}
+    recorder = OutputRecorder()
 
-    def keep(name: str) -> Watch:
-        return lambda tensor: record.__setitem__(name, tensor)
+    def run_again(network: nn.Module, args: Any, kwargs: dict[str, Any], _output: Any) -> Any:
+        if not recorder.changed():
+            return None
+        if any(kwargs.get(name) is not None for name in ("cache", "past_key_values")):
+            raise ModelError(
+                f"{_kind(network)} changes a recorded tensor in place, so this pass must run "
+                "again, which a cache does not allow; run the whole row without a cache"
+            )
+        return network.forward(*args, **kwargs)
 
-    with attached(model, {name: keep(name) for name in match_hooks(model, names)}):
-        yield record
+    watches = {name: _keeping(recorder, name) for name in match_hooks(model, names)}
+    with attached(model, watches), ExitStack() as stack:
+        handle = bare(model).register_forward_hook(run_again, with_kwargs=True)
+        stack.callback(handle.remove)
+        yield recorder.outputs
 
 
 def run_with_cache(
@@ -99,6 +130,7 @@ def run_with_cache(
     hooks: str | Sequence[str] = "*",
     *,
     tokenizer: Any = None,
+    attention_mask: Tensor | None = None,
 ) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor]]:
     """Run without gradients, in eval mode, and return the logits and the activations by name.
 
@@ -107,13 +139,15 @@ def run_with_cache(
         tokens: Text, or token ids [pos] or [batch, pos].
         hooks: Names or globs; all TransformerLens names where not given.
         tokenizer: Needed for text unless the model has one as `model.tokenizer`.
+        attention_mask: 1 at tokens, 0 at padding, [batch, pos]; all are tokens where not given.
 
     Raises:
-        ModelError: A hook matches nothing or never ran, or there is text and no tokenizer.
+        ModelError: A hook matches nothing or never ran, there is text and no tokenizer, or the
+            tokens do not fit the model.
     """
     names = match_hooks(model, hooks)
     with recording(model, names) as record:
-        logits = _logits(model, tokens, tokenizer)
+        logits = _logits(model, tokens, tokenizer, attention_mask)
     silent = [name for name in names if name not in record]
     if silent:
         raise ModelError(f"{silent[0]} took no part in this forward pass; choose another hook")
@@ -133,40 +167,69 @@ def run_until(
 ) -> dict[str, Tensor]:
     """Return the activations of hooks by exact name; what comes after the last is not computed.
 
-    The model runs in the mode it is in; token ids are moved to it. Where `is_token` says that some
-    are padding, the others get the activations that they have without it.
+    The model runs in the mode it is in; token ids are moved to it.
+
+    Raises:
+        ModelError: The tokens do not fit the model; see `token_inputs`.
     """
-    record: dict[str, Tensor] = {}
+    recorder, inputs = OutputRecorder(), token_inputs(model, ids, is_token)
+    seen: set[str] = set()
 
     def keep(name: str) -> Watch:
         def watch(tensor: Tensor) -> None:
-            record[name] = tensor
-            if len(record) == len(hooks):
+            recorder.keep(name, tensor)
+            seen.add(name)
+            if len(seen) == len(hooks):
                 raise _Done
 
         return watch
 
-    inputs = model_inputs(model, ids, is_token)
-    with attached(model, {name: keep(name) for name in hooks}), suppress(_Done):
-        model(**inputs, use_cache=False)
-    return record
+    with attached(model, {name: keep(name) for name in hooks}):
+        for _ in range(2):  # again where a tensor was changed in place after it was recorded
+            seen.clear()
+            with suppress(_Done):
+                model(**inputs, use_cache=False)
+            if not recorder.changed():
+                break
+    return recorder.outputs
 
 
-def model_inputs(
+def token_inputs(
     model: nn.Module,
     ids: Int[Tensor, "batch pos"],
-    is_token: Bool[Tensor, "batch pos"] | None,
+    is_token: Bool[Tensor, "batch pos"] | None = None,
 ) -> dict[str, Tensor]:
-    """Return what a forward pass over rows takes, where the model is.
+    """Return the keyword inputs of a forward pass over rows, on the model's device.
 
-    Where some of a row is padding, a mask hides it, and the row counts its positions from its first
-    token, as it would alone: on the left, padding would else move GPT-2's absolute positions.
+    Every pass over tokens goes through here: ids and row lengths are checked, and padding gets an
+    attention mask and positions that do not count it.
+
+    Raises:
+        ModelError: An id beyond the vocabulary, a row longer than the context, or padding that the
+            model cannot be told of.
     """
-    from activation_store.write.recording import padded_inputs
-
-    padding = {} if is_token is None else padded_inputs(bare(model), is_token.cpu().numpy())
-    device = next(model.parameters()).device
-    return {name: x.to(device) for name, x in {"input_ids": ids, **padding}.items()}
+    network: Any = bare(model)
+    device = next(network.parameters()).device
+    config = getattr(network, "config", None)
+    d_vocab = getattr(config, "vocab_size", None)
+    n_ctx = getattr(config, "max_position_embeddings", None)
+    if n_ctx is not None and ids.shape[1] > n_ctx:
+        raise ModelError(
+            f"rows of {ids.shape[1]} tokens do not fit the {n_ctx} positions of {_kind(model)}; "
+            "cut the rows"
+        )
+    if d_vocab is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < d_vocab:
+        raise ModelError(
+            f"token ids {int(ids.min())} to {int(ids.max())} do not fit the vocabulary of "
+            f"{_kind(model)}, 0 to {d_vocab - 1}; use the model's own tokenizer"
+        )
+    inputs = {"input_ids": ids}
+    if is_token is not None:
+        try:
+            inputs |= padded_inputs(network, is_token.cpu().numpy())
+        except ContentError as error:
+            raise ModelError(str(error)) from None
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,7 +243,7 @@ class Edit:
 
     hook: str
     """Hook name or glob."""
-    kind: Literal["set", "scale", "ablate", "add"]
+    kind: str
     """Set to `value`, multiply by `value`, set to zero or the mean `value`, or add `direction`."""
     value: float | Tensor | None = None
     """A number, or one per unit; for `add` the factor of the direction, 1 where not given."""
@@ -192,6 +255,9 @@ class Edit:
     """What `add` adds, one number per unit."""
 
     def __post_init__(self) -> None:
+        if self.kind not in EDIT_KINDS:
+            kinds = nearest(str(self.kind), EDIT_KINDS)
+            raise ModelError(f"Edit({self.hook!r}, {self.kind!r}): no such kind; {kinds}")
         if self.kind in ("set", "scale") and self.value is None:
             raise ModelError(f"Edit({self.hook!r}, {self.kind!r}): want a value, got none")
         if (self.kind == "add") != (self.direction is not None):
@@ -254,14 +320,16 @@ def run_with_edit(
     edits: Edit | Sequence[Edit],
     *,
     tokenizer: Any = None,
+    attention_mask: Tensor | None = None,
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """Run without gradients, in eval mode, with activations replaced; return the logits.
 
     Raises:
-        ModelError: A hook name, unit or position does not exist, or there is no tokenizer.
+        ModelError: A hook name, unit or position does not exist, there is no tokenizer, or the
+            tokens do not fit the model.
     """
     with editing(model, edits):
-        return _logits(model, tokens, tokenizer)
+        return _logits(model, tokens, tokenizer, attention_mask)
 
 
 @contextmanager
@@ -298,14 +366,21 @@ def _indices(edit: Edit, what: str, chosen: Sequence[int] | None, size: int) -> 
     return torch.tensor([i % size for i in chosen], dtype=torch.long)
 
 
-def _logits(model: nn.Module, tokens: str | Tensor, tokenizer: Any) -> Tensor:
+def _keeping(recorder: OutputRecorder, name: str) -> Watch:
+    return lambda tensor: recorder.keep(name, tensor)
+
+
+def _logits(
+    model: nn.Module, tokens: str | Tensor, tokenizer: Any, attention_mask: Tensor | None
+) -> Tensor:
     network = bare(model)
-    ids = _token_ids(network, tokens, tokenizer)
+    is_token = None if attention_mask is None else attention_mask.bool()
+    inputs = token_inputs(network, _token_ids(network, tokens, tokenizer), is_token)
     was_training = network.training
     network.eval()
     try:
         with torch.no_grad():
-            return network(ids.to(next(network.parameters()).device)).logits
+            return network(**inputs).logits
     finally:
         network.train(was_training)
 
