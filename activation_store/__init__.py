@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from activation_store.catalog.door import QueryLimits
 from activation_store.catalog.verification import Report
 from activation_store.errors import (
     ContentError,
@@ -15,9 +16,7 @@ from activation_store.errors import (
     WriteError,
 )
 from activation_store.hooks import Rows, Skip, Vectors
-from activation_store.lake.shared import Lake
-from activation_store.opening import compact, open, verify
-from activation_store.store import Info, Store
+from activation_store.store import Info, QueryResult, Store, compact, open, verify
 from activation_store.unit import Exemplar, Unit
 
 if TYPE_CHECKING:
@@ -31,10 +30,11 @@ __all__ = [
     "DroppedWarning",
     "Exemplar",
     "Info",
-    "Lake",
     "LockedError",
     "NotAStoreError",
     "QueryError",
+    "QueryLimits",
+    "QueryResult",
     "Report",
     "Rows",
     "SchemaError",

@@ -1,7 +1,16 @@
 """The errors that a user, a file or a machine can cause in a store, and the words for them.
 
-One root, `StoreError`. A message says what is wrong, where, what was found, what was wanted, and
-the way out. Our own mistakes are asserts.
+    StoreError
+    ├── NotAStoreError   nothing there, or no store
+    ├── SchemaError      another version of the schema
+    ├── ShardError       a Parquet file is missing, shortened or changed
+    ├── LockedError      another process writes
+    ├── WriteError       the machine refused a write
+    ├── ContentError     rows, settings or a model that do not fit
+    └── QueryError       SQL that is refused, fails, or takes too long
+
+A message says what is wrong, where, what was found, what was wanted, and the way out. Our own
+mistakes are asserts.
 """
 
 import errno
@@ -82,6 +91,21 @@ def writing(path: Path) -> Generator[None]:
         if "No space left" not in str(fault):
             raise
         raise _refused(path, fault) from fault
+
+
+@contextmanager
+def interruptible() -> Generator[None]:
+    """Let Ctrl-C within DuckDB be what it is elsewhere: DuckDB raises a RuntimeError for it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed.
+    """
+    try:
+        yield
+    except RuntimeError as fault:
+        if "query interrupted" not in str(fault).lower():
+            raise
+        raise KeyboardInterrupt from fault
 
 
 def _refused(path: Path, fault: BaseException) -> WriteError:

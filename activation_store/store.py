@@ -1,27 +1,42 @@
-"""An open store: SQL over it, its units, and how rows and activations are added."""
+"""An open store, in a folder or a lake: SQL over it, its units, and how rows and activations are added."""
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import duckdb
 
-from activation_store.catalog import catalogue, guard, migrations, reader, tables
-from activation_store.catalog.presence import Presence
-from activation_store.catalog.verification import Report, verify
-from activation_store.errors import ContentError, QueryError, StoreError, damaged_shard
+from activation_store.catalog import catalogue, door, tables, verification
+from activation_store.catalog.backend import Backend, ConnectionOutdated, FolderBackend, Mode
+from activation_store.catalog.catalogue import Place, Presence
+from activation_store.catalog.door import QueryLimits
+from activation_store.catalog.verification import Report
+from activation_store.errors import ContentError, QueryError, StoreError
+from activation_store.lake.lake_backend import LakeBackend
+from activation_store.lake.lake_place import PREFIX, lake_place
+from activation_store.shards.names import Shard, listed
 from activation_store.unit import Exemplar, ExemplarKind, Unit, read_exemplars, read_unit
 
 if TYPE_CHECKING:
+    from activation_store.catalog.compaction import Compaction, Sizes
     from activation_store.hooks import Rows, Skip, Vectors
+    from activation_store.lake.publishing import Publication
     from activation_store.read.stream import VectorStream
     from activation_store.write.writer import Writer
+else:  # for annotations only: these take numba to import
+    Compaction = Publication = Sizes = object
 
-Mode = Literal["r", "w", "a"]
+DataPath: TypeAlias = str | os.PathLike[str] | None
+"""Folder or s3://bucket/prefix of a lake's data; a store in a folder has none."""
+
+KEEP_SECONDS = 3600.0
+"""How long a compaction of a lake leaves what it replaced to those who still read it: longer than a
+query may take by default."""
 
 
 def open(  # noqa: A001
@@ -30,32 +45,72 @@ def open(  # noqa: A001
     *,
     trusted: bool = False,
     overwrite: bool = False,
+    data_path: DataPath = None,
+    limits: QueryLimits | None = None,
 ) -> "Store":
-    """Open the store at `path`, its folder or its `store.duckdb`.
+    """Open the store at `path`, its folder or its `store.duckdb`; or a lake.
 
     Args:
-        path: where the store is.
-        mode: "r" reads; "a" adds to an existing store, and brings it to today's schema; "w"
-            creates one.
+        path: where the store is; a lake is "ducklake:sqlite:FILE", "ducklake:postgres:CONNECTION",
+            "ducklake:postgresql://..." or "ducklake:FILE".
+        mode: "r" reads; "a" adds to an existing store; "w" creates one.
         trusted: let SQL do whatever DuckDB can, such as read other files. Without it SQL can only
             read this store.
-        overwrite: with "w", replace a store that exists.
+        overwrite: with "w", replace a store that exists; not for a lake.
+        data_path: folder or s3://bucket/prefix of a lake's data; a lake needs it, a store has none.
+        limits: what a query may take; see `QueryLimits` for the defaults.
 
     Raises:
-        NotAStoreError: nothing there, or no store.
-        SchemaError: the store was written by a newer version of this package.
+        NotAStoreError: nothing there, no store, or one that holds views and macros of others.
+        SchemaError: the store was written under another version of the schema.
         ShardError: a file of the store is missing or has another size than it should.
-        StoreError: with "w", there is a store already.
+        StoreError: with "w", there is a store already; a lake cannot be reached, or lies elsewhere.
         WriteError: the machine refused a write.
     """
-    where = catalogue.place(path)
+    backend = backend_at(path, data_path)
     if mode == "w":
-        catalogue.create(where, overwrite)
-    elif mode == "a":
-        migrations.migrate(where)
-    elif mode != "r":
+        backend.create(overwrite)
+    elif mode not in ("r", "a"):
         raise StoreError(f"mode: want 'r', 'w' or 'a', got {mode!r}.")
-    return Store(where, mode, trusted)
+    return Store(backend, mode, trusted, limits or QueryLimits())
+
+
+def verify(
+    path: str | os.PathLike[str], *, repair: bool = False, data_path: DataPath = None
+) -> Report:
+    """Check every byte of a store or a lake, also of one too damaged to be opened.
+
+    See `verification.verify`; `path` and `data_path` are as for `open`.
+    """
+    return verification.verify(backend_at(path, data_path), repair=repair)
+
+
+def compact(path: str | os.PathLike[str], *, data_path: DataPath = None) -> Compaction:
+    """Merge the small shards of a store or a lake; the rows stay the same.
+
+    Args:
+        path: as for `open`.
+        data_path: as for `open`.
+
+    Raises:
+        StoreError: as `open` does, a shard is damaged, or the machine refused; nothing is changed.
+    """
+    with open(path, "a", data_path=data_path) as store:
+        return store.compact()
+
+
+def backend_at(path: str | os.PathLike[str], data_path: DataPath) -> Backend:
+    """Return the backend of a path or a lake's address; touches neither catalogue nor data.
+
+    Raises:
+        StoreError: the address is none, or `data_path` is missing or out of place.
+    """
+    address = os.fspath(path)
+    if address.startswith(PREFIX):
+        return LakeBackend(lake_place(address, data_path))
+    if data_path is not None:
+        raise StoreError(f"{address}: data_path is for a lake, whose address begins {PREFIX}")
+    return FolderBackend(catalogue.place(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +118,12 @@ class Info:
     """What a store holds, in numbers."""
 
     path: Path
-    """The catalogue file."""
+    """The catalogue file, or the address of a lake."""
     store_id: str
     """Random name that all shards of the store carry."""
     schema_version: int
     n_bytes: int
-    """Size of catalogue and shards together."""
+    """Size of catalogue and shards together; of a lake the shards alone."""
     n_shards: int
     n_documents: int
     n_tokens: int
@@ -90,42 +145,66 @@ class Info:
         )
 
 
-# version 2 warns of a copy that it makes there, and has none to make from `sql`
-_ARROW_FROM_CURSOR = duckdb.__version__.startswith("1.")
-
 _INFO = """
 SELECT
-    (SELECT count(*) FROM shards), (SELECT count(*) FROM documents),
-    coalesce((SELECT sum(n_rows) FROM shards WHERE kind = 'tokens'), 0)::BIGINT,
-    coalesce((SELECT sum(n_rows) FROM shards WHERE kind = 'acts'), 0)::BIGINT,
-    coalesce((SELECT sum(n_rows) FROM shards WHERE kind = 'vectors'), 0)::BIGINT,
-    coalesce((SELECT sum(n_bytes) FROM shards), 0)::BIGINT,
+    count(*), (SELECT count(*) FROM documents),
+    coalesce(sum(n_rows) FILTER (kind = 'tokens'), 0)::BIGINT,
+    coalesce(sum(n_rows) FILTER (kind = 'acts'), 0)::BIGINT,
+    coalesce(sum(n_rows) FILTER (kind = 'vectors'), 0)::BIGINT,
+    coalesce(sum(n_bytes), 0)::BIGINT,
     (SELECT coalesce(list(DISTINCT hook ORDER BY hook), []) FROM hooks)
+FROM shards
 """
+
+_RESERVED = {
+    "main", "memory", "temp", "system", "pg_catalog", "information_schema", "lake_catalogue", "copied",
+}  # fmt: skip
+"""Names of databases and schemas that a connection has."""
+
+_CONNECT_ATTEMPTS = 10  # each fails only if another process commits between two calls
+
+_ARROW_FROM_CURSOR = duckdb.__version__.startswith("1.")
+"""Version 2 warns of a copy that it makes there, and has none to make from `sql`."""
 
 
 class Store:
     """One open store; made by `activation_store.open`, closed by `close` or a `with` block.
 
-    A store opened with "r" shows the state of the moment it was opened until `refresh`; one opened
-    with "a" or "w" always shows the last commit. Threads may share a store.
+    A store in a folder that was opened with "r" shows the state of the moment it was opened until
+    `refresh`; one opened with "a" or "w", and a lake, always show the last commit. Threads may share a
+    store.
     """
 
-    def __init__(self, where: catalogue.Place, mode: Mode, trusted: bool) -> None:
-        self.where = where
-        self.mode = mode
+    def __init__(self, backend: Backend, mode: Mode, trusted: bool, limits: QueryLimits) -> None:
+        self.backend = backend
+        self.mode: Mode = mode
+        self.limits = limits
         self._trusted = trusted
-        self._attached: dict[str, catalogue.Place] = {}
+        self._attached: dict[str, Place] = {}
         self._turn = threading.Lock()
         self._con: duckdb.DuckDBPyConnection | None = None
         self._presence: Presence | None = None
-        self._seen = (0, 0)
+        self._version: tuple[int, ...] = ()
         self.refresh()
 
     @property
     def path(self) -> Path:
-        """The catalogue file."""
-        return self.where.file
+        """The catalogue file, or the address of a lake without its password."""
+        return self.backend.path
+
+    @property
+    def is_lake(self) -> bool:
+        """Whether many processes and machines share it, on DuckLake."""
+        return self.backend.is_lake
+
+    @property
+    def place(self) -> Place:
+        """Where a store in a folder lies.
+
+        Raises:
+            StoreError: it is a lake.
+        """
+        return self.backend.folder_place()
 
     def __enter__(self) -> "Store":
         return self
@@ -151,70 +230,111 @@ class Store:
     def close(self) -> None:
         """Let go of the files; results that were handed out stay usable."""
         self._con = self._presence = None
+        self.backend.disconnect()
 
     def refresh(self) -> None:
-        """Show the last commit from now on.
+        """Show the last commit from now on, also after the server of a lake was restarted.
 
         Raises:
             StoreError: as `open` does.
         """
         with self._turn:
-            seen = self._signature()
-            places = {"": self.where, **self._attached}
-            if self.mode == "r":  # the other modes look at the last commit before every query
-                self._presence = Presence(place.folder for place in places.values())
-            self._con, self._seen = reader.connect(places, self._trusted), seen
+            self._connect()
 
-    def _signature(self) -> tuple[int, int]:
-        try:
-            state = self.path.stat()
-        except FileNotFoundError:
-            return (0, 0)
-        return state.st_ino, state.st_mtime_ns
+    def _connect(self) -> None:
+        own = self.backend.read_folders() if self.mode == "r" else ()
+        presence = Presence([*own, *(place.folder for place in self._attached.values())])
+        for attempt in range(_CONNECT_ATTEMPTS):
+            try:
+                con = self.backend.connect(self.mode, self._attached, self._trusted, self.limits)
+            except ConnectionOutdated:
+                if attempt == _CONNECT_ATTEMPTS - 1:
+                    raise
+            else:
+                break
+        self._con, self._presence = con, presence  # pyright: ignore[reportPossiblyUnbound]
+        self._version = self.backend.version(con)  # pyright: ignore[reportPossiblyUnbound]
 
     def _cursor(self) -> duckdb.DuckDBPyConnection:
+        """Return a cursor that shows what this store is to show now."""
         if self._con is None:
             raise StoreError(f"{self.path}: the store is closed; open it again.")
-        if self.mode != "r" and self._signature() != self._seen:
-            self.refresh()
+        if self.mode != "r" or self.is_lake:
+            with self._turn:
+                if self.backend.version(self._con) != self._version:
+                    version = self.backend.version(self._con)
+                    if self.backend.update(self._con):
+                        self._version = version
+                    else:
+                        self._connect()
         return self._con.cursor()
 
-    def sql(self, query: str, /, **params: Any) -> duckdb.DuckDBPyRelation:
+    def sql(self, query: str, /, **params: Any) -> "QueryResult":
         """Run one query; `$name` in it stands for the keyword argument of that name.
 
         Without parameters the query runs when the result is asked for; with them, at once.
 
         Returns:
-            A DuckDB relation: `.df()`, `.pl()`, `.arrow()`, `.fetchall()`.
+            What a DuckDB relation is: `.df()`, `.pl()`, `.to_arrow_table()`, `.fetchall()`.
 
         Raises:
-            QueryError: the query does not parse, names something unknown, fails, or, unless the
-                store is trusted, could do more than read the store.
+            QueryError: the query does not parse, names something unknown, fails, takes longer than
+                `limits`, or, unless the store is trusted, could do more than read the store.
             ShardError: a shard was damaged after the store was opened.
         """
-        cursor = self._cursor()
+        fault_of = partial(self._fault, query=query, params=params)
         try:
-            statement = query if self._trusted else guard.read_only(cursor, query)
-            answer = _bound(cursor, statement, params) if params else cursor.sql(statement)
+            cursor = self._cursor()
+            with door.watched(cursor, self.limits.seconds):
+                statement = query if self._trusted else door.read_only(cursor, query)
+                if params:
+                    relation = _bound(cursor, statement, params)
+                else:
+                    relation = cursor.sql(statement)
         except duckdb.Error as fault:
-            raise self._told(fault, query, params) from fault
-        # DuckDB's own types do not say that a statement without rows gives None
-        rows = cast(duckdb.DuckDBPyRelation | None, answer)
-        return cursor.sql("SELECT 1 AS done WHERE false") if rows is None else rows
+            raise fault_of(fault) from fault
+        if relation is None:  # a statement without rows; DuckDB's types do not say so
+            relation = cursor.sql("SELECT 1 AS done WHERE false")
+        return QueryResult(relation, cursor, self.limits, fault_of)
+
+    def _fault(self, fault: duckdb.Error, query: str, params: Mapping[str, Any]) -> StoreError:
+        """Return what DuckDB says, with the way out that belongs to it."""
+        if (explained := self.backend.explain(fault)) is not None:
+            return explained
+        text = self.backend.redact(str(fault).strip())
+        if "parameter" in text.lower():
+            names = ", ".join(f"${name}" for name in params) or "none"
+            return QueryError(f"{text}\nParameters given: {names}. Query: {query.strip()}")
+        return QueryError(text)
 
     def attach(self, path: str | os.PathLike[str], name: str) -> None:
         """Make another store readable in SQL as `name.activations`, `name.unit_stats`, ...
 
+        It is shown as it is now, until `refresh`.
+
         Raises:
-            StoreError: the name is taken or reserved, or as `open` does.
+            StoreError: another lake, a name that is taken or reserved, or as `open` does.
         """
-        reader.check_name(path, name, self._attached)
+        if os.fspath(path).startswith(PREFIX):
+            raise StoreError(
+                f"cannot attach the lake {name}: only stores can be attached. Open the lake itself "
+                "and attach the stores to it; two lakes join where all stores are published to one."
+            )
+        # DuckDB compares names without case
+        refused = _RESERVED | {taken.casefold() for taken in self._attached}
+        if not name.isidentifier() or name.casefold() in refused:
+            raise StoreError(
+                f"cannot attach {path} as {name!r}: want a new name of letters, digits and _, and "
+                f"none of {', '.join(sorted(refused))}."
+            )
         before = self._attached
         self._attached = {**before, name: catalogue.place(path)}
         try:
             self.refresh()
         except StoreError:
             self._attached = before
+            if self.is_lake:  # its connection was given up for the new one
+                self.refresh()
             raise
 
     def unit(self, hook: str, unit: int) -> Unit:
@@ -238,42 +358,60 @@ class Store:
         """Return up to k exemplars of a unit, best first, with their tokens and activations."""
         return read_exemplars(self, hook, unit, k, kind, before, after)
 
-    def vectors(self, hook: str | Sequence[str], **settings: Any) -> "VectorStream":
+    def vectors(
+        self,
+        hook: str | Sequence[str],
+        *,
+        copy_to: str | os.PathLike[str] | None = None,
+        **settings: Any,
+    ) -> "VectorStream":
         """Return shuffled batches of a hook's vectors, or row-aligned ones of several hooks.
 
         Args:
             hook: one hook, or a list of hooks.
+            copy_to: folder that the vectors of a lake in a bucket are copied to first; they stay there.
             settings: of `stream.VectorStream`: batch_tokens, seed, cursor, split, where, epochs,
-                prefetch, dtype, framework, shuffle, buffer_tokens.
+                prefetch, dtype, framework, shuffle, buffer_tokens. A cursor fits as long as no further
+                vectors of the hooks are stored.
 
         Raises:
             ContentError: a hook without vectors, or a setting or cursor that does not fit.
+            StoreError: the vectors lie in a bucket and `copy_to` is not given.
         """
         from activation_store.read.stream import VectorStream
 
-        hooks = [hook] if isinstance(hook, str) else hook
-        return VectorStream(self, self.shard_folder(hooks), hook, **settings)
+        return VectorStream(self, self.shard_folder(hook, copy_to), hook, **settings)
 
-    def shard_folder(self, hooks: Sequence[str]) -> Path:  # noqa: ARG002
-        """Return the folder that holds the shards of these hooks."""
-        return self.where.folder
+    def shard_folder(
+        self, hook: str | Sequence[str], copy_to: str | os.PathLike[str] | None = None
+    ) -> Path:
+        """Return a folder of this machine that holds the vectors of some hooks.
 
-    def hooks(self) -> duckdb.DuckDBPyRelation:
+        Raises:
+            StoreError: the vectors lie in a bucket and `copy_to` is not given.
+        """
+        return self.backend.local_folder([hook] if isinstance(hook, str) else hook, copy_to)
+
+    def hooks(self) -> "QueryResult":
         """Return table `hooks`: what was captured, with which settings."""
         return self.sql("FROM hooks ORDER BY hook, kind")
+
+    def shards(self) -> list[Shard]:
+        """Return the Parquet files that hold the store, with their size and sha256."""
+        return listed(self._cursor())
 
     def info(self) -> Info:
         """Return what the store holds, in numbers."""
         (row,) = self.sql(_INFO).fetchall()
         meta = dict(self.sql("SELECT key, value FROM meta").fetchall())
-        shards, documents, n_tokens, n_acts, n_vectors, n_bytes, hooks = row
+        n_shards, n_documents, n_tokens, n_acts, n_vectors, n_bytes, hooks = row
         return Info(
             path=self.path,
             store_id=meta["store_id"],
             schema_version=int(meta["schema_version"]),
-            n_bytes=n_bytes + self.path.stat().st_size,
-            n_shards=shards,
-            n_documents=documents,
+            n_bytes=n_bytes + (0 if self.is_lake else self.path.stat().st_size),
+            n_shards=n_shards,
+            n_documents=n_documents,
             n_tokens=n_tokens,
             n_acts=n_acts,
             n_vectors=n_vectors,
@@ -282,6 +420,8 @@ class Store:
 
     def append(self, table: str, rows: Any) -> int:
         """Add rows in one commit; a row whose key is there already is replaced.
+
+        Several processes may append at once: they take turns.
 
         Args:
             table: one of `tables.APPENDABLE`; `tables.KEYS` names the keys.
@@ -292,6 +432,7 @@ class Store:
 
         Raises:
             ContentError: unknown table or column, wrong type, missing value, two rows of one key.
+            LockedError: others were writing all the time; nothing is changed.
             StoreError: the store is open for reading.
             WriteError: the machine refused; nothing is changed.
         """
@@ -302,8 +443,9 @@ class Store:
                 f"{', '.join(tables.APPENDABLE)}."
             )
         incoming = tables.arrow_rows(table, rows)
-        with catalogue.commit(self.where) as con:
-            return tables.replace(con, table, incoming)
+        return self.backend.commit(
+            lambda con: tables.replace(con, table, incoming), tables=[table]
+        )
 
     def add_documents(self, rows: Any) -> int:
         """Add rows of table `documents`: doc_id, split, name, text_sha256, n_tokens."""
@@ -337,13 +479,13 @@ class Store:
         `world_size`, and gives it sequences of its own.
 
         Raises:
-            StoreError: the store is open for reading.
+            StoreError: the store is open for reading, or it is a lake.
         """
         from activation_store.write.writer import Writer
 
         self._check_writable()
         return Writer(
-            self.where,
+            self.place,
             rows=rows,
             vectors=vectors,
             n_ctx=n_ctx,
@@ -355,26 +497,145 @@ class Store:
             skip=skip,
         )
 
+    def publish(self, path: str | os.PathLike[str]) -> Publication:
+        """Bring this lake to what the store at `path` has committed, in one commit.
+
+        What is copied before a process dies is found again by the next attempt, and no shard is
+        listed twice, so it is safe to repeat. A store that has grown is published again.
+
+        Raises:
+            ContentError: the store is of another model, corpus or settings, or holds sequences
+                that another store has published for the same hook.
+            ShardError: a shard of the store is missing or damaged.
+            StoreError: there is no store, this is no lake or open for reading, or as `append`.
+        """
+        self._check_writable()
+        return self.backend.publish(catalogue.place(path))
+
+    def compact(
+        self, *, keep_seconds: float = KEEP_SECONDS, sizes: Sizes | None = None
+    ) -> Compaction:
+        """Merge small shards; the rows stay the same.
+
+        Args:
+            keep_seconds: how long the files that a lake replaced stay for queries that still read
+                them; in a folder they stay as long as a process has the store open.
+            sizes: how large blocks and shards become; by default those of a capture.
+
+        Raises:
+            ShardError: a shard is damaged.
+            StoreError: the store is open for reading, or as `append`.
+        """
+        self._check_writable()
+        return self.backend.compact(keep_seconds, sizes)
+
     def verify(self, repair: bool = False) -> Report:
         """Check every byte of the store; see `verification.verify`."""
         if repair:
             self._check_writable()
-        return verify(self.path, repair=repair)
+        return verification.verify(self.backend, repair=repair)
 
     def _check_writable(self) -> None:
         if self.mode == "r":
             raise StoreError(f"{self.path}: open for reading; open it with mode='a' to add to it.")
 
-    def _told(self, fault: duckdb.Error, query: str, params: Mapping[str, Any]) -> StoreError:
-        """Return what DuckDB says, with the way out that belongs to it."""
-        text = str(fault).strip()
-        unreadable = isinstance(fault, duckdb.IOException | duckdb.InvalidInputException)
-        if unreadable and str(self.where.folder) in text:
-            return damaged_shard(fault, self.path)
-        if "parameter" in text.lower():
-            given = ", ".join(f"${name}" for name in params) or "none"
-            return QueryError(f"{text}\nParameters given: {given}. Query: {query.strip()}")
-        return QueryError(text)
+
+class QueryResult:
+    """The rows of a query: everything that a DuckDB relation is, within the limits of its store.
+
+    A relation runs when its rows are asked for. Then Ctrl-C and the limit of time stop it, and its
+    errors are those of this package.
+    """
+
+    def __init__(
+        self,
+        relation: duckdb.DuckDBPyRelation,
+        cursor: duckdb.DuckDBPyConnection,
+        limits: QueryLimits,
+        fault_of: Callable[[duckdb.Error], StoreError],
+    ) -> None:
+        self._relation, self._cursor = relation, cursor
+        self._limits, self._fault_of = limits, fault_of
+        self._is_capped = False
+
+    def _run(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with door.watched(self._cursor, self._limits.seconds):
+                result = getattr(self._capped(), name)(*args, **kwargs)
+        except duckdb.Error as fault:
+            raise self._fault_of(fault) from fault
+        if isinstance(result, duckdb.DuckDBPyRelation):
+            return QueryResult(result, self._cursor, self._limits, self._fault_of)
+        return result
+
+    def _capped(self) -> duckdb.DuckDBPyRelation:
+        """Return the relation after a look at the number of its rows, where that has a limit.
+
+        Raises:
+            QueryError: it has more rows.
+        """
+        n_most = self._limits.rows
+        if n_most is None or self._is_capped:
+            return self._relation
+        capped = self._cursor.from_arrow(self._relation.limit(n_most + 1).to_arrow_table())
+        if len(capped) > n_most:
+            raise QueryError(
+                f"the result has more than {n_most} rows; add a LIMIT, or open the store with "
+                "limits=QueryLimits(rows=...)."
+            )
+        self._relation, self._is_capped = capped, True
+        return capped
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return self._relation.columns
+
+    @property
+    def types(self) -> list[Any]:
+        """Types of the columns."""
+        return self._relation.types
+
+    def fetchall(self) -> list[Any]:
+        """Return all rows as tuples."""
+        return self._run("fetchall")
+
+    def fetchone(self) -> Any:
+        """Return the next row, or None."""
+        return self._run("fetchone")
+
+    def fetchnumpy(self) -> dict[str, Any]:
+        """Return the columns as numpy arrays."""
+        return self._run("fetchnumpy")
+
+    def to_arrow_table(self) -> Any:
+        """Return the rows as a pyarrow table."""
+        return self._run("to_arrow_table")
+
+    def df(self) -> Any:
+        """Return the rows as a pandas frame."""
+        return self._run("df")
+
+    def pl(self) -> Any:
+        """Return the rows as a polars frame."""
+        return self._run("pl")
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a method or attribute of the DuckDB relation."""
+        if name.startswith("_") and name != "__arrow_c_stream__":
+            raise AttributeError(name)
+        value = getattr(self._relation, name)
+        return partial(self._run, name) if callable(value) else value
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        """Return the rows as an Arrow stream, for every library that takes one."""
+        return self.to_arrow_table().__arrow_c_stream__(requested_schema)
+
+    def __len__(self) -> int:
+        return self._run("__len__")
+
+    def __repr__(self) -> str:
+        return self._run("__repr__")
 
 
 def _bound(
@@ -390,9 +651,11 @@ def _bound(
         table = cursor.execute(statement, dict(params)).to_arrow_table()
     else:
         table = cursor.sql(statement, params=dict(params)).to_arrow_table()
-    names: list[str] = table.column_names
-    unique = [
-        f"{name}_{names[:i].count(name)}" if name in names[:i] else name
-        for i, name in enumerate(names)
-    ]
+    unique: list[str] = []
+    for name in table.column_names:
+        number, candidate = 0, name
+        while candidate in unique or (number and candidate in table.column_names):
+            number += 1
+            candidate = f"{name}_{number}"
+        unique.append(candidate)
     return cursor.from_arrow(table.rename_columns(unique))

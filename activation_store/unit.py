@@ -6,8 +6,6 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import duckdb
-
 from activation_store.errors import ContentError
 
 ExemplarKind = Literal["top", "random", "quantile"]
@@ -15,14 +13,14 @@ ExemplarKind = Literal["top", "random", "quantile"]
 
 @runtime_checkable
 class Queried(Protocol):
-    """What answers SQL over the tables of a store: a store or a lake."""
+    """What answers SQL over the tables of a store: all that reading needs of one."""
 
     @property
     def path(self) -> Path:
         """What to call it in a message."""
         ...
 
-    def sql(self, query: str, /, **params: Any) -> duckdb.DuckDBPyRelation:
+    def sql(self, query: str, /, **params: Any) -> Any:
         """Run one query."""
         ...
 
@@ -133,25 +131,12 @@ class Unit:
 
 
 _WINDOWS = """
-WITH chosen AS MATERIALIZED (
-    SELECT e.rank, e.act, e.bin, e.doc_id, e.seq_id, e.pos
-    FROM exemplars e
-    WHERE e.hook = $hook AND e.unit = $unit AND e.kind = $kind AND e.rank <= $k
-),
-near AS MATERIALIZED (
-    SELECT c.*, t.pos AS at_pos, t.token_id
-    FROM chosen c
-    LEFT JOIN token_ids t
-        ON t.seq_id = c.seq_id AND t.doc_id = c.doc_id
-        AND t.pos BETWEEN c.pos - $before AND c.pos + $after
-)
 SELECT
-    n.rank, n.act, n.bin, n.doc_id, n.seq_id, n.pos,
-    min(n.at_pos) AS first_pos, list(shown(v.token, n.token_id) ORDER BY n.at_pos) AS tokens
-FROM near n
-LEFT JOIN vocabulary v ON v.token_id = n.token_id
+    rank, act, bin, doc_id, seq_id, pos,
+    min(at_pos) AS first_pos, list(token ORDER BY at_pos) AS tokens
+FROM exemplar_tokens($hook, $unit, $unit + 1, [$kind], $k, $before, $after)
 GROUP BY ALL
-ORDER BY n.rank
+ORDER BY rank
 """
 
 _ACTS = """
@@ -166,35 +151,28 @@ def read_unit(store: Queried, hook: str, unit: int) -> Unit:
     Raises:
         ContentError: the store has no statistics of that unit; names the hooks it has.
     """
-    found = store.sql("FROM unit($hook, $unit)", hook=hook, unit=unit)
-    rows = found.fetchall()
+    result = store.sql("FROM unit($hook, $unit)", hook=hook, unit=unit)
+    rows = result.fetchall()
     if not rows:
-        known = store.sql(
+        widths = store.sql(
             "SELECT hook, d FROM hooks WHERE kind = 'rows' ORDER BY hook LIMIT 20"
         ).fetchall()
-        listing = ", ".join(f"{name} (units 0 to {d - 1})" for name, d in known) or "none"
+        listing = ", ".join(f"{name} (units 0 to {d - 1})" for name, d in widths) or "none"
         raise ContentError(
             f"{store.path}: no unit {unit} of hook {hook!r}; hooks captured as rows: {listing}."
         )
-    return Unit(store, dict(zip(found.columns, rows[0], strict=True)))
+    return Unit(store, dict(zip(result.columns, rows[0], strict=True)))
 
 
 def read_exemplars(
     store: Queried, hook: str, unit: int, k: int, kind: ExemplarKind, before: int, after: int
 ) -> list[Exemplar]:
     """Return up to k exemplars of a unit with their tokens and activations, by rank."""
-    rows = store.sql(
-        _WINDOWS,
-        hook=hook,
-        unit=unit,
-        kind=kind,
-        k=k,
-        before=before,
-        after=after,
-    ).fetchall()
+    settings = {"kind": kind, "k": k, "before": before, "after": after}
+    rows = store.sql(_WINDOWS, hook=hook, unit=unit, **settings).fetchall()
     seqs = sorted({row[4] for row in rows})
-    found = store.sql(_ACTS, hook=hook, unit=unit, seqs=seqs).fetchall()
-    acts = {(seq_id, pos): act for seq_id, pos, act in found}
+    stored = store.sql(_ACTS, hook=hook, unit=unit, seqs=seqs).fetchall()
+    acts = {(seq_id, pos): act for seq_id, pos, act in stored}
     return [_exemplar(row, acts) for row in rows]
 
 

@@ -17,7 +17,7 @@ import duckdb
 import numpy as np
 
 import activation_store as astore
-from activation_store.lake.lake_place import LAKE, connect, lake_place
+from activation_store.lake.lake_place import LAKE, attach_lake, lake_place
 
 N_CTX, D, DENSITY_CUT, SEQS = 128, 1024, 1.2816, 40
 QUERIES = {
@@ -56,7 +56,7 @@ def medians(run, queries: dict[str, str], what: dict) -> None:
 
 def native_table(root: Path) -> duckdb.DuckDBPyConnection:
     place = lake_place(f"ducklake:sqlite:{root}/native.sqlite", root / "native")
-    con = connect(place, read_only=False)
+    con = attach_lake(place, read_only=False, is_shut=False)
     con.execute(f"USE {LAKE}")
     con.execute(
         "CREATE TABLE acts (hook VARCHAR, unit INTEGER, seq_id INTEGER, pos INTEGER, act FLOAT)"

@@ -62,13 +62,13 @@ def make(path: Path, seed: int) -> Small:
 
 
 def fill(store: astore.Store, small: Small) -> None:
-    store_id = catalogue.read_meta(store.where)["store_id"]
+    store_id = catalogue.read_meta(store.place)["store_id"]
     n_docs = int(small.doc_ids.max()) + 1
     store.add_vocabulary(WORDS)
     store.add_documents([{"doc_id": i, "split": split(i), "name": f"d{i}"} for i in range(n_docs)])
     half = N_SEQ // 2
     number = 0
-    with catalogue.commit(store.where) as con:
+    with catalogue.commit(store.place) as con:
         for seqs in (slice(0, half), slice(half, N_SEQ)):
             number += 1
             shards.register(con, [tokens_shard(store, store_id, number, small, seqs)])
@@ -89,8 +89,8 @@ def split(doc_id: int) -> str:
 def shard_of(
     store: astore.Store, kind: shards.Kind, number: int, hook: str | None, table: pa.Table
 ) -> shards.Shard:
-    name = shards.shard_name(kind, catalogue.read_meta(store.where)["store_id"], number)
-    path = store.where.folder / name
+    name = shards.shard_name(kind, catalogue.read_meta(store.place)["store_id"], number)
+    path = store.place.folder / name
     pq.write_table(table, path, row_group_size=64)
     unit = table.column("unit").to_numpy() if kind == "acts" else None
     seq = table.column("seq_id").to_numpy()

@@ -15,7 +15,6 @@ from torch import Tensor
 
 import activation_store as astore
 import lmmono as lm
-from activation_store.catalog.compaction import compact
 from activation_store.read.replay import Replay
 from lmmono.captures.capture import capture
 from lmmono.captures.latents import store_latents
@@ -218,7 +217,7 @@ def test_a_store_with_latents_is_verified_compacted_and_exported(
     before = table(store, "acts", LATENTS, "seq_id, pos, unit")
     listed = "SELECT count(*) FROM shards WHERE hook = $h"
     assert store.sql(listed, h=LATENTS).fetchall()[0] > (1,)
-    assert compact(store.path).merged > 1
+    assert astore.compact(store.path).merged > 1
     store.refresh()
     assert store.sql(listed, h=LATENTS).fetchall()[0] == (1,)
     assert store.verify().ok

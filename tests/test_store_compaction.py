@@ -14,7 +14,8 @@ from small_store import D as SMALL_D
 import activation_store as astore
 from activation_store import Rows
 from activation_store.catalog import catalogue
-from activation_store.catalog.compaction import compact
+from activation_store import compact
+from activation_store.catalog.compaction import Sizes, compact_folder
 from activation_store.shards.names import listed_names
 
 A, B = "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post"
@@ -86,7 +87,7 @@ def test_a_block_holds_every_unit_once_and_in_order(run):
 
 def test_sizes_can_be_chosen(run):
     before = rows(run)
-    done = compact(run, block_acts=8000, shard_acts=10_000)
+    done = compact_folder(catalogue.place(run), Sizes(block_acts=8000, shard_acts=10_000))
     assert 2 < done.written < done.merged == 16
     assert rows(run) == before
     assert astore.verify(run).ok
@@ -158,11 +159,13 @@ def test_a_damaged_shard_is_named_and_nothing_changes(run):
     assert (run / "store.duckdb").read_bytes() == before
 
 
+KILLED_SIZES = Sizes(block_acts=4000, shard_acts=9000)
 KILLED = """
 import sys
-from activation_store.catalog.compaction import compact
+from activation_store.catalog import catalogue
+from activation_store.catalog.compaction import Sizes, compact_folder
 print("begin", flush=True)
-compact(sys.argv[1], block_acts=4000, shard_acts=9000)
+compact_folder(catalogue.place(sys.argv[1]), Sizes(block_acts=4000, shard_acts=9000))
 print("end", flush=True)
 """
 
@@ -181,7 +184,7 @@ def test_a_compaction_killed_at_random_moments_changes_nothing_or_everything(tem
         kills.saw((len(names), n_files, *remains(path / "store.duckdb", names)))
         assert astore.verify(path).ok
         assert rows(path) == want
-        compact(path, block_acts=4000, shard_acts=9000)
+        compact_folder(catalogue.place(path), KILLED_SIZES)
         report = astore.verify(path)
         assert report.ok
         assert report.left_over == ()

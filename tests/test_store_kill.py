@@ -40,7 +40,7 @@ def batch(first: int, n: int) -> dict[str, Any]:
 
 
 def opened(path: Path, rank: int = 0, world_size: int = 1) -> Writer:
-    where = astore.open(path, mode="a" if path.exists() else "w").where
+    where = astore.open(path, mode="a" if path.exists() else "w").place
     return Writer(
         where,
         rows=[Rows("hook", D)],

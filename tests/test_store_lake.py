@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import activation_store as astore
-from activation_store.catalog import catalogue
-from activation_store.lake import lake_compaction, lake_place
+from activation_store.catalog.tables import SCHEMA_VERSION
+from activation_store.catalog.compaction import Sizes
+from activation_store.lake import lake_place
 from activation_store.lake.lake_place import LAKE, extension_files
 from lmmono.cli.app import main
 
@@ -117,7 +118,7 @@ class At(NamedTuple):
     address: str
     data: str
 
-    def open(self, mode: str = "r", **settings) -> astore.Lake:
+    def open(self, mode: str = "r", **settings) -> astore.Store:
         return astore.open(self.address, mode, data_path=self.data, **settings)  # type: ignore
 
 
@@ -143,7 +144,7 @@ def at(request, tmp_path, monkeypatch) -> At:
     return At(server.address(database), data)
 
 
-def assert_same(lake: astore.Lake, store: Path) -> None:
+def assert_same(lake: astore.Store, store: Path) -> None:
     whole = astore.open(store)
     for query in SAME_TO_THE_BIT:
         assert lake.sql(query).fetchall() == whole.sql(query).fetchall(), query
@@ -170,7 +171,7 @@ def test_a_lake_of_all_parts_equals_one_store_of_everything(at, stores):
         assert lake.append("scores", [score(1, 0.7)]) == 1
         before = info.n_shards
         done = lake.compact(keep_seconds=0.0)
-        assert done.n_before == before > done.n_after and done.n_removed > 0
+        assert before >= done.merged > done.written and done.removed
         assert_same(lake, stores.whole)
         assert lake.sql("SELECT unit, value FROM scores").fetchall() == [(1, 0.7)]
         assert lake.verify().ok
@@ -189,7 +190,7 @@ def score(unit: int, value: float) -> dict:
 WRITER = """
 import os, sys, time
 import activation_store as astore
-from activation_store.lake import lake_schema
+from activation_store.lake import lake_backend
 address, data, store, number, stage, flag = sys.argv[1:]
 lake = astore.open(address, "a", data_path=data)
 
@@ -198,11 +199,11 @@ def stop_here(*_):
     time.sleep(600)
 
 if stage == "upload":
-    upload = lake.files.upload
+    upload = lake.backend.lake_files.upload
     done = []
-    lake.files.upload = lambda *a: stop_here() if done else (done.append(1), upload(*a))[1]
+    lake.backend.lake_files.upload = lambda *a: stop_here() if done else (done.append(1), upload(*a))[1]
 if stage == "transaction":
-    lake_schema.write_views = stop_here
+    lake_backend.write_views = stop_here
 for i in range(2 if stage == "none" else 0):
     row = {"metric": "m", "metric_version": 1, "unit": int(number), "seed": i, "value": 1.0}
     lake.append("scores", [row, {**row, "unit": 99, "value": float(number)}])
@@ -295,13 +296,12 @@ def test_a_store_that_has_grown_is_published_again(at, stores, tmp_path):
 
 
 def test_a_store_may_be_compacted_between_two_publications(at, stores, tmp_path):
-    from activation_store.catalog.compaction import compact
-
+    
     with at.open("w") as lake:
         capture(tmp_path / "s", range(SEQS))
         capture(tmp_path / "s", range(N_STORES * SEQS), mode="a")
         lake.publish(tmp_path / "s")
-        assert compact(tmp_path / "s").merged > 0
+        assert astore.compact(tmp_path / "s").merged > 0
         lake.publish(tmp_path / "s")
         assert_same(lake, stores.whole)
 
@@ -414,18 +414,18 @@ def test_small_shards_are_merged_into_blocks_and_old_ones_stay_for_their_readers
     at, stores, monkeypatch
 ):
     n_acts = sum(astore.open(part).info().n_acts for part in stores.parts)
-    monkeypatch.setattr(lake_compaction, "BLOCK_ACTS", n_acts // 4)
+    sizes = Sizes(block_acts=n_acts // 4, shard_acts=n_acts // 4, shard_tokens=SEQS * N_CTX * 2)
     with at.open("w") as lake:
         for part in stores.parts:
             lake.publish(part)
         files = {path.name for path in (Path(at.data) / "shards").iterdir()}
-        done = lake.compact()
-        assert done.n_removed == 0 and done.n_after < done.n_before
+        done = lake.compact(sizes=sizes)
+        assert done.removed == () and done.written < done.merged == len(done.kept)
         sizes = lake.sql("SELECT n_rows FROM shards WHERE kind = 'acts'").fetchall()
         assert len(sizes) > 2 and max(sizes)[0] < n_acts // 2
         assert files < {path.name for path in (Path(at.data) / "shards").iterdir()}
         assert_same(lake, stores.whole)
-        assert lake.compact(keep_seconds=0.0).n_removed > 0
+        assert len(lake.compact(keep_seconds=0.0, sizes=sizes).removed) >= len(done.kept)
         listed = {file for (file,) in lake.sql("SELECT file FROM shards").fetchall()}
         assert {path.name for path in (Path(at.data) / "shards").iterdir()} == listed
         assert_same(lake, stores.whole)
@@ -480,8 +480,8 @@ def test_a_lake_that_cannot_be_opened_says_why(at, tmp_path, monkeypatch):
 def test_a_lake_of_a_newer_schema_is_refused(at):
     at.open("w").close()
     place = lake_place.lake_place(at.address, at.data)
-    with lake_place.connect(place, read_only=False) as con:
-        newer = str(catalogue.SCHEMA_VERSION + 1)
+    with lake_place.attach_lake(place, read_only=False, is_shut=False) as con:
+        newer = str(SCHEMA_VERSION + 1)
         con.execute(f"UPDATE {LAKE}.meta SET value = $1 WHERE key = 'schema_version'", [newer])
     with pytest.raises(astore.SchemaError, match=f"version {newer}.*upgrade"):
         at.open()
@@ -489,7 +489,7 @@ def test_a_lake_of_a_newer_schema_is_refused(at):
 
 def test_a_ducklake_of_others_is_left_alone(at):
     place = lake_place.lake_place(at.address, at.data)
-    with lake_place.connect(place, read_only=False) as con:
+    with lake_place.attach_lake(place, read_only=False, is_shut=False) as con:
         con.execute(f"CREATE TABLE {LAKE}.theirs (x INTEGER)")
     with pytest.raises(astore.NotAStoreError, match="theirs"):
         at.open("w")
@@ -499,7 +499,7 @@ def test_a_ducklake_of_others_is_left_alone(at):
 def test_a_writer_whose_turn_never_comes_gives_up(at, monkeypatch):
     lake = at.open("w")
     monkeypatch.setattr(lake_place, "TURN_WAIT_SECONDS", 0.3)
-    with lake_place.turn(lake.place), pytest.raises(astore.LockedError):
+    with lake_place.turn(lake.backend.address), pytest.raises(astore.LockedError):
         lake.append("scores", [score(1, 0.5)])
     assert lake.append("scores", [score(1, 0.5)]) == 1
 
@@ -508,10 +508,10 @@ def test_a_writer_whose_turn_never_comes_gives_up(at, monkeypatch):
 def test_a_password_is_used_and_never_shown(at, server, stores, monkeypatch):
     lake = at.open("w")
     lake.publish(stores.parts[0])
-    shown = [repr(lake), repr(lake.place), str(lake.path), str(lake.info())]
+    shown = [repr(lake), repr(lake.backend.address), str(lake.path), str(lake.info())]
     for query in ("FROM duckdb_databases()", "FROM duckdb_settings()", "FROM meta"):
         shown.append(str(lake.sql(query).fetchall()))
-    database = lake.place.catalogue.split()[0].removeprefix("dbname=")
+    database = lake.backend.address.catalogue.split()[0].removeprefix("dbname=")
     dump = "SELECT string_agg(m::text, ' ') FROM ducklake_metadata m"
     shown.append(server.sql(dump, database))
     for address, words in (

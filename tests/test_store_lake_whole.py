@@ -26,7 +26,7 @@ import activation_store as astore
 __all__ = ["at", "s3_address", "server", "stores"]
 
 
-def published(at: At, stores, *parts: int) -> astore.Lake:
+def published(at: At, stores, *parts: int) -> astore.Store:
     lake = at.open("w")
     for i in parts:
         lake.publish(stores.parts[i])
@@ -41,8 +41,8 @@ def batches(source, **settings) -> list[np.ndarray]:
 @pytest.mark.parametrize("at", ["sqlite", "sqlite+s3"], indirect=True)
 def test_vectors_of_a_lake_are_those_of_the_stores_each_once(at, stores, tmp_path):
     lake = published(at, stores, 0, 1, 2, 3)
-    copy = {"copy_to": tmp_path / "copy"} if lake.place.is_remote else {}
-    if lake.place.is_remote:
+    copy = {"copy_to": tmp_path / "copy"} if lake.backend.address.is_remote else {}
+    if lake.backend.address.is_remote:
         with pytest.raises(astore.StoreError, match=r"copy_to=.*\d MB|MB.*copy_to="):
             lake.vectors("resid")
     whole = astore.open(stores.whole)
@@ -103,11 +103,11 @@ def test_what_a_repair_drops_comes_back_when_its_store_is_published_again(at, st
     of_first = "SELECT file FROM shards s JOIN publications USING (file) WHERE kind = 'acts'"
     lost, bad = (file for (file,) in lake.sql(f"{of_first} ORDER BY file LIMIT 2").fetchall())
     rows = lake.sql("SELECT sum(n_acts) FROM hooks").fetchall()[0]
-    lake.files.remove(lost)
-    with lake.files.fs.open_input_file(lake.files.path(bad)) as file:
+    lake.backend.lake_files.remove(lost)
+    with lake.backend.files.fs.open_input_file(lake.backend.files.path(bad)) as file:
         content = bytearray(file.read())
     content[len(content) // 2] ^= 1
-    with lake.files.fs.open_output_stream(lake.files.path(bad)) as file:
+    with lake.backend.files.fs.open_output_stream(lake.backend.files.path(bad)) as file:
         file.write(bytes(content))
     found = astore.verify(at.address, data_path=at.data)
     assert not found.ok and len(found.faults) == 2
@@ -128,7 +128,7 @@ def test_a_merged_shard_that_is_lost_is_told_apart(at, stores):
     lake = published(at, stores, 0, 1)
     lake.compact(keep_seconds=0.0)
     (file,) = lake.sql("SELECT file FROM shards WHERE kind = 'acts' LIMIT 1").fetchall()[0]
-    lake.files.remove(file)
+    lake.backend.lake_files.remove(file)
     (line,) = lake.verify(repair=True).dropped
     assert file in line and "publish all stores to a new lake" in line
     with pytest.raises(astore.StoreError, match="mode='a'"):

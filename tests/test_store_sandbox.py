@@ -110,7 +110,7 @@ FILES = [
 
 
 def fill(store, query: str) -> str:
-    shard = next(store.where.folder.glob("acts-*.parquet"))
+    shard = next(store.place.folder.glob("acts-*.parquet"))
     return query.format(
         out=store.path.parent / "out",
         folder=store.path.parent,

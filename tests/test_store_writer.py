@@ -65,7 +65,7 @@ def opened(path: Path, stream: Stream, **settings: Any) -> Writer:
     mode = "a" if path.exists() else "w"
     with astore.open(path, mode=mode) as store:
         return Writer(
-            store.where,
+            store.place,
             **{
                 "rows": [stream.rows()],
                 "vectors": VECTORS,

@@ -1,48 +1,56 @@
-"""The catalogue file of a store: where it lies, who may write it, and how a change is committed.
+"""The catalogue file of a store: where it lies, who reads and writes it, how a change is committed.
 
-A commit changes a copy and puts it in place of the old file in one step. A process that reads the
-store keeps the file it opened; a process that is killed leaves the last commit as it was.
+A commit changes a copy and puts it in place of the old file in one atomic step. A process that reads
+the store keeps the file it opened; a process that is killed leaves the last commit as it was.
 """
 
+import atexit
 import fcntl
 import os
+import re
 import secrets
 import shutil
+import tempfile
 import time
-from collections.abc import Generator
+import weakref
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.resources import files
+from functools import cache
 from pathlib import Path, PurePath
 
 import duckdb
 
-from activation_store.catalog.views import create_views, quoted
+from activation_store.catalog import door
+from activation_store.catalog.tables import SCHEMA_VERSION, count_rows, expected_tables, schema_sql
+from activation_store.catalog.views import MACROS, VIEWS, create_views, identifier, quoted
 from activation_store.errors import (
     LockedError,
     NotAStoreError,
+    SchemaError,
     StoreError,
     damaged_shard,
+    interruptible,
     writing,
 )
-
-SCHEMA_VERSION = 2
-"""Version of `schema.sql`; a change of it needs a step in `migrations.py`."""
 
 COMMIT_WAIT_SECONDS = 60.0
 """How long a commit waits for another process to finish its own."""
 
+_PATTERN = re.compile(r"[,*?\[\]{}\\]")
+"""What DuckDB reads as a pattern, or as the end of a path in a list."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one store lies: the catalogue `file`, and the folder of its shards beside it."""
+    """Where one store lies: the catalogue `file`, and the folder of its shards next to it."""
 
     file: Path
 
     @property
     def folder(self) -> Path:
-        """Folder that holds the shards: `store/` beside `store.duckdb`."""
+        """Folder that holds the shards: `store/` next to `store.duckdb`."""
         return self.file.with_suffix("")
 
     @property
@@ -55,26 +63,61 @@ class Place:
         """File that is locked while a commit is made."""
         return self.folder / ".commit"
 
+    @property
+    def shards(self) -> Path:
+        """The folder of the shards under a name that DuckDB takes literally."""
+        return plain(self.file.parent) / self.folder.name
+
+    def files(self) -> list[Path]:
+        """Return what a connection that reads the store may open: catalogue and Parquet files."""
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        shards = [self.shards / name for name in names if name.endswith(".parquet")]
+        # DuckDB looks for a write-ahead log where it opens a file
+        return [self.file, self.file.with_name(f"{self.file.name}.wal"), *shards]
+
 
 def place(path: str | os.PathLike[str]) -> Place:
     """Return the place of a store, given its folder or its catalogue file; touches no disk state.
 
+    Raises:
+        StoreError: DuckDB cannot work under such a path.
+
     >>> place("runs/a/store.duckdb").folder.name
     'store'
     """
-    given = Path(path)
-    file = given if given.suffix == ".duckdb" else given / "store.duckdb"
-    return Place(file.absolute())
+    file = Path(path)
+    file = (file if file.suffix == ".duckdb" else file / "store.duckdb").absolute()
+    if "?" in str(file) or _PATTERN.search(file.stem):
+        # DuckDB cuts file names at `?`; the stem names the folder of shards in the catalogue's views
+        raise StoreError(
+            f"{file}: DuckDB cannot keep a store under this name; use a path without '?', and a "
+            "file name without , * [ ] { }."
+        )
+    return Place(file)
 
 
-def schema_sql() -> str:
-    """Return the text of `schema.sql`."""
-    return files("activation_store").joinpath("catalog/schema.sql").read_text()
+@cache
+def plain(folder: Path) -> Path:
+    """Return the folder under a name without pattern characters: itself, or a link to it.
+
+    DuckDB reads `run[1]` as a pattern for `run1` and splits search paths at commas.
+    """
+    if not _PATTERN.search(str(folder)):
+        return folder
+    home, pid = Path(tempfile.mkdtemp(prefix="activation_store-")), os.getpid()
+    # a forked child must not remove what its parent still uses
+    atexit.register(lambda: os.getpid() == pid and shutil.rmtree(home, ignore_errors=True))
+    link = home / "folder"
+    link.symlink_to(folder)
+    return link
+
+
+# --- locks ------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def locked(file: Path, wait_seconds: float = 0.0) -> Generator[None]:
-    """Hold an exclusive lock on `file`; the system frees it when the process ends in any way.
+    """Hold an exclusive lock on `file`; the operating system frees it when the process ends.
 
     Raises:
         LockedError: another process holds it for longer than `wait_seconds`; names its id.
@@ -83,7 +126,18 @@ def locked(file: Path, wait_seconds: float = 0.0) -> Generator[None]:
     with writing(file):
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _acquire(handle, file, time.monotonic() + wait_seconds)
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if time.monotonic() >= deadline:
+                holder = os.pread(handle, 20, 0).decode() or "unknown"
+                raise LockedError(
+                    f"{file.parent}: process {holder} is writing this store; wait for it to end, "
+                    "or end it: its last commit stays."
+                )
+            time.sleep(0.01)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}".encode(), 0)
         yield
@@ -91,20 +145,181 @@ def locked(file: Path, wait_seconds: float = 0.0) -> Generator[None]:
         os.close(handle)
 
 
-def _acquire(handle: int, file: Path, deadline: float) -> None:
-    while True:
+class Presence:
+    """A shared lock on folders that are being read, until it is collected or the process ends.
+
+    It also works where nothing can be written. A shard that a compaction has replaced may be removed
+    once no reader that knows of it is left.
+    """
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        """Take a shared lock on each folder that exists; waits for a sweep to end."""
+        handles: list[int] = []
+        weakref.finalize(self, lambda: [os.close(handle) for handle in handles])
+        for folder in folders:
+            with suppress(FileNotFoundError):
+                handles.append(os.open(folder, os.O_RDONLY))
+                fcntl.flock(handles[-1], fcntl.LOCK_SH)
+
+
+@contextmanager
+def unread(folder: Path) -> Generator[bool]:
+    """Tell whether nobody reads the folder; if so, none begins to within the block."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() >= deadline:
-                holder = os.pread(handle, 20, 0).decode() or "unknown"
-                raise LockedError(
-                    f"{file.parent}: process {holder} is writing this store; wait for it to end, "
-                    "or end it: its last commit stays."
-                ) from None
-            time.sleep(0.01)
+            yield False
         else:
-            return
+            yield True
+    finally:
+        os.close(handle)
+
+
+def sync(path: Path) -> None:
+    """Wait until the file or folder has reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def size_fault(path: Path, n_bytes: int) -> str | None:
+    """Return what a look at the size of a file finds wrong, or None."""
+    try:
+        actual = path.stat().st_size
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    return None if actual == n_bytes else f"{path.name} has {actual} bytes, want {n_bytes}"
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(where: Place) -> Generator[duckdb.DuckDBPyConnection]:
+    """Give a connection that is in the catalogue, for reading its tables; raises as `attach` does."""
+    with duckdb.connect(":memory:", config=door.SETTINGS) as con, interruptible():
+        door.shut(con, where.files())
+        attach(con, where, "store")
+        con.execute("USE store")
+        yield con
+
+
+def read_meta(where: Place) -> dict[str, str]:
+    """Return table `meta` of the store; raises as `attach` does."""
+    with opened(where) as con:
+        return dict(con.execute("SELECT key, value FROM meta").fetchall())
+
+
+def attach(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> dict[str, str]:
+    """Attach the catalogue as `name` for reading, and return its table `meta`.
+
+    Raises:
+        NotAStoreError: there is no file, it is not a DuckDB file, or not one of ours.
+        SchemaError: it was written under another version of the schema, or by a newer DuckDB.
+        LockedError: another program has the file open for writing.
+    """
+    if not where.file.is_file():
+        raise NotAStoreError(
+            f"{where.file}: no store there; a capture makes one, or open(..., mode='w')."
+        )
+    try:
+        con.execute(f"ATTACH {quoted(str(where.file))} AS {identifier(name)} (READ_ONLY)")
+        check_contents(con, where, name)
+        rows = con.execute(f"SELECT key, value FROM {identifier(name)}.meta").fetchall()
+    except duckdb.Error as fault:
+        raise _unreadable(where, fault) from fault
+    return check_meta(str(where.file), dict(rows))
+
+
+def _unreadable(where: Place, fault: duckdb.Error) -> StoreError:
+    text = str(fault)
+    if "set lock on file" in text:
+        return LockedError(f"{where.file}: another program has it open for writing: {fault}")
+    if "version number" in text:  # "Trying to read a database file with version number 999, ..."
+        return SchemaError(
+            f"{where.file}: written by a newer DuckDB than {duckdb.__version__}, which is installed "
+            f"here, in a layout it cannot read: {text.splitlines()[0]} Read it with that version: "
+            "pip install -U duckdb."
+        )
+    return NotAStoreError(f"{where.file}: not a DuckDB file, or damaged: {text.splitlines()[0]}")
+
+
+def check_contents(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> None:
+    """Look whether the database `name` holds what a store holds, before any query reads from it.
+
+    A view or macro runs whatever its maker wrote, so a table that is one, or another one of them, is
+    refused. Reads DuckDB's own lists, which run nothing.
+
+    A file is looked at once: DuckDB takes 60 ms of processor time to list its functions.
+
+    Raises:
+        NotAStoreError: a table is missing or is no base table, or there are other views or macros.
+    """
+    if (signature := _signature(where.file)) in _looked_at:
+        return
+    names: dict[str, set[str]] = {}
+    for kind, column, condition in (
+        ("table", "table_name", "true"),
+        ("view", "view_name", "NOT internal"),
+        ("function", "function_name", "NOT internal"),
+    ):
+        rows = con.execute(
+            f"SELECT {column} FROM duckdb_{kind}s() WHERE database_name = $1 AND {condition}", [name]
+        ).fetchall()
+        names[kind] = {row[0] for row in rows}
+    if "meta" not in names["table"] | names["view"]:
+        raise NotAStoreError(
+            f"{where.file}: a DuckDB file without the table `meta`, so not an activation store; "
+            "give the path of a store.duckdb, or choose another name to create one."
+        )
+    odd = sorted(expected_tables().keys() & names["view"])
+    odd += sorted((names["view"] - VIEWS - expected_tables().keys()) | (names["function"] - MACROS))
+    if odd:
+        raise NotAStoreError(
+            f"{where.file}: holds a view or macro {odd[0]!r}, which a store has as a table or not at "
+            "all, and which may run anything; nothing of it was run. Drop it with the program that "
+            "made it, or ask for the store from somebody you trust."
+        )
+    _looked_at.add(signature)
+
+
+_looked_at: set[tuple[int, ...]] = set()
+"""Files that were found to hold what a store holds; a change of a file changes its signature."""
+
+
+def _signature(file: Path) -> tuple[int, ...]:
+    state = file.stat()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+def check_meta(name: str, meta: dict[str, str]) -> dict[str, str]:
+    """Return table `meta` of the store called `name` after a look at its version.
+
+    Raises:
+        NotAStoreError: it names no version or no id.
+        SchemaError: it was written under another version of the schema.
+    """
+    version, store_id = meta.get("schema_version", ""), meta.get("store_id", "")
+    if not re.fullmatch(r"[0-9]{1,9}", version) or not re.fullmatch(r"[0-9a-zA-Z_-]+", store_id):
+        raise NotAStoreError(f"{name}: table meta names no schema_version and store_id.")
+    if int(version) != SCHEMA_VERSION:
+        way_out = (
+            "upgrade this package: pip install -U lmmono"
+            if int(version) > SCHEMA_VERSION
+            else "capture it again, or read it with the release of lmmono that wrote it"
+        )
+        raise SchemaError(
+            f"{name}: written under schema version {version}, this package reads {SCHEMA_VERSION}; "
+            f"{way_out}."
+        )
+    return meta
+
+
+# --- writing ----------------------------------------------------------------------------------------
 
 
 def create(where: Place, overwrite: bool = False) -> str:
@@ -122,20 +337,25 @@ def create(where: Place, overwrite: bool = False) -> str:
             "mode='w', overwrite=True to lose it."
         )
     if where.file.exists():
-        read_meta(where)
+        with suppress(SchemaError):  # a store of another version is one that may be replaced
+            read_meta(where)
     with writing(where.file):
         where.folder.mkdir(parents=True, exist_ok=True)
-    store_id = secrets.token_hex(6)
-    with _replacing(where) as draft, _connected(draft, where) as con:
-        con.execute(schema_sql())
-        facts = {
-            "schema_version": str(SCHEMA_VERSION),
-            "store_id": store_id,
-            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "created_by": f"duckdb {duckdb.__version__}",
-        }
-        con.executemany("INSERT INTO meta VALUES ($1, $2)", [list(f) for f in facts.items()])
-    return store_id
+    with _replacing(where) as draft, _connected(draft, where, schema_sql()) as con:
+        return write_meta(con)
+
+
+def write_meta(con: duckdb.DuckDBPyConnection) -> str:
+    """Fill table `meta` of a new store and return its id."""
+    facts = {
+        "schema_version": str(SCHEMA_VERSION),
+        # 48 random bits: names of shards of two stores do not meet
+        "store_id": secrets.token_hex(6),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created_by": f"duckdb {duckdb.__version__}",
+    }
+    con.executemany("INSERT INTO meta VALUES ($1, $2)", [list(fact) for fact in facts.items()])
+    return facts["store_id"]
 
 
 @contextmanager
@@ -163,8 +383,9 @@ def commit(where: Place) -> Generator[duckdb.DuckDBPyConnection]:
 def _replacing(where: Place) -> Generator[Path]:
     """Give the path of a draft that replaces the catalogue file when the block succeeds."""
     with locked(where.commit_lock, COMMIT_WAIT_SECONDS), writing(where.file):
-        for left_over in where.file.parent.glob(f"{where.file.name}.draft*"):
-            left_over.unlink()
+        for left_over in where.file.parent.iterdir():
+            if left_over.name.startswith(f"{where.file.name}.draft"):
+                left_over.unlink()
         if (wal := where.file.with_name(where.file.name + ".wal")).exists():
             raise LockedError(
                 f"{wal}: another program has this catalogue open for writing, or was killed while "
@@ -175,6 +396,7 @@ def _replacing(where: Place) -> Generator[Path]:
             yield draft
             sync(draft)
             os.replace(draft, where.file)
+            _looked_at.add(_signature(where.file))  # made from a file that was, by statements of ours
             sync(where.file.parent)
         finally:
             with suppress(FileNotFoundError):
@@ -182,62 +404,39 @@ def _replacing(where: Place) -> Generator[Path]:
 
 
 @contextmanager
-def _connected(draft: Path, where: Place) -> Generator[duckdb.DuckDBPyConnection]:
+def _connected(
+    draft: Path, where: Place, schema: str = ""
+) -> Generator[duckdb.DuckDBPyConnection]:
     """Open the draft in one transaction that ends with new views and a checkpoint."""
-    con = duckdb.connect(draft)
     try:
-        con.execute("SET file_search_path = $1", [str(where.file.parent)])
-        con.execute("BEGIN")
-        yield con
-        try:
-            create_views(con, PurePath(where.folder.name))
-        except duckdb.Error as fault:
-            raise damaged_shard(fault, where.file) from fault
-        con.execute("COMMIT")
-        con.execute("CHECKPOINT")
+        con = duckdb.connect(
+            draft, config={**door.SETTINGS, "storage_compatibility_version": door.STORAGE_VERSION}
+        )
+    except duckdb.Error as fault:
+        raise _unreadable(where, fault) from fault
+    try:
+        with interruptible():
+            # the views name the shards relative to the catalogue file
+            con.execute("SET file_search_path = $1", [str(plain(where.file.parent))])
+            own = [draft, draft.with_name(f"{draft.name}.wal")]
+            # half a million rows are inserted in a third of the time by one thread as by two
+            con.execute("SET threads = 1")
+            door.shut(con, own, [where.shards, where.folder.name])
+            if not schema:
+                ((name,),) = con.execute("SELECT current_database()").fetchall()
+                check_contents(con, where, name)
+            con.execute("BEGIN")
+            con.execute(schema or "SELECT 1")
+            yield con
+            count_rows(con)
+            try:
+                ((store_id,),) = con.execute(
+                    "SELECT value FROM meta WHERE key = 'store_id'"
+                ).fetchall()
+                create_views(con, PurePath(where.folder.name), store_id=store_id)
+            except duckdb.Error as fault:
+                raise damaged_shard(fault, where.file) from fault
+            con.execute("COMMIT")
+            con.execute("CHECKPOINT")
     finally:
         con.close()
-
-
-def sync(path: Path) -> None:
-    """Wait until the file or folder has reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def read_meta(where: Place) -> dict[str, str]:
-    """Return table `meta` of the store; raises as `attach` does."""
-    with duckdb.connect(":memory:") as con:
-        return attach(con, where, "opened")
-
-
-def attach(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> dict[str, str]:
-    """Attach the catalogue as `name`, an SQL identifier, and return its table `meta`.
-
-    Raises:
-        NotAStoreError: there is no file, it is not a DuckDB file, or not one of ours.
-        LockedError: another program has the file open for writing.
-    """
-    if not where.file.is_file():
-        raise NotAStoreError(
-            f"{where.file}: no store there; a capture makes one, or open(..., mode='w')."
-        )
-    try:
-        con.execute(f"ATTACH {quoted(str(where.file))} AS {name} (READ_ONLY)")
-        return dict(con.execute(f"SELECT key, value FROM {name}.meta").fetchall())
-    except duckdb.CatalogException as fault:
-        raise NotAStoreError(
-            f"{where.file}: a DuckDB file without the table `meta`, so not an activation store; "
-            "give the path of a store.duckdb, or choose another name to create one."
-        ) from fault
-    except duckdb.Error as fault:
-        if "set lock on file" in str(fault):
-            raise LockedError(
-                f"{where.file}: another program has it open for writing: {fault}"
-            ) from fault
-        raise NotAStoreError(
-            f"{where.file}: not a DuckDB file, or damaged: {str(fault).splitlines()[0]}"
-        ) from fault

@@ -1,4 +1,4 @@
--- The contract of a store's catalogue, `store.duckdb`, schema version 1.
+-- The contract of a store's catalogue, `store.duckdb`, schema version 2.
 --
 -- The catalogue lists what exists; bulk data lies beside it in `store/*.parquet`. A shard that
 -- `shards` does not list does not exist. Views and macros are in `views.sql`. Rows are unique by the

@@ -1,20 +1,63 @@
-"""Rows of the catalogue's tables: their keys, and how new rows are checked and put in.
+"""The catalogue's tables: their columns and keys, and how new rows are checked and put in.
 
 A row whose key is there already is replaced, so writing the same rows twice changes nothing.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from difflib import get_close_matches
-from typing import Any, cast
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple, cast
 
 import duckdb
 import pyarrow as pa
 
-from activation_store.catalog.migrations import Column, expected_tables
 from activation_store.errors import ContentError
+
+
+def schema_sql(*, has_checks: bool = True) -> str:
+    """Return the text of `schema.sql`; without its CHECK clauses for DuckLake, which has none."""
+    text = files("activation_store").joinpath("catalog/schema.sql").read_text("utf-8")
+    return text if has_checks else re.sub(r" CHECK \([^\n]*\)(?=,?\n)", "", text)
+
+
+(_number,) = re.findall(r"schema version (\d+)\.", schema_sql())
+SCHEMA_VERSION = int(_number)
+"""Version of the tables, which the first line of `schema.sql` names; stores of another are refused."""
+
+
+class Column(NamedTuple):
+    """Type of a column, and whether every row must have a value there."""
+
+    kind: str
+    required: bool
+
+
+@cache
+def expected_tables() -> dict[str, dict[str, Column]]:
+    """Return every column by table and name, as `schema.sql` makes them."""
+    with duckdb.connect(":memory:") as con:
+        con.execute(schema_sql())
+        return actual_tables(con, "memory")
+
+
+def actual_tables(con: duckdb.DuckDBPyConnection, database: str) -> dict[str, dict[str, Column]]:
+    """Return every column of the base tables of a database; runs no view of it."""
+    rows = con.execute(
+        "SELECT t.table_name, c.column_name, c.data_type, NOT c.is_nullable"
+        " FROM duckdb_tables() t JOIN duckdb_columns() c USING (database_oid, schema_oid, table_oid)"
+        " WHERE t.database_name = $1 ORDER BY t.table_name, c.column_index",
+        [database],
+    ).fetchall()
+    tables: dict[str, dict[str, Column]] = {}
+    for table, column, kind, is_required in rows:
+        tables.setdefault(table, {})[column] = Column(kind, is_required)
+    return tables
+
 
 KEYS: dict[str, tuple[str, ...]] = {
     "meta": ("key",),
@@ -68,6 +111,10 @@ APPENDABLE = (
     "vocabulary",
 )
 """Tables that callers add rows to; the others belong to the writer."""
+
+COUNTED = ("documents", "exemplars", "hooks", "shards", "unit_stats", "vocabulary")
+"""Tables whose rows every commit of a folder counts in `meta`, so that `verify` sees what went missing.
+Only those that no program but ours writes: anyone may add rows of scores with plain DuckDB."""
 
 _ARROW = {
     "VARCHAR": pa.string(),
@@ -164,6 +211,13 @@ def replace(con: duckdb.DuckDBPyConnection, table: str, rows: Any) -> int:
         with suppress(duckdb.TransactionException):  # DuckDB 2, where a row did not fit
             con.unregister("incoming")
     return incoming.num_rows
+
+
+def count_rows(con: duckdb.DuckDBPyConnection) -> None:
+    """Note in `meta` how many rows the tables have, as the last change of a commit."""
+    con.execute("DELETE FROM meta WHERE starts_with(key, 'n_rows ')")
+    counts = ", ".join(f"('n_rows {t}', (SELECT count(*) FROM {t})::VARCHAR)" for t in COUNTED)
+    con.execute(f"INSERT INTO meta VALUES {counts}")
 
 
 def _refuse_twins(con: duckdb.DuckDBPyConnection, table: str) -> None:

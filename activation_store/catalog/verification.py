@@ -1,33 +1,18 @@
 """Whether a store is whole: every listed byte is checked, and what is lost can be dropped."""
 
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from activation_store.catalog import catalogue, migrations
-from activation_store.catalog.catalogue import Place
-from activation_store.catalog.reader import size_fault
-from activation_store.catalog.tables import KEYS
+from activation_store.catalog.backend import Backend, LostState
+from activation_store.catalog.tables import COUNTED, KEYS, actual_tables, expected_tables
 from activation_store.errors import NotAStoreError
-from activation_store.shards.names import (
-    ACTS,
-    TOKENS,
-    Kind,
-    Shard,
-    StateFile,
-    checksum,
-    listed,
-    listed_names,
-    listed_states,
-    unlisted,
-)
+from activation_store.shards.names import ACTS, TOKENS, Kind, Shard, listed
 
 _ORDER = {
     "acts": ("unit", "seq_id", "pos"),
@@ -39,15 +24,8 @@ _COLUMNS = {
     "tokens": TOKENS.names,
     "vectors": ["hook", "seq_id", "pos", "vector"],
 }
-
-
-class LostState(NamedTuple):
-    """The state of a writer whose file is damaged or gone."""
-
-    key: str
-    """Key in table `writer_state`."""
-    file: str
-
+_TOKENS_LOST = "tokens_lost"
+"""Key in table `meta` of a store whose repair dropped tokens, so that exemplars may point nowhere."""
 
 Broken = dict[Shard | LostState, str]
 
@@ -82,97 +60,177 @@ class Report:
         return "\n".join([*lines, "  ok" if self.ok else "  NOT ok"])
 
 
-def verify(path: str | os.PathLike[str], *, repair: bool = False) -> Report:
-    """Check the catalogue, and the bytes, rows and order of every shard.
+def verify(backend: Backend, *, repair: bool = False) -> Report:
+    """Check the tables of the catalogue, and the bytes, rows and order of every shard.
 
     Args:
-        path: the store, its folder or its catalogue file.
-        repair: take shards that are missing or damaged out of the catalogue, in one commit. The
-            files stay where they are. Statistics and exemplars stay: they were taken from all
-            tokens, those of lost shards included.
+        backend: the store, which need not be open.
+        repair: take shards that are missing or damaged out of the catalogue, in one commit. Files of
+            a folder stay where they are; a lake renames what is left of them to `<file>.damaged`, and
+            a shard that is as its store wrote it comes back when that store is published again.
+            Statistics and exemplars stay: they were taken from all tokens, those of lost shards
+            included.
 
     Raises:
         NotAStoreError: there is no catalogue, or it is damaged itself.
-        SchemaError: the store was written by a newer version of this package.
+        SchemaError: the store was written under another version of the schema.
+        LockedError: others were writing all the time; nothing is changed.
         WriteError: the machine refused the repair; nothing is changed.
     """
-    where = catalogue.place(path)
-    report, broken = _check(where)
-    if not (repair and broken):
-        return report
-    with catalogue.commit(where) as con:
-        dropped = tuple(
-            drop(con, lost, fault) if isinstance(lost, Shard) else _forget(con, lost, fault)
-            for lost, fault in broken.items()
-        )
-    again, _ = _check(where)
-    return Report(
-        again.path, report.n_shards, again.n_bytes, again.faults, dropped, again.left_over
-    )
+    with backend.checking() as con:
+        report, broken = _check(backend, con)
+        if not (repair and broken):
+            return report
+
+        def work(inside: duckdb.DuckDBPyConnection) -> tuple[str, ...]:
+            return tuple(_drop(backend, inside, lost, fault) for lost, fault in broken.items())
+
+        tables = ("shards", "hooks", "writer_state", "meta")
+        dropped = backend.commit(work, tables=tables)
+    with backend.checking() as con:
+        again, _ = _check(backend, con)
+    return replace(again, n_shards=report.n_shards, dropped=dropped)
 
 
-def _check(where: Place) -> tuple[Report, Broken]:
-    with duckdb.connect(":memory:") as con:
-        migrations.attach(con, where, "checked")
-        try:
-            con.execute("USE checked")
-            shards = listed(con)
-            faults = list(catalogue_faults(con))
-            names, states = listed_names(con), listed_states(con)
-        except duckdb.Error as fault:
-            raise NotAStoreError(f"{where.file}: damaged: {str(fault).splitlines()[0]}") from fault
-    broken: Broken = {s: fault for s in shards if (fault := _shard_fault(where, s)) is not None}
-    broken |= {
-        LostState(key, file.file): fault
-        for key, file in states.items()
-        if (fault := file.fault(where.folder)) is not None and _still_listed(where, file)
-    }
-    left_over = tuple(path.name for path in unlisted(where, names))
+def _check(backend: Backend, con: duckdb.DuckDBPyConnection) -> tuple[Report, Broken]:
+    try:
+        faults = list(_column_faults(con))
+        if not faults:  # the queries below want every column
+            faults += _table_faults(con)
+        shards = listed(con)
+        states = backend.state_faults(con)
+        broken: Broken = {
+            shard: fault for shard in shards if (fault := _shard_fault(backend, shard)) is not None
+        }
+        faults += _exemplar_faults(backend, con, [s for s in shards if s not in broken])
+        left_over = backend.left_over(con)
+    except duckdb.Error as fault:
+        text = backend.redact(str(fault).splitlines()[0])
+        raise NotAStoreError(f"{backend.path}: damaged: {text}") from fault
     n_bytes = sum(shard.n_bytes for shard in shards if shard not in broken)
-    n_bytes += sum(
-        state.n_bytes for key, state in states.items() if LostState(key, state.file) not in broken
-    )
+    broken |= states
     faults += [f"{lost.file}: {fault}" for lost, fault in broken.items()]
-    return Report(where.file, len(shards), n_bytes, tuple(faults), (), left_over), broken
+    return Report(backend.path, len(shards), n_bytes, tuple(faults), (), left_over), broken
 
 
-def catalogue_faults(con: duckdb.DuckDBPyConnection) -> Iterator[str]:
+def _column_faults(con: duckdb.DuckDBPyConnection) -> Iterator[str]:
+    ((database,),) = con.execute("SELECT current_database()").fetchall()
+    actual = actual_tables(con, database)
+    for table, columns in expected_tables().items():
+        if table not in actual:
+            yield f"table {table}: is missing"
+            continue
+        for name, column in columns.items():
+            if name not in actual[table]:
+                yield f"table {table}: column {name} is missing"
+            elif (kind := actual[table][name].kind) != column.kind:
+                yield f"table {table}: column {name} is {kind}, want {column.kind}"
+
+
+_LIES = {
+    "{hook} ({kind}) has {a} rows, its shards list {b}": """
+        SELECT h.hook, h.kind, h.n_acts AS a, coalesce(sum(s.n_rows), 0)::BIGINT AS b
+        FROM hooks h
+        LEFT JOIN shards s ON s.hook = h.hook
+            AND s.kind = CASE h.kind WHEN 'rows' THEN 'acts' ELSE 'vectors' END
+        GROUP BY ALL HAVING a <> b
+    """,
+    "no row for {hook} ({kind}), of which {a} shards are listed": """
+        WITH listed AS (
+            SELECT s.hook, CASE s.kind WHEN 'acts' THEN 'rows' ELSE 'vectors' END AS kind
+            FROM shards s WHERE s.kind <> 'tokens'
+        )
+        SELECT hook, kind, count(*) AS a, 0 AS b
+        FROM listed ANTI JOIN hooks USING (hook, kind) GROUP BY ALL
+    """,
+    "{hook} ({kind}) has a width d of {a}, want >= 1": (
+        "SELECT hook, kind, d AS a, 0 AS b FROM hooks WHERE d < 1 OR d IS NULL"
+    ),
+    "{hook} ({kind}) has units 0 to {a}, its shards hold unit {b}": """
+        SELECT h.hook, h.kind, h.d - 1 AS a, max(s.unit_max) AS b
+        FROM hooks h JOIN shards s ON s.hook = h.hook AND s.kind = 'acts' AND h.kind = 'rows'
+        GROUP BY ALL HAVING b > a
+    """,
+    "{hook} ({kind}) has units 0 to {a}, unit_stats or exemplars name unit {b}": """
+        SELECT x.hook, 'rows' AS kind, any_value(h.d) - 1 AS a, max(x.unit) AS b
+        FROM (SELECT hook, unit FROM unit_stats UNION ALL SELECT hook, unit FROM exemplars) x
+        LEFT JOIN hooks h ON h.hook = x.hook AND h.kind = 'rows'
+        GROUP BY x.hook HAVING bool_or(h.d IS NULL OR x.unit >= h.d OR x.unit < 0)
+    """,
+}
+"""What table `hooks` may say against the others: the words, and the query that finds it."""
+
+
+def _table_faults(con: duckdb.DuckDBPyConnection) -> Iterator[str]:
     """Yield what is wrong with the tables of the catalogue that `con` is in."""
     for table, key in KEYS.items():
         columns = ", ".join(key)
         # DuckDB checks the sums of the blocks that it reads, so read every column
-        twin = con.execute(
+        twins = con.execute(
             f"SELECT {columns}, count(*), bit_xor(hash(t)) FROM {table} t"
             f" GROUP BY {columns} HAVING count(*) > 1 LIMIT 1"
-        ).fetchone()
-        if twin is not None:
+        ).fetchall()
+        for twin in twins:
             yield f"table {table}: more than one row with the key {columns} = {twin[:-2]}"
+    for words, query in _LIES.items():
+        for hook, kind, a, b in con.execute(query).fetchall():
+            yield "table hooks: " + words.format(hook=hook, kind=kind, a=a, b=b)
     counts = con.execute(
-        "SELECT h.hook, h.kind, h.n_acts, coalesce(sum(s.n_rows), 0)::BIGINT FROM hooks h"
-        " LEFT JOIN shards s ON s.hook = h.hook"
-        " AND s.kind = CASE h.kind WHEN 'rows' THEN 'acts' ELSE 'vectors' END"
-        " GROUP BY ALL"
+        "SELECT substr(key, 8), value FROM meta WHERE starts_with(key, 'n_rows ') ORDER BY key"
     ).fetchall()
-    for hook, kind, n_acts, n_rows in counts:
-        if n_acts != n_rows:
-            yield f"table hooks: {hook} ({kind}) has {n_acts} rows, its shards list {n_rows}"
+    for table, count in counts:
+        if table not in COUNTED:
+            continue
+        ((n_rows,),) = con.execute(f"SELECT count(*) FROM {table}").fetchall()
+        if str(n_rows) != count:
+            yield f"table {table}: has {n_rows} rows, the last commit left {count}"
 
 
-def _shard_fault(where: Place, shard: Shard) -> str | None:
+def _exemplar_faults(
+    backend: Backend, con: duckdb.DuckDBPyConnection, whole: list[Shard]
+) -> Iterator[str]:
+    """Yield whether exemplars point at tokens that no shard holds.
+
+    Memory: 24 bytes per exemplar, and one shard of tokens.
+    """
+    if con.execute("SELECT 1 FROM meta WHERE key = $1", [_TOKENS_LOST]).fetchall():
+        return
+    tokens = [shard for shard in whole if shard.kind == "tokens"]
+    ((n_listed,),) = con.execute("SELECT count(*) FROM shards WHERE kind = 'tokens'").fetchall()
+    if n_listed > len(tokens):  # those that are damaged are told apart
+        return
+    columns = con.execute("SELECT DISTINCT seq_id, pos, doc_id FROM exemplars").fetchnumpy()
+    seq, pos, doc = (np.asarray(columns[name], np.int64) for name in ("seq_id", "pos", "doc_id"))
+    is_known = np.zeros(len(seq), bool)
+    for shard in tokens:
+        with backend.files.open(shard.file) as file:
+            table = pq.read_table(file, columns=["seq_id", "pos", "doc_id"])
+        seqs, places, docs = (table.column(i).to_numpy().astype(np.int64) for i in range(3))
+        if not len(seqs):
+            continue
+        keys = (seqs << 31) + places  # ascending, for the shard is sorted; both are below 2^31
+        row = np.searchsorted(keys, (seq << 31) + pos).clip(max=len(keys) - 1)
+        is_known |= (keys[row] == (seq << 31) + pos) & (docs[row] == doc)
+    if not is_known.all():
+        first = int(np.flatnonzero(~is_known)[0])
+        yield (
+            f"table exemplars: {int((~is_known).sum())} tokens that no shard holds, such as seq_id "
+            f"{seq[first]}, pos {pos[first]}, doc_id {doc[first]}"
+        )
+
+
+def _shard_fault(backend: Backend, shard: Shard) -> str | None:
     """Return what is wrong with a shard's file, or None."""
-    path = where.folder / shard.file
-    if (fault := size_fault(path, shard.n_bytes)) is not None:
-        return fault.removeprefix(f"{shard.file} ")
-    if (found := checksum(path)) != shard.checksum:
-        return f"its sha256 is {found[:12]}..., want {shard.checksum[:12]}...; bytes were changed"
+    if (fault := backend.files.bytes_fault(shard)) is not None:
+        return fault
     try:
-        return _content_fault(path, shard)
+        return _content_fault(backend, shard)
     except pa.ArrowException as fault:
         return f"not readable as Parquet: {str(fault).splitlines()[0]}"
 
 
-def _content_fault(path: Path, shard: Shard) -> str | None:
-    with pq.ParquetFile(path) as file:
+def _content_fault(backend: Backend, shard: Shard) -> str | None:
+    with backend.files.open(shard.file) as stream, pq.ParquetFile(stream) as file:
         if file.metadata.num_rows != shard.n_rows:
             return f"has {file.metadata.num_rows} rows, want {shard.n_rows}"
         if (fault := _column_fault(file.schema_arrow, shard.kind)) is not None:
@@ -210,34 +268,28 @@ def _ascends(keys: list[np.ndarray]) -> bool:
     return bool(decided.all())
 
 
-def _still_listed(where: Place, file: StateFile) -> bool:
-    """Say whether a state is listed now: a writer removes its last one when it commits the next."""
-    with duckdb.connect(":memory:") as con:
-        catalogue.attach(con, where, "now")
-        con.execute("USE now")
-        return file in listed_states(con).values()
-
-
-def _forget(con: duckdb.DuckDBPyConnection, lost: LostState, fault: str) -> str:
-    """Take a writer's state out of the catalogue and return what that loses."""
-    con.execute("DELETE FROM writer_state WHERE key = $1", [lost.key])
-    return (
-        f"the state of {lost.key}: what it captured stays, but it cannot be gone on with, nor be "
-        f"published to a lake ({lost.file}: {fault})"
-    )
-
-
-def drop(con: duckdb.DuckDBPyConnection, shard: Shard, fault: str) -> str:
-    """Take a shard out of the catalogue and return what that loses."""
-    con.execute("DELETE FROM shards WHERE file = $1", [shard.file])
-    if shard.kind != "tokens":
-        kind = "rows" if shard.kind == "acts" else "vectors"
+def _drop(
+    backend: Backend, con: duckdb.DuckDBPyConnection, lost: Shard | LostState, fault: str
+) -> str:
+    """Take a shard or a writer's state out of the catalogue and return what that loses."""
+    if isinstance(lost, LostState):
+        con.execute("DELETE FROM writer_state WHERE key = $1", [lost.key])
+        return (
+            f"the state of {lost.key}: what it captured stays, but it cannot be resumed, nor be "
+            f"published to a lake ({lost.file}: {fault})"
+        )
+    con.execute("DELETE FROM shards WHERE file = $1", [lost.file])
+    if lost.kind == "tokens":
+        con.execute("DELETE FROM meta WHERE key = $1", [_TOKENS_LOST])
+        con.execute("INSERT INTO meta VALUES ($1, 'true')", [_TOKENS_LOST])
+    else:
+        kind = "rows" if lost.kind == "acts" else "vectors"
         con.execute(
             "UPDATE hooks SET n_acts = n_acts - $1 WHERE hook = $2 AND kind = $3",
-            [shard.n_rows, shard.hook, kind],
+            [lost.n_rows, lost.hook, kind],
         )
-    of_hook = f" of {shard.hook}" if shard.hook is not None else ""
+    of_hook = f" of {lost.hook}" if lost.hook is not None else ""
     return (
-        f"{shard.n_rows} rows of {shard.kind}{of_hook}, sequences {shard.seq_min} to "
-        f"{shard.seq_max} ({shard.file}: {fault})"
+        f"{lost.n_rows} rows of {lost.kind}{of_hook}, sequences {lost.seq_min} to {lost.seq_max} "
+        f"({lost.file}: {fault}){backend.after_drop(con, lost)}"
     )

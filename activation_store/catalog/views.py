@@ -4,7 +4,8 @@ They exist twice: in the catalogue file, with paths relative to its folder, for 
 with DuckDB alone; and in memory for each open `Store`, with absolute paths.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import PurePath
 from typing import NamedTuple
@@ -35,7 +36,11 @@ _HOOKLESS = {"token_ids"}
 
 
 def create_views(
-    con: duckdb.DuckDBPyConnection, folder: PurePath, at: str = "", source: str = ""
+    con: duckdb.DuckDBPyConnection,
+    folder: PurePath,
+    at: str = "",
+    source: str = "",
+    store_id: str | None = None,
 ) -> None:
     """Make or replace every view and macro in the catalogue `at`.
 
@@ -44,17 +49,52 @@ def create_views(
         folder: where the shards are, absolute or relative to the search path of `con`.
         at: prefix of the names that are made, such as `"other".`; empty for the current catalogue.
         source: prefix of the table `shards` that lists the files.
+        store_id: of the store whose rows alone the macros may give; None where `at` settles that.
     """
+    for view, query in bulk_queries(con, lambda file: str(folder / file), source or at).items():
+        con.execute(f"CREATE OR REPLACE VIEW {at}{view} AS {query}")
+    own = "true" if store_id is None else _OWN.format(store_id=store_id)
+    create_macros(con, at, own)
+
+
+def create_macros(con: duckdb.DuckDBPyConnection, at: str = "", own: str = "true") -> None:
+    """Make or replace the views and macros of `views.sql`, which stand on the bulk views."""
+    con.execute(views_sql().replace("{at}", at).replace("{own}", own))
+
+
+def views_sql() -> str:
+    """Return the text of `views.sql`."""
+    return files("activation_store").joinpath("catalog/views.sql").read_text("utf-8")
+
+
+_OWN = """(
+    SELECT CASE WHEN max(m.value) = '{store_id}' THEN true ELSE error(
+        'this macro is of store {store_id}, the tables found here are not: '
+        || 'USE the catalogue that it belongs to, or attach with store.attach(...) in Python'
+    ) END
+    FROM meta m WHERE m.key = 'store_id'
+)"""
+
+VIEWS, MACROS = (
+    frozenset(re.findall(rf"CREATE OR REPLACE {kind} \{{at\}}(\w+)", views_sql())) | names
+    for kind, names in (("VIEW", _KIND.keys()), ("MACRO", frozenset[str]()))
+)
+"""Names of all views and macros that a catalogue file holds."""
+
+
+def bulk_queries(
+    con: duckdb.DuckDBPyConnection, url: Callable[[str], str], source: str
+) -> dict[str, str]:
+    """Return the query behind each bulk view, over the files that `<source>shards` lists."""
+    queries: dict[str, str] = {}
     for view, kind in _KIND.items():
         rows = con.execute(
-            f"SELECT hook, file FROM {source or at}shards WHERE kind = $1 AND n_rows > 0"
+            f"SELECT hook, file FROM {source}shards WHERE kind = $1 AND n_rows > 0"
             " ORDER BY hook, file",
             [kind],
         ).fetchall()
-        listings = [Listing(hook, str(folder / file)) for hook, file in rows]
-        con.execute(f"CREATE OR REPLACE VIEW {at}{view} AS {bulk_query(view, listings)}")
-    text = files("activation_store").joinpath("catalog/views.sql").read_text()
-    con.execute(text.replace("{at}", at))
+        queries[view] = bulk_query(view, [Listing(hook, url(file)) for hook, file in rows])
+    return queries
 
 
 def bulk_query(view: str, listings: Iterable[Listing]) -> str:
@@ -86,3 +126,12 @@ def quoted(text: str) -> str:
     "'it''s'"
     """
     return "'" + text.replace("'", "''") + "'"
+
+
+def identifier(name: str) -> str:
+    """Return `name` as an SQL identifier.
+
+    >>> identifier('gpt"2')
+    '"gpt""2"'
+    """
+    return '"' + name.replace('"', '""') + '"'

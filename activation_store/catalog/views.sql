@@ -1,7 +1,9 @@
 -- Views and macros over `acts`, `token_ids` and `vectors`, which `views.py` makes from the shards.
--- {at} is the name of the catalogue with a dot: a macro looks names up where it is called, not where
--- it was made, so an attached store would otherwise answer with the rows of another one. Parameters
--- have names of their own (of_hook) because DuckDB refuses one that is also a column.
+-- A macro looks names up where it is called, not where it was made, so it could answer with the rows of
+-- another store. Where a store is open, the mark `at` is the name of its catalogue with a dot. In the
+-- catalogue file, whose name when it is attached nobody knows, it is empty, and the mark `own` raises
+-- an error unless the tables found are those of this store. Parameters have names of their own (of_hook)
+-- because DuckDB refuses one that is also a column.
 
 CREATE OR REPLACE VIEW {at}tokens AS
 SELECT t.seq_id, t.pos, t.doc_id, t.split, t.token_id, v.token
@@ -53,17 +55,21 @@ SELECT
     ) AS text,
     list(n.token ORDER BY n.pos) AS tokens
 FROM named n
+WHERE {own}
 GROUP BY ALL;
 
--- the exemplars of a unit with their text, best first; strings are looked up last, for the few
--- tokens that are shown: 5.9 ms instead of 7.8 ms of processor time for 20 exemplars of 100 M acts
-CREATE OR REPLACE MACRO {at}exemplars(
-    of_hook, of_unit, k := 8, of_kind := 'top', before := 16, after := 8
+-- a row per token of the windows around exemplars, within their documents: the one text that every
+-- reader of exemplars goes through. The exemplar's own token has at_pos = pos; at_pos is NULL where the
+-- tokens are lost. Strings are looked up last, for the few tokens that are shown: 5.9 ms instead of
+-- 7.8 ms of processor time for 20 exemplars of 100 M acts.
+CREATE OR REPLACE MACRO {at}exemplar_tokens(
+    of_hook, first_unit, stop_unit, of_kinds, k, before, after
 ) AS TABLE
 WITH chosen AS MATERIALIZED (
-    SELECT e.rank, e.act, e.bin, e.doc_id, e.seq_id, e.pos
+    SELECT e.unit, e.kind, e.rank, e.act, e.bin, e.doc_id, e.seq_id, e.pos
     FROM {at}exemplars e
-    WHERE e.hook = of_hook AND e.unit = of_unit AND e.kind = of_kind AND e.rank <= k
+    WHERE {own} AND e.hook = of_hook AND e.unit >= first_unit AND e.unit < stop_unit
+        AND e.rank <= k AND list_contains(of_kinds, e.kind)
 ),
 near AS MATERIALIZED (
     SELECT c.*, t.pos AS at_pos, t.token_id
@@ -71,19 +77,22 @@ near AS MATERIALIZED (
     LEFT JOIN {at}token_ids t
         ON t.seq_id = c.seq_id AND t.doc_id = c.doc_id
         AND t.pos BETWEEN c.pos - before AND c.pos + after
-),
-named AS (
-    SELECT n.*, {at}shown(v.token, n.token_id) AS token
-    FROM near n
-    LEFT JOIN {at}vocabulary v ON v.token_id = n.token_id
 )
+SELECT n.* EXCLUDE (token_id), {at}shown(v.token, n.token_id) AS token
+FROM near n
+LEFT JOIN {at}vocabulary v ON v.token_id = n.token_id;
+
+-- the exemplars of a unit with their text, best first
+CREATE OR REPLACE MACRO {at}exemplars(
+    of_hook, of_unit, k := 8, of_kind := 'top', before := 16, after := 8
+) AS TABLE
 SELECT
     n.rank, n.act, n.bin, n.doc_id, n.seq_id, n.pos,
     any_value(n.token) FILTER (n.at_pos = n.pos) AS token,
     string_agg(
         CASE WHEN n.at_pos = n.pos THEN {at}marked(n.token) ELSE n.token END, '' ORDER BY n.at_pos
     ) AS excerpt
-FROM named n
+FROM {at}exemplar_tokens(of_hook, of_unit, of_unit + 1, [of_kind], k, before, after) n
 GROUP BY ALL
 ORDER BY n.rank;
 
@@ -92,7 +101,7 @@ CREATE OR REPLACE MACRO {at}unit(of_hook, of_unit) AS TABLE
 SELECT s.*, h.threshold, h.dtype, h.quantile_error
 FROM {at}unit_stats s
 LEFT JOIN {at}hooks h ON h.hook = s.hook AND h.kind = 'rows'
-WHERE s.hook = of_hook AND s.unit = of_unit;
+WHERE {own} AND s.hook = of_hook AND s.unit = of_unit;
 
 -- one row: how often two units of a hook are stored at the same token, against chance
 CREATE OR REPLACE MACRO {at}coactivation(of_hook, a, b) AS TABLE
@@ -122,14 +131,14 @@ SELECT
     s.n_both / (s.n_a + s.n_b - s.n_both) AS jaccard,
     coalesce(s.dot, 0) / s.norms AS cosine
 FROM sums s, {at}hooks h
-WHERE h.hook = of_hook AND h.kind = 'rows';
+WHERE {own} AND h.hook = of_hook AND h.kind = 'rows';
 
 -- a row per token that the unit is stored at: how often, of how many, and how strongly
 CREATE OR REPLACE MACRO {at}token_profile(of_hook, of_unit) AS TABLE
 WITH counts AS (
     SELECT t.token_id, count(*) AS n_tokens FROM {at}token_ids t GROUP BY t.token_id
 ),
-found AS (
+firing AS (
     SELECT t.token_id, count(*) AS n_acts, avg(x.act) AS mean_act, max(x.act) AS max_act
     FROM {at}acts x
     JOIN {at}token_ids t ON t.seq_id = x.seq_id AND t.pos = x.pos
@@ -139,7 +148,8 @@ found AS (
 SELECT
     f.token_id, v.token, f.n_acts, c.n_tokens, f.n_acts / c.n_tokens AS density,
     f.mean_act, f.max_act
-FROM found f
+FROM firing f
 JOIN counts c ON c.token_id = f.token_id
 LEFT JOIN {at}vocabulary v ON v.token_id = f.token_id
+WHERE {own}
 ORDER BY f.mean_act DESC, f.token_id;

@@ -2,16 +2,15 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 
-from activation_store.catalog.reader import size_fault
+from activation_store.catalog.catalogue import size_fault
 from activation_store.errors import NotAStoreError, ShardError, StoreError, writing
 from activation_store.lake.lake_place import LakePlace, bucket_access
 from activation_store.shards.names import Shard
+from activation_store.shards.shard_folder import ShardFolder
 
 _CHUNK = 2**23
 
@@ -21,16 +20,12 @@ class LakeFiles:
 
     def __init__(self, place: LakePlace) -> None:
         self.place = place
-        self.fs: pafs.FileSystem = _bucket_system() if place.is_remote else pafs.LocalFileSystem()
-        self._root = f"{place.data_path.removeprefix('s3://')}/shards"
+        fs = _bucket_system() if place.is_remote else pafs.LocalFileSystem()
+        self.folder = ShardFolder(fs, f"{place.data_path.removeprefix('s3://')}/shards")
 
     def url(self, file: str) -> str:
         """Return the name under which DuckDB and others read a shard."""
         return f"{self.place.data_path}/shards/{file}"
-
-    def path(self, file: str) -> str:
-        """Return the name of a shard within `fs`."""
-        return f"{self._root}/{file}"
 
     def check(self, create: bool) -> None:
         """Look whether the data path is there; with `create`, make a folder.
@@ -41,14 +36,14 @@ class LakeFiles:
         """
         if not self.place.is_remote:
             if create:
-                with writing(Path(self._root)):
-                    Path(self._root).mkdir(parents=True, exist_ok=True)
-            elif not Path(self._root).is_dir():
-                raise NotAStoreError(f"{self._root}: no such folder; check data_path.")
+                with writing(Path(self.folder.root)):
+                    Path(self.folder.root).mkdir(parents=True, exist_ok=True)
+            elif not Path(self.folder.root).is_dir():
+                raise NotAStoreError(f"{self.folder.root}: no such folder; check data_path.")
             return
-        bucket = self._root.partition("/")[0]
+        bucket = self.folder.root.partition("/")[0]
         try:
-            found = self.fs.get_file_info(bucket)
+            found = self.folder.fs.get_file_info(bucket)
         except OSError as fault:
             raise StoreError(
                 f"s3://{bucket}: cannot reach it: {_short(fault)}. Check AWS_ENDPOINT_URL, "
@@ -64,17 +59,17 @@ class LakeFiles:
             ShardError: the file is missing or its bytes are not those listed.
             WriteError: the folder or the bucket refused.
         """
-        target = self.path(shard.file)
+        target = self.folder.path(shard.file)
         # no turn is needed: a name belongs to one store, and its bytes never change
         if not source.is_file():
             raise ShardError(f"{source} is missing; run `lmmono store verify {source.parent}`.")
         with writing(Path(self.url(shard.file))):
-            if self.fs.get_file_info(target).size == shard.n_bytes:
+            if self.folder.fs.get_file_info(target).size == shard.n_bytes:
                 return 0
             part = target if self.place.is_remote else f"{target}.{os.getpid()}.part"
             digest = self._copy(source, part)
             if digest != shard.checksum:
-                self.fs.delete_file(part)
+                self.folder.fs.delete_file(part)
                 raise ShardError(
                     f"{source}: sha256 {digest[:12]}..., listed {shard.checksum[:12]}...: bytes "
                     "were changed; run `lmmono store verify` on the store."
@@ -85,7 +80,7 @@ class LakeFiles:
 
     def _copy(self, source: Path, target: str) -> str:
         digest = hashlib.sha256()
-        with source.open("rb") as given, self.fs.open_output_stream(target) as out:
+        with source.open("rb") as given, self.folder.fs.open_output_stream(target) as out:
             while chunk := given.read(_CHUNK):
                 digest.update(chunk)
                 out.write(chunk)
@@ -99,25 +94,9 @@ class LakeFiles:
 
     def remove(self, file: str) -> None:
         """Remove a shard that no commit lists any more; one that is gone already is no fault."""
-        target = self.path(file)
-        if self.fs.get_file_info(target).type != pafs.FileType.NotFound:
-            self.fs.delete_file(target)
-
-    def fault(self, shard: Shard) -> str | None:
-        """Read a shard whole and return what is wrong with its bytes, or None."""
-        digest = hashlib.sha256()
-        try:
-            for chunk in self._chunks(shard):
-                digest.update(chunk)
-        except (OSError, pa.ArrowException) as fault:
-            return _short(fault)
-        return None if digest.hexdigest() == shard.checksum else "its bytes were changed"
-
-    def _chunks(self, shard: Shard) -> Iterator[bytes]:
-        with self.fs.open_input_stream(self.path(shard.file)) as given:
-            read: Callable[[int], bytes] = given.read
-            while chunk := read(_CHUNK):
-                yield chunk
+        target = self.folder.path(file)
+        if self.folder.fs.get_file_info(target).type != pafs.FileType.NotFound:
+            self.folder.fs.delete_file(target)
 
     def download(self, shard: Shard, folder: Path) -> None:
         """Copy a shard into a folder of this machine, unless it is there.
@@ -133,7 +112,7 @@ class LakeFiles:
         with writing(target):
             folder.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as out:
-                for chunk in self._chunks(shard):
+                for chunk in self.folder.chunks(shard.file):
                     digest.update(chunk)
                     out.write(chunk)
             if digest.hexdigest() != shard.checksum:
@@ -146,9 +125,9 @@ class LakeFiles:
 
     def set_aside(self, file: str) -> None:
         """Rename a damaged shard, so that a whole one can take its place, if it is there."""
-        target = self.path(file)
-        if self.fs.get_file_info(target).type != pafs.FileType.NotFound:
-            self.fs.move(target, f"{target}.damaged")
+        target = self.folder.path(file)
+        if self.folder.fs.get_file_info(target).type != pafs.FileType.NotFound:
+            self.folder.fs.move(target, f"{target}.damaged")
 
 
 def _bucket_system() -> pafs.FileSystem:

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import re
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import duckdb
 
+from activation_store.catalog import door
 from activation_store.catalog.catalogue import locked
 from activation_store.catalog.views import quoted
 from activation_store.errors import LockedError, NotAStoreError, StoreError
@@ -109,29 +110,52 @@ def _without_password(connection: str) -> tuple[str, str | None]:
     return connection, None
 
 
-def connect(place: LakePlace, *, read_only: bool) -> duckdb.DuckDBPyConnection:
+def attach_lake(
+    place: LakePlace,
+    *,
+    read_only: bool,
+    files: Iterable[Path] = (),
+    limits: door.QueryLimits | None = None,
+    is_shut: bool = True,
+    must_exist: bool = False,
+) -> duckdb.DuckDBPyConnection:
     """Return a connection in memory that has the lake attached as `LAKE`.
 
     A connection that may write makes an empty DuckLake where there is none.
+
+    Args:
+        place: the address of the lake.
+        read_only: whether nothing can be written.
+        files: what the connection may read besides the lake.
+        limits: what a query may take.
+        is_shut: False leaves DuckDB's access to files, settings and extensions as it is.
+        must_exist: make no DuckLake where there is none.
 
     Raises:
         NotAStoreError: there is no lake, or its catalogue is something else.
         StoreError: the catalogue cannot be reached, the data path is another one, or the extra
             `lake` is not installed.
     """
-    file = None if place.kind == "postgres" else Path(place.catalogue)
-    if file is not None and read_only and not file.is_file():
+    must_exist = must_exist or read_only
+    own = [] if place.kind == "postgres" else [Path(place.catalogue)]
+    if own and must_exist and not own[0].is_file():
         raise NotAStoreError(f"{place.name}: no lake there; create it with mode='w'.")
     con = _prepared(place)
     options = [f"DATA_PATH {quoted(place.data_path + '/tables')}"]
     options += ["READ_ONLY"] if read_only else []
-    options += [f"CREATE_IF_NOT_EXISTS {not read_only}"]
+    options += [f"CREATE_IF_NOT_EXISTS {not must_exist}"]
     if place.kind == "sqlite":
         # readers go on while a writer commits
         options += ["META_JOURNAL_MODE 'WAL'", "META_BUSY_TIMEOUT 10000"]
+    if place.kind == "duckdb":
+        options += [f"META_STORAGE_VERSION '{door.STORAGE_VERSION}'"]
     if place.kind == "postgres":
         options += ["META_SECRET 'lake_password'"]
     try:
+        if is_shut:
+            # next to the catalogue lie DuckDB's write-ahead log and its checkpoint
+            own = [file for path in own for file in (path, Path(f"{path}.wal"))]
+            door.shut(con, [*own, *files], [f"{place.data_path}/"], limits)
         con.execute(f"ATTACH {quoted(PREFIX + place.metadata)} AS {LAKE} ({', '.join(options)})")
     except duckdb.Error as fault:
         con.close()
@@ -141,22 +165,15 @@ def connect(place: LakePlace, *, read_only: bool) -> duckdb.DuckDBPyConnection:
 
 def _prepared(place: LakePlace) -> duckdb.DuckDBPyConnection:
     """Return a connection with the extensions and the secrets that the lake needs."""
-    settings: dict[str, str | bool | int | float | list[str]] = {
-        "autoinstall_known_extensions": False,
-        "autoload_known_extensions": False,
-        "allow_community_extensions": False,
-        "allow_persistent_secrets": False,
-        "python_enable_replacements": False,
-    }
     wanted = ["ducklake", _EXTENSIONS[place.kind], "httpfs" if place.is_remote else None]
     files = extension_files([name for name in wanted if name is not None])
-    con = duckdb.connect(":memory:", config=settings)
+    con = duckdb.connect(":memory:", config=door.SETTINGS)
     for file in files:
         con.execute(f"LOAD {quoted(str(file))}")
     con.execute("SET parquet_metadata_cache = true")
     if place.kind == "postgres":
-        given = f", PASSWORD {quoted(place.password)}" if place.password is not None else ""
-        con.execute(f"CREATE SECRET lake_password (TYPE postgres{given})")
+        option = f", PASSWORD {quoted(place.password)}" if place.password is not None else ""
+        con.execute(f"CREATE SECRET lake_password (TYPE postgres{option})")
     if place.is_remote:
         # shards never change, so what is known of a file stays true
         con.execute("SET enable_http_metadata_cache = true")
@@ -233,14 +250,14 @@ def _bucket_secret(place: LakePlace) -> str:
     return f"CREATE SECRET lake_bucket (TYPE s3, USE_SSL {access.use_ssl}, {', '.join(given)})"
 
 
-def said(place: LakePlace, fault: BaseException) -> str:
-    """Return the first lines of what DuckDB says, without the password."""
+def redacted(place: LakePlace, fault: BaseException | str) -> str:
+    """Return what DuckDB says on one line, without the password."""
     text = " ".join(str(fault).split())
     return text.replace(place.password, "***") if place.password else text
 
 
 def _unreachable(place: LakePlace, fault: duckdb.Error) -> StoreError:
-    text = said(place, fault)
+    text = redacted(place, fault)
     if "does not match existing data path" in text:
         return StoreError(
             f"{place.name}: its data lies elsewhere: {text.partition(' You can')[0]} Give the "

@@ -19,12 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from activation_store.catalog import migrations, tables
-from activation_store.catalog.catalogue import Place
-from activation_store.catalog.presence import Presence
+from activation_store.catalog import catalogue, tables
+from activation_store.catalog.catalogue import Place, Presence
+from activation_store.catalog.compaction import write_tokens
 from activation_store.errors import ContentError, ShardError
 from activation_store.hooks import Rows, Skip, Vectors
-from activation_store.shards.encoding import Target, encode_tokens
+from activation_store.shards.encoding import Target
 from activation_store.shards.names import (
     Shard,
     listed,
@@ -103,9 +103,7 @@ def read_source(where: Place) -> Source:
 
 def _read_source(where: Place) -> Source:
     presence = Presence([where.folder])
-    with duckdb.connect(":memory:") as con:
-        migrations.attach(con, where, "source")
-        con.execute("USE source")
+    with catalogue.opened(where) as con:
         meta = dict(con.execute("SELECT key, value FROM meta").fetchall())
         rows = con.execute("SELECT key, value FROM writer_state").fetchall()
         states = {key: load_state(bytes(value), where.folder) for key, value in rows}
@@ -360,11 +358,10 @@ def _written(con: duckdb.DuckDBPyConnection, rows: pa.Table, number: int, upload
     row = con.execute("SELECT value FROM meta WHERE key = 'store_id'").fetchone()
     assert row is not None
     split = rows.column("split").combine_chunks().dictionary_encode()
-    columns = {name: rows.column(name).to_numpy() for name in rows.column_names if name != "split"}
-    codes = split.indices.to_numpy()
+    rows = rows.set_column(rows.column_names.index("split"), "split", split)
     with tempfile.TemporaryDirectory() as folder:
         target = Target(Path(folder), shard_name("tokens", row[0], number), "tokens", None)
-        shard = encode_tokens(target, columns | {"split": codes}, split.dictionary.to_pylist())
+        shard = write_tokens(target, rows)
         upload(Path(folder) / shard.file, shard)
     return shard
 

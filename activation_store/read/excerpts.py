@@ -9,18 +9,7 @@ _UNITS = 256
 """Units whose exemplars are looked up together."""
 
 _WINDOWS = """
-WITH chosen AS MATERIALIZED (
-    SELECT e.unit, e.kind, e.rank, e.bin, e.act, e.seq_id, e.pos, e.doc_id
-    FROM exemplars e
-    WHERE e.hook = $hook AND e.unit >= $first AND e.unit < $stop
-),
-near AS MATERIALIZED (
-    SELECT c.*, t.pos AS at_pos, t.token_id
-    FROM chosen c
-    JOIN token_ids t ON t.seq_id = c.seq_id AND t.doc_id = c.doc_id
-        AND t.pos BETWEEN c.pos - $before AND c.pos + $after
-),
-fired AS (
+WITH fired AS (
     SELECT a.unit, a.seq_id, a.pos, a.act
     FROM acts a
     WHERE a.hook = $hook AND a.unit >= $first AND a.unit < $stop
@@ -28,11 +17,13 @@ fired AS (
 SELECT
     n.unit, n.kind, n.rank, n.bin, n.act,
     count(*) FILTER (WHERE n.at_pos < n.pos) AS own,
-    list(shown(v.token, n.token_id) ORDER BY n.at_pos) AS tokens,
+    list(n.token ORDER BY n.at_pos) AS tokens,
     list(coalesce(f.act, 0)::DOUBLE ORDER BY n.at_pos) AS acts
-FROM near n
+FROM exemplar_tokens(
+    $hook, $first, $stop, ['top', 'random', 'quantile'], 2147483647, $before, $after
+) n
 LEFT JOIN fired f ON f.unit = n.unit AND f.seq_id = n.seq_id AND f.pos = n.at_pos
-LEFT JOIN vocabulary v ON v.token_id = n.token_id
+WHERE n.at_pos IS NOT NULL
 GROUP BY n.unit, n.kind, n.rank, n.bin, n.act
 ORDER BY n.unit, n.kind, n.rank
 """

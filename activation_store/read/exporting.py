@@ -4,7 +4,6 @@ An export is atomic: it is written next to its final place and renamed when it i
 of that name is complete. Nothing is ever added to a folder that has something in it.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -23,7 +22,6 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from activation_store.errors import ContentError, ShardError, StoreError, writing
-from activation_store.lake.shared import Lake
 from activation_store.read.excerpts import records
 from activation_store.store import Store
 
@@ -67,7 +65,7 @@ def whole_folder(out: str | os.PathLike[str]) -> Generator[Path]:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def export_parquet(store: Store | Lake, out: str | os.PathLike[str]) -> Path:
+def export_parquet(store: Store, out: str | os.PathLike[str]) -> Path:
     """Write everything in a store as Parquet that any reader takes, and return the folder.
 
         tables/<table>.parquet
@@ -97,11 +95,11 @@ def export_parquet(store: Store | Lake, out: str | os.PathLike[str]) -> Path:
             at = folder / kind if hook is None else folder / kind / f"hook={quote(hook, safe='')}"
             at.mkdir(parents=True, exist_ok=True)
             number = numbers[at] = numbers.get(at, -1) + 1
-            _copy_rows(*_lies(store, file), at / f"{number:05d}.parquet")
+            _copy_rows(store.backend.files.fs, store.backend.files.path(file), at / f"{number:05d}.parquet")
     return Path(out)
 
 
-def check_shards(store: Store | Lake, hooks: Sequence[str] | None = None) -> None:
+def check_shards(store: Store, hooks: Sequence[str] | None = None) -> None:
     """Compare the shards of tokens and of some hooks, or of all, with their sha256.
 
     An export gives bytes a new form and a new checksum; damaged ones must not become sound.
@@ -109,30 +107,10 @@ def check_shards(store: Store | Lake, hooks: Sequence[str] | None = None) -> Non
     Raises:
         ShardError: a shard is missing or was changed; names it and the way out.
     """
-    rows = store.sql(
-        "SELECT file, checksum FROM shards"
-        " WHERE $hooks::VARCHAR[] IS NULL OR hook IS NULL OR list_contains($hooks, hook)"
-        " ORDER BY file",
-        hooks=None if hooks is None else list(hooks),
-    ).fetchall()
-    for file, checksum in rows:
-        files, path = _lies(store, file)
-        sha256 = hashlib.sha256()
-        try:
-            with files.open_input_stream(path) as stream:
-                while data := stream.read(2**22):
-                    sha256.update(data)
-        except FileNotFoundError as fault:
-            raise _unreadable(path, fault) from fault
-        if sha256.hexdigest() != checksum:
-            raise _unreadable(path, ValueError("its bytes were changed after they were written"))
-
-
-def _lies(store: Store | Lake, file: str) -> tuple[fs.FileSystem, str]:
-    """Return where a shard lies: a lake's may be in a bucket."""
-    if isinstance(store, Lake):
-        return store.files.fs, store.files.path(file)
-    return fs.LocalFileSystem(), str(store.where.folder / file)
+    chosen = None if hooks is None else set(hooks)
+    for shard in store.shards():
+        if chosen is None or shard.hook is None or shard.hook in chosen:
+            store.backend.files.checked(shard).close()
 
 
 def _copy_rows(files: fs.FileSystem, shard: str, to: Path) -> None:
@@ -157,7 +135,7 @@ def _unreadable(shard: str, fault: Exception) -> ShardError:
 
 
 def export_delphi(
-    store: Store | Lake,
+    store: Store,
     out: str | os.PathLike[str],
     hooks: str | Sequence[str] | None = None,
     *,
@@ -206,7 +184,7 @@ def export_delphi(
     return Path(out)
 
 
-def _widths(store: Store | Lake, hooks: str | Sequence[str] | None) -> dict[str, int]:
+def _widths(store: Store, hooks: str | Sequence[str] | None) -> dict[str, int]:
     """Return the hooks asked for with their widths."""
     found = store.sql("SELECT hook, d FROM hooks WHERE kind = 'rows' ORDER BY hook").fetchall()
     known: dict[str, int] = dict(found)
@@ -231,7 +209,7 @@ def _folder_name(hook: str) -> str:
     return name if name.strip(".") else name.replace(".", "%2E")
 
 
-def _token_matrix(store: Store | Lake, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _token_matrix(store: Store, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the sequences, ascending, and their tokens as int64 [n, n_ctx]."""
     found = store.sql("SELECT seq_id, pos, token_id FROM token_ids").fetchnumpy()
     seq, pos, token = (np.asarray(found[name]) for name in ("seq_id", "pos", "token_id"))
@@ -243,7 +221,7 @@ def _token_matrix(store: Store | Lake, pad_token_id: int) -> tuple[np.ndarray, n
     return seqs, tokens
 
 
-def _latents(store: Store | Lake, hook: str, start: int, stop: int, seqs: np.ndarray) -> Tensors:
+def _latents(store: Store, hook: str, start: int, stop: int, seqs: np.ndarray) -> Tensors:
     """Return the acts of units start to stop as delphi has them, token by token."""
     found = store.sql(
         "SELECT seq_id, pos, unit, act FROM acts WHERE hook = $hook AND unit >= $first"
@@ -270,7 +248,7 @@ def _latents(store: Store | Lake, hook: str, start: int, stop: int, seqs: np.nda
 
 
 def _delphi_config(
-    store: Store | Lake, tokens: np.ndarray, model_name: str, n_splits: int
+    store: Store, tokens: np.ndarray, model_name: str, n_splits: int
 ) -> dict[str, Any]:
     """Return delphi's CacheConfig; what stands for a data set it would load is empty."""
     return {
@@ -289,7 +267,7 @@ def _delphi_config(
 
 
 def export_openai(
-    store: Store | Lake,
+    store: Store,
     out: str | os.PathLike[str],
     hook: str,
     *,
@@ -399,7 +377,7 @@ FORMATS: dict[str, Exporter] = {
 
 
 def export(
-    store: Store | Lake, to: str, out: str | os.PathLike[str], hooks: Sequence[str] = ()
+    store: Store, to: str, out: str | os.PathLike[str], hooks: Sequence[str] = ()
 ) -> Path:
     """Write a store in the layout `to`, one of `FORMATS`, and return the folder.
 

@@ -24,7 +24,7 @@ import duckdb
 import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
-from activation_store.catalog.guard import read_only
+from activation_store.catalog.door import read_only
 from activation_store.errors import ContentError, QueryError, StoreError
 from activation_store.shards.pages import Placed, Spans, VectorFile, cut
 from activation_store.unit import Queried

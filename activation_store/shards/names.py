@@ -16,8 +16,7 @@ from typing import Literal
 import duckdb
 import pyarrow as pa
 
-from activation_store.catalog.catalogue import Place
-from activation_store.catalog.reader import size_fault
+from activation_store.catalog.catalogue import Place, size_fault
 from activation_store.catalog.tables import replace
 from activation_store.errors import ShardError, writing
 

@@ -81,7 +81,7 @@ def capture(
             sequence that the store holds with other tokens, or a store of something else.
     """
     if into.mode == "r":
-        raise StoreError(f"{into.where.file}: open for reading; use mode='a' to add to it.")
+        raise StoreError(f"{into.path}: open for reading; use mode='a' to add to it.")
     rows, whole = match_modules(module, hooks), match_modules(module, vectors)
     stream = (batch if isinstance(batch, Batch) else Batch(batch) for batch in batches)
     first = next(stream, None)
@@ -91,7 +91,7 @@ def capture(
         outputs = _run(module, first, recorder)
         width = {name: int(output.shape[-1]) for name, output in outputs.items()}
         writer = Writer(
-            into.where,
+            into.place,
             rows=[Rows(name, width[name], **settings) for name in rows],
             vectors=[Vectors(name, width[name], vector_dtype) for name in whole],
             n_ctx=int(first.token_ids.shape[1]),

@@ -20,8 +20,7 @@ from typing import Any, TypeAlias
 import duckdb
 import numpy as np
 
-from activation_store.catalog.catalogue import Place
-from activation_store.catalog.presence import unread
+from activation_store.catalog.catalogue import Place, unread
 from activation_store.errors import ContentError
 from activation_store.shards.names import (
     NUMBERS_PER_RANK,

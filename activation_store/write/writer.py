@@ -382,8 +382,6 @@ class Writer:
         shards = self._spool.finish()
         writing_state = self._pool.submit(self._write_state)
         with catalogue.commit(self._where) as con:
-            # half a million rows are inserted in a third of the time by one thread as by two
-            con.execute("SET threads = 1")
             others = self._rank.others(self._where, con, self._key)
             refuse_shared(self._tokens.given, others)
             register(con, shards)

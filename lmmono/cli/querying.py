@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyRelation
     from pyarrow import RecordBatch
 
-    from activation_store import Lake, Store
+    from activation_store import Store
 else:  # for annotations only
-    DuckDBPyRelation = RecordBatch = Lake = Store = object
+    DuckDBPyRelation = RecordBatch = Store = object
 
 LAKE = "ducklake:"
 """How the address of a lake begins."""
@@ -186,7 +186,7 @@ def _told_as_query_error() -> Generator[None]:
         raise QueryError(str(fault).strip()) from fault
 
 
-def open_stores(places: Sequence[str | Path], data_path: str | None = None) -> Store | Lake:
+def open_stores(places: Sequence[str | Path], data_path: str | None = None) -> Store:
     """Open the first place for reading and, where there are several, attach all stores by name.
 
     Raises:

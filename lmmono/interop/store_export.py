@@ -18,7 +18,7 @@ EXPLAINED: dict[str, Callable[..., Path]] = {
 
 
 def export_store(
-    store: astore.Store | astore.Lake,
+    store: astore.Store,
     to: str,
     out: str | os.PathLike[str],
     hooks: Sequence[str] = (),
@@ -34,7 +34,7 @@ def export_store(
             known = sorted({*EXPLAINED, *FORMATS})
             raise ExplainError(f"export: layout {to!r} is not known; {nearest(to, known)}")
         return astore.export(store, to, out, hooks)
-    if isinstance(store, astore.Lake):
+    if store.is_lake:
         raise ExplainError(f"export: {to} reads a store, not a lake; export the store of the run")
     if len(hooks) != 1:
         raise ExplainError(f"export: {to} takes one hook, got {len(hooks)}")

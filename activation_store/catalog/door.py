@@ -1,0 +1,336 @@
+"""The one door to DuckDB: what a connection may touch, which SQL of a caller runs on it, for how long.
+
+A store may come from a stranger, and so may a query. Every connection is shut before its first query:
+it reads the files it is given and nothing else, loads no extension and keeps its settings. A query of
+a caller is one statement that only reads, which its parse tree shows. It is stopped by Ctrl-C and by a
+limit of time.
+"""
+
+import json
+import os
+import re
+import secrets
+import select
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from activation_store.catalog.views import quoted
+from activation_store.errors import QueryError, StoreError
+
+Settings = dict[str, str | bool | int | float | list[str]]
+
+SETTINGS: Settings = {
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+    "allow_community_extensions": False,
+    "allow_persistent_secrets": False,
+    # a Python variable of the caller is no table
+    "python_enable_replacements": False,
+}
+"""Settings of every connection; the rest of the door is `shut`, for DuckDB takes it only later."""
+
+STORAGE_VERSION = "v1.5.0"
+"""Layout of the files that are written: of the oldest DuckDB that this package runs with (1.5.5), so
+that a store made by DuckDB 2 opens there too."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueryLimits:
+    """What one query of a store may take; it ends with a `QueryError` beyond that."""
+
+    seconds: float | None = 3600.0
+    """Wall time of a query, > 0; None waits without end. The default ends what was forgotten."""
+    memory_bytes: int | None = None
+    """Memory of DuckDB, >= 1; None leaves it DuckDB's default, 80 % of the machine."""
+    rows: int | None = None
+    """Rows of a result, >= 1; None for any number."""
+    spill_bytes: int = 32 * 10**9
+    """Disk for what outgrows the memory, >= 0; enough to sort 10^9 acts of 32 bytes in memory."""
+
+    def __post_init__(self) -> None:
+        """Refuse limits that cannot be.
+
+        Raises:
+            StoreError: a limit is out of its range.
+        """
+        for name, value, least in (
+            ("memory_bytes", self.memory_bytes, 1),
+            ("rows", self.rows, 1),
+            ("spill_bytes", self.spill_bytes, 0),
+        ):
+            if value is not None and value < least:
+                raise StoreError(f"limits: {name}: want an integer >= {least}, got {value!r}.")
+        if self.seconds is not None and not 0 < self.seconds < 1e9:
+            raise StoreError(f"limits: seconds: want a number > 0, got {self.seconds!r}.")
+
+
+def shut(
+    con: duckdb.DuckDBPyConnection,
+    files: Iterable[str | Path],
+    folders: Iterable[str | Path] = (),
+    limits: QueryLimits | None = None,
+) -> None:
+    """Leave a new connection able to use these files and folders, and nothing else of the machine."""
+    limits = limits or QueryLimits()
+    paths, below = (
+        ", ".join(quoted(str(path)) for path in places) for places in (files, folders)
+    )
+    # DuckDB makes this folder when a query outgrows the memory, and removes it at the end
+    spill = Path(tempfile.gettempdir()) / f"activation_store-{secrets.token_hex(8)}"
+    statements = [
+        "SET GLOBAL parquet_metadata_cache = true",
+        f"SET temp_directory = {quoted(str(spill))}",
+        f"SET max_temp_directory_size = '{limits.spill_bytes}B'",
+        f"SET allowed_paths = [{paths}]",
+        f"SET allowed_directories = [{below}]",
+        "SET enable_external_access = false",
+        "SET lock_configuration = true",
+    ]
+    if limits.memory_bytes is not None:
+        statements.insert(0, f"SET memory_limit = '{limits.memory_bytes}B'")
+    for statement in statements:
+        con.execute(statement)
+
+
+# --- which SQL runs ---------------------------------------------------------------------------------
+
+_TABLE_FUNCTIONS = {
+    "coactivation",
+    "duckdb_columns",
+    "duckdb_databases",
+    "duckdb_functions",
+    "duckdb_schemas",
+    "duckdb_settings",
+    "duckdb_tables",
+    "duckdb_types",
+    "duckdb_views",
+    "excerpt",
+    "exemplar_tokens",
+    "exemplars",
+    "generate_series",
+    "histogram",
+    "histogram_values",
+    "json_each",
+    "json_tree",
+    "pragma_table_info",
+    "pragma_version",
+    "range",
+    "repeat",
+    "summary",
+    "token_profile",
+    "unit",
+    "unnest",
+}
+_NAMED_TABLE = {"histogram", "histogram_values", "pragma_table_info"}
+"""Table functions whose first argument is the name of a table, also as a text."""
+_SCALAR_FUNCTIONS_REFUSED = {"currval", "nextval", "sleep_ms", "write_log"}
+"""Functions that write, wait, or take the name of a sequence as a text."""
+_PRIVATE = "__ducklake_metadata"
+"""How the name of a lake's own database begins, which may hold the tables of others too."""
+_EXPLAIN = re.compile(r"\s*explain\s+(?:analyze\s+)?(?=select|from|with|values)", re.IGNORECASE)
+
+
+def read_only(con: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
+    """Parse `query` and return it as the one statement that may run.
+
+    `shut` keeps DuckDB from files and settings. That does not stop a `SELECT` from functions with
+    effects (logging, profiling, raw memory addresses), nor from a table that a text names, so the
+    parse tree is checked, and only table functions known to be harmless pass.
+
+    Raises:
+        QueryError: it does not parse, is not exactly one query, or could do more than read.
+    """
+    try:
+        statements = con.extract_statements(query)
+    except (duckdb.Error, UnicodeError) as fault:
+        raise QueryError(f"{fault}") from fault
+    if len(statements) != 1:
+        raise QueryError(
+            f"want one statement, got {len(statements)}; run them one by one. A PIVOT counts as "
+            "one where it names its values: PIVOT ... ON unit IN (1, 2)."
+        )
+    statement = statements[0]
+    text = statement.query
+    if statement.type == duckdb.StatementType.EXPLAIN:
+        match = _EXPLAIN.match(text)
+        text = text[match.end() :] if match else ""
+    elif statement.type != duckdb.StatementType.SELECT:
+        kind = statement.type.name.replace("_", " ")
+        raise QueryError(
+            f"{kind} is not allowed here: the store is open for reading. Write with "
+            "store.append(...) or a writer; for a PRAGMA use its table function, such as "
+            "pragma_table_info('hooks'); open with trusted=True to run any SQL."
+        )
+    ((serialized,),) = con.execute("SELECT json_serialize_sql($1)", [text or "EXPLAIN"]).fetchall()
+    tree = json.loads(serialized)
+    if tree["error"]:
+        raise QueryError(
+            "only SELECT, FROM, WITH, VALUES, DESCRIBE, SUMMARIZE, SHOW and EXPLAIN of these run "
+            "here; for a PRAGMA use its table function, such as pragma_table_info('hooks')."
+        )
+    for node in _nodes(tree):
+        _check_node(node)
+    return statement
+
+
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    """Yield every node of a serialized query, however deep."""
+    if isinstance(tree, list):
+        for branch in tree:
+            yield from _nodes(branch)
+    elif isinstance(tree, dict):
+        yield tree
+        for branch in tree.values():
+            yield from _nodes(branch)
+
+
+def _check_node(node: dict[str, Any]) -> None:
+    kind = node.get("type")
+    if kind == "TABLE_FUNCTION":
+        name = node["function"]["function_name"].lower()
+        if name not in _TABLE_FUNCTIONS:
+            raise QueryError(
+                f"table function {name} is not allowed here; allowed: "
+                f"{', '.join(sorted(_TABLE_FUNCTIONS))}. Open with trusted=True to run any SQL."
+            )
+        if name in _NAMED_TABLE:
+            _check_names(_names_in_argument(name, node["function"]["children"]))
+    elif kind == "FUNCTION" and node["function_name"].lower() in _SCALAR_FUNCTIONS_REFUSED:
+        raise QueryError(f"function {node['function_name'].lower()} is not allowed here.")
+    elif kind in ("BASE_TABLE", "SHOW_REF"):
+        _check_names([node.get(part, "") for part in ("catalog_name", "schema_name", "table_name")])
+
+
+def _names_in_argument(function: str, arguments: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the parts of the table name that a table function is given.
+
+    Raises:
+        QueryError: it is computed, or more than plain names with dots.
+    """
+    first = arguments[0] if arguments else {}
+    if first.get("type") == "COLUMN_REF":
+        return first["column_names"]
+    text = first.get("value", {}).get("value") if first.get("type") == "VALUE_CONSTANT" else None
+    if not isinstance(text, str) or not re.fullmatch(r"\w+(\.\w+)*", text):
+        raise QueryError(
+            f"table function {function} is not allowed here with a name that is not plain; write "
+            f"the name of a table of the store, such as {function}('hooks', ...)."
+        )
+    return text.split(".")
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        if name.lower().startswith(_PRIVATE):
+            raise QueryError(
+                f"{name} is the catalogue's own database, which may hold more than the lake; open "
+                "with trusted=True to read it."
+            )
+
+
+# --- how long it runs -------------------------------------------------------------------------------
+
+
+class _Watch:
+    """A thread that interrupts queries on Ctrl-C and at their deadline.
+
+    While DuckDB works, Python's own handler of Ctrl-C cannot run: the main thread is not in Python.
+    The operating system's signal is therefore also written to a pipe, which this thread reads.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)  # a signal handler must not wait
+        os.set_blocking(self._reader, False)
+        self._active: dict[int, tuple[duckdb.DuckDBPyConnection, float, bool]] = {}
+        self._next = 0
+        self._wakes_at = float("inf")
+        self._overdue: set[int] = set()
+        threading.Thread(target=self._run, name="activation_store queries", daemon=True).start()
+
+    @contextmanager
+    def over(self, con: duckdb.DuckDBPyConnection, seconds: float | None) -> Generator[None]:
+        """Watch what `con` does within the block.
+
+        Raises:
+            QueryError: it took longer than `seconds`.
+            KeyboardInterrupt: Ctrl-C was pressed.
+        """
+        deadline = float("inf") if seconds is None else time.monotonic() + seconds
+        by_signal = threading.current_thread() is threading.main_thread() and (
+            # a program with a handler of its own decides itself what Ctrl-C means
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+        with self._guard:
+            self._next += 1
+            number = self._next
+            self._active[number] = (con, deadline, by_signal)
+            is_early = deadline < self._wakes_at
+        if is_early:
+            os.write(self._writer, b"\0")
+        before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False) if by_signal else -1
+        try:
+            yield
+        except (duckdb.InterruptException, RuntimeError) as fault:
+            if isinstance(fault, RuntimeError) and "interrupted" not in str(fault).lower():
+                raise
+            if number in self._overdue:
+                raise QueryError(
+                    f"the query took longer than {seconds:g} s and was stopped; narrow it, or open "
+                    "the store with limits=QueryLimits(seconds=...)."
+                ) from fault
+            if by_signal:
+                raise KeyboardInterrupt from fault
+            raise QueryError("the query was interrupted.") from fault
+        finally:
+            if by_signal:
+                signal.set_wakeup_fd(before)
+            with self._guard:
+                del self._active[number]
+                self._overdue.discard(number)
+
+    def _run(self) -> None:
+        while True:
+            with self._guard:
+                deadlines = [deadline for _, deadline, _ in self._active.values()]
+                self._wakes_at = min(deadlines, default=float("inf"))
+                wait = max(0.0, self._wakes_at - time.monotonic())
+            # what is overdue is interrupted again and again: it may not have begun to run before
+            ready, _, _ = select.select([self._reader], [], [], None if wait > 1e9 else max(wait, 0.05))
+            signals = os.read(self._reader, 4096) if ready else b""
+            with self._guard:
+                now = time.monotonic()
+                for number, (con, deadline, by_signal) in self._active.items():
+                    if now >= deadline:
+                        self._overdue.add(number)
+                    if now >= deadline or (by_signal and signal.SIGINT in signals):
+                        con.interrupt()
+
+
+_watch: _Watch | None = None
+_watch_guard = threading.Lock()
+
+
+def watched(con: duckdb.DuckDBPyConnection, seconds: float | None):  # noqa: ANN201
+    """Return a context in which Ctrl-C and a limit of time stop what `con` does; see `_Watch.over`."""
+    global _watch  # noqa: PLW0603
+    with _watch_guard:
+        if _watch is None:
+            _watch = _Watch()
+            os.register_at_fork(after_in_child=_forget)  # threads do not survive a fork
+    return _watch.over(con, seconds)
+
+
+def _forget() -> None:
+    global _watch, _watch_guard  # noqa: PLW0603
+    _watch, _watch_guard = None, threading.Lock()
