@@ -144,7 +144,7 @@ def vectors_shard(store, store_id, number, small) -> shards.Shard:
     seq, pos = np.mgrid[0:N_SEQ, 0:N_CTX].reshape(2, -1)
     x = small.vectors.astype(np.float16).reshape(len(seq), -1)
     name = shards.shard_name("vectors", store_id, number)
-    target = Target(store.where.folder, name, "vectors", "resid")
+    target = Target(store.place.folder, name, "vectors", "resid")
     return encode_vectors(target, seq.astype(np.int32), pos.astype(np.int32), x)
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from small_store import small_store
 
 import activation_store as astore
-from activation_store.catalog import catalogue, migrations, tables
-from activation_store.catalog.catalogue import SCHEMA_VERSION
+from activation_store.catalog import tables
+from activation_store.catalog.tables import SCHEMA_VERSION
 
 PROMISED = {
     *("runs", "documents", "tokens", "vocabulary", "hooks", "acts", "unit_stats", "exemplars"),
@@ -58,64 +58,43 @@ def test_every_table_and_column_says_what_it_holds(small):
 
 
 def test_every_table_has_a_key_made_of_its_columns():
-    expected = migrations.expected_tables()
+    expected = tables.expected_tables()
     assert set(tables.KEYS) == set(expected)
     for table, key in tables.KEYS.items():
         assert set(key) <= set(expected[table])
 
 
-def columns_of(path) -> list[tuple]:
-    with duckdb.connect(path, read_only=True) as con:
-        return con.execute(
-            "SELECT c.table_name, c.column_name, c.data_type, c.comment FROM duckdb_columns() c"
-            " JOIN duckdb_tables() t USING (table_name) ORDER BY ALL"
-        ).fetchall()
-
-
-def made_older(small) -> None:
-    """Turn a store into one of version 0: without a table, two columns and their comments."""
-    with duckdb.connect(small.path / "store.duckdb") as con:
-        con.execute("DROP TABLE robustness")
-        con.execute("ALTER TABLE scores DROP COLUMN control")
-        con.execute("ALTER TABLE unit_stats DROP COLUMN q999")
-        con.execute("COMMENT ON COLUMN meta.key IS NULL")
-        con.execute("UPDATE meta SET value = '0' WHERE key = 'schema_version'")
-
-
-def test_a_store_of_an_older_schema_is_read_as_if_it_were_new_and_left_as_it_is(small):
-    made_older(small)
-    before = (small.path / "store.duckdb").read_bytes()
-    with astore.open(small.path) as store:
-        assert store.sql("SELECT count(*), count(q999) FROM unit_stats").fetchall()[0] == (12, 0)
-        assert store.sql("SELECT count(control) FROM scores").fetchall()[0] == (0,)
-        assert store.sql("FROM robustness").fetchall() == []
-    assert astore.verify(small.path).ok
-    assert (small.path / "store.duckdb").read_bytes() == before
-
-
-def test_a_store_of_an_older_schema_is_migrated_when_it_is_added_to(small, tmp_path):
-    made_older(small)
-    with astore.open(small.path, "a") as store:
-        store.append("scores", [{"metric": "m", "metric_version": 1, "control": "c"}])
-    astore.open(tmp_path / "new", "w").close()
-    migrated = columns_of(small.path / "store.duckdb")
-    assert migrated == columns_of(tmp_path / "new" / "store.duckdb")
-    with astore.open(small.path) as store:
-        assert store.info().schema_version == SCHEMA_VERSION
-        assert store.sql("SELECT count(*) FROM activations").fetchall()[0][0] > 0
-        assert store.sql("SELECT control FROM scores").fetchall() == [("c",)]
-
-
 @pytest.mark.parametrize("mode", ["r", "a"])
-def test_a_store_of_a_newer_schema_is_refused_with_a_way_out(small, mode):
+@pytest.mark.parametrize(
+    ("version", "way_out"),
+    [(SCHEMA_VERSION + 1, "pip install -U lmmono"), (SCHEMA_VERSION - 1, "capture it again")],
+)
+def test_a_store_of_another_schema_is_refused_with_both_versions_and_a_way_out(
+    small, mode, version, way_out
+):
     with duckdb.connect(small.path / "store.duckdb") as con:
-        con.execute("UPDATE meta SET value = '999' WHERE key = 'schema_version'")
+        con.execute("UPDATE meta SET value = $1 WHERE key = 'schema_version'", [str(version)])
     before = (small.path / "store.duckdb").read_bytes()
-    with pytest.raises(astore.SchemaError, match="999.*upgrade"):
+    words = rf"schema version {version},.*reads {SCHEMA_VERSION};.*{way_out}"
+    with pytest.raises(astore.SchemaError, match=words):
         astore.open(small.path, mode)
-    with pytest.raises(astore.SchemaError):
+    with pytest.raises(astore.SchemaError, match=words):
         astore.verify(small.path, repair=True)
     assert (small.path / "store.duckdb").read_bytes() == before
+    astore.open(small.path, "w", overwrite=True).close()  # but it may be given up
+
+
+@pytest.mark.parametrize("version", ["", "two", "²", "9" * 5000])
+def test_a_version_that_is_no_number_is_no_store(small, version):
+    with duckdb.connect(small.path / "store.duckdb") as con:
+        con.execute("UPDATE meta SET value = $1 WHERE key = 'schema_version'", [version])
+    with pytest.raises(astore.NotAStoreError, match="schema_version"):
+        astore.open(small.path)
+
+
+def test_the_version_stands_in_one_place(small):
+    assert astore.open(small.path).info().schema_version == SCHEMA_VERSION
+    assert f"schema version {SCHEMA_VERSION}." in tables.schema_sql().splitlines()[0]
 
 
 SCORE = {"metric": "m", "metric_version": 1, "hook": "h", "unit": 3, "value": 0.5}
@@ -208,7 +187,7 @@ maybe = st.one_of(st.none(), st.floats(allow_nan=False))
 )
 def test_any_rows_come_back_as_they_went_in_however_often(rows, again):
     with duckdb.connect(":memory:") as con:
-        con.execute(catalogue.schema_sql())
+        con.execute(tables.schema_sql())
         given_rows = [
             {"metric": metric, "metric_version": 1, "unit": unit, "value": value}
             for metric, unit, value in rows

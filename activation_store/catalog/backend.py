@@ -248,6 +248,8 @@ class FolderBackend:
         is_unreadable = isinstance(fault, duckdb.IOException | duckdb.InvalidInputException)
         if is_unreadable and str(self._place.shards) in str(fault):
             return damaged_shard(fault, self.path)
+        if "Corrupt database file" in str(fault):
+            return NotAStoreError(f"{self.path}: damaged: {str(fault).splitlines()[0]}")
         return None
 
     def redact(self, text: str) -> str:
