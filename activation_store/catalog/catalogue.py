@@ -72,8 +72,7 @@ class Place:
         """Return what a connection that reads the store may open: catalogue and Parquet files."""
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         shards = [self.shards / name for name in names if name.endswith(".parquet")]
-        # DuckDB looks for a write-ahead log where it opens a file
-        return [self.file, self.file.with_name(f"{self.file.name}.wal"), *shards]
+        return [*door.database_files(self.file), *shards]
 
 
 def place(path: str | os.PathLike[str]) -> Place:
@@ -418,10 +417,9 @@ def _connected(
         with interruptible():
             # the views name the shards relative to the catalogue file
             con.execute("SET file_search_path = $1", [str(plain(where.file.parent))])
-            own = [draft, draft.with_name(f"{draft.name}.wal")]
             # half a million rows are inserted in a third of the time by one thread as by two
             con.execute("SET threads = 1")
-            door.shut(con, own, [where.shards, where.folder.name])
+            door.shut(con, door.database_files(draft), [where.shards, where.folder.name])
             if not schema:
                 ((name,),) = con.execute("SELECT current_database()").fetchall()
                 check_contents(con, where, name)

@@ -73,6 +73,11 @@ class QueryLimits:
             raise StoreError(f"limits: seconds: want a number > 0, got {self.seconds!r}.")
 
 
+def database_files(file: Path) -> list[Path]:
+    """Return what DuckDB opens for a database file: the file, its write-ahead log and its checkpoint."""
+    return [file, *(Path(f"{file}{end}") for end in (".wal", ".wal.checkpoint", ".wal.recovery"))]
+
+
 def shut(
     con: duckdb.DuckDBPyConnection,
     files: Iterable[str | Path],

@@ -153,8 +153,7 @@ def attach_lake(
         options += ["META_SECRET 'lake_password'"]
     try:
         if is_shut:
-            # next to the catalogue lie DuckDB's write-ahead log and its checkpoint
-            own = [file for path in own for file in (path, Path(f"{path}.wal"))]
+            own = [file for path in own for file in door.database_files(path)]
             door.shut(con, [*own, *files], [f"{place.data_path}/"], limits)
         con.execute(f"ATTACH {quoted(PREFIX + place.metadata)} AS {LAKE} ({', '.join(options)})")
     except duckdb.Error as fault:
