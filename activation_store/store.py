@@ -1,13 +1,14 @@
-"""An open store, in a folder or a lake: SQL over it, its units, and how rows and activations are added."""
+"""An open store, in a folder or a lake: SQL over it, its units, and adding rows to it."""
 
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import duckdb
 
@@ -16,7 +17,7 @@ from activation_store.catalog.backend import Backend, ConnectionOutdated, Folder
 from activation_store.catalog.catalogue import Place, Presence
 from activation_store.catalog.door import QueryLimits
 from activation_store.catalog.verification import Report
-from activation_store.errors import ContentError, QueryError, StoreError
+from activation_store.errors import ContentError, LockedError, QueryError, StoreError
 from activation_store.lake.lake_backend import LakeBackend
 from activation_store.lake.lake_place import PREFIX, lake_place
 from activation_store.shards.names import Shard, listed
@@ -157,8 +158,9 @@ FROM shards
 """
 
 _RESERVED = {
-    "main", "memory", "temp", "system", "pg_catalog", "information_schema", "lake_catalogue", "copied",
-}  # fmt: skip
+    *("main", "memory", "temp", "system", "pg_catalog", "information_schema"),
+    *("lake_catalogue", "copied"),
+}
 """Names of databases and schemas that a connection has."""
 
 _CONNECT_ATTEMPTS = 10  # each fails only if another process commits between two calls
@@ -171,8 +173,8 @@ class Store:
     """One open store; made by `activation_store.open`, closed by `close` or a `with` block.
 
     A store in a folder that was opened with "r" shows the state of the moment it was opened until
-    `refresh`; one opened with "a" or "w", and a lake, always show the last commit. Threads may share a
-    store.
+    `refresh`; one opened with "a" or "w", and a lake, always show the last commit. Threads may
+    share a store.
     """
 
     def __init__(self, backend: Backend, mode: Mode, trusted: bool, limits: QueryLimits) -> None:
@@ -244,16 +246,13 @@ class Store:
     def _connect(self) -> None:
         own = self.backend.read_folders() if self.mode == "r" else ()
         presence = Presence([*own, *(place.folder for place in self._attached.values())])
-        for attempt in range(_CONNECT_ATTEMPTS):
-            try:
+        for _ in range(_CONNECT_ATTEMPTS):
+            with suppress(ConnectionOutdated):
                 con = self.backend.connect(self.mode, self._attached, self._trusted, self.limits)
-            except ConnectionOutdated:
-                if attempt == _CONNECT_ATTEMPTS - 1:
-                    raise
-            else:
-                break
-        self._con, self._presence = con, presence  # pyright: ignore[reportPossiblyUnbound]
-        self._version = self.backend.version(con)  # pyright: ignore[reportPossiblyUnbound]
+                self._con, self._presence = con, presence
+                self._version = self.backend.version(con)
+                return
+        raise LockedError(f"{self.path}: others commit all the time; open it again later.")
 
     def _cursor(self) -> duckdb.DuckDBPyConnection:
         """Return a cursor that shows what this store is to show now."""
@@ -287,13 +286,12 @@ class Store:
             cursor = self._cursor()
             with door.watched(cursor, self.limits.seconds):
                 statement = query if self._trusted else door.read_only(cursor, query)
-                if params:
-                    relation = _bound(cursor, statement, params)
-                else:
-                    relation = cursor.sql(statement)
+                run = partial(_bound, cursor, params=params) if params else cursor.sql
+                relation = run(statement)
         except duckdb.Error as fault:
             raise fault_of(fault) from fault
-        if relation is None:  # a statement without rows; DuckDB's types do not say so
+        # a statement without rows gives None, which DuckDB's types do not say
+        if cast(duckdb.DuckDBPyRelation | None, relation) is None:
             relation = cursor.sql("SELECT 1 AS done WHERE false")
         return QueryResult(relation, cursor, self.limits, fault_of)
 
@@ -369,10 +367,11 @@ class Store:
 
         Args:
             hook: one hook, or a list of hooks.
-            copy_to: folder that the vectors of a lake in a bucket are copied to first; they stay there.
+            copy_to: folder that the vectors of a lake in a bucket are copied to first; they stay
+            there.
             settings: of `stream.VectorStream`: batch_tokens, seed, cursor, split, where, epochs,
-                prefetch, dtype, framework, shuffle, buffer_tokens. A cursor fits as long as no further
-                vectors of the hooks are stored.
+                prefetch, dtype, framework, shuffle, buffer_tokens. A cursor fits as long as no
+                further vectors of the hooks are stored.
 
         Raises:
             ContentError: a hook without vectors, or a setting or cursor that does not fit.
@@ -443,9 +442,7 @@ class Store:
                 f"{', '.join(tables.APPENDABLE)}."
             )
         incoming = tables.arrow_rows(table, rows)
-        return self.backend.commit(
-            lambda con: tables.replace(con, table, incoming), tables=[table]
-        )
+        return self.backend.commit(lambda con: tables.replace(con, table, incoming), tables=[table])
 
     def add_documents(self, rows: Any) -> int:
         """Add rows of table `documents`: doc_id, split, name, text_sha256, n_tokens."""

@@ -12,9 +12,8 @@ from small_store import HOOK, HOSTILE, small_store
 from small_store import D as SMALL_D
 
 import activation_store as astore
-from activation_store import Rows
+from activation_store import Rows, compact
 from activation_store.catalog import catalogue
-from activation_store import compact
 from activation_store.catalog.compaction import Sizes, compact_folder
 from activation_store.shards.names import listed_names
 

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import activation_store as astore
-from activation_store.catalog.tables import SCHEMA_VERSION
 from activation_store.catalog.compaction import Sizes
+from activation_store.catalog.tables import SCHEMA_VERSION
 from activation_store.lake import lake_place
 from activation_store.lake.lake_place import LAKE, extension_files
 from lmmono.cli.app import main
@@ -201,7 +201,8 @@ def stop_here(*_):
 if stage == "upload":
     upload = lake.backend.lake_files.upload
     done = []
-    lake.backend.lake_files.upload = lambda *a: stop_here() if done else (done.append(1), upload(*a))[1]
+    files = lake.backend.lake_files
+    files.upload = lambda *a: stop_here() if done else (done.append(1), upload(*a))[1]
 if stage == "transaction":
     lake_backend.write_views = stop_here
 for i in range(2 if stage == "none" else 0):
@@ -296,7 +297,7 @@ def test_a_store_that_has_grown_is_published_again(at, stores, tmp_path):
 
 
 def test_a_store_may_be_compacted_between_two_publications(at, stores, tmp_path):
-    
+
     with at.open("w") as lake:
         capture(tmp_path / "s", range(SEQS))
         capture(tmp_path / "s", range(N_STORES * SEQS), mode="a")

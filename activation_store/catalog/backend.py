@@ -1,11 +1,11 @@
 """What differs between the two places a store can be in: a folder of its own, or a shared lake.
 
-`Store` is the same for both. A backend connects DuckDB to the tables and shards, commits a change, and
-knows how to reach a shard's file.
+`Store` is the same for both. A backend connects DuckDB to the tables and shards, commits a change,
+and knows how to reach a shard's file.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -183,7 +183,11 @@ class FolderBackend:
         con = duckdb.connect(":memory:", config={} if trusted else door.SETTINGS)
         try:
             if not trusted:
-                door.shut(con, [file for place in places.values() for file in place.files()], limits=limits)
+                door.shut(
+                    con,
+                    [file for place in places.values() for file in place.files()],
+                    limits=limits,
+                )
             else:
                 con.execute("SET GLOBAL parquet_metadata_cache = true")
             attach_stores(con, places)
@@ -236,7 +240,7 @@ class FolderBackend:
 
     def publish(self, source: Place) -> Publication:
         raise StoreError(
-            f"{self.path}: a store in a folder takes in no other; open a lake and publish both to it."
+            f"{self.path}: a store in a folder takes in no other; publish both to a lake."
         )
 
     def compact(self, keep_seconds: float, sizes: Sizes | None) -> Compaction:
@@ -273,7 +277,9 @@ def attach_stores(con: Connection, places: Mapping[str, Place]) -> None:
         SchemaError: a store was written under another schema.
     """
     for name, place in places.items():
-        source = f"catalogue of {name}".rstrip()  # no name of an attached store: those have no space
+        source = (
+            f"catalogue of {name}".rstrip()
+        )  # no name of an attached store: those have no space
         at = f"{identifier(name)}." if name else ""
         if name:
             con.execute(f"ATTACH ':memory:' AS {identifier(name)}")

@@ -1,7 +1,7 @@
 """The catalogue file of a store: where it lies, who reads and writes it, how a change is committed.
 
-A commit changes a copy and puts it in place of the old file in one atomic step. A process that reads
-the store keeps the file it opened; a process that is killed leaves the last commit as it was.
+A commit changes a copy and puts it in place of the old file in one atomic step. A process that
+reads the store keeps the file it opened; a process that is killed leaves the last commit as it was.
 """
 
 import atexit
@@ -87,7 +87,8 @@ def place(path: str | os.PathLike[str]) -> Place:
     file = Path(path)
     file = (file if file.suffix == ".duckdb" else file / "store.duckdb").absolute()
     if "?" in str(file) or _PATTERN.search(file.stem):
-        # DuckDB cuts file names at `?`; the stem names the folder of shards in the catalogue's views
+        # DuckDB cuts file names at `?`; the stem names the folder of shards in the catalogue's
+        # views
         raise StoreError(
             f"{file}: DuckDB cannot keep a store under this name; use a path without '?', and a "
             "file name without , * [ ] { }."
@@ -111,7 +112,7 @@ def plain(folder: Path) -> Path:
     return link
 
 
-# --- locks ------------------------------------------------------------------------------------------
+# --- locks --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -147,8 +148,8 @@ def locked(file: Path, wait_seconds: float = 0.0) -> Generator[None]:
 class Presence:
     """A shared lock on folders that are being read, until it is collected or the process ends.
 
-    It also works where nothing can be written. A shard that a compaction has replaced may be removed
-    once no reader that knows of it is left.
+    It also works where nothing can be written. A shard that a compaction has replaced may be
+    removed once no reader that knows of it is left.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:
@@ -194,12 +195,12 @@ def size_fault(path: Path, n_bytes: int) -> str | None:
     return None if actual == n_bytes else f"{path.name} has {actual} bytes, want {n_bytes}"
 
 
-# --- reading ----------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def opened(where: Place) -> Generator[duckdb.DuckDBPyConnection]:
-    """Give a connection that is in the catalogue, for reading its tables; raises as `attach` does."""
+    """Give a connection that is in the catalogue and reads; raises as `attach` does."""
     with duckdb.connect(":memory:", config=door.SETTINGS) as con, interruptible():
         door.shut(con, where.files())
         attach(con, where, "store")
@@ -240,9 +241,8 @@ def _unreadable(where: Place, fault: duckdb.Error) -> StoreError:
         return LockedError(f"{where.file}: another program has it open for writing: {fault}")
     if "version number" in text:  # "Trying to read a database file with version number 999, ..."
         return SchemaError(
-            f"{where.file}: written by a newer DuckDB than {duckdb.__version__}, which is installed "
-            f"here, in a layout it cannot read: {text.splitlines()[0]} Read it with that version: "
-            "pip install -U duckdb."
+            f"{where.file}: written by a newer DuckDB, in a layout that the {duckdb.__version__} "
+            f"installed here cannot read: {text.splitlines()[0]} Upgrade: pip install -U duckdb."
         )
     return NotAStoreError(f"{where.file}: not a DuckDB file, or damaged: {text.splitlines()[0]}")
 
@@ -250,8 +250,8 @@ def _unreadable(where: Place, fault: duckdb.Error) -> StoreError:
 def check_contents(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> None:
     """Look whether the database `name` holds what a store holds, before any query reads from it.
 
-    A view or macro runs whatever its maker wrote, so a table that is one, or another one of them, is
-    refused. Reads DuckDB's own lists, which run nothing.
+    A view or macro runs whatever its maker wrote, so a table that is one, or another one of them,
+    is refused. Reads DuckDB's own lists, which run nothing.
 
     A file is looked at once: DuckDB takes 60 ms of processor time to list its functions.
 
@@ -267,7 +267,8 @@ def check_contents(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> N
         ("function", "function_name", "NOT internal"),
     ):
         rows = con.execute(
-            f"SELECT {column} FROM duckdb_{kind}s() WHERE database_name = $1 AND {condition}", [name]
+            f"SELECT {column} FROM duckdb_{kind}s() WHERE database_name = $1 AND {condition}",
+            [name],
         ).fetchall()
         names[kind] = {row[0] for row in rows}
     if "meta" not in names["table"] | names["view"]:
@@ -279,9 +280,9 @@ def check_contents(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> N
     odd += sorted((names["view"] - VIEWS - expected_tables().keys()) | (names["function"] - MACROS))
     if odd:
         raise NotAStoreError(
-            f"{where.file}: holds a view or macro {odd[0]!r}, which a store has as a table or not at "
-            "all, and which may run anything; nothing of it was run. Drop it with the program that "
-            "made it, or ask for the store from somebody you trust."
+            f"{where.file}: holds a view or macro {odd[0]!r}, which a store has as a table or not "
+            "at all, and which may run anything; nothing of it was run. Drop it with the program "
+            "that made it, or ask for the store from somebody you trust."
         )
     _looked_at.add(signature)
 
@@ -318,7 +319,7 @@ def check_meta(name: str, meta: dict[str, str]) -> dict[str, str]:
     return meta
 
 
-# --- writing ----------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------
 
 
 def create(where: Place, overwrite: bool = False) -> str:
@@ -395,7 +396,9 @@ def _replacing(where: Place) -> Generator[Path]:
             yield draft
             sync(draft)
             os.replace(draft, where.file)
-            _looked_at.add(_signature(where.file))  # made from a file that was, by statements of ours
+            _looked_at.add(
+                _signature(where.file)
+            )  # made from a file that was, by statements of ours
             sync(where.file.parent)
         finally:
             with suppress(FileNotFoundError):
@@ -403,9 +406,7 @@ def _replacing(where: Place) -> Generator[Path]:
 
 
 @contextmanager
-def _connected(
-    draft: Path, where: Place, schema: str = ""
-) -> Generator[duckdb.DuckDBPyConnection]:
+def _connected(draft: Path, where: Place, schema: str = "") -> Generator[duckdb.DuckDBPyConnection]:
     """Open the draft in one transaction that ends with new views and a checkpoint."""
     try:
         con = duckdb.connect(

@@ -1,8 +1,8 @@
 """Fewer, larger shards: what many small commits leave behind, brought to the form of one large one.
 
 Small shards that follow each other are merged, of acts block by block, so that a unit's rows lie in
-fewer places. New files are written next to the old ones, one commit lists them in their stead, and the
-old ones are removed when nobody reads the store. A run that is killed changes nothing.
+fewer places. New files are written next to the old ones, one commit lists them in their stead, and
+the old ones are removed when nobody reads the store. A run that is killed changes nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -120,7 +120,14 @@ def plan(
 
     order = sorted(
         (shard for shard in shards if shard.kind in kinds),
-        key=lambda s: (rank_of(s), s.kind, s.hook or "", s.seq_min or 0, file_number(s.file), s.file),
+        key=lambda s: (
+            rank_of(s),
+            s.kind,
+            s.hook or "",
+            s.seq_min or 0,
+            file_number(s.file),
+            s.file,
+        ),
     )
     limits = {"acts": sizes.shard_acts // 2, "tokens": sizes.shard_tokens // 2}
     for (rank, kind, hook, is_small), run in groupby(
@@ -344,7 +351,9 @@ def _sweep(where: Place, ranks: Sequence[int]) -> tuple[tuple[str, ...], tuple[s
     with catalogue.opened(where) as con:
         names = listed_names(con)
     old = [
-        path for path in unlisted(where, names) if file_number(path.name) // NUMBERS_PER_RANK in ranks
+        path
+        for path in unlisted(where, names)
+        if file_number(path.name) // NUMBERS_PER_RANK in ranks
     ]
     files = tuple(path.name for path in old)
     with unread(where.folder) as is_unread:

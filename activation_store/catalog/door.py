@@ -1,9 +1,9 @@
-"""The one door to DuckDB: what a connection may touch, which SQL of a caller runs on it, for how long.
+"""The one door to DuckDB: what a connection may touch, which SQL runs on it, for how long.
 
-A store may come from a stranger, and so may a query. Every connection is shut before its first query:
-it reads the files it is given and nothing else, loads no extension and keeps its settings. A query of
-a caller is one statement that only reads, which its parse tree shows. It is stopped by Ctrl-C and by a
-limit of time.
+A store may come from a stranger, and so may a query. Every connection is shut before its first
+query: it reads the files it is given and nothing else, loads no extension and keeps its settings.
+A query of a caller is one statement that only reads, which its parse tree shows. It is stopped by
+Ctrl-C and by a limit of time.
 """
 
 import json
@@ -39,8 +39,8 @@ SETTINGS: Settings = {
 """Settings of every connection; the rest of the door is `shut`, for DuckDB takes it only later."""
 
 STORAGE_VERSION = "v1.5.0"
-"""Layout of the files that are written: of the oldest DuckDB that this package runs with (1.5.5), so
-that a store made by DuckDB 2 opens there too."""
+"""Layout of the files that are written: of the oldest DuckDB that this package runs with (1.5.5),
+so that a store made by DuckDB 2 opens there too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class QueryLimits:
 
 
 def database_files(file: Path) -> list[Path]:
-    """Return what DuckDB opens for a database file: the file, its write-ahead log and its checkpoint."""
+    """Return what DuckDB opens for a database file: also its write-ahead log and checkpoint."""
     return [file, *(Path(f"{file}{end}") for end in (".wal", ".wal.checkpoint", ".wal.recovery"))]
 
 
@@ -84,11 +84,9 @@ def shut(
     folders: Iterable[str | Path] = (),
     limits: QueryLimits | None = None,
 ) -> None:
-    """Leave a new connection able to use these files and folders, and nothing else of the machine."""
+    """Leave a new connection able to use these files and folders, and nothing else."""
     limits = limits or QueryLimits()
-    paths, below = (
-        ", ".join(quoted(str(path)) for path in places) for places in (files, folders)
-    )
+    paths, below = (", ".join(quoted(str(path)) for path in places) for places in (files, folders))
     # DuckDB makes this folder when a query outgrows the memory, and removes it at the end
     spill = Path(tempfile.gettempdir()) / f"activation_store-{secrets.token_hex(8)}"
     statements = [
@@ -106,7 +104,7 @@ def shut(
         con.execute(statement)
 
 
-# --- which SQL runs ---------------------------------------------------------------------------------
+# --- which SQL runs -----------------------------------------------------------------------------
 
 _TABLE_FUNCTIONS = {
     "coactivation",
@@ -242,7 +240,7 @@ def _check_names(names: Iterable[str]) -> None:
             )
 
 
-# --- how long it runs -------------------------------------------------------------------------------
+# --- how long it runs ---------------------------------------------------------------------------
 
 
 class _Watch:
@@ -311,15 +309,21 @@ class _Watch:
                 self._wakes_at = min(deadlines, default=float("inf"))
                 wait = max(0.0, self._wakes_at - time.monotonic())
             # what is overdue is interrupted again and again: it may not have begun to run before
-            ready, _, _ = select.select([self._reader], [], [], None if wait > 1e9 else max(wait, 0.05))
+            ready, _, _ = select.select(
+                [self._reader], [], [], None if wait > 1e9 else max(wait, 0.05)
+            )
             signals = os.read(self._reader, 4096) if ready else b""
-            with self._guard:
-                now = time.monotonic()
-                for number, (con, deadline, by_signal) in self._active.items():
-                    if now >= deadline:
-                        self._overdue.add(number)
-                    if now >= deadline or (by_signal and signal.SIGINT in signals):
-                        con.interrupt()
+            self._interrupt(by_signal=signal.SIGINT in signals)
+
+    def _interrupt(self, by_signal: bool) -> None:
+        # a method of its own, so that this thread keeps no connection in a variable while it waits
+        with self._guard:
+            now = time.monotonic()
+            for number, (con, deadline, is_main) in self._active.items():
+                if now >= deadline:
+                    self._overdue.add(number)
+                if now >= deadline or (by_signal and is_main):
+                    con.interrupt()
 
 
 _watch: _Watch | None = None
@@ -327,7 +331,7 @@ _watch_guard = threading.Lock()
 
 
 def watched(con: duckdb.DuckDBPyConnection, seconds: float | None):  # noqa: ANN201
-    """Return a context in which Ctrl-C and a limit of time stop what `con` does; see `_Watch.over`."""
+    """Return a context in which Ctrl-C and a limit of time stop `con`; see `_Watch.over`."""
     global _watch  # noqa: PLW0603
     with _watch_guard:
         if _watch is None:

@@ -27,7 +27,7 @@ def schema_sql(*, has_checks: bool = True) -> str:
 
 (_number,) = re.findall(r"schema version (\d+)\.", schema_sql())
 SCHEMA_VERSION = int(_number)
-"""Version of the tables, which the first line of `schema.sql` names; stores of another are refused."""
+"""Version of the tables, which the first line of `schema.sql` names."""
 
 
 class Column(NamedTuple):
@@ -49,7 +49,8 @@ def actual_tables(con: duckdb.DuckDBPyConnection, database: str) -> dict[str, di
     """Return every column of the base tables of a database; runs no view of it."""
     rows = con.execute(
         "SELECT t.table_name, c.column_name, c.data_type, NOT c.is_nullable"
-        " FROM duckdb_tables() t JOIN duckdb_columns() c USING (database_oid, schema_oid, table_oid)"
+        " FROM duckdb_tables() t"
+        " JOIN duckdb_columns() c USING (database_oid, schema_oid, table_oid)"
         " WHERE t.database_name = $1 ORDER BY t.table_name, c.column_index",
         [database],
     ).fetchall()
@@ -113,8 +114,9 @@ APPENDABLE = (
 """Tables that callers add rows to; the others belong to the writer."""
 
 COUNTED = ("documents", "exemplars", "hooks", "shards", "unit_stats", "vocabulary")
-"""Tables whose rows every commit of a folder counts in `meta`, so that `verify` sees what went missing.
-Only those that no program but ours writes: anyone may add rows of scores with plain DuckDB."""
+"""Tables whose rows every commit of a folder counts in `meta`, so that `verify` sees what went
+missing. Only those that no program but ours writes: anyone may add rows of scores with plain
+DuckDB."""
 
 _ARROW = {
     "VARCHAR": pa.string(),

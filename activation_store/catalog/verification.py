@@ -25,7 +25,7 @@ _COLUMNS = {
     "vectors": ["hook", "seq_id", "pos", "vector"],
 }
 _TOKENS_LOST = "tokens_lost"
-"""Key in table `meta` of a store whose repair dropped tokens, so that exemplars may point nowhere."""
+"""Key in table `meta` where a repair has dropped tokens: exemplars may point nowhere."""
 
 Broken = dict[Shard | LostState, str]
 
@@ -65,9 +65,10 @@ def verify(backend: Backend, *, repair: bool = False) -> Report:
 
     Args:
         backend: the store, which need not be open.
-        repair: take shards that are missing or damaged out of the catalogue, in one commit. Files of
-            a folder stay where they are; a lake renames what is left of them to `<file>.damaged`, and
-            a shard that is as its store wrote it comes back when that store is published again.
+        repair: take shards that are missing or damaged out of the catalogue, in one commit. Files
+        of
+            a folder stay where they are; a lake renames what is left of them to `<file>.damaged`,
+            and a shard that is as its store wrote it comes back when that store is published again.
             Statistics and exemplars stay: they were taken from all tokens, those of lost shards
             included.
 

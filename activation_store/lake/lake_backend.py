@@ -52,8 +52,9 @@ else:  # for annotations only: these take numba to import
     Compaction = Merge = Sizes = Publication = Target = object
 
 ATTEMPTS = 8
-"""How often a commit is tried where another program wrote at the same moment. Ours take turns, so only
-programs that write to the DuckLake without us can; each waits twice as long as the one before."""
+"""How often a commit is tried where another program wrote at the same moment. Ours take turns, so
+only programs that write to the DuckLake without us can; each waits twice as long as the one
+before."""
 
 COPIED_ROWS = 1_000_000
 """Rows up to which a table is copied into memory: about 50 MB of exemplars."""
@@ -290,8 +291,8 @@ class LakeBackend:
         if copy_to is None:
             n_bytes = sum(shard.n_bytes for shard in shards)
             raise StoreError(
-                f"{self.address.name}: its vectors lie in {self.address.data_path}, and batches are "
-                f"read from files: name a folder with room for {n_bytes / 1e6:,.1f} MB, as "
+                f"{self.address.name}: its vectors lie in {self.address.data_path}, and batches "
+                f"are read from files: name a folder with room for {n_bytes / 1e6:,.1f} MB, as "
                 'vectors(..., copy_to="/scratch/acts"); what is there already is not copied again.'
             )
         for shard in shards:
@@ -303,7 +304,9 @@ class LakeBackend:
 
         store = read_source(source)
         with self.checking() as con:
-            published = {file for (file,) in con.execute("SELECT file FROM publications").fetchall()}
+            published = {
+                file for (file,) in con.execute("SELECT file FROM publications").fetchall()
+            }
         n_bytes = sum(
             self.lake_files.upload(store.where.folder / shard.file, shard)
             for shard in store.shards
@@ -324,9 +327,7 @@ class LakeBackend:
             old: list[Shard] = []
             new: list[Shard] = []
             shards, number = listed(con), next_number(con)
-            ((store_id,),) = con.execute(
-                "SELECT value FROM meta WHERE key = 'store_id'"
-            ).fetchall()
+            ((store_id,),) = con.execute("SELECT value FROM meta WHERE key = 'store_id'").fetchall()
             ((n_hooks,),) = con.execute("SELECT count(*) FROM hooks WHERE kind = 'rows'").fetchall()
             with tempfile.TemporaryDirectory() as folder:
 

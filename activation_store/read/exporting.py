@@ -95,7 +95,9 @@ def export_parquet(store: Store, out: str | os.PathLike[str]) -> Path:
             at = folder / kind if hook is None else folder / kind / f"hook={quote(hook, safe='')}"
             at.mkdir(parents=True, exist_ok=True)
             number = numbers[at] = numbers.get(at, -1) + 1
-            _copy_rows(store.backend.files.fs, store.backend.files.path(file), at / f"{number:05d}.parquet")
+            _copy_rows(
+                store.backend.files.fs, store.backend.files.path(file), at / f"{number:05d}.parquet"
+            )
     return Path(out)
 
 
@@ -376,9 +378,7 @@ FORMATS: dict[str, Exporter] = {
 """Layouts by the name that the command line has for them."""
 
 
-def export(
-    store: Store, to: str, out: str | os.PathLike[str], hooks: Sequence[str] = ()
-) -> Path:
+def export(store: Store, to: str, out: str | os.PathLike[str], hooks: Sequence[str] = ()) -> Path:
     """Write a store in the layout `to`, one of `FORMATS`, and return the folder.
 
     Raises:

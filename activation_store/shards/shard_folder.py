@@ -36,7 +36,9 @@ class ShardFolder:
         info = self.fs.get_file_info(self.path(shard.file))
         if info.type == pafs.FileType.NotFound:
             return "is missing"
-        return None if info.size == shard.n_bytes else f"has {info.size} bytes, want {shard.n_bytes}"
+        return (
+            None if info.size == shard.n_bytes else f"has {info.size} bytes, want {shard.n_bytes}"
+        )
 
     def bytes_fault(self, shard: Shard) -> str | None:
         """Read a shard whole and return what is wrong with its bytes, or None."""
