@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_serializer, model_validator
 
 from lmmono.errors import nearest
-from lmmono.recipe.sections import Count, Fraction, Section, clash
+from lmmono.recipe.sections import Count, Fraction, Section, SkippedTokens, clash
 
 
 class DictionarySettings(Section):
@@ -244,6 +244,8 @@ class Dictionaries(Section):
     """Tokens of `score` to judge on, whole rows; null takes all."""
     recovery_tokens: Count | None = 10_000
     """Tokens of `score` on which features of a planted corpus are looked for; null skips that."""
+    skip: SkippedTokens = SkippedTokens()
+    """Tokens that dictionaries neither learn from nor are judged on; none by default."""
     checkpoint_every_steps: Count | None = 1000
     """Steps between checkpoints of a fit; null keeps only an interrupted fit's last one."""
     latents: str | None = None

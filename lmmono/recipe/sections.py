@@ -267,6 +267,17 @@ class Train(Section):
         return self
 
 
+class SkippedTokens(Section):
+    """Tokens that do not count, by rule or id; they stay in the text that is shown."""
+
+    special: bool = False
+    """The tokenizer's special tokens, such as BOS, EOS and padding, on which many units fire."""
+    first: Annotated[int, Field(ge=0)] = 0
+    """Positions at the start of every row; the first ones have outlier activations."""
+    token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False)
+    """Further ids."""
+
+
 class Capture(Section):
     """Which activations of which documents go into the store."""
 
@@ -298,6 +309,8 @@ class Capture(Section):
     """Type that rows are rounded to; statistics use the value before rounding."""
     vectors_dtype: Literal["float32", "float16"] = "float16"
     """Type that vectors are rounded to; float16 holds nothing beyond 65,504."""
+    skip: SkippedTokens = SkippedTokens()
+    """Tokens left out of rows, vectors, statistics and exemplars; none by default."""
     batch_tokens: Count = 8192
     """Tokens per forward pass."""
 
