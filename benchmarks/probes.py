@@ -25,9 +25,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from lmmono.probes.basis import basis
-from lmmono.probes.logistic import AT_ONCE, L2_PATH, Path, fit_path
-from lmmono.probes.tuning import choose
+from lmmono.probes.logistic import AT_ONCE, L2_PATH, PenaltyPath, basis, fit_path
+from lmmono.probes.problems import choose
 
 T = TypeVar("T")
 
@@ -71,10 +70,10 @@ def tuned_accuracy(said: Tensor, noisy_val: Tensor, said_test: Tensor, clean: Te
     return right[torch.arange(len(at)), at]
 
 
-def chosen(path: Path, val: Tensor, labels: Tensor) -> None:
+def chosen(path: PenaltyPath, val: Tensor, labels: Tensor) -> None:
     """Choose the penalty of every problem, as `tuned_logistic` does."""
     for turned, given in zip(path.turned.split(AT_ONCE), labels.split(AT_ONCE), strict=True):
-        said = Path(path.basis, path.l2, turned, path.n_iterations).log_probabilities(val)
+        said = PenaltyPath(path.basis, path.l2, turned, path.n_iterations).log_probabilities(val)
         choose(said, given, torch.ones_like(given, dtype=torch.bool))
 
 
@@ -102,7 +101,9 @@ def peer_path(rows: Sequence[Tensor], y: Tensor) -> Peer:
     return Peer(seconds, n_iterations, tuple(torch.stack(each)[None] for each in said))
 
 
-def compare(peer: Peer, path: Path, rows: Sequence[Tensor], noisy_val: Tensor, clean: Tensor):
+def compare(
+    peer: Peer, path: PenaltyPath, rows: Sequence[Tensor], noisy_val: Tensor, clean: Tensor
+):
     """Return accuracies of lmmono and the peer: at every penalty, and at the chosen one."""
     said = [(path.log_probabilities(rows[1]), path.log_probabilities(rows[2])), peer.said]
     right = [(test.argmax(dim=-1) == clean).double().mean(dim=-1)[0] for _, test in said]
@@ -112,7 +113,7 @@ def compare(peer: Peer, path: Path, rows: Sequence[Tensor], noisy_val: Tensor, c
 
 def peers(
     rows: Sequence[Tensor],
-    path: Path,
+    path: PenaltyPath,
     noisy: tuple[Tensor, Tensor],
     clean: Tensor,
     n_peers: int,
@@ -123,7 +124,9 @@ def peers(
     seconds, gaps, differences = 0.0, [], []
     for i in range(n_peers):
         peer = peer_path(scaled, noisy[0][i])
-        mine = Path(path.basis, path.l2, path.turned[i : i + 1], path.n_iterations[i : i + 1])
+        mine = PenaltyPath(
+            path.basis, path.l2, path.turned[i : i + 1], path.n_iterations[i : i + 1]
+        )
         right, tuned = compare(peer, mine, rows, noisy[1][i : i + 1], clean)
         seconds += peer.seconds
         gaps.append(right[0] - right[1])

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lmmono.suites.robustness_rows import Result
+from lmmono.suites.results import Result
 
 
 def result(feature="raw", value=0.5, **changes) -> Result:

@@ -1,6 +1,7 @@
 """Labels cleaned before learning: found by cleanlab, outvoted by neighbours."""
 
 import builtins
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,9 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from lmmono.errors import RobustnessError
-from lmmono.probes import cleaning
 from lmmono.probes.cleaning import outvoted, pruned, relabelled
+from lmmono.probes.logistic import tuned_logistic
 from lmmono.probes.problems import Problems
-from lmmono.probes.tuning import tuned_logistic
 
 
 def drawn(rate=0.2, n=150, m=100):
@@ -68,8 +68,22 @@ def test_votes_by_hand_and_as_scikit_learns_classifier():
         rest = np.delete(np.arange(len(x)), i)
         peer = KNeighborsClassifier(n_neighbors=10).fit(scaled[rest], y[rest])
         votes = np.round(10 * peer.predict_proba(scaled[i : i + 1])[0]).astype(int)
-        near = cleaning._neighbours(scaled)[i]
+        near = np.argsort(((scaled - scaled[i]) ** 2).sum(1), kind="stable")[1:11]
         assert np.bincount(y[near], minlength=3).tolist() == votes.tolist()
+        voted = outvoted(problems.y[0], torch.from_numpy(np.tile(near, (len(x), 1))), 3)[i]
+        assert votes[voted] == votes.max() or int(voted) == y[i]
+
+
+def test_a_class_that_the_vote_takes_away_is_a_failure_that_says_so():
+    problems, _, _ = drawn()
+    y = torch.where(problems.y == 2, 1, problems.y)
+    y[0, 2] = 2  # one text of class 2 among hundred others
+    two = {"y": y.expand(2, -1).clone(), "y_val": problems.y_val.expand(2, -1), "seeds": (0, 1)}
+    lone = replace(problems, **two)
+    lone.y[1] = problems.y[0]
+    probes = relabelled(lone)
+    assert probes.failures == ("after cleaning: no training label is of class 2", None)
+    assert probes.weight[0].isnan().all() and probes.weight[1].isfinite().all()
 
 
 def test_few_rows_have_fewer_neighbours():

@@ -14,10 +14,10 @@ from lmmono.errors import DataError
 from lmmono.recipe.robustness_settings import Robustness
 from lmmono.stats import bootstrap, significance
 from lmmono.stats.significance import effect, holm, sign_flip_p
-from lmmono.studies.comparisons import compare_families, paired
+from lmmono.studies.comparisons import compare_families
 from lmmono.studies.doses import Dose, dose_responses, read_doses, spearman_interval
 from lmmono.studies.effective import effective_robustness, logit
-from lmmono.suites.robustness_rows import Asked, read_results, severity_areas, stored_rows
+from lmmono.suites.results import AskedRows, paired, read_results, severity_areas, stored_rows
 
 
 def skewed(n: int, seed: int = 0) -> np.ndarray:
@@ -207,7 +207,7 @@ def test_rows_of_earlier_settings_are_left_out_of_what_a_recipe_shows(tmp_path):
     ]
     with astore.open(tmp_path / "run", mode="w") as store:
         store.append("robustness", stored_rows([*left, *kept]))
-        found = read_results(store, asked=Asked(settings, ["topic"], ["raw"]))
+        found = read_results(store, asked=AskedRows(settings, ["topic"], ["raw"]))
     known = [replace(each, feature="raw") for each in kept]
     assert sorted(map(str, found)) == sorted(map(str, known))
 

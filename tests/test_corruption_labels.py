@@ -6,14 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 
-from lmmono.data.corruption.labels import (
+from lmmono.data.corruption.label_noise import (
     LABEL_NOISE,
     NoisyLabels,
     corrupt_labels,
+    opinions,
     rate_at_margin,
     signal_margin,
+    weak_opinions,
 )
-from lmmono.data.corruption.weak import opinions, weak_opinions
 from lmmono.data.tasks.planted_tasks import planted_task
 from lmmono.errors import DataError
 

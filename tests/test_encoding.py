@@ -1,17 +1,17 @@
 """Texts to features: by hand from the model's own activations; noise; the store of features."""
 
+import duckdb
 import numpy as np
 import pytest
 import small_models
 import torch
 from lookup_model import N_WORDS, tokenizer
 
-import activation_store as astore
 from lmmono.errors import RobustnessError
 from lmmono.models.hooks import run_with_cache
 from lmmono.suites.feature_families import FeatureFamily
-from lmmono.suites.stored_codes import FeatureStore
-from lmmono.suites.text_codes import SIGMAS, Encoder, Feature, InputNoise, make_features
+from lmmono.suites.stored_codes import CodeStore
+from lmmono.suites.text_codes import SIGMAS, InputNoise, ProbedCode, TextEncoder, probed_codes
 
 STREAM = "blocks.1.hook_resid_post"
 WORDS = [f"w{i}" for i in range(1, 40)]
@@ -24,10 +24,10 @@ def model():
     return small_models.small()
 
 
-def encoder(model, names=("raw",), poolings=("mean",), hook=STREAM) -> Encoder:
+def encoder(model, names=("raw",), poolings=("mean",), hook=STREAM) -> TextEncoder:
     families = {name: FeatureFamily(name) for name in names}
-    features = make_features(families, model, hook, poolings)
-    return Encoder(model, tokenizer(), features).fit(TEXTS)
+    features = probed_codes(families, model, hook, poolings)
+    return TextEncoder(model, tokenizer(), features).fit(TEXTS)
 
 
 def by_hand(model, text: str, hook: str = STREAM) -> torch.Tensor:
@@ -48,16 +48,16 @@ def test_features_are_the_models_activations_pooled(model):
             ("raw:last", rows[-1]),
             ("neurons", neurons.mean(0)),
         ):
-            assert np.allclose(whole.features[name][i], want, atol=1e-5), name
+            assert np.allclose(whole.codes[name][i], want, atol=1e-5), name
 
 
 def test_a_code_is_taken_per_token_and_then_pooled(model):
     found = encoder(model, ("random_topk",)).encode(TEXTS[:3])
-    made = encoder(model, ("random_topk",)).features["random_topk"].family
+    made = encoder(model, ("random_topk",)).codes["random_topk"].family
     acts = made.transform(by_hand(model, TEXTS[2]))
-    assert np.allclose(found.features["random_topk"][2], acts.mean(0), atol=1e-5)
+    assert np.allclose(found.codes["random_topk"][2], acts.mean(0), atol=1e-5)
     pooled_first = made.transform(by_hand(model, TEXTS[2]).mean(0, keepdim=True))[0]
-    assert not np.allclose(found.features["random_topk"][2], pooled_first, atol=1e-3)
+    assert not np.allclose(found.codes["random_topk"][2], pooled_first, atol=1e-3)
 
 
 def test_long_and_empty_texts_are_counted(model):
@@ -66,9 +66,9 @@ def test_long_and_empty_texts_are_counted(model):
     given = [" ".join(words), " ".join(words[:most]), "", "w1"]
     made = encoder(model).encode(given)
     assert (made.n_truncated, made.n_tokenless) == (1, 1)
-    assert np.allclose(made.features["raw"][0], made.features["raw"][1], atol=1e-5)
+    assert np.allclose(made.codes["raw"][0], made.codes["raw"][1], atol=1e-5)
     end = run_with_cache(model, torch.tensor([[0]]), STREAM)[1][STREAM][0, 0]
-    assert np.allclose(made.features["raw"][2], end, atol=1e-5)
+    assert np.allclose(made.codes["raw"][2], end, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["embedding_gaussian", "embedding_uniform", "hidden_gaussian"])
@@ -76,26 +76,26 @@ def test_noise_is_one_draw_per_text_and_seed(model, kind):
     coder = encoder(model)
     noise = InputNoise(kind, 3, seed=1)
     clean, noisy = coder.encode(TEXTS), coder.encode(TEXTS, noise=noise)
-    again = coder.encode(TEXTS, noise=noise).features["raw"]
-    assert np.array_equal(noisy.features["raw"], again)
-    few = coder.encode(TEXTS[:5], noise=noise).features["raw"]
-    assert np.allclose(noisy.features["raw"][:5], few, atol=1e-5), "the batch changes nothing"
-    other = coder.encode(TEXTS, noise=InputNoise(kind, 3, seed=2)).features["raw"]
+    again = coder.encode(TEXTS, noise=noise).codes["raw"]
+    assert np.array_equal(noisy.codes["raw"], again)
+    few = coder.encode(TEXTS[:5], noise=noise).codes["raw"]
+    assert np.allclose(noisy.codes["raw"][:5], few, atol=1e-5), "the batch changes nothing"
+    other = coder.encode(TEXTS, noise=InputNoise(kind, 3, seed=2)).codes["raw"]
     assert not np.allclose(again, other, atol=1e-2)
-    assert not np.allclose(clean.features["raw"], again, atol=1e-2)
-    none = coder.encode(TEXTS, noise=InputNoise(kind, 0, seed=1)).features["raw"]
-    assert np.array_equal(clean.features["raw"], none)
+    assert not np.allclose(clean.codes["raw"], again, atol=1e-2)
+    none = coder.encode(TEXTS, noise=InputNoise(kind, 0, seed=1)).codes["raw"]
+    assert np.array_equal(clean.codes["raw"], none)
 
 
 def test_hidden_noise_has_the_share_of_each_deviation_and_comes_before_the_code(model):
     coder = encoder(model, ("raw", "random_projection", "relu"), ("last",))
-    clean = coder.encode(TEXTS * 20).features
-    noisy = coder.encode(TEXTS * 20, noise=InputNoise("hidden_gaussian", 4, seed=0)).features
+    clean = coder.encode(TEXTS * 20).codes
+    noisy = coder.encode(TEXTS * 20, noise=InputNoise("hidden_gaussian", 4, seed=0)).codes
     added = noisy["raw"] - clean["raw"]
     rows = torch.cat([by_hand(model, text) for text in TEXTS])
     assert np.allclose(added.std(0), SIGMAS[4] * rows.std(0).numpy(), rtol=0.1)
     assert np.abs(added.mean(0) / added.std(0)).max() < 0.12
-    projection, relu = (coder.features[name].family for name in ("random_projection", "relu"))
+    projection, relu = (coder.codes[name].family for name in ("random_projection", "relu"))
     for name, family in (("random_projection", projection), ("relu", relu)):
         want = family.transform(torch.from_numpy(noisy["raw"]))
         assert np.allclose(noisy[name], want, atol=1e-4), "all families see the same noisy rows"
@@ -111,46 +111,45 @@ def test_uniform_noise_on_embeddings_has_no_mean_and_the_deviation_of_the_gaussi
 def test_a_store_of_features_computes_each_text_and_feature_once(model, tmp_path):
     path = tmp_path / "features.duckdb"
     first = encoder(model, ("raw",))
-    with FeatureStore(path) as store:
+    with CodeStore(path) as store:
         made = store.encode(first, TEXTS[:40] + TEXTS[:3], "train")
         more = store.encode(first, TEXTS[30:], "test")
-    want = first.encode(TEXTS).features["raw"]
-    assert np.allclose(made.features["raw"], want[[*range(40), 0, 1, 2]], atol=1e-6)
-    assert np.allclose(more.features["raw"], want[30:], atol=1e-6)
-    with FeatureStore(path) as store:  # another call, with another family
+    want = first.encode(TEXTS).codes["raw"]
+    assert np.allclose(made.codes["raw"], want[[*range(40), 0, 1, 2]], atol=1e-6)
+    assert np.allclose(more.codes["raw"], want[30:], atol=1e-6)
+    with CodeStore(path) as store:  # another call, with another family
         both = store.encode(encoder(model, ("raw", "relu")), TEXTS, "train")
-    assert np.array_equal(both.features["raw"][:40], made.features["raw"][:40])
-    with astore.open(path) as store:
-        n = dict(
-            store.sql(
-                "SELECT split_part(hook, '@', 2), count(*) FROM vectors GROUP BY 1"
-            ).fetchall()
-        )
-        known = store.sql("SELECT arch, d_sae, l0 FROM dictionaries ORDER BY arch").fetchall()
-        (split,) = store.sql("SELECT DISTINCT split FROM documents WHERE doc_id = 59").fetchall()
+    assert np.array_equal(both.codes["raw"][:40], made.codes["raw"][:40])
+    with duckdb.connect(str(path), read_only=True) as con:
+        n = con.execute(
+            "SELECT code_id, count(*) FROM code_vectors GROUP BY 1 ORDER BY 1"
+        ).fetchall()
+        codes = con.execute("SELECT family, d, model_digest FROM codes ORDER BY code_id").fetchall()
+        n_tokens = con.execute("SELECT split, n_tokens FROM texts WHERE text_id = 59").fetchall()
+        about = con.execute("SELECT comment FROM duckdb_tables() ORDER BY ALL").fetchall()
     n_texts = len(dict.fromkeys(TEXTS))
-    n_first = len(dict.fromkeys(TEXTS[:40]))
-    assert n == {"0": n_first, "1": n_texts - n_first, "2": n_texts}
-    assert [row[:2] for row in known] == [("raw", 16), ("relu", 16)] and split == ("test",)
+    assert n == [(0, n_texts), (1, n_texts)], "each text and code once"
+    assert codes == [("raw", 16, first.model_digest), ("relu", 16, first.model_digest)]
+    assert n_tokens == [("test", len(TEXTS[59].split()))] and all(text for (text,) in about)
 
 
 def test_what_cannot_be_encoded_is_told(model):
     with pytest.raises(RobustnessError, match="pass tokenizer="):
-        Encoder(model, None, [])
+        TextEncoder(model, None, [])
     family = FeatureFamily("raw")
-    twice = [Feature("a", family, STREAM, "mean")] * 2
+    twice = [ProbedCode("a", family, STREAM, "mean")] * 2
     with pytest.raises(RobustnessError, match="names of their own"):
-        Encoder(model, tokenizer(), twice)
+        TextEncoder(model, tokenizer(), twice)
     with pytest.raises(RobustnessError, match="did you mean hidden_gaussian"):
         InputNoise("hidden_gausian", 1, 0)
     with pytest.raises(RobustnessError, match="severity 6"):
         InputNoise("hidden_gaussian", 6, 0)
-    bad = Encoder(
+    bad = TextEncoder(
         model,
         tokenizer(),
-        [Feature("bad", FeatureFamily.of_encoder("bad", lambda x: x / 0), STREAM, "mean")],
+        [ProbedCode("bad", FeatureFamily.of_encoder("bad", lambda x: x / 0), STREAM, "mean")],
     ).fit(TEXTS)
     with pytest.raises(RobustnessError, match="bad: features of 2 of 2 texts are not finite"):
         bad.encode(TEXTS[:2])
     with pytest.raises(RobustnessError, match="in no layer"):
-        make_features({"neurons": FeatureFamily("neurons")}, model, "hook_embed", ("mean",))
+        probed_codes({"neurons": FeatureFamily("neurons")}, model, "hook_embed", ("mean",))

@@ -9,7 +9,7 @@ import torch
 from small_models import tiny
 
 from lmmono.errors import RobustnessError
-from lmmono.probes.finetuning import LOSSES, FineTuning, Texts, finetune
+from lmmono.probes.finetuning import LOSSES, FineTuning, LabelledTexts, finetune
 
 TOKENIZER = lookup_model.tokenizer()
 HOW = {
@@ -18,14 +18,14 @@ HOW = {
 }
 
 
-def drawn(seed: int, n: int = 64, wrong: float = 0.0) -> Texts:
+def drawn(seed: int, n: int = 64, wrong: float = 0.0) -> LabelledTexts:
     """Texts of words 1 to 19 or of words 20 to 38, which are the classes; some labels are wrong."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 2
     words = rng.integers(1, 20, (n, 5)) + 19 * labels[:, None]
     flipped = rng.permutation(n)[: round(wrong * n)]
     labels[flipped] = 1 - labels[flipped]
-    return Texts([" ".join(f"w{i}" for i in row) for row in words], labels)
+    return LabelledTexts([" ".join(f"w{i}" for i in row) for row in words], labels)
 
 
 TRAIN, VAL, TEST = drawn(0, wrong=0.1), drawn(1, 40, wrong=0.1), drawn(2, 100)
@@ -89,7 +89,7 @@ def test_texts_do_not_depend_on_those_beside_them(lora):
 
 def test_texts_over_the_context_are_cut_and_counted():
     long = " ".join(["w3"] * 100)
-    texts = Texts([*TRAIN.texts, long], np.append(TRAIN.labels, 1))
+    texts = LabelledTexts([*TRAIN.texts, long], np.append(TRAIN.labels, 1))
     found = tuned(how=FineTuning(epochs=1), train=texts)
     assert found.n_truncated == 1
     assert np.isfinite(found.predict([long, ""])).all()
@@ -101,15 +101,15 @@ def test_every_loss_can_be_tuned_with(loss):
 
 
 def test_what_cannot_be_learned_is_an_error():
-    one = Texts(TRAIN.texts, np.zeros(len(TRAIN.texts), np.int64))
+    one = LabelledTexts(TRAIN.texts, np.zeros(len(TRAIN.texts), np.int64))
     with pytest.raises(RobustnessError, match="train: no label is of class 1"):
         tuned(train=one)
     with pytest.raises(RobustnessError, match="train: labels 0 to 3, want 0 to 1"):
-        tuned(train=Texts(["w1", "w2"], np.array([0, 3])))
+        tuned(train=LabelledTexts(["w1", "w2"], np.array([0, 3])))
     with pytest.raises(RobustnessError, match="train: 2 texts, 1 labels"):
-        tuned(train=Texts(["w1", "w2"], np.array([0])))
+        tuned(train=LabelledTexts(["w1", "w2"], np.array([0])))
     with pytest.raises(RobustnessError, match="train: no text"):
-        tuned(train=Texts([], np.zeros(0, np.int64)))
+        tuned(train=LabelledTexts([], np.zeros(0, np.int64)))
     with pytest.raises(RobustnessError, match="pass tokenizer="):
         finetune(tiny("gpt2"), TRAIN, VAL, n_classes=2, seed=0)
 

@@ -9,7 +9,7 @@ from planted_results import noisy_labels, other_domain, result
 from lmmono.stats.significance import effect
 from lmmono.studies.doses import Dose
 from lmmono.studies.hypotheses import Evidence, from_all, verdicts
-from lmmono.suites.robustness_rows import Result
+from lmmono.suites.results import Result
 
 DENSE = {"raw": 0.0, "pca-16": 0.0, "random_projection-64": 0.0}
 

@@ -23,7 +23,7 @@ from lmmono.studies.comparisons import compare_families
 from lmmono.studies.doses import Dose
 from lmmono.studies.effective import effective_robustness
 from lmmono.studies.hypotheses import Evidence, verdicts
-from lmmono.suites.robustness_rows import stored_rows
+from lmmono.suites.results import stored_rows
 
 ROWS = noisy_labels({"raw": 0.0, "sae": 0.02, "pca-16": 0.0}, seeds=6, levels=(0.0, 0.1, 0.4))
 

@@ -16,11 +16,10 @@ from lmmono.data.planted import Habits
 from lmmono.data.planted.lexicon import NAMES, Lexicon
 from lmmono.data.tasks.leakage import leakage, text_key, without_leakage
 from lmmono.data.tasks.planted_tasks import PLANTED_TASKS, planted_task
-from lmmono.data.tasks.reading import assemble, read_table, read_task
+from lmmono.data.tasks.reading import assemble, find_task, read_table, read_task
 from lmmono.data.tasks.task import NO_PARTNER, Labelled, Task
-from lmmono.data.tasks.task_registry import find_task
 from lmmono.errors import DataError
-from lmmono.registry.tasks import PLANTED, TASK_NAMES, TASKS, Table, find_record
+from lmmono.registry.tasks import PLANTED, TASK_NAMES, TASKS, TaskTable, find_record
 
 SMALL = {"n_train": 80, "n_val": 40, "n_test": 40}
 LEXICON = Lexicon()
@@ -269,7 +268,7 @@ def write(path, rows) -> None:
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        pq.write_table(pa.TaskTable.from_pylist(rows), path)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
@@ -327,7 +326,7 @@ def test_a_dataset_is_read_through_datasets_by_name(tmp_path) -> None:
     (tmp_path / "set").mkdir()
     write(tmp_path / "set" / "train.jsonl", rows[:12])
     write(tmp_path / "set" / "test.jsonl", rows[12:])
-    table = Table(
+    table = TaskTable(
         str(tmp_path / "set"),
         text=("sentence",),
         labels={"0": "bad", "1": "good"},
@@ -337,7 +336,7 @@ def test_a_dataset_is_read_through_datasets_by_name(tmp_path) -> None:
     found = list(read_table(table, None))
     assert [row.part for row in found] == ["train"] * 6 + ["test"] * 6
     assert {row.label for row in found} == {"bad", "good"}
-    missing = Table(str(tmp_path / "none"), splits={"train": "train"})
+    missing = TaskTable(str(tmp_path / "none"), splits={"train": "train"})
     with pytest.raises(DataError, match="check its name"):
         list(read_table(missing, None))
 
@@ -348,7 +347,7 @@ def test_thresholds_wanted_values_noise_and_pairs_are_read(tmp_path) -> None:
         for i in range(10)
     ]
     write(tmp_path / "x.parquet", rows)
-    table = Table(
+    table = TaskTable(
         "x.parquet",
         text=("a", "b"),
         label="toxic",
@@ -373,7 +372,7 @@ def test_thresholds_wanted_values_noise_and_pairs_are_read(tmp_path) -> None:
     with pytest.raises(DataError, match="no row with kind 'z'; it has x, y"):
         list(
             read_table(
-                Table("x.parquet", text=("a",), label="toxic", where={"kind": "z"}, split=None),
+                TaskTable("x.parquet", text=("a",), label="toxic", where={"kind": "z"}, split=None),
                 tmp_path,
             )
         )

@@ -9,11 +9,18 @@ from lmmono.cli.app import app
 from lmmono.errors import DataError
 from lmmono.reports.toy_tables import superposition_tables, two_feature_table
 from lmmono.studies.comparisons import compare_families
-from lmmono.suites.robustness_rows import read_results
+from lmmono.suites.results import read_results
 from lmmono.toy.codes import ToyData, axes, dimensionality, random_code, trained
-from lmmono.toy.separability import MONO, POLY, mean_ratio, noisy_ratio, two_feature_ratio
+from lmmono.toy.separability import (
+    MONO,
+    POLY,
+    TwoFeatureErrors,
+    mean_ratio,
+    noisy_ratio,
+    two_feature_errors,
+    two_feature_ratio,
+)
 from lmmono.toy.superposition import ToySettings, superposition
-from lmmono.toy.two_features import TwoFeatureErrors, two_feature_errors
 
 SMALL = ToySettings(
     n_train=(100, 400), label_noise=(0.0, 0.4), input_noise=(0.2,), seeds=2, steps=50, n_test=500

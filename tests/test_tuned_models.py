@@ -14,7 +14,7 @@ from lmmono.errors import RobustnessError
 from lmmono.recipe.robustness_settings import Robustness, Tuning
 from lmmono.registry.robustness import SUITES
 from lmmono.studies.comparisons import compare_families
-from lmmono.suites.robustness_rows import read_results
+from lmmono.suites.results import read_results
 from lmmono.suites.tuned import tuners
 
 HOW = {"ranks": [2], "epochs": 2, "full_lr": [0.01], "lora_lr": [0.03], "margins": [1.0, 0.6]}

@@ -1,15 +1,14 @@
 """A language model tuned to classify texts whose labels may be wrong: whole, or by peft's LoRA.
 
 A linear head reads the last stream, pooled over a text's tokens; texts are read after an
-end-of-text token, as in `lmmono.suites.text_codes`. The model that is given is left as it was.
+end-of-text token. The model that is given is left as it was.
 """
 
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -17,13 +16,12 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from numpy import ndarray
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from lmmono.data.tokenizing import plain_encoder
 from lmmono.errors import RobustnessError
 from lmmono.models.hooks import bare
 from lmmono.probes import losses
+from lmmono.probes.text_reader import TextReader
 from lmmono.registry.robustness import TuningLoss, TuningMode
 from lmmono.types import Progress, silent
 
@@ -34,8 +32,10 @@ LOSSES: dict[TuningLoss, Callable[[Tensor, Tensor], Tensor]] = {
     "sce": losses.symmetric_cross_entropy,
 }
 LEARNING_RATES: dict[TuningMode, float] = {"full": 5e-5, "lora": 5e-4}
+"""Highest learning rates where none is given: LoRA's few weights want larger steps."""
+
 MAX_NORM = 1.0
-"""Gradients are shortened to this length."""
+"""Gradients are shortened to this length, as language models are trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class FineTuning:
 
 
 @dataclass(frozen=True, slots=True)
-class Epoch:
+class TuningEpoch:
     """What is known after one pass over the training texts."""
 
     train_loss: float
@@ -74,7 +74,7 @@ class Epoch:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Texts:
+class LabelledTexts:
     """Texts with given labels, which may be wrong."""
 
     texts: Sequence[str]
@@ -91,9 +91,9 @@ class Classifier:
         n_truncated: Training texts longer than the context, cut there.
     """
 
-    def __init__(self, network: "_Network", reader: "_Reader") -> None:
+    def __init__(self, network: "_Network", reader: TextReader) -> None:
         self._network, self._reader = network, reader
-        self.history: tuple[Epoch, ...] = ()
+        self.history: tuple[TuningEpoch, ...] = ()
         self.chosen_epoch = 0
         self.n_trained = sum(p.numel() for p in network.trained())
         self.n_truncated = 0
@@ -103,20 +103,21 @@ class Classifier:
         """Return log-probabilities of the classes of texts."""
         self._network.eval()
         ids = self._reader.read(texts)[0]
-        found = [
-            self._network(*self._reader.block([ids[i] for i in rows])).log_softmax(dim=-1)
-            for rows in np.array_split(
-                np.arange(len(ids)), range(batch_texts, len(ids), batch_texts)
-            )
-        ]
-        return torch.cat(found).float().cpu().numpy() if found else np.empty((0, 0), np.float32)
+        batches = np.array_split(np.arange(len(ids)), range(batch_texts, len(ids), batch_texts))
+        log_p = [self.logits([ids[i] for i in rows]).log_softmax(dim=-1) for rows in batches]
+        return torch.cat(log_p).float().cpu().numpy() if log_p else np.empty((0, 0), np.float32)
 
-    def accuracy(self, data: Texts) -> float:
+    def logits(self, ids: Sequence[Int64[ndarray, "_"]]) -> Float[Tensor, "batch c"]:
+        """Return the logits of texts that were read, one batch."""
+        lengths = torch.tensor([len(row) for row in ids])
+        return self._network(self._reader.block(ids), lengths)
+
+    def accuracy(self, data: LabelledTexts) -> float:
         """Return the share of texts that are put in their class."""
         return float((self.predict(data.texts).argmax(axis=1) == data.labels).mean())
 
     @property
-    def best(self) -> Epoch:
+    def best(self) -> TuningEpoch:
         """What is known of the epoch whose weights these are."""
         return self.history[self.chosen_epoch]
 
@@ -130,8 +131,8 @@ class Classifier:
 
 def finetune(
     model: nn.Module,
-    train: Texts,
-    val: Texts,
+    train: LabelledTexts,
+    val: LabelledTexts,
     *,
     n_classes: int,
     seed: int,
@@ -159,7 +160,7 @@ def finetune(
     """
     how, network = settings or FineTuning(), bare(model)
     _check(train, val, n_classes)
-    reader = _Reader.of(network, tokenizer)
+    reader = TextReader(network, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = Classifier(_Network(network, n_classes, how), reader)
@@ -167,7 +168,7 @@ def finetune(
     return classifier
 
 
-def _check(train: Texts, val: Texts, n_classes: int) -> None:
+def _check(train: LabelledTexts, val: LabelledTexts, n_classes: int) -> None:
     for name, data in (("train", train), ("val", val)):
         if len(data.texts) != len(data.labels):
             raise RobustnessError(f"{name}: {len(data.texts)} texts, {len(data.labels)} labels")
@@ -192,7 +193,7 @@ class _Network(nn.Module):
         d_model = int(body.config.hidden_size)
         self.body = body if how.method == "full" else _with_lora(body, how)
         self.head = nn.Linear(d_model, n_classes, device=next(body.parameters()).device)
-        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)  # as GPT-2 begins
         nn.init.zeros_(self.head.bias)
         self._pooling = how.pooling
 
@@ -234,11 +235,16 @@ def _with_lora(body: Any, how: FineTuning) -> nn.Module:
 
 
 def _train(
-    classifier: Classifier, train: Texts, val: Texts, how: FineTuning, seed: int, progress: Progress
+    classifier: Classifier,
+    train: LabelledTexts,
+    val: LabelledTexts,
+    how: FineTuning,
+    seed: int,
+    progress: Progress,
 ) -> None:
     """Train epoch by epoch and leave the weights of the best one in place."""
     network, reader = classifier._network, classifier._reader  # pyright: ignore[reportPrivateUsage]
-    ids, classifier.n_truncated = reader.read(train.texts)
+    ids, classifier.n_truncated, _ = reader.read(train.texts)
     labels, order = torch.from_numpy(train.labels), np.random.default_rng(seed)
     per_epoch = -(-len(ids) // how.batch_texts)
     n_steps = how.epochs * per_epoch if how.steps is None else how.steps
@@ -250,8 +256,11 @@ def _train(
         network.train()
         total, n_seen = 0.0, 0
         left = n_steps - epoch * per_epoch
-        for rows in islice(_batches(len(ids), how.batch_texts, order), left):
-            logits = network(*reader.block([ids[i] for i in rows]))
+        shuffled = np.array_split(
+            order.permutation(len(ids)), range(how.batch_texts, len(ids), how.batch_texts)
+        )
+        for rows in shuffled[:left]:
+            logits = classifier.logits([ids[i] for i in rows])
             loss = LOSSES[how.loss](logits.T, labels[rows].to(logits.device)).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -261,7 +270,7 @@ def _train(
             total, n_seen = total + float(loss.detach()) * len(rows), n_seen + len(rows)
         if not math.isfinite(total):
             raise RobustnessError(f"tuning diverged in epoch {epoch + 1}: want an lr below {lr:g}")
-        done = Epoch(total / n_seen, classifier.accuracy(val))
+        done = TuningEpoch(total / n_seen, classifier.accuracy(val))
         classifier.history += (done,)
         progress("epochs", epoch + 1, -(-n_steps // per_epoch), loss=done.train_loss)
         value = (done.val_accuracy, -done.train_loss)
@@ -269,50 +278,11 @@ def _train(
             classifier.chosen_epoch = epoch
             best = value, [p.detach().clone() for p in network.trained()]
     assert best is not None
-    for weight, kept in zip(network.trained(), best[1], strict=True):
-        weight.data.copy_(kept)
+    for weight, best_weight in zip(network.trained(), best[1], strict=True):
+        weight.data.copy_(best_weight)
 
 
 def _slope(step: int, n_steps: int) -> float:
     """Return the share of the learning rate: up over a tenth of the steps, then down to 0."""
     warmup = max(1, n_steps // 10)
     return min((step + 1) / warmup, (n_steps - step) / max(1, n_steps - warmup))
-
-
-def _batches(n: int, size: int, order: np.random.Generator) -> Iterator[Int64[ndarray, "rows"]]:
-    yield from np.array_split(order.permutation(n), range(size, n, size))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Reader:
-    """Texts to token ids behind an end-of-text token."""
-
-    tokenize: Callable[[list[str]], Sequence[ndarray]]
-    first: int
-    n_ctx: int | None
-
-    @classmethod
-    def of(cls, network: nn.Module, tokenizer: Any) -> "_Reader":
-        tokenizer = tokenizer or getattr(network, "tokenizer", None)
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise RobustnessError(
-                "texts need the model's tokenizer: pass tokenizer=, a fast one of transformers"
-            )
-        end: Any = tokenizer.eos_token_id
-        config: Any = getattr(network, "config", None)
-        n_ctx = getattr(config, "max_position_embeddings", None)
-        return cls(plain_encoder(tokenizer), int(end or 0), n_ctx)
-
-    def read(self, texts: Sequence[str]) -> tuple[list[Int64[Tensor, "pos"]], int]:
-        """Return the token ids of texts, and how many texts were cut."""
-        most = None if self.n_ctx is None else self.n_ctx - 1
-        given = self.tokenize(list(texts))
-        ids = [torch.tensor([self.first, *each[:most].tolist()]) for each in given]
-        return ids, 0 if most is None else sum(len(each) > most for each in given)
-
-    def block(
-        self, ids: Sequence[Int64[Tensor, "_"]]
-    ) -> tuple[Int64[Tensor, "batch pos"], Int64[Tensor, "batch"]]:
-        """Return ids in one block, padded at the end, and their lengths."""
-        padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True, padding_value=self.first)
-        return padded, torch.tensor([len(each) for each in ids])

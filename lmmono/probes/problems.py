@@ -4,7 +4,7 @@ Refuses what no problem could be learned from (features that are not finite, sha
 match) with an error; what ails one problem among many is a reason in `Probes.failures`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -158,3 +158,44 @@ class Probes:
         right = (self.predict(x).argmax(dim=-1) == labels).double().mean(dim=1)
         right[[failure is not None for failure in self.failures]] = torch.nan
         return right
+
+
+def choose(
+    log_probabilities: Float[Tensor, "p l m c"],
+    labels: Int64[Tensor, "p m"],
+    rows: Bool[Tensor, "p m"],
+) -> Int64[Tensor, "p"]:
+    """Return the index of the best of l candidates of each problem.
+
+    Best is the most accurate on the problem's validation rows, among equals the one of least
+    log-loss, among those the first: candidates come from strong penalties to weak.
+    """
+    p, n_candidates, m, _ = log_probabilities.shape
+    at = labels[:, None, :, None].expand(p, n_candidates, m, 1)
+    n = rows.sum(dim=1, keepdim=True).clamp_min(1)
+    loss = -(log_probabilities.gather(-1, at)[..., 0].clamp_min(-1e4) * rows[:, None]).sum(-1) / n
+    right = (log_probabilities.argmax(dim=-1) == labels[:, None]) & rows[:, None]
+    n_right = right.sum(dim=-1)
+    loss[n_right < n_right.amax(dim=1, keepdim=True)] = torch.inf
+    return loss.argmin(dim=1)
+
+
+def empty_probes(problems: Problems, faults: tuple[str | None, ...]) -> Probes:
+    """Return probes that are NaN, to be filled where there is no fault."""
+    p, c, d = len(problems), problems.n_classes, problems.x.shape[1]
+    new = problems.x.new_full
+    return Probes(
+        new((p, c, d), torch.nan), new((p, c), torch.nan), torch.full((p,), torch.nan), faults
+    )
+
+
+def same_rows(
+    problems: Problems, faults: Sequence[str | None]
+) -> Iterator[tuple[Int64[Tensor, "rows"], Int64[Tensor, "members"]]]:
+    """Yield the training rows and the members of each set of problems that use the same rows."""
+    at = torch.tensor([i for i, fault in enumerate(faults) if fault is None], dtype=torch.long)
+    if not len(at):
+        return
+    masks, group = torch.unique(problems.rows[at], dim=0, return_inverse=True)
+    for i, mask in enumerate(masks):
+        yield mask.nonzero()[:, 0], at[group == i]

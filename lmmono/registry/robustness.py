@@ -65,31 +65,31 @@ _SUITES = (
     Suite(
         "noisy_labels",
         "flipped labels in training and validation",
-        "lmmono.suites.suite:noisy_label_draws",
+        "lmmono.suites.draws:noisy_label_draws",
     ),
     Suite(
         "noisy_inputs",
         "clean probes, noise on test texts or in the model",
-        "lmmono.suites.suite:clean_draws",
+        "lmmono.suites.draws:clean_draws",
         "noisy",
     ),
-    Suite("few_shot", "k labelled texts per class", "lmmono.suites.suite:few_shot_draws"),
+    Suite("few_shot", "k labelled texts per class", "lmmono.suites.draws:few_shot_draws"),
     Suite(
         "ood",
         "probes judged on other domains",
-        "lmmono.suites.suite:other_domain_draws",
+        "lmmono.suites.draws:other_domain_draws",
         elsewhere=True,
     ),
     Suite(
         "adversarial",
         "edits of test texts chosen against the probe",
-        "lmmono.suites.suite:clean_draws",
+        "lmmono.suites.draws:clean_draws",
         "attacked",
     ),
     Suite(
         "fine_tuning",
         "the model tuned on flipped labels, next to probes",
-        "lmmono.suites.suite:tuning_draws",
+        "lmmono.suites.draws:tuning_draws",
         "tuned",
     ),
 )
@@ -198,12 +198,12 @@ _LEARNERS = (
     Learner(
         "logistic",
         "cross entropy, L2 chosen on noisy validation labels",
-        "lmmono.probes.tuning:tuned_logistic",
+        "lmmono.probes.logistic:tuned_logistic",
     ),
     Learner(
         "oracle_logistic",
         "cross entropy, L2 chosen on clean validation labels, which no one has",
-        "lmmono.probes.tuning:oracle_logistic",
+        "lmmono.probes.logistic:oracle_logistic",
         chosen_on="clean",
     ),
     Learner(
@@ -264,7 +264,7 @@ class TextCorruption:
         return 0 if severity == 0 else min(n, int(self.shares[severity - 1] * n + luck))
 
 
-_EDITS, _TEXTS = "lmmono.data.corruption.edits", "lmmono.data.corruption.texts"
+_EDITS, _TEXTS = "lmmono.data.corruption.edits", "lmmono.data.corruption.text_noise"
 
 _TEXT_CORRUPTIONS = (
     TextCorruption(

@@ -29,7 +29,7 @@ SPLITS: dict[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class TaskTable:
     """Where labelled rows are and what their columns mean."""
 
     place: str
@@ -86,9 +86,9 @@ class TaskRecord:
     """Who made the set."""
     label_names: tuple[str, ...]
     """The classes, in the order of the labels."""
-    files: tuple[Table, ...] = ()
+    files: tuple[TaskTable, ...] = ()
     """Tables below a data folder; none where only the hub has the set."""
-    hub: tuple[Table, ...] = ()
+    hub: tuple[TaskTable, ...] = ()
     """Datasets of the Hugging Face hub; none where it does not have the set."""
     ood: Mapping[str, Shift] = field(default_factory=dict[str, Shift])
     """Out-of-domain sets by name."""
@@ -112,12 +112,12 @@ _GLUE = {"train": "train", "validation": "test"}  # the labels of GLUE's test se
 _DOMAINS = ("books", "dvd", "electronics", "kitchen")
 
 
-def _named(place: str, names: tuple[str, ...]) -> tuple[Table, ...]:
-    return (Table(place, label="label_name", labels={name: name for name in names}),)
+def _named(place: str, names: tuple[str, ...]) -> tuple[TaskTable, ...]:
+    return (TaskTable(place, label="label_name", labels={name: name for name in names}),)
 
 
-def _hub(place: str, names: tuple[str, ...]) -> tuple[Table, ...]:
-    return (Table(place, labels=numbered(names), splits=_TRAIN_TEST),)
+def _hub(place: str, names: tuple[str, ...]) -> tuple[TaskTable, ...]:
+    return (TaskTable(place, labels=numbered(names), splits=_TRAIN_TEST),)
 
 
 def _reviews() -> dict[str, Shift]:
@@ -125,7 +125,7 @@ def _reviews() -> dict[str, Shift]:
 
 
 def _amazon(domain: str) -> TaskRecord:
-    file = Table("cls_amazon4/data.parquet", label="label_name", where={"domain": domain})
+    file = TaskTable("cls_amazon4/data.parquet", label="label_name", where={"domain": domain})
     others = {f"amazon_{other}": Shift(f"amazon_{other}") for other in _DOMAINS if other != domain}
     return TaskRecord(
         f"amazon_{domain}",
@@ -148,7 +148,7 @@ _SENTIMENT = (
         "Socher et al. 2013",
         _POLAR,
         (
-            Table(
+            TaskTable(
                 "cls_sst/sst5_sentences.parquet",
                 label="label_name",
                 labels={
@@ -159,7 +159,7 @@ _SENTIMENT = (
                 },
             ),
         ),
-        (Table("stanfordnlp/sst2", text=("sentence",), labels=numbered(_POLAR), splits=_GLUE),),
+        (TaskTable("stanfordnlp/sst2", text=("sentence",), labels=numbered(_POLAR), splits=_GLUE),),
         ood={
             "imdb": Shift("imdb"),
             **_reviews(),
@@ -175,7 +175,7 @@ _SENTIMENT = (
         "Socher et al. 2013; Wang et al. 2018",
         _POLAR,
         _named("cls_sst/sst2_phrases_glue.parquet", _POLAR),
-        (Table("nyu-mll/glue", "sst2", ("sentence",), labels=numbered(_POLAR), splits=_GLUE),),
+        (TaskTable("nyu-mll/glue", "sst2", ("sentence",), labels=numbered(_POLAR), splits=_GLUE),),
         ood={"imdb": Shift("imdb"), **_reviews()},
     ),
     TaskRecord(
@@ -186,7 +186,7 @@ _SENTIMENT = (
         _POLAR,
         _named("cls_mr/data.parquet", _POLAR),
         (
-            Table(
+            TaskTable(
                 "cornell-movie-review-data/rotten_tomatoes",
                 labels=numbered(_POLAR),
                 splits=_ALL,
@@ -226,7 +226,7 @@ _SENTIMENT = (
         "Zhang et al. 2015 (arXiv 1509.01626)",
         _POLAR,
         hub=(
-            Table(
+            TaskTable(
                 "fancyzhx/yelp_polarity",
                 labels=numbered(_POLAR),
                 splits=_TRAIN_TEST,
@@ -242,14 +242,14 @@ _SENTIMENT = (
         "Kaushik et al. 2020 (arXiv 1909.12434)",
         _POLAR,
         (
-            Table(_COUNTERFACTUAL, label="label_name", where={"version": "original"}),
-            Table(
+            TaskTable(_COUNTERFACTUAL, label="label_name", where={"version": "original"}),
+            TaskTable(
                 _COUNTERFACTUAL,
                 label="label_name",
                 where={"version": "revised"},
                 splits={"test": "ood:revised"},
             ),
-            Table(
+            TaskTable(
                 _COUNTERFACTUAL, label="label_name", splits={"test": "ood:contrast"}, pair="pair"
             ),
         ),
@@ -260,7 +260,7 @@ _SENTIMENT = (
         "none stated",
         "Wiebe et al. 2005",
         _POLAR,
-        (Table("cls_mpqa/data.parquet", label="label_name", blanks=True),),
+        (TaskTable("cls_mpqa/data.parquet", label="label_name", blanks=True),),
     ),
 )
 
@@ -297,7 +297,7 @@ _MONEY = ("earn", "acq", "money-fx", "trade", "interest")
 
 def _wrench(name: str, about: str, names: tuple[str, ...]) -> TaskRecord:
     """Return a task of WRENCH; real noise is the majority vote of its labelling functions."""
-    file = Table(f"wrench_{name}/data.parquet", labels=numbered(names), noisy="majority_vote")
+    file = TaskTable(f"wrench_{name}/data.parquet", labels=numbered(names), noisy="majority_vote")
     return TaskRecord(
         f"wrench_{name}",
         f"{about}; noisy labels are votes of labelling functions",
@@ -329,13 +329,13 @@ _TOPICS = (
         "NoisyAG-News, released by hhf-hd",
         _NEWS,
         (
-            Table(
+            TaskTable(
                 "noisy_agnews/data.parquet",
                 label="label_name",
                 noisy="noisy_label_name",
                 splits={"train": "train"},
             ),
-            Table("cls_agnews/data.parquet", label="label_name", splits={"test": "test"}),
+            TaskTable("cls_agnews/data.parquet", label="label_name", splits={"test": "test"}),
         ),
         ood={"20news": Shift("20news", labels=_GROUP_NEWS)},
     ),
@@ -364,7 +364,7 @@ _TOPICS = (
         _QUESTIONS,
         _named("cls_trec/data.parquet", _QUESTIONS),
         (
-            Table(
+            TaskTable(
                 "CogComp/trec",
                 label="coarse_label",
                 labels=numbered(("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")),
@@ -390,14 +390,14 @@ _TOPICS = (
         "Warstadt et al. 2019 (arXiv 1805.12471)",
         ("unacceptable", "acceptable"),
         (
-            Table(
+            TaskTable(
                 "cls_cola/data.parquet",
                 label="label_name",
                 splits={"train": "train", "dev": "test"},
             ),
         ),
         (
-            Table(
+            TaskTable(
                 "nyu-mll/glue",
                 "cola",
                 ("sentence",),
@@ -419,8 +419,8 @@ def _tweets(name: str, about: str, names: tuple[str, ...], hub: tuple[str, ...])
         "each set its own; none stated for the collection",
         "Barbieri et al. 2020 (arXiv 2010.12421)",
         names,
-        (Table(f"tweeteval/{name}.parquet", labels=numbered(names)),),
-        (Table("cardiffnlp/tweet_eval", name, labels=numbered(hub), splits=_ALL),),
+        (TaskTable(f"tweeteval/{name}.parquet", labels=numbered(names)),),
+        (TaskTable("cardiffnlp/tweet_eval", name, labels=numbered(hub), splits=_ALL),),
     )
 
 
@@ -435,14 +435,14 @@ _COMMENTS = (
         "Barbieri et al. 2020 (arXiv 2010.12421)",
         ("negative", "neutral", "positive"),
         (  # the file has no training tweets: those for validation are trained on
-            Table(
+            TaskTable(
                 "tweeteval/sentiment.parquet",
                 label="label_name",
                 splits={"val": "train", "test": "test"},
             ),
         ),
         (
-            Table(
+            TaskTable(
                 "cardiffnlp/tweet_eval",
                 "sentiment",
                 labels=numbered(("negative", "neutral", "positive")),
@@ -462,9 +462,9 @@ _COMMENTS = (
         "none stated",
         "Socher et al. 2013",
         ("very negative", "negative", "neutral", "positive", "very positive"),
-        (Table("cls_sst/sst5_sentences.parquet", label="label_name"),),
+        (TaskTable("cls_sst/sst5_sentences.parquet", label="label_name"),),
         (
-            Table(
+            TaskTable(
                 "SetFit/sst5",
                 labels=numbered(
                     ("very negative", "negative", "neutral", "positive", "very positive")
@@ -480,7 +480,7 @@ _COMMENTS = (
         "Barbieri et al. 2020 (arXiv 2010.12421)",
         ("not-hate", "hate"),
         hub=(
-            Table(
+            TaskTable(
                 "cardiffnlp/tweet_eval",
                 "hate",
                 labels=numbered(("not-hate", "hate")),
@@ -498,7 +498,7 @@ _COMMENTS = (
         "Davidson et al. 2017 (arXiv 1703.04009)",
         ("hate", "offensive", "neither"),
         hub=(
-            Table(
+            TaskTable(
                 "tdavidson/hate_speech_offensive",
                 text=("tweet",),
                 label="class",
@@ -514,7 +514,7 @@ _COMMENTS = (
         "Borkan et al. 2019 (arXiv 1903.04561)",
         ("civil", "toxic"),
         hub=(
-            Table(
+            TaskTable(
                 "google/civil_comments",
                 label="toxicity",
                 labels={"low": "civil", "high": "toxic"},
@@ -543,8 +543,8 @@ _PREMISE = ("premise", "hypothesis")
 _REVISED = "imdb_counterfactual/nli_revised.parquet"
 
 
-def _revised(column: str) -> Table:
-    return Table(
+def _revised(column: str) -> TaskTable:
+    return TaskTable(
         _REVISED,
         text=_PREMISE,
         label="label_name",
@@ -561,7 +561,7 @@ _NLI = (
         "Kaushik et al. 2020 (arXiv 1909.12434)",
         _INFERENCE,
         (
-            Table(_REVISED, text=_PREMISE, label="label_name", where={"version": "original"}),
+            TaskTable(_REVISED, text=_PREMISE, label="label_name", where={"version": "original"}),
             _revised("premise"),
             _revised("hypothesis"),
         ),
@@ -573,7 +573,7 @@ _NLI = (
         "Williams et al. 2018 (arXiv 1704.05426)",
         _INFERENCE,
         hub=(
-            Table(
+            TaskTable(
                 "nyu-mll/glue",
                 "mnli",
                 _PREMISE,
@@ -595,7 +595,7 @@ _NLI = (
         "Nie et al. 2020 (arXiv 1910.14599)",
         _INFERENCE,
         hub=(
-            Table(
+            TaskTable(
                 "facebook/anli",
                 text=_PREMISE,
                 labels=numbered(_INFERENCE),

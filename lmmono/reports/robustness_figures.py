@@ -23,8 +23,8 @@ from lmmono.reports.robustness_tables import (
     title_of,
 )
 from lmmono.runs.folder import Run
-from lmmono.studies.comparisons import Comparison, compare_families, grouped
-from lmmono.suites.robustness_rows import REAL, Result
+from lmmono.studies.comparisons import Comparison, compare_families
+from lmmono.suites.results import REAL, Result, grouped
 from lmmono.suites.robustness_run import run_results
 from lmmono.types import Progress, silent
 

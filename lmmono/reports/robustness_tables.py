@@ -17,7 +17,7 @@ from lmmono.reports.table import ReportTable
 from lmmono.runs.folder import Run
 from lmmono.stats.intervals import student_interval
 from lmmono.stats.significance import FEW_SEEDS, Effect
-from lmmono.studies.comparisons import Comparison, compare_families, grouped
+from lmmono.studies.comparisons import Comparison, compare_families
 from lmmono.studies.doses import (
     ROW_MEASURES,
     SCORED,
@@ -30,13 +30,13 @@ from lmmono.studies.effective import EffectiveRobustness, effective_robustness
 from lmmono.studies.hypotheses import (
     DENSE,
     Evidence,
+    HypothesisVerdict,
     NotTestedError,
-    Verdict,
     first_word,
     gains_of,
     verdicts,
 )
-from lmmono.suites.robustness_rows import FULL, Result, read_results, severity_areas
+from lmmono.suites.results import FULL, Result, grouped, read_results, severity_areas
 from lmmono.suites.robustness_run import run_results
 
 
@@ -261,7 +261,7 @@ def _interval(ends: tuple[float, float], form: str) -> str:
     return "" if math.isnan(ends[0]) else f" [{ends[0]:{form}}, {ends[1]:{form}}]"
 
 
-def verdict_table(found: Iterable[Verdict]) -> ReportTable:
+def verdict_table(found: Iterable[HypothesisVerdict]) -> ReportTable:
     """Return the registered hypotheses with what came out."""
     rows = tuple((each.name, each.claim, each.outcome, each.reason) for each in found)
     return ReportTable(

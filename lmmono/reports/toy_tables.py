@@ -5,9 +5,14 @@ from collections.abc import Iterable
 from lmmono.reports.robustness_tables import comparison_table, level_tables
 from lmmono.reports.table import ReportTable
 from lmmono.studies.comparisons import compare_families
-from lmmono.toy.separability import MONO, POLY, two_feature_ratio
+from lmmono.toy.separability import (
+    MONO,
+    POLY,
+    TwoFeatureErrors,
+    two_feature_errors,
+    two_feature_ratio,
+)
 from lmmono.toy.superposition import Superposition
-from lmmono.toy.two_features import TwoFeatureErrors, two_feature_errors
 
 PROBABILITIES = (1.0, 0.5, 0.2, 0.05)
 """Shares of features there for which the two-feature code is worked out."""

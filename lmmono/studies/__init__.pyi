@@ -1,2 +1,2 @@
 from lmmono.studies.differences import Difference as Difference
-from lmmono.studies.outcomes import Outcomes as Outcomes
+from lmmono.suites.results import Outcomes as Outcomes

@@ -7,7 +7,7 @@ same test items, so the interval is over training sets, labels and noise.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy import ndarray
 from lmmono.errors import DataError, nearest
 from lmmono.registry.metrics import METRICS
 from lmmono.stats.significance import Effect, effect, holm, win_rate
-from lmmono.suites.robustness_rows import FULL, Result
+from lmmono.suites.results import FULL, Result, grouped, paired
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,42 +49,6 @@ class Comparison:
     """Pairs without a difference, since one of the two failed or is missing."""
 
 
-def paired(
-    ours: Iterable[Result], theirs: Iterable[Result]
-) -> tuple[dict[str, list[tuple[float, float]]], int]:
-    """Return the pairs of each task, one per seed, and how many pairs were lost.
-
-    Several draws or conditions of one seed are averaged: they share its training set.
-    """
-    mine, other = (_by_pair(part) for part in (ours, theirs))
-    seeds: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    lost = 0
-    for key in sorted(mine.keys() | other.keys(), key=repr):
-        pair = (mine.get(key, math.nan), other.get(key, math.nan))
-        if math.isnan(sum(pair)):
-            lost += 1
-        else:
-            seeds.setdefault(key[0][:2], []).append(pair)
-    found: dict[str, list[tuple[float, float]]] = {}
-    for (task, _), pairs in seeds.items():
-        a, b = np.mean(pairs, axis=0).tolist()
-        found.setdefault(task, []).append((a, b))
-    return found, lost
-
-
-def _by_pair(results: Iterable[Result]) -> dict[tuple[Any, ...], float]:
-    found: dict[tuple[Any, ...], float] = {}
-    for each in results:
-        key = (each.key, each.condition)
-        if key in found:
-            raise DataError(
-                f"{each.feature} has two rows of task {each.task}, seed {each.seed}, "
-                f"condition {each.condition}: give each family a name and a budget of its own"
-            )
-        found[key] = each.value
-    return found
-
-
 def compare_families(
     results: Sequence[Result], baseline: str, *, seed: int = 0
 ) -> list[Comparison]:
@@ -96,73 +60,54 @@ def compare_families(
     Raises:
         DataError: No row is of the baseline, or a family has two rows for one pair.
     """
-    families = sorted({each.feature for each in results})
+    families = sorted({result.feature for result in results})
     if baseline not in families:
         raise DataError(f"no rows of the baseline {baseline!r}; {nearest(baseline, families)}")
-    found: list[Comparison] = []
-    for mine in grouped(results, _condition):
-        tasks = sorted({each.task for each in mine})
+    comparisons: list[Comparison] = []
+    for group in grouped(results, lambda result: result.condition):
+        tasks = sorted({result.task for result in group})
         for task in [*tasks, *(["all"] if len(tasks) > 1 else [])]:
-            here = [each for each in mine if task in (each.task, "all")]
-            found += _under_condition(here, baseline, task, seed)
-    return found
-
-
-def _condition(result: Result) -> tuple[Any, ...]:
-    return result.condition
+            here = [result for result in group if task in (result.task, "all")]
+            comparisons += _under_condition(here, baseline, task, seed)
+    return comparisons
 
 
 def _under_condition(
     results: Sequence[Result], baseline: str, task: str, seed: int
 ) -> list[Comparison]:
     by_arm: dict[tuple[str, str], list[Result]] = {}
-    for each in results:
-        by_arm.setdefault((each.feature, each.budget), []).append(each)
-    made: list[Comparison] = []
-    for (feature, budget), mine in sorted(by_arm.items()):
+    for result in results:
+        by_arm.setdefault((result.feature, result.budget), []).append(result)
+    comparisons: list[Comparison] = []
+    for (feature, budget), ours in sorted(by_arm.items()):
         theirs = by_arm.get((baseline, budget)) or by_arm.get((baseline, FULL))
-        if feature != baseline and theirs:
-            made += _one(mine, theirs, (baseline, task), seed)
-    corrected = holm([each.effect.p for each in made])
-    return [replace(each, p_holm=p) for each, p in zip(made, corrected, strict=True)]
-
-
-def _one(
-    mine: Sequence[Result], theirs: Sequence[Result], names: tuple[str, str], seed: int
-) -> list[Comparison]:
-    """Return the comparison of two arms, or none where no pair has both values."""
-    pairs, lost = paired(mine, theirs)
-    if not pairs:
-        return []
-    values = [np.array(each) for each in pairs.values()]
-    differences = [each[:, 0] - each[:, 1] for each in values]
-    ours, their = np.mean([each.mean(axis=0) for each in values], axis=0).tolist()
-    first, (baseline, task) = mine[0], names
-    known = METRICS.get(first.metric)
-    sign = -1 if known and known.better == "lower" else 1
-    return [
-        Comparison(
-            first.feature,
-            baseline,
-            first.budget,
-            task,
-            first.condition,
-            ours,
-            their,
-            effect(differences, seed=seed),
-            win_rate(sign * np.concatenate(differences)),
-            math.nan,
-            lost,
+        if feature == baseline or not theirs:
+            continue
+        pairs, n_lost = paired(ours, theirs)
+        if not pairs:  # no pair has both values
+            continue
+        values = [np.array(of_task) for of_task in pairs.values()]
+        differences = [of_task[:, 0] - of_task[:, 1] for of_task in values]
+        mean, baseline_mean = np.mean([each.mean(axis=0) for each in values], axis=0).tolist()
+        metric = METRICS.get(ours[0].metric)
+        sign = -1 if metric and metric.better == "lower" else 1
+        comparisons.append(
+            Comparison(
+                feature,
+                baseline,
+                budget,
+                task,
+                ours[0].condition,
+                mean,
+                baseline_mean,
+                effect(differences, seed=seed),
+                win_rate(sign * np.concatenate(differences)),
+                math.nan,
+                n_lost,
+            )
         )
-    ]
-
-
-def grouped(results: Iterable[Result], key: Callable[[Result], Any]) -> list[list[Result]]:
-    """Return results in groups of equal key, in the order in which the keys first come."""
-    groups: dict[Any, list[Result]] = {}
-    for each in results:
-        groups.setdefault(key(each), []).append(each)
-    return list(groups.values())
+    corrected = holm([comparison.effect.p for comparison in comparisons])
+    return [replace(each, p_holm=p) for each, p in zip(comparisons, corrected, strict=True)]
 
 
 def by_seed(values: Mapping[tuple[str, int], float]) -> list[Float[ndarray, " _"]]:
@@ -170,4 +115,4 @@ def by_seed(values: Mapping[tuple[str, int], float]) -> list[Float[ndarray, " _"
     tasks: dict[str, list[float]] = {}
     for (task, _), value in sorted(values.items()):
         tasks.setdefault(task, []).append(value)
-    return [np.array(each) for each in tasks.values()]
+    return [np.array(of_task) for of_task in tasks.values()]

@@ -14,18 +14,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
-from scipy.stats import norm, permutation_test, rankdata, theilslopes
+from scipy.stats import permutation_test, rankdata, theilslopes
 
 import activation_store as astore
 from lmmono.stats.bootstrap import N_RESAMPLES
 from lmmono.stats.estimate import LEVEL
-from lmmono.suites.robustness_rows import FULL, Result
+from lmmono.stats.intervals import Z
+from lmmono.suites.results import FULL, Result
 
-MIN_DICTIONARIES = 4
-"""Fewer have no interval."""
+MIN_FOR_INTERVAL = 4
+"""Fewer dictionaries have no interval: its variance divides by n - 3."""
 
 CONSISTENCY = "semantic_consistency"
-"""The measure of H3, corrected for chance; see `lmmono.suites.consistency`."""
+"""The measure of H3, corrected for chance; see `lmmono.suites.bench`."""
 
 ROW_MEASURES = (CONSISTENCY, "l0")
 """What rows of table `robustness` say of codes, in `settings`."""
@@ -93,17 +94,17 @@ def doses_of(results: Sequence[Result], measure: str = CONSISTENCY) -> list[Dose
         results: Rows; those with a budget or a further pooling say nothing of dictionaries here.
         measure: One of `ROW_MEASURES`.
     """
-    found: dict[str, dict[str, float]] = {}
+    values: dict[str, dict[str, float]] = {}
     widths: dict[str, int] = {}
-    for each in results:
-        value, width = each.settings.get(measure), each.settings.get("d")
-        if is_whole(each) and value is not None and width is not None:
-            found.setdefault(each.feature, {})[each.task] = float(value)
-            widths[each.feature] = int(width)
-    tasks = {task for by_task in found.values() for task in by_task}
+    for result in results:
+        value, width = result.settings.get(measure), result.settings.get("d")
+        if is_whole(result) and value is not None and width is not None:
+            values.setdefault(result.feature, {})[result.task] = float(value)
+            widths[result.feature] = int(width)
+    tasks = {task for by_task in values.values() for task in by_task}
     return [
         Dose(feature, widths[feature], measure, float(np.mean(list(by_task.values()))))
-        for feature, by_task in sorted(found.items())
+        for feature, by_task in sorted(values.items())
         if by_task.keys() == tasks
     ]
 
@@ -144,14 +145,14 @@ def dose_responses(
         gains: Mean gain over the baseline by feature family.
         seed: Seed of the permutations.
     """
-    found: list[DoseResponse] = []
-    for measure, width in sorted({(each.measure, each.width) for each in doses}):
-        mine = [d for d in doses if (d.measure, d.width) == (measure, width) and d.feature in gains]
-        x = np.array([each.value for each in mine])
-        y = np.array([gains[each.feature] for each in mine])
-        if len(mine) >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
-            found.append(_response(x, y, measure, width, seed))
-    return found
+    responses: list[DoseResponse] = []
+    for measure, width in sorted({(dose.measure, dose.width) for dose in doses}):
+        here = [d for d in doses if (d.measure, d.width) == (measure, width) and d.feature in gains]
+        x = np.array([dose.value for dose in here])
+        y = np.array([gains[dose.feature] for dose in here])
+        if len(here) >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
+            responses.append(_response(x, y, measure, width, seed))
+    return responses
 
 
 def _response(
@@ -163,7 +164,7 @@ def _response(
     def of_dealt(dealt: Float[ndarray, "..."], axis: int = -1) -> Float[ndarray, "..."]:
         return np.asarray(np.moveaxis(dealt, axis, -1) @ ranks[1])
 
-    made = permutation_test(
+    permuted = permutation_test(
         (ranks[0],),
         of_dealt,
         permutation_type="pairings",
@@ -175,7 +176,7 @@ def _response(
     low, high = spearman_interval(rho, len(x))
     slope: Any = theilslopes(y, x, alpha=LEVEL)
     slopes = (float(slope.slope), float(slope.low_slope), float(slope.high_slope))
-    return DoseResponse(measure, width, len(x), rho, low, high, float(made.pvalue), *slopes)
+    return DoseResponse(measure, width, len(x), rho, low, high, float(permuted.pvalue), *slopes)
 
 
 def _standard(ranks: Float[ndarray, " n"]) -> Float[ndarray, " n"]:
@@ -185,9 +186,9 @@ def _standard(ranks: Float[ndarray, " n"]) -> Float[ndarray, " n"]:
 
 def spearman_interval(rho: float, n: int) -> tuple[float, float]:
     """Return Bonett and Wright's interval of Spearman's correlation over n pairs."""
-    if n < MIN_DICTIONARIES:
+    if n < MIN_FOR_INTERVAL:
         return math.nan, math.nan
     inside = float(np.clip(rho, -1 + 1e-9, 1 - 1e-9))
-    half = float(norm.ppf((1 + LEVEL) / 2)) * math.sqrt((1 + inside**2 / 2) / (n - 3))
+    half = Z * math.sqrt((1 + inside**2 / 2) / (n - 3))
     centre = math.atanh(inside)
     return math.tanh(centre - half), math.tanh(centre + half)

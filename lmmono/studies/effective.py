@@ -14,13 +14,13 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.stats import bootstrap
-from scipy.stats import t as student_t
 
 from lmmono.errors import DataError
 from lmmono.stats.bootstrap import N_RESAMPLES
 from lmmono.stats.estimate import LEVEL
+from lmmono.stats.intervals import jackknife_interval
 from lmmono.stats.significance import FEW_SEEDS, Effect, holm, sign_flip_p
-from lmmono.suites.robustness_rows import Result
+from lmmono.suites.results import Result
 
 AT_HOME = "test"
 """Split of the task's own domain; those of others begin with `ood:`."""
@@ -73,16 +73,22 @@ def effective_robustness(
         DataError: The baselines have too few accuracies, or too much alike, for a line.
     """
     points = _points(results)
-    found: list[EffectiveRobustness] = []
+    robustness: list[EffectiveRobustness] = []
     for task, split in sorted({(task, split) for task, split, _ in points}):
         here = {f: part for (t, s, f), part in points.items() if (t, s) == (task, split)}
         line = [point for f in baselines for point in here.get(f, [])]
-        _check_line(line, task, split)
+        spread = float(np.std([point.x for point in line])) if line else 0.0
+        if len(line) < MIN_POINTS or spread < MIN_SPREAD:
+            raise DataError(
+                f"task {task}, {split}: want at least {MIN_POINTS} results of baselines whose "
+                f"accuracy at home differs (SD over {MIN_SPREAD} logits) for a line, got "
+                f"{len(line)} with SD {spread:.3f}; run the baselines with several numbers of shots"
+            )
         families = [f for f in here if f not in baselines]
-        made = [_distance(here[f], line, (f, task, split), seed) for f in families]
-        corrected = holm([each.effect.p for each in made])
-        found += [replace(each, p_holm=p) for each, p in zip(made, corrected, strict=True)]
-    return found
+        distances = [_distance(here[f], line, (f, task, split), seed) for f in families]
+        corrected = holm([distance.effect.p for distance in distances])
+        robustness += [replace(d, p_holm=p) for d, p in zip(distances, corrected, strict=True)]
+    return robustness
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +104,8 @@ class _Point:
 
 def _points(results: Sequence[Result]) -> dict[tuple[str, str, str], list[_Point]]:
     """Return the points by task, other domain and family."""
-    home = {_probe(each): each for each in results if each.split == AT_HOME}
-    found: dict[tuple[str, str, str], list[_Point]] = {}
+    home = {_probe(result): result for result in results if result.split == AT_HOME}
+    points: dict[tuple[str, str, str], list[_Point]] = {}
     for away in results:
         here = home.get(_probe(away))
         if here is None or away.failure or here.failure:
@@ -107,8 +113,8 @@ def _points(results: Sequence[Result]) -> dict[tuple[str, str, str], list[_Point
         if (away.split or "").startswith("ood:"):
             x, y = logit(here.value, here.n), logit(away.value, away.n)
             point = _Point(away.seed, x, y, here.value, away.value)
-            found.setdefault((away.task, str(away.split), away.feature), []).append(point)
-    return found
+            points.setdefault((away.task, str(away.split), away.feature), []).append(point)
+    return points
 
 
 def _probe(result: Result) -> tuple[Any, ...]:
@@ -132,22 +138,12 @@ def logit(accuracy: float, n: int | None) -> float:
     return float(np.log((right + 0.5) / (n - right + 0.5)))
 
 
-def _check_line(line: Sequence[_Point], task: str, split: str) -> None:
-    spread = float(np.std([point.x for point in line])) if line else 0.0
-    if len(line) < MIN_POINTS or spread < MIN_SPREAD:
-        raise DataError(
-            f"task {task}, {split}: want at least {MIN_POINTS} results of baselines whose accuracy "
-            f"at home differs (SD over {MIN_SPREAD} logits) for a line, got {len(line)} with SD "
-            f"{spread:.3f}; run the baselines with several numbers of shots"
-        )
-
-
 def _distance(
-    mine: Sequence[_Point], line: Sequence[_Point], names: tuple[str, str, str], seed: int
+    ours: Sequence[_Point], line: Sequence[_Point], names: tuple[str, str, str], seed: int
 ) -> EffectiveRobustness:
     """Return one family's distance from the line."""
-    seeds = sorted({point.seed for point in mine} & {point.seed for point in line})
-    sums = np.array([_sums(mine, line, each) for each in seeds])
+    seeds = sorted({point.seed for point in ours} & {point.seed for point in line})
+    sums = np.array([_sums(ours, line, seed_of) for seed_of in seeds])
     slope, intercept, value = fitted(sums.sum(axis=0)).tolist()
     low, high, method = _interval(sums, seed)
     # on average over a seed's probes, above the line less the baselines of that seed above it
@@ -159,19 +155,19 @@ def _distance(
         *names,
         slope,
         intercept,
-        float(np.mean([point.at_home for point in mine])),
-        float(np.mean([point.elsewhere for point in mine])),
+        float(np.mean([point.at_home for point in ours])),
+        float(np.mean([point.elsewhere for point in ours])),
         Effect(value, low, high, p, least, len(seeds), 1, method),
         p,
     )
 
 
-def _sums(mine: Sequence[_Point], line: Sequence[_Point], seed: int) -> list[float]:
+def _sums(ours: Sequence[_Point], line: Sequence[_Point], seed: int) -> list[float]:
     """Return what a line and a distance are made of: n, x, y, xx, xy of the line; n, x, y."""
     x, y = (np.array([getattr(p, k) for p in line if p.seed == seed]) for k in ("x", "y"))
-    ours = [(point.x, point.y) for point in mine if point.seed == seed]
+    xy = [(point.x, point.y) for point in ours if point.seed == seed]
     line_sums = [len(x), x.sum(), y.sum(), (x * x).sum(), (x * y).sum()]
-    return [float(each) for each in (*line_sums, len(ours), *np.sum(ours, axis=0))]
+    return [float(value) for value in (*line_sums, len(xy), *np.sum(xy, axis=0))]
 
 
 def fitted(sums: Float[ndarray, "*draws 8"]) -> Float[ndarray, "*draws 3"]:
@@ -191,15 +187,13 @@ def _interval(sums: Float[ndarray, "seeds 8"], seed: int) -> tuple[float, float,
         return float("nan"), float("nan"), "none: one seed"
     if n < FEW_SEEDS:
         whole = sums.sum(axis=0)
-        without = fitted(whole - sums)[:, 2]
-        error = np.sqrt((n - 1) / n * np.square(without - without.mean()).sum())
-        value, half = fitted(whole)[2], student_t.ppf((1 + LEVEL) / 2, n - 1) * error
-        return float(value - half), float(value + half), "jackknife over seeds, Student t"
+        low, high = jackknife_interval(fitted(whole)[2], fitted(whole - sums)[:, 2])
+        return float(low), float(high), "jackknife over seeds, Student t"
 
     def above(seeds: Int[ndarray, "..."], axis: int = -1) -> Float[ndarray, "..."]:
         return np.asarray(fitted(sums[seeds].sum(axis=axis - 1))[..., 2])
 
-    made = bootstrap(
+    interval = bootstrap(
         (np.arange(n),),
         above,
         n_resamples=N_RESAMPLES,
@@ -208,4 +202,4 @@ def _interval(sums: Float[ndarray, "seeds 8"], seed: int) -> tuple[float, float,
         method="BCa",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return float(made.low), float(made.high), "BCa bootstrap over seeds"
+    return float(interval.low), float(interval.high), "BCa bootstrap over seeds"

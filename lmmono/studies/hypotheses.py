@@ -22,7 +22,7 @@ from lmmono.stats.significance import Effect, effect, holm
 from lmmono.studies.comparisons import by_seed
 from lmmono.studies.doses import Dose, dose_responses, doses_of, is_whole
 from lmmono.studies.effective import EffectiveRobustness, effective_robustness
-from lmmono.suites.robustness_rows import Result
+from lmmono.suites.results import Result
 
 ALPHA = 0.05
 """Any verdict but `not supported` needs p below this after Holm, and an interval without 0."""
@@ -82,7 +82,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class HypothesisVerdict:
     """What came out of a hypothesis."""
 
     name: str
@@ -136,7 +136,7 @@ class NotTestedError(Exception):
     """Rows that do not suffice for a hypothesis; says which are missing."""
 
 
-def verdicts(names: Sequence[str], evidence: Evidence) -> list[Verdict]:
+def verdicts(names: Sequence[str], evidence: Evidence) -> list[HypothesisVerdict]:
     """Return what came out of each hypothesis.
 
     Args:
@@ -149,16 +149,16 @@ def verdicts(names: Sequence[str], evidence: Evidence) -> list[Verdict]:
     return [_verdict(find_hypothesis(name), evidence) for name in names]
 
 
-def _verdict(hypothesis: Hypothesis, evidence: Evidence) -> Verdict:
+def _verdict(hypothesis: Hypothesis, evidence: Evidence) -> HypothesisVerdict:
     about = hypothesis.name, hypothesis.claim
     try:
         raw = hypothesis.load()(evidence)
     except (NotTestedError, DataError) as missing:
-        return Verdict(*about, "not tested", str(missing))
+        return HypothesisVerdict(*about, "not tested", str(missing))
     if len(raw) * min(each.least_p for each in raw) >= ALPHA:
         over = f" over {len(raw)} findings" if len(raw) > 1 else ""
         reason = f"{raw[0].n} seeds give no p below {ALPHA}{over}; want more seeds"
-        return Verdict(*about, "not tested", reason)
+        return HypothesisVerdict(*about, "not tested", reason)
     corrected = holm([each.p for each in raw])
     findings = tuple(replace(each, p_holm=p) for each, p in zip(raw, corrected, strict=True))
     sure: list[Outcome] = [name for name in SURE if any(each.outcome == name for each in findings)]
@@ -173,7 +173,7 @@ def _verdict(hypothesis: Hypothesis, evidence: Evidence) -> Verdict:
         f"of {len(findings)}: {counts}; best {best.what} against {best.against} {best.value:+.4f} "
         f"[{best.ci_low:+.4f}, {best.ci_high:+.4f}], p = {best.p_holm:.3g} (Holm)"
     )
-    return Verdict(*about, outcome, reason, findings)
+    return HypothesisVerdict(*about, outcome, reason, findings)
 
 
 def _noisy_labels(evidence: Evidence, low: float, high: float) -> list[Result]:

@@ -1,24 +1,36 @@
-"""Greedy attacks on a finished classifier of texts, with every query counted.
+"""Finished probes under attack: greedy edits of texts chosen against a classifier, queries counted.
 
 An attack sees what the classifier answers, never its weights. It ranks the words of a text by how
 much the own class loses when each is deleted, then edits them in that order until the class
 changes. Sources: DeepWordBug (arXiv 1801.04354) for the character edits, TextFooler (arXiv
 1907.11932) for the word edits and the order; the sentence encoder of TextFooler is left out, so
 word candidates are as good as the lists they come from.
+
+In suite `adversarial` the edits are chosen against each probe, so families do not meet the same
+texts, but the same attack with the same limits. A row's value is the share of texts that the probe
+has right after the attack; at level 0, before it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from functools import partial
+from itertools import product
+from typing import Any, get_args
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int64
 
 from lmmono.data.corruption.edits import drop, insert_neighbour, press_neighbour, swap
 from lmmono.data.corruption.synonyms import Synonyms
-from lmmono.data.corruption.texts import Pieces, pieces_of, standing_in
-from lmmono.errors import DataError, nearest
-from lmmono.registry.robustness import Attack
+from lmmono.data.corruption.text_noise import Pieces, pieces_of, standing_in
+from lmmono.errors import DataError, RobustnessError, nearest
+from lmmono.probes.probe_jobs import Solver
+from lmmono.registry.robustness import Attack, Suite
+from lmmono.suites.bench import Bench, Condition, Key, Measurement, Rows, judged_texts
+from lmmono.suites.draws import drawn
+from lmmono.suites.grid import probe_facts
+from lmmono.suites.inputs import TEST, CleanProbes, learn, synonyms_for
 
 Predict = Callable[[list[str]], Float[np.ndarray, "n c"]]
 """Takes texts, returns a score of each class for each; the largest is the answer."""
@@ -32,7 +44,7 @@ Candidates = Callable[[str], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class AttackLimits:
     """What an attack may spend."""
 
     max_changed: float = 0.3
@@ -42,7 +54,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Attacked:
+class AttackedText:
     """What became of one text."""
 
     text: str
@@ -69,9 +81,9 @@ class AttackReport:
 
     attack: str
     """Name of the attack."""
-    limits: Limits
+    limits: AttackLimits
     """What it was allowed."""
-    results: tuple[Attacked, ...]
+    results: tuple[AttackedText, ...]
     """One record per text, in their order."""
 
     @property
@@ -117,7 +129,7 @@ def attack(
     *,
     method: str,
     seed: int = 0,
-    limits: Limits = Limits(),  # noqa: B008 - frozen
+    limits: AttackLimits = AttackLimits(),  # noqa: B008 - frozen
     synonyms: Synonyms | None = None,
 ) -> AttackReport:
     """Attack a classifier on texts and return what came of each.
@@ -137,33 +149,18 @@ def attack(
     """
     if method not in ATTACKS:
         raise DataError(f"attack {method!r} is not known; {nearest(method, ATTACKS)}")
-    if method == "words" and synonyms is None:
-        raise DataError("a word attack needs `synonyms`; see lmmono.data.corruption.synonyms")
-    candidates = slips(seed) if synonyms is None or method == "characters" else _others(synonyms)
-    return attack_with(predict, texts, labels, candidates, name=method, limits=limits)
-
-
-def attack_with(
-    predict: Predict,
-    texts: Sequence[str],
-    labels: Int64[np.ndarray, "n"],
-    candidates: Candidates,
-    *,
-    name: str,
-    limits: Limits = Limits(),  # noqa: B008 - frozen
-) -> AttackReport:
-    """Attack with any candidates for a word; see `attack`.
-
-    Raises:
-        DataError: No texts, or another number of labels.
-    """
     if not texts or len(texts) != len(labels):
         raise DataError(f"attack: {len(texts)} texts and {len(labels)} labels: want one each")
+    candidates = slips(seed)
+    if method == "words":
+        if synonyms is None:
+            raise DataError("a word attack needs `synonyms`; see lmmono.data.corruption.synonyms")
+        candidates = partial(standing_in, synonyms=synonyms)
     results = [
         _attacked(predict, text, label, candidates, limits)
         for text, label in zip(texts, labels.tolist(), strict=True)
     ]
-    return AttackReport(name, limits, tuple(results))
+    return AttackReport(method, limits, tuple(results))
 
 
 def slips(seed: int) -> Candidates:
@@ -171,17 +168,13 @@ def slips(seed: int) -> Candidates:
 
     def candidates(word: str) -> list[str]:
         rng = np.random.default_rng((seed, *word.encode("utf-8", "surrogatepass")))
-        made = [slip(word, rng) for slip in _SLIPS]
-        return list(dict.fromkeys(other for other in made if other is not None))
+        others = [slip(word, rng) for slip in _SLIPS]
+        return list(dict.fromkeys(other for other in others if other is not None))
 
     return candidates
 
 
-def _others(synonyms: Synonyms) -> Candidates:
-    return lambda word: standing_in(word, synonyms)
-
-
-class _Asked:
+class _CountedQueries:
     """The classifier with its queries counted and limited."""
 
     def __init__(self, predict: Predict, label: int, limit: int) -> None:
@@ -202,14 +195,14 @@ class _Asked:
 
 
 def _attacked(
-    predict: Predict, text: str, label: int, candidates: Candidates, limits: Limits
-) -> Attacked:
-    asked = _Asked(predict, label, limits.max_queries)
+    predict: Predict, text: str, label: int, candidates: Candidates, limits: AttackLimits
+) -> AttackedText:
+    asked = _CountedQueries(predict, label, limits.max_queries)
     pieces = pieces_of(text)
     places = [i for i in range(0, len(pieces), 2) if pieces[i]]
     lead = float(asked.margins([text])[0])
     if lead <= 0:
-        return Attacked(text, text, label, False, True, (), len(places), asked.queries)
+        return AttackedText(text, text, label, False, True, (), len(places), asked.queries)
     allowed = max(1, int(limits.max_changed * len(places)))
     changed: list[int] = []
     for word in _by_importance(asked, pieces, places):
@@ -222,11 +215,13 @@ def _attacked(
             best = int(margins.argmin())
             pieces[place], lead = others[best], float(margins[best])
             changed.append(word)
-    made = "".join(pieces)
-    return Attacked(text, made, label, lead <= 0, False, tuple(changed), len(places), asked.queries)
+    return AttackedText(
+        *(text, "".join(pieces), label, lead <= 0, False),
+        *(tuple(changed), len(places), asked.queries),
+    )
 
 
-def _by_importance(asked: _Asked, pieces: Pieces, places: list[int]) -> list[int]:
+def _by_importance(asked: _CountedQueries, pieces: Pieces, places: list[int]) -> list[int]:
     """Return the numbers of the words, first the one whose loss costs the own class most."""
     if len(places) < 2:
         return list(range(len(places)))
@@ -236,3 +231,85 @@ def _by_importance(asked: _Asked, pieces: Pieces, places: list[int]) -> list[int
 
 def _with(pieces: Pieces, place: int, word: str) -> str:
     return "".join([*pieces[:place], word, *pieces[place + 1 :]])
+
+
+LIMITS = AttackLimits()
+"""What an attack of suite `adversarial` may change and ask."""
+
+
+def attacked_rows(
+    bench: Bench, suite: Suite, stored: Mapping[Key, str], solve: Solver
+) -> Iterator[Rows]:
+    """Yield the rows of every attack on every probe that are not stored yet, probe by probe."""
+    indices = drawn(bench.task, TEST, bench.settings.n_attacked)
+    judged = judged_texts(TEST, indices)
+    draws = list(suite.load()(bench.task, bench.settings))
+    lacking: list[tuple[int, str, list[Condition]]] = []
+    for (i, draw), arm, method in product(enumerate(draws), bench.arms, bench.settings.attacks):
+        conditions = [
+            Condition(suite, arm, draw, TEST, judged, method, level)
+            for level in (0.0, LIMITS.max_changed)
+        ]
+        if any(bench.lacks(about, stored) for about in conditions):
+            lacking.append((i, method, conditions))
+    if not lacking:
+        return
+    entrants = [conditions[0].entrant for _, _, conditions in lacking]
+    learned = learn(bench, [arm for arm in bench.arms if arm in entrants], draws, solve)
+    for i, method, conditions in lacking:
+        entrant = conditions[0].entrant
+        probes = learned[entrant.label, entrant.learner]
+        report = _report(bench, probes, i, method, indices, draws[i].seed)
+        yield [bench.row(about, _measured(about, report, probes, i)) for about in conditions]
+
+
+def _report(
+    bench: Bench,
+    probes: CleanProbes,
+    i: int,
+    method: str,
+    indices: Int64[np.ndarray, " n"],
+    seed: int,
+) -> AttackReport | str:
+    """Return what an attack did to the probe of draw i, or why there was none."""
+    failure = probes.fitted.probes.failures[i]
+    if failure is not None:
+        return failure
+    name, probe = probes.arm.code.name, probes.probe(i)
+
+    def predict(texts: list[str]) -> Float[np.ndarray, "n c"]:
+        codes = bench.encoder.encode(texts, names=[name]).codes[name]
+        return probe.predict(torch.from_numpy(codes))[0].numpy()
+
+    part = bench.task.part(TEST)
+    try:
+        return attack(
+            predict,
+            [part.texts[at] for at in indices.tolist()],
+            part.labels[indices],
+            method=method,
+            seed=seed,
+            limits=LIMITS,
+            synonyms=synonyms_for(bench) if method == "words" else None,
+        )
+    except (DataError, RobustnessError) as fault:
+        return str(fault)
+
+
+def _measured(
+    about: Condition, report: AttackReport | str, probes: CleanProbes, i: int
+) -> Measurement:
+    """Return what a probe has right before or after an attack."""
+    facts: dict[str, Any] = probe_facts(probes.fitted, i)
+    if isinstance(report, str):
+        return Measurement(failure=report, facts=facts)
+    n = len(report.results)
+    share = report.accuracy_under_attack if about.level else report.clean_accuracy
+    values = {
+        "success_rate": report.success_rate,
+        "changed_fraction": report.changed_fraction,
+        "mean_queries": report.mean_queries,
+        "max_queries": report.limits.max_queries,
+    }  # None where nothing was attacked
+    facts |= {name: None if np.isnan(value) else value for name, value in values.items()}
+    return Measurement(round(share * n), n, facts=facts)

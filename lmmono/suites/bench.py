@@ -1,40 +1,48 @@
-"""One task with its features, and the rows of table `robustness` that say how probes did on it.
+"""One task with its codes, and the rows of table `robustness` that say how probes did on it.
 
-A row is known by its key; `settings.digest` says of what it was computed: features, texts, labels,
-learner. A row that is there with the same digest is not computed again.
+A row is known by its key; `settings.digest` says of what it was computed: codes, texts, labels,
+learner. A row that is stored with the same digest is not computed again.
 """
 
 import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 
 from lmmono.data.tasks.task import Task
 from lmmono.recipe.robustness_settings import Robustness
 from lmmono.registry.metrics import METRICS
 from lmmono.registry.robustness import Suite
-from lmmono.suites.consistency import semantic_consistency
-from lmmono.suites.suite import Draw
-from lmmono.suites.text_codes import Encoded, Encoder, Feature, origin_of
+from lmmono.stats.estimate import LEVEL
+from lmmono.stats.intervals import wilson
+from lmmono.suites.draws import SuiteDraw
+from lmmono.suites.text_codes import ProbedCode, TextCodes, TextEncoder, origin_of
 
 METRIC = "accuracy"
-CI_LEVEL = 0.95
 CI_METHOD = "Wilson over texts"
-NORMAL = 1.959963984540054
-"""Quantile of the normal distribution at (1 + CI_LEVEL) / 2."""
 
 VERSION = 1
 """Part of every digest: raised whenever equal inputs would give other values."""
 
-Key = tuple[Any, ...]
-"""Task, feature, corruption, level, probe, n_shots, seed, split, metric of a suite's row."""
+MIN_SUPPORT = 20
+"""A coordinate that is active on fewer texts does not count: a share of few is high by chance."""
 
-Encode = Callable[[Encoder, Sequence[str], str], Encoded]
+N_SHUFFLES = 20
+"""Shuffles of the labels whose mean is the consistency of chance."""
+
+ACTIVE = 1e-5
+"""A coordinate is active where it is larger than this, whatever its sign: below is rounding."""
+
+Key = tuple[Any, ...]
+"""Suite, task, feature, corruption, level, probe, n_shots, seed, split, metric of a row."""
+
+Encode = Callable[[TextEncoder, Sequence[str], str], TextCodes]
+Rows = list[dict[str, Any]]
 
 
 @runtime_checkable
@@ -63,11 +71,11 @@ class Entrant(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
+class ProbeArm:
     """What a probe reads and how it learns: families are compared arm by arm."""
 
-    feature: Feature
-    """The feature."""
+    code: ProbedCode
+    """The code."""
     learner: str
     """Name of the learner."""
     budget: int | None
@@ -75,59 +83,79 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """The feature in tables: with a budget, its name and that, as `sae@16`."""
-        name = self.feature.name
-        return name if self.budget is None else f"{name}@{self.budget}"
+        """The code in tables: with a budget, its name and that, as `sae@16`."""
+        return self.code.name if self.budget is None else f"{self.code.name}@{self.budget}"
 
     @property
     def identity(self) -> tuple[list[Any], list[Any]]:
         """Hook and pooling; family, learner and budget."""
-        feature = self.feature
-        return (
-            [feature.hook, feature.pooling],
-            [feature.family.digest, self.learner, self.budget],
-        )
+        code = self.code
+        return [code.hook, code.pooling], [code.family.digest, self.learner, self.budget]
 
     @property
     def facts(self) -> dict[str, Any]:
         """What a row says of the code."""
-        feature, family = self.feature, self.feature.family
-        said: dict[str, Any] = {
+        code, family = self.code, self.code.family
+        facts: dict[str, Any] = {
             "budget": "full" if self.budget is None else str(self.budget),
-            "hook": feature.hook,
-            "pooling": feature.pooling,
+            "hook": code.hook,
+            "pooling": code.pooling,
             "d": family.d,
             "l0": round(family.l0, 4),
             "n_parameters": family.n_parameters,
         }
-        return {**said, "dictionary": family.name} if family.hook else said
+        return {**facts, "dictionary": family.name} if family.hook else facts
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
-    """Features of some texts of a part, computed once and remembered."""
+class LabelledCodes:
+    """Codes of some texts of a part, with their clean labels."""
 
-    features: Mapping[str, Float32[np.ndarray, "n _"]]
-    """By the name of the feature."""
+    codes: Mapping[str, Float32[np.ndarray, "n _"]]
+    """By the name of the code."""
     labels: Int64[np.ndarray, " n"]
     """Clean labels."""
     n_truncated: int
     """Texts cut at the context's length."""
     n_tokenless: int
     """Texts without a token."""
-    n_classes: int
-    """Classes of the task."""
 
     @property
     def facts(self) -> dict[str, Any]:
         """What a row says of the texts that it is about."""
         return {"n_truncated": self.n_truncated, "n_tokenless": self.n_tokenless}
 
-    def consistency(self, name: str) -> dict[str, Any]:
-        """Return what a row says of how monosemantic a feature is, on these texts."""
-        value, n = semantic_consistency(self.features[name], self.labels, n_classes=self.n_classes)
-        rounded = None if np.isnan(value) else round(value, 4)
-        return {"semantic_consistency": rounded, "n_consistent": n}
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What a row is about."""
+
+    suite: Suite
+    entrant: Entrant
+    draw: SuiteDraw
+    """What was learned from."""
+    split: str
+    """Part of the task that is judged."""
+    judged: str
+    """Hash of which of its texts are judged, of `judged_texts`."""
+    corruption: str | None
+    """Kind of corruption; None for none."""
+    level: float | None
+    """Its strength."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What came out: right texts, or why there are none."""
+
+    n_right: int = 0
+    n: int = 0
+    """Texts that were judged."""
+    failure: str | None = None
+    """Why there is no value."""
+    seconds: float = 0.0
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What the row says beside, in `settings`."""
 
 
 class Bench:
@@ -136,49 +164,52 @@ class Bench:
     Attributes:
         task: The task.
         settings: What is asked for.
-        encoder: The features.
+        encoder: The codes.
         arms: All families, poolings, budgets and learners.
     """
 
-    def __init__(self, task: Task, encoder: Encoder, settings: Robustness, encode: Encode) -> None:
+    def __init__(
+        self, task: Task, encoder: TextEncoder, settings: Robustness, encode: Encode
+    ) -> None:
         self.task, self.encoder, self.settings = task, encoder, settings
         self._encode = encode
         self.arms = [
-            Arm(feature, learner, budget)
-            for feature in encoder.features.values()
+            ProbeArm(code, learner, budget)
+            for code in encoder.codes.values()
             for learner in settings.learners
             for budget in (None, *settings.budgets)
         ]
         self._task_digest = task_digest(task)
 
-    def with_arms(self, arms: Sequence[Arm]) -> "Bench":
-        """Return the same task and features with other arms."""
+    def with_arms(self, arms: Sequence[ProbeArm]) -> "Bench":
+        """Return the same task and codes with other arms."""
         other = copy.copy(self)
         other.arms = list(arms)
         return other
 
-    def texts(self, part: str, indices: Int64[np.ndarray, " n"]) -> Texts:
-        """Return the features of some texts of a part."""
+    def codes(self, part: str, indices: Int64[np.ndarray, " n"]) -> LabelledCodes:
+        """Return the codes of some texts of a part."""
         labelled = self.task.part(part)
         if not len(indices):
-            widths = {name: f.family.d for name, f in self.encoder.features.items()}
+            widths = {name: code.family.d for name, code in self.encoder.codes.items()}
             none = {name: np.zeros((0, d), np.float32) for name, d in widths.items()}
-            return Texts(none, labelled.labels[indices], 0, 0, self.task.n_classes)
-        chosen = [labelled.texts[i] for i in indices.tolist()]
-        made = self._encode(self.encoder, chosen, part)
+            return LabelledCodes(none, labelled.labels[indices], 0, 0)
+        texts = [labelled.texts[i] for i in indices.tolist()]
+        made = self._encode(self.encoder, texts, part)
         labels = labelled.labels[indices]
-        counts = (made.n_truncated, made.n_tokenless)
-        return Texts(made.features, labels, *counts, self.task.n_classes)
+        return LabelledCodes(made.codes, labels, made.n_truncated, made.n_tokenless)
 
-    def digest(self, arm: Entrant, draw: Draw, judged: str) -> str:
-        """Return the hash of everything that decides a value beside its key.
+    def key(self, about: Condition) -> Key:
+        """Return what tells the row of a condition from others."""
+        entrant, draw = about.entrant, about.draw
+        return (
+            *(about.suite.name, self.task.name, entrant.label, about.corruption, about.level),
+            *(entrant.learner, draw.n_shots, draw.seed, about.split, METRIC),
+        )
 
-        Args:
-            arm: What is read, and how it is learned from.
-            draw: What it learns from.
-            judged: Says which texts it is judged on.
-        """
-        reads, learns = arm.identity
+    def digest(self, about: Condition) -> str:
+        """Return the hash of everything that decides a value beside its key."""
+        draw, (reads, learns) = about.draw, about.entrant.identity
         drawn = hashlib.sha256()
         for part in (draw.train, draw.labels, draw.val, draw.val_labels):
             drawn.update(np.ascontiguousarray(part, np.int64).tobytes() + b"/")
@@ -186,75 +217,54 @@ class Bench:
             VERSION,
             [self.encoder.model_digest, self.encoder.n_ctx, *reads],
             learns,
-            [self._task_digest, drawn.hexdigest(), draw.failure, judged],
+            [self._task_digest, drawn.hexdigest(), draw.failure, about.judged],
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    def row(
-        self,
-        suite: Suite,
-        arm: Entrant,
-        draw: Draw,
-        split: str,
-        *,
-        digest: str,
-        n_right: int,
-        n: int,
-        failure: str | None,
-        seconds: float,
-        corruption: str | None = None,
-        level: float | None = None,
-        facts: Mapping[str, Any] | None = None,
-        metric: str = METRIC,
-    ) -> dict[str, Any]:
+    def lacks(self, about: Condition, stored: Mapping[Key, str]) -> bool:
+        """Say whether the row of a condition is missing, or was computed of something else."""
+        return stored.get(self.key(about)) != self.digest(about)
+
+    def row(self, about: Condition, made: Measurement) -> dict[str, Any]:
         """Return one row: a share of texts with its interval, or why there is none."""
-        failure = failure or (None if n else f"part {split} has no text")
-        value = None if failure else n_right / n
-        low, high = (None, None) if failure else wilson(n_right, n)
+        entrant, draw = about.entrant, about.draw
+        failure = made.failure or (None if made.n else f"part {about.split} has no text")
+        low, high = (None, None) if failure else wilson(made.n_right, made.n)
+        sizes = {"n_train": len(draw.train), "n_val": len(draw.val)}
+        facts = {"draw": 0, "n_classes": self.task.n_classes, **entrant.facts, **sizes}
         return {
-            "suite": suite.name,
+            "suite": about.suite.name,
             "task": self.task.name,
-            "feature": arm.label,
-            "corruption": draw.corruption if corruption is None else corruption,
-            "level": draw.level if level is None else level,
-            "probe": arm.learner,
+            "feature": entrant.label,
+            "corruption": about.corruption,
+            "level": about.level,
+            "probe": entrant.learner,
             "n_shots": draw.n_shots,
-            "metric": metric,
-            "metric_version": METRICS[metric].version,
+            "metric": METRIC,
+            "metric_version": METRICS[METRIC].version,
             "seed": draw.seed,
-            "split": split,
-            "value": value,
+            "split": about.split,
+            "value": None if failure else made.n_right / made.n,
             "ci_low": low,
             "ci_high": high,
-            "ci_level": None if failure else CI_LEVEL,
+            "ci_level": None if failure else LEVEL,
             "ci_method": None if failure else CI_METHOD,
-            "n": n,
+            "n": made.n,
             "failure": failure,
-            "settings": {"digest": digest, **self._facts(arm, draw), **(facts or {})},
-            "seconds": seconds,
+            "settings": {"digest": self.digest(about), **facts, **draw.facts, **made.facts},
+            "seconds": made.seconds,
         }
 
-    def _facts(self, arm: Entrant, draw: Draw) -> dict[str, Any]:
-        sizes = {"n_train": len(draw.train), "n_val": len(draw.val)}
-        return {"draw": 0, "n_classes": self.task.n_classes, **arm.facts, **sizes, **draw.facts}
+
+def judged_texts(part: str, indices: Int64[np.ndarray, " n"]) -> str:
+    """Return which texts of a part are judged, as a hash."""
+    return origin_of(part, [str(i) for i in indices.tolist()])
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
     """Return what tells a row of a suite from the others."""
     names = ("task", "feature", "corruption", "level", "probe", "n_shots", "seed", "split")
     return (row["suite"], *(row[name] for name in names), row["metric"])
-
-
-def wilson(n_right: int, n: int) -> tuple[float, float]:
-    """Return Wilson's interval of a share of n texts.
-
-    >>> [round(end, 4) for end in wilson(20, 20)]
-    [0.8389, 1.0]
-    """
-    share, z = n_right / n, NORMAL
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def task_digest(task: Task) -> str:
@@ -267,32 +277,68 @@ def task_digest(task: Task) -> str:
     return whole.hexdigest()
 
 
-class Remembered:
-    """Features by text, kept in memory: what stands in for a store of features."""
+def semantic_consistency(
+    x: Float[np.ndarray, "n d"], labels: Int64[np.ndarray, "n"], *, n_classes: int, seed: int = 0
+) -> tuple[float, int]:
+    """Return the mean corrected consistency of a code's coordinates, and how many counted.
+
+    Semantic consistency of a coordinate is the largest share of a class among the texts on which it
+    is active (arXiv 2410.21331). Raw, it is large by chance where few texts are, and for a dense
+    code it is the share of the commonest class; corrected it is (SC - E) / (1 - E), E its mean over
+    shuffled labels at the same support, so that a dense code has 0. NaN where none counted.
+
+    >>> x = np.repeat(np.eye(2), 30, axis=0)  # each coordinate is active on one class alone
+    >>> semantic_consistency(x, np.repeat([0, 1], 30), n_classes=2)
+    (1.0, 2)
+    """
+    active = np.abs(x) > ACTIVE
+    active = active[:, active.sum(axis=0) >= MIN_SUPPORT]
+    if not active.shape[1]:
+        return float("nan"), 0
+    random = np.random.default_rng((seed, 29))  # 29: a stream of its own
+    shuffles = [random.permutation(labels) for _ in range(N_SHUFFLES)]
+    raw = _largest_share(active, labels, n_classes)
+    chance = np.mean([_largest_share(active, each, n_classes) for each in shuffles], axis=0)
+    room = 1.0 - chance  # none where one class is all there is
+    corrected = np.where(room > 1e-9, (raw - chance) / np.where(room > 1e-9, room, 1.0), 0.0)
+    return float(corrected.mean()), active.shape[1]
+
+
+def _largest_share(
+    active: Bool[np.ndarray, "n d"], labels: Int64[np.ndarray, "n"], n_classes: int
+) -> Float[np.ndarray, " d"]:
+    """Return the largest share of a class among the active texts of each coordinate."""
+    member = np.eye(n_classes, dtype=np.float32)[labels]
+    counts = active.T.astype(np.float32) @ member
+    return counts.max(axis=1) / active.sum(axis=0)
+
+
+class CodesInMemory:
+    """Codes by text, kept in memory: what stands in for a store of codes."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str], Float32[np.ndarray, " d"]] = {}
 
-    def encode(self, encoder: Encoder, texts: Sequence[str], part: str) -> Encoded:
-        """Return the features of texts; each text is encoded once.
+    def encode(self, encoder: TextEncoder, texts: Sequence[str], part: str) -> TextCodes:
+        """Return the codes of texts; each text is encoded once.
 
         Raises:
-            RobustnessError: A feature is not finite.
+            RobustnessError: A code is not finite.
         """
         del part
         keys = {
-            name: f"{f.hook} {f.pooling} {f.family.digest} {encoder.model_digest}"
-            for name, f in encoder.features.items()
+            name: f"{code.hook} {code.pooling} {code.family.digest} {encoder.model_digest}"
+            for name, code in encoder.codes.items()
         }
         fresh = dict.fromkeys(
             t for t in texts if any((k, t) not in self._rows for k in keys.values())
         )
         if fresh:
-            made = encoder.encode(list(fresh)).features
+            made = encoder.encode(list(fresh)).codes
             for name, key in keys.items():
                 self._rows.update(
                     ((key, text), row) for text, row in zip(fresh, made[name], strict=True)
                 )
-        _, n_truncated, n_tokenless = encoder.count(texts)
-        found = {name: np.stack([self._rows[key, t] for t in texts]) for name, key in keys.items()}
-        return Encoded(found, n_truncated, n_tokenless)
+        _, n_truncated, n_tokenless = encoder.reader.read(texts)
+        codes = {name: np.stack([self._rows[key, t] for t in texts]) for name, key in keys.items()}
+        return TextCodes(codes, n_truncated, n_tokenless)

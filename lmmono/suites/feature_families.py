@@ -16,24 +16,28 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import gelu, normalize
+from torch.nn.functional import gelu
 
+from lmmono.dictionaries.coding import random_directions
 from lmmono.errors import RobustnessError
 from lmmono.recipe.robustness_settings import FamilySettings
 from lmmono.registry.lookup import find, load
 from lmmono.registry.robustness import FAMILIES
 
-Rows = Float[Tensor, "n d_in"]
+HookRows = Float[Tensor, "n d_in"]
 Encode = Callable[[Tensor], Tensor]
 AE_STEPS, AE_BATCH, AE_RATE = 400, 256, 2e-3
 """Steps, rows per step and Adam's rate of the dense auto-encoder."""
+
+WIDTH = 4
+"""Width of a wide code over that of its rows, where no width is given."""
 
 SAMPLE_ROWS = 64
 """Rows whose code tells one encoder from another, where it has no digest of its own."""
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class CodeSettings:
     """What a family may be given; None takes its own."""
 
     d: int | None = None
@@ -45,7 +49,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Code:
+class FittedCode:
     """What fitting gives."""
 
     encode: Encode
@@ -82,7 +86,7 @@ class FeatureFamily:
                 takes = ", ".join(kind.takes) or "none"
                 raise RobustnessError(f"{name}: {setting}={value}: want a number >= 1 of {takes}")
         self.name, self.point, self.hook = name, kind.point, None
-        self._settings, self._learn = Settings(d, k, seed), load(kind.home)
+        self._settings, self._learn = CodeSettings(d, k, seed), load(kind.home)
         self._given_digest: str | None = None
         self.d, self.d_in, self.l0, self.digest = 0, 0, 0.0, ""
         self.n_parameters: int | None = None
@@ -97,9 +101,9 @@ class FeatureFamily:
         family, owner = cls("raw"), getattr(encode, "__self__", None)
         weights: Any = getattr(owner, "tensors", None)
         tensors: dict[str, Tensor] = {} if weights is None else weights()
-        n_parameters = sum(each.numel() for each in tensors.values()) if tensors else None
+        n_parameters = sum(tensor.numel() for tensor in tensors.values()) if tensors else None
         family.name, family.hook = name, getattr(owner, "hook", None) or None
-        family._learn = partial(_given, Code(encode, n_parameters))
+        family._learn = partial(_given, FittedCode(encode, n_parameters))
         family._given_digest = str(getattr(owner, "digest", "") or "")
         return family
 
@@ -107,7 +111,7 @@ class FeatureFamily:
         shape = f"d {self.d}, L0 {self.l0:.1f}" if self.d else "not fitted"
         return f"FeatureFamily({self.name}: {shape})"
 
-    def fit(self, rows: Rows, *, origin: str = "") -> "FeatureFamily":
+    def fit(self, rows: HookRows, *, origin: str = "") -> "FeatureFamily":
         """Learn the code of some rows.
 
         Args:
@@ -127,7 +131,7 @@ class FeatureFamily:
         return self
 
     @torch.no_grad()
-    def transform(self, rows: Rows) -> Float[Tensor, "n d"]:
+    def transform(self, rows: HookRows) -> Float[Tensor, "n d"]:
         """Return the codes of rows, float32 where the rows are.
 
         Raises:
@@ -181,44 +185,56 @@ def as_family(name: str, given: Any, *, seed: int = 0) -> FeatureFamily:
     return family
 
 
-def _given(code: Code, rows: Tensor, settings: Settings) -> Code:
+def _given(code: FittedCode, rows: Tensor, settings: CodeSettings) -> FittedCode:
     del rows, settings
     return code
 
 
-def raw(rows: Tensor, settings: Settings) -> Code:
+def raw(rows: Tensor, settings: CodeSettings) -> FittedCode:
     """Return the rows as they are."""
     del rows, settings
-    return Code(lambda x: x, 0)
+    return FittedCode(lambda x: x, 0)
 
 
-def relu(rows: Tensor, settings: Settings) -> Code:
+def relu(rows: Tensor, settings: CodeSettings) -> FittedCode:
     """Return what is above the mean of the rows, coordinate by coordinate."""
     del settings
     centre = rows.mean(0)
-    return Code(lambda x: torch.relu(x - centre), centre.numel())
+    return FittedCode(lambda x: torch.relu(x - centre), centre.numel())
 
 
-def random_projection(rows: Tensor, settings: Settings) -> Code:
+def random_projection(rows: Tensor, settings: CodeSettings) -> FittedCode:
     """Return random directions: dense, and nothing learned."""
     weight = _directions(rows, settings, rows.shape[1])
-    return Code(lambda x: x @ weight, weight.numel())
+    return FittedCode(lambda x: x @ weight, weight.numel())
 
 
-def random_relu(rows: Tensor, settings: Settings) -> Code:
+def random_relu(rows: Tensor, settings: CodeSettings) -> FittedCode:
     """Return the ReLU of random directions around the mean: half sparse, nothing learned."""
-    centre, weight = rows.mean(0), _directions(rows, settings, 4 * rows.shape[1])
-    return Code(lambda x: torch.relu((x - centre) @ weight), weight.numel() + centre.numel())
+    centre, weight = rows.mean(0), _directions(rows, settings, WIDTH * rows.shape[1])
+    n_parameters = weight.numel() + centre.numel()
+    return FittedCode(lambda x: torch.relu((x - centre) @ weight), n_parameters)
 
 
-def random_topk(rows: Tensor, settings: Settings) -> Code:
-    """Return the k largest of random directions: sparse, not learned."""
-    centre, weight = rows.mean(0), _directions(rows, settings, 4 * rows.shape[1])
+def random_topk(rows: Tensor, settings: CodeSettings) -> FittedCode:
+    """Return the k largest of random directions, where positive: sparse, not learned."""
+    centre, weight = rows.mean(0), _directions(rows, settings, WIDTH * rows.shape[1])
     k = min(settings.k or 32, weight.shape[1])
-    return Code(lambda x: _largest((x - centre) @ weight, k), weight.numel() + centre.numel())
+
+    def encode(x: Tensor) -> Tensor:
+        acts = (x - centre) @ weight
+        top = acts.topk(k, dim=1)
+        return torch.zeros_like(acts).scatter(1, top.indices, top.values.clamp_min(0.0))
+
+    return FittedCode(encode, weight.numel() + centre.numel())
 
 
-def pca(rows: Tensor, settings: Settings) -> Code:
+def _directions(rows: Tensor, settings: CodeSettings, d: int) -> Float[Tensor, "d_in d"]:
+    """Return random directions of unit norm, one per column."""
+    return random_directions(settings.d or d, rows.shape[1], settings.seed).T.to(rows.device)
+
+
+def pca(rows: Tensor, settings: CodeSettings) -> FittedCode:
     """Return the leading principal directions."""
     most = min(rows.shape)
     d = settings.d or most
@@ -231,13 +247,13 @@ def pca(rows: Tensor, settings: Settings) -> Code:
     vectors: Tensor = torch.linalg.eigh(centred.T @ centred)[1]
     weight: Tensor = vectors.flip(1)[:, :d].float()
 
-    def code(x: Tensor) -> Tensor:
+    def encode(x: Tensor) -> Tensor:
         return (x - centre) @ weight
 
-    return Code(code, weight.numel() + centre.numel())
+    return FittedCode(encode, weight.numel() + centre.numel())
 
 
-def dense_ae(rows: Tensor, settings: Settings) -> Code:
+def dense_ae(rows: Tensor, settings: CodeSettings) -> FittedCode:
     """Learn x -> gelu(x W + b) -> x by Adam: as wide as a sparse code, and nothing sparse in it."""
     d_in, d = rows.shape[1], settings.d or 4 * rows.shape[1]
     centre, scale = rows.mean(0), rows.std().clamp_min(1e-8)
@@ -256,24 +272,11 @@ def dense_ae(rows: Tensor, settings: Settings) -> Code:
             loss.backward()
             optimizer.step()
     w, b = weights[0].detach(), weights[1].detach()
-    return Code(lambda x: gelu((x - centre) / scale @ w + b), w.numel() + b.numel())
+    return FittedCode(lambda x: gelu((x - centre) / scale @ w + b), w.numel() + b.numel())
 
 
-def top_neurons(rows: Tensor, settings: Settings) -> Code:
+def top_neurons(rows: Tensor, settings: CodeSettings) -> FittedCode:
     """Return the k coordinates that vary most."""
     k = min(settings.k or 128, rows.shape[1])
     chosen = rows.var(0).topk(k).indices.sort().values
-    return Code(lambda x: x[:, chosen], k)
-
-
-def _directions(rows: Tensor, settings: Settings, d: int) -> Float[Tensor, "d_in d"]:
-    """Return random directions of unit norm, one per column."""
-    random = torch.Generator().manual_seed(settings.seed)
-    drawn = torch.randn(settings.d or d, rows.shape[1], generator=random)
-    return normalize(drawn, dim=1).T.to(rows.device)
-
-
-def _largest(acts: Tensor, k: int) -> Tensor:
-    """Return the codes with the k largest coordinates of each row, where positive, and zeros."""
-    top = acts.topk(k, dim=1)
-    return torch.zeros_like(acts).scatter(1, top.indices, top.values.clamp_min(0.0))
+    return FittedCode(lambda x: x[:, chosen], k)

@@ -1,15 +1,12 @@
 """Probes learned on clean texts, judged on texts with noise: on their characters or in the model.
 
-A noisy text is encoded once for all features, so families meet the same noise; severity 0 is the
-clean text and its stored features.
+A noisy text is encoded once for all codes, so families meet the same noise; severity 0 is the
+clean text and its stored codes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
-from jaxtyping import Int64
 
 from lmmono.data.corruption.synonyms import (
     Synonyms,
@@ -17,72 +14,90 @@ from lmmono.data.corruption.synonyms import (
     read_synonyms,
     wordnet_synonyms,
 )
-from lmmono.data.corruption.texts import corrupt_texts
+from lmmono.data.corruption.text_noise import corrupt_texts
 from lmmono.errors import DataError, RobustnessError
-from lmmono.probes.probing import Part, Solve, Solved, right
+from lmmono.probes.probe_jobs import FittedProbes, JudgedPart, Solver, count_right
 from lmmono.probes.problems import Probes
 from lmmono.registry.robustness import MODEL_NOISE, Suite
 from lmmono.registry.tasks import PLANTED
-from lmmono.suites.bench import METRIC, Arm, Bench, Key, Texts
-from lmmono.suites.grid import Ground, Rows, Work, said, said_of_probe
-from lmmono.suites.suite import Draw, drawn
+from lmmono.suites.bench import (
+    Bench,
+    Condition,
+    Key,
+    LabelledCodes,
+    Measurement,
+    ProbeArm,
+    Rows,
+    judged_texts,
+)
+from lmmono.suites.draws import SuiteDraw, drawn
+from lmmono.suites.grid import Ground, probe_facts
 from lmmono.suites.text_codes import InputNoise
 
 TEST = "test"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Learned:
+class CleanProbes:
     """Clean probes of an arm, one per draw."""
 
-    arm: Arm
-    solved: Solved
+    arm: ProbeArm
+    fitted: FittedProbes
 
     def probe(self, i: int) -> Probes:
         """Return the probe of draw i alone."""
-        probes = self.solved.probes
-        notes = probes.notes[i : i + 1]
-        one = (probes.weight[i : i + 1], probes.bias[i : i + 1], probes.chosen_l2[i : i + 1])
-        return Probes(*one, probes.failures[i : i + 1], notes)
+        probes, one = self.fitted.probes, slice(i, i + 1)
+        return Probes(
+            *(probes.weight[one], probes.bias[one], probes.chosen_l2[one]),
+            *(probes.failures[one], probes.notes[one]),
+        )
 
 
 def noised_rows(
-    bench: Bench, suite: Suite, there: Mapping[Key, str], solve: Solve
+    bench: Bench, suite: Suite, stored: Mapping[Key, str], solve: Solver
 ) -> Iterator[Rows]:
-    """Yield the rows of test texts under every noise and severity that are not there yet."""
+    """Yield the rows of test texts under every noise and severity that are not stored yet."""
     indices = drawn(bench.task, TEST, bench.settings.n_noised)
-    judged = said(TEST, indices)
+    texts = [bench.task.part(TEST).texts[i] for i in indices.tolist()]
+    judged = judged_texts(TEST, indices)
     draws = list(suite.load()(bench.task, bench.settings))
-    levels = sorted({0, *bench.settings.severities})
-    cells = [(kind, level) for kind in bench.settings.input_noise for level in levels]
-    lacking = {
-        (i, cell): short
-        for i, draw in enumerate(draws)
-        for cell in cells
-        if (short := [a for a in bench.arms if _lacks(bench, suite, a, draw, cell, judged, there)])
-    }
+    lacking: dict[tuple[int, str, int], list[Condition]] = {}
+    for i, draw in enumerate(draws):
+        for kind in bench.settings.input_noise:
+            for severity in sorted({0, *bench.settings.severities}):
+                conditions = [
+                    Condition(suite, arm, draw, TEST, judged, kind, float(severity))
+                    for arm in bench.arms
+                ]
+                short = [about for about in conditions if bench.lacks(about, stored)]
+                if short:
+                    lacking[i, kind, severity] = short
     if not lacking:
         return
-    wanted = {arm for short in lacking.values() for arm in short}
-    learned = learn(bench, [arm for arm in bench.arms if arm in wanted], draws, solve)
-    clean = bench.texts(TEST, indices)
-    for (i, cell), short in lacking.items():
-        texts = _noised(bench, indices, clean, draws[i], cell, short)
+    entrants = [about.entrant for short in lacking.values() for about in short]
+    learned = learn(bench, [arm for arm in bench.arms if arm in entrants], draws, solve)
+    clean = bench.codes(TEST, indices)
+    for (i, kind, severity), short in lacking.items():
+        probes = [learned[about.entrant.label, about.entrant.learner] for about in short]
+        names = list(dict.fromkeys(each.arm.code.name for each in probes))
+        noisy = clean
+        if severity:
+            noisy = _noised(bench, texts, clean, (kind, severity, draws[i].seed), names)
         yield [
-            _row(bench, suite, learned[arm.label, arm.learner], (i, draws[i]), cell, texts, judged)
-            for arm in short
+            bench.row(about, _judged(each, i, noisy))
+            for about, each in zip(short, probes, strict=True)
         ]
 
 
 def learn(
-    bench: Bench, arms: Sequence[Arm], draws: Sequence[Draw], solve: Solve
-) -> dict[tuple[str, str], Learned]:
+    bench: Bench, arms: Sequence[ProbeArm], draws: Sequence[SuiteDraw], solve: Solver
+) -> dict[tuple[str, str], CleanProbes]:
     """Return the probes of arms on draws, by label and learner."""
     ground = Ground.of(bench, draws)
-    jobs = (ground.job(Work(arm, draws), {}) for arm in arms)
+    jobs = (ground.job(arm, draws, {}) for arm in arms)
     return {
-        (arm.label, arm.learner): Learned(arm, solved)
-        for arm, solved in zip(arms, solve(jobs), strict=True)
+        (arm.label, arm.learner): CleanProbes(arm, fitted)
+        for arm, fitted in zip(arms, solve(jobs), strict=True)
     }
 
 
@@ -99,83 +114,39 @@ def synonyms_for(bench: Bench) -> Synonyms:
     return planted_synonyms() if bench.task.name in PLANTED else wordnet_synonyms()
 
 
-def _key(bench: Bench, suite: Suite, arm: Arm, draw: Draw, cell: tuple[str, int]) -> Key:
-    about = (cell[0], float(cell[1]), arm.learner, None, draw.seed, TEST, METRIC)
-    return (suite.name, bench.task.name, arm.label, *about)
-
-
-def _lacks(
-    bench: Bench,
-    suite: Suite,
-    arm: Arm,
-    draw: Draw,
-    cell: tuple[str, int],
-    judged: str,
-    there: Mapping[Key, str],
-) -> bool:
-    return there.get(_key(bench, suite, arm, draw, cell)) != bench.digest(arm, draw, judged)
-
-
 def _noised(
     bench: Bench,
-    indices: Int64[np.ndarray, " n"],
-    clean: Texts,
-    draw: Draw,
-    cell: tuple[str, int],
-    short: Sequence[Arm],
-) -> Texts | str:
-    """Return the features of noisy test texts, or why there are none."""
-    kind: Any = cell[0]
-    severity = cell[1]
-    if not severity:
-        return clean
-    texts = [bench.task.part(TEST).texts[i] for i in indices.tolist()]
-    names = list(dict.fromkeys(arm.feature.name for arm in short))
+    texts: Sequence[str],
+    clean: LabelledCodes,
+    noise: tuple[str, int, int],
+    names: Sequence[str],
+) -> LabelledCodes | str:
+    """Return the codes of texts with noise of a kind, severity and seed, or why there are none."""
+    kind: Any = noise[0]
+    severity, seed = noise[1:]
     try:
         if kind in MODEL_NOISE:
-            noise = InputNoise(kind, severity, draw.seed)
-            made = bench.encoder.encode(texts, names=names, noise=noise)
+            made = bench.encoder.encode(texts, names=names, noise=InputNoise(kind, severity, seed))
         else:
             lists = synonyms_for(bench) if kind == "synonyms" else None
-            noisy = corrupt_texts(texts, kind, severity, seed=draw.seed, synonyms=lists)
+            noisy = corrupt_texts(texts, kind, severity, seed=seed, synonyms=lists)
             made = bench.encoder.encode(noisy, names=names)
     except (DataError, RobustnessError) as fault:
         return str(fault)
     return replace(
-        clean,
-        features=made.features,
-        n_truncated=made.n_truncated,
-        n_tokenless=made.n_tokenless,
+        clean, codes=made.codes, n_truncated=made.n_truncated, n_tokenless=made.n_tokenless
     )
 
 
-def _row(
-    bench: Bench,
-    suite: Suite,
-    learned: Learned,
-    of: tuple[int, Draw],
-    cell: tuple[str, int],
-    texts: Texts | str,
-    judged: str,
-) -> dict[str, Any]:
-    (i, draw), arm = of, learned.arm
-    failure = texts if isinstance(texts, str) else learned.solved.probes.failures[i]
-    n_right, n, facts = 0, 0, dict[str, Any]()
-    if isinstance(texts, Texts):
-        part = Part(texts.features[arm.feature.name], texts.labels)
-        n_right, n = right(learned.probe(i), part)[0], len(texts.labels)
-        facts = texts.facts
-    return bench.row(
-        suite,
-        arm,
-        draw,
-        TEST,
-        digest=bench.digest(arm, draw, judged),
-        n_right=n_right,
-        n=n,
-        failure=failure,
-        seconds=0.0,
-        corruption=cell[0],
-        level=float(cell[1]),
-        facts={**said_of_probe(learned.solved, i), **facts},
+def _judged(probes: CleanProbes, i: int, texts: LabelledCodes | str) -> Measurement:
+    """Return what the probe of draw i has right."""
+    facts = probe_facts(probes.fitted, i)
+    if isinstance(texts, str):
+        return Measurement(failure=texts, facts=facts)
+    part = JudgedPart(texts.codes[probes.arm.code.name], texts.labels)
+    return Measurement(
+        count_right(probes.probe(i), part)[0],
+        len(texts.labels),
+        probes.fitted.probes.failures[i],
+        facts={**facts, **texts.facts},
     )

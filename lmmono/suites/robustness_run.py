@@ -1,7 +1,7 @@
 """The robustness suites of a run: what its recipe names, on its model and its dictionaries.
 
-    runs/x/features.duckdb, features/   features of the tasks' texts, encoded once and kept
-           store.duckdb                 table `robustness`
+    runs/x/features.duckdb   codes of the tasks' texts, encoded once and kept
+           store.duckdb      table `robustness`
 
 Rows are committed as they are computed, so the same call goes on where an earlier one stopped.
 """
@@ -11,18 +11,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from torch import nn
-
 import activation_store as astore
-from lmmono.data.tasks.task_registry import find_task
+from lmmono.data.tasks.leakage import leakage
+from lmmono.data.tasks.reading import find_task
 from lmmono.dictionaries.estimator import load_dictionary
 from lmmono.errors import RobustnessError, nearest
+from lmmono.files.processes import best_device
 from lmmono.models.hooks import match_hooks
 from lmmono.recipe.dictionary_settings import TrainedControl
 from lmmono.runs.folder import Run
-from lmmono.suites.robustness_rows import Asked, Result, read_results
-from lmmono.suites.study import Study
+from lmmono.suites.results import AskedRows, Result, read_results
+from lmmono.suites.robustness import Study
 from lmmono.types import Progress, silent
 
 _CONTROLS = tuple(f"-{control}" for control in get_args(TrainedControl))
@@ -43,7 +42,7 @@ def robustness_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
     settings = run.recipe.robustness
     tasks = [find_task(name, settings.folder) for name in settings.tasks]
     with astore.open(run.store_path, mode="a") as store:
-        model = _on_device(run.model)
+        model = run.model.to(best_device())
         families: dict[str, Any] = {family.label: family for family in settings.families}
         study = Study(
             model,
@@ -54,14 +53,15 @@ def robustness_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
             run.tokenizer,
             progress,
         )
-        made = study.run()
-        return {
-            "hook": made.hook,
-            "features": list(made.features),
-            "n_rows": len(made.rows),
-            "n_failed": sum(row["failure"] is not None for row in made.rows),
-            "hypotheses": list(settings.hypotheses),
-        }
+        outcomes = study.run()
+    return {
+        "hook": outcomes.hook,
+        "features": list(outcomes.features),
+        "n_rows": len(outcomes.rows),
+        "n_failed": sum(row["failure"] is not None for row in outcomes.rows),
+        "hypotheses": list(settings.hypotheses),
+        "leakage": {task.name: str(leakage(task)) for task in tasks},
+    }
 
 
 def run_results(run: Run, store: astore.Store) -> list[Result]:
@@ -69,7 +69,7 @@ def run_results(run: Run, store: astore.Store) -> list[Result]:
     settings = run.recipe.robustness
     made = run.manifest.stages["robustness"].facts.get("features")
     features = [str(name) for name in made] if isinstance(made, list) else None
-    return read_results(store, asked=Asked(settings, settings.tasks, features))
+    return read_results(store, asked=AskedRows(settings, settings.tasks, features))
 
 
 def _dictionaries(run: Run) -> Mapping[str, Callable[[Any], Any]]:
@@ -115,8 +115,3 @@ def _matching(folder: Path, hooks: list[str], pattern: str) -> list[Path]:
         where = ", ".join(hooks) or "any hook"
         raise RobustnessError(f"robustness.dictionaries: no {pattern!r} at {where}; {way_out}")
     return places
-
-
-def _on_device(model: nn.Module) -> nn.Module:
-    """Move a model to the GPU, where there is one."""
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,40 +1,85 @@
-"""Features in a store of their own, `features.duckdb`: texts are encoded once, whoever asks.
+"""Codes of texts in a file of their own, `features.duckdb`: texts are encoded once, whoever asks.
 
-A text is a document (and a sequence of one token), known by the SHA-256 of its characters, so sets
-that share texts share their features. A feature is a vector hook,
-`<hook>.<pooling>.<family>-<8 digits of its digest>@<n>`: what one call computed is capture n,
-committed as it goes, so a call that was killed costs the texts after its last commit. Table
-`dictionaries` says what each feature is.
+    texts          text_id, text_sha256, n_tokens, split     one row per text
+    codes          code_id, digest, hook, pooling, ...       one row per code: what it is of
+    code_vectors   code_id, text_id, vector                  one row per text and code
+
+It is a plain DuckDB file, no activation store: a text has one vector, and no tokens. A text is
+known by the SHA-256 of its characters, so sets that share texts share their codes. Rows are
+committed as they are computed, so a call that was killed costs the texts after its last commit.
 """
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import duckdb
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float32
 
-import activation_store as astore
-from lmmono.suites.text_codes import Encoded, Encoder, Feature
+from lmmono.errors import RobustnessError
+from lmmono.suites.text_codes import ProbedCode, TextCodes, TextEncoder
 
 COMMIT_TEXTS = 2048
 """Texts between commits."""
 
+_SCHEMA = """
+CREATE TABLE texts (text_id BIGINT, text_sha256 VARCHAR, n_tokens INTEGER, split VARCHAR);
+COMMENT ON TABLE texts IS 'Texts of tasks that were encoded; the texts themselves are not kept.';
+COMMENT ON COLUMN texts.text_sha256 IS 'SHA-256 of the characters, UTF-8.';
+COMMENT ON COLUMN texts.n_tokens IS 'Tokens that were read, after the cut at the context''s end.';
+COMMENT ON COLUMN texts.split IS 'Part of the task that the text first stood in.';
+CREATE TABLE codes (code_id INTEGER, digest VARCHAR, hook VARCHAR, pooling VARCHAR, family VARCHAR,
+    family_digest VARCHAR, model_digest VARCHAR, d INTEGER, l0 DOUBLE, n_parameters BIGINT);
+COMMENT ON TABLE codes IS 'Pooled codes: a feature family on the token rows of one hook.';
+COMMENT ON COLUMN codes.digest IS 'SHA-256 of everything that decides a vector beside its text.';
+COMMENT ON COLUMN codes.d IS 'Width of the code.';
+COMMENT ON COLUMN codes.l0 IS 'Mean coordinates that are not zero, on the rows of the fit.';
+COMMENT ON COLUMN codes.n_parameters IS 'Numbers learned or drawn; NULL where unknown.';
+CREATE TABLE code_vectors (code_id INTEGER, text_id BIGINT, vector FLOAT[]);
+COMMENT ON TABLE code_vectors IS 'The code of a text, pooled over its tokens.';
+"""
 
-class FeatureStore:
-    """An open store of pooled features of one model; a context manager."""
+# a file may come from somebody else: nothing in it may reach beyond it
+_LOCKED: dict[str, str | bool | int | float | list[str]] = {
+    "enable_external_access": "false",
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+    "lock_configuration": "true",
+}
+
+_OBJECTS = """SELECT table_name FROM system.main.duckdb_tables() WHERE NOT internal
+    UNION ALL SELECT view_name FROM system.main.duckdb_views() WHERE NOT internal ORDER BY ALL"""
+
+
+class CodeStore:
+    """An open file of codes; a context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Open the store, made now if there is none.
+        """Open the file, made now if there is none.
 
         Raises:
-            StoreError: What is there is no store, or cannot be written.
+            RobustnessError: What is there is damaged, in use or no file of codes.
         """
-        self._store = astore.open(path, "a" if path.exists() else "w")
+        self.path = path
+        with self._told():
+            self._con = duckdb.connect(str(path), config=_LOCKED)
+            names = [name for (name,) in self._con.execute(_OBJECTS).fetchall()]
+            if not names:
+                self._con.execute(f"BEGIN; {_SCHEMA} COMMIT")
+            elif names != ["code_vectors", "codes", "texts"]:
+                self._con.close()
+                raise RobustnessError(
+                    f"{path}: no file of codes, it holds {', '.join(names)}; want texts, codes and "
+                    "code_vectors: move it away, codes are then computed anew"
+                )
 
-    def __enter__(self) -> "FeatureStore":
+    def __enter__(self) -> "CodeStore":
         return self
 
     def __exit__(
@@ -43,125 +88,127 @@ class FeatureStore:
         fault: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._store.close()
+        self._con.close()
 
-    def encode(self, encoder: Encoder, texts: Sequence[str], part: str) -> Encoded:
-        """Return the features of texts; those that are not stored are computed and stored.
+    @contextmanager
+    def _told(self) -> Generator[None]:
+        """Raise what DuckDB says of the file as the error of this room."""
+        try:
+            yield
+        except duckdb.IOException as fault:
+            if "lock" in str(fault):
+                raise RobustnessError(
+                    f"{self.path}: another process has it open; wait for it, or end it"
+                ) from fault
+            raise self._damaged(fault) from fault
+        except (duckdb.Error, ValueError) as fault:
+            raise self._damaged(fault) from fault
+
+    def _damaged(self, fault: Exception) -> RobustnessError:
+        reason = str(fault).splitlines()[0]
+        return RobustnessError(
+            f"{self.path}: cannot be read or written: {reason}; if it is damaged, delete it: codes "
+            "are then computed anew"
+        )
+
+    def encode(self, encoder: TextEncoder, texts: Sequence[str], part: str) -> TextCodes:
+        """Return the codes of texts; those that are not stored are computed and stored.
 
         Args:
             encoder: Fitted.
             texts: Any texts, repeats included.
-            part: What table `documents` calls their split.
+            part: What table `texts` calls their split.
 
         Raises:
-            RobustnessError: A feature is not finite.
-            StoreError: The store is of another model, or the disk refuses.
+            RobustnessError: A code is not finite, or the file is damaged.
         """
-        lengths, n_truncated, n_tokenless = encoder.count(texts)
-        doc_ids = self._documents(texts, lengths, part)
-        names = {feature.name: _hook(feature) for feature in encoder.features.values()}
-        self._compute(encoder, texts, doc_ids, part, names)
-        features = {name: self._read(hook, doc_ids) for name, hook in names.items()}
-        return Encoded(features, n_truncated, n_tokenless)
+        ids, n_truncated, n_tokenless = encoder.reader.read(texts)
+        with self._told():
+            text_ids = self._text_ids(texts, [len(row) - 1 for row in ids], part)
+            code_ids = {name: self._code_id(encoder, c) for name, c in encoder.codes.items()}
+            stored = {code: set[int]() for code in code_ids.values()}
+            query = """SELECT code_id, list(text_id) FROM code_vectors
+                WHERE list_contains($codes::INTEGER[], code_id) GROUP BY code_id"""
+            rows = self._con.execute(query, {"codes": list(code_ids.values())}).fetchall()
+            stored |= {code: set(present) for code, present in rows}
+            lacking: dict[tuple[str, ...], dict[int, str]] = {}  # texts by the codes that they lack
+            for text_id, text in zip(text_ids, texts, strict=True):
+                short = tuple(n for n, code in code_ids.items() if text_id not in stored[code])
+                if short:
+                    lacking.setdefault(short, {})[text_id] = text
+            for short, missing in lacking.items():
+                items = list(missing.items())
+                for first in range(0, len(items), COMMIT_TEXTS):
+                    block = items[first : first + COMMIT_TEXTS]
+                    made = encoder.encode([text for _, text in block], names=short).codes
+                    self._add([i for i, _ in block], {code_ids[name]: made[name] for name in short})
+            codes = {name: self._read(code, text_ids) for name, code in code_ids.items()}
+        return TextCodes(codes, n_truncated, n_tokenless)
 
-    def _documents(self, texts: Sequence[str], lengths: Sequence[int], part: str) -> list[int]:
-        """Return the number of each text's document; new texts are added to `documents`."""
+    def _text_ids(self, texts: Sequence[str], lengths: Sequence[int], part: str) -> list[int]:
+        """Return the number of each text; new texts are added to `texts`."""
         keys = [hashlib.sha256(t.encode(errors="surrogatepass")).hexdigest() for t in texts]
-        known = dict(self._store.sql("SELECT text_sha256, doc_id FROM documents").fetchall())
+        ids: dict[str, int] = dict(
+            self._con.execute("SELECT text_sha256, text_id FROM texts").fetchall()
+        )
         rows: list[dict[str, Any]] = []
         for key, n_tokens in zip(keys, lengths, strict=True):
-            if key not in known:
-                known[key] = len(known)
-                rows.append({"doc_id": known[key], "text_sha256": key, "n_tokens": n_tokens})
+            if key not in ids:
+                ids[key] = len(ids)
+                row = {"text_id": ids[key], "text_sha256": key, "n_tokens": n_tokens}
+                rows.append({**row, "split": part})
         if rows:
-            self._store.add_documents([{**row, "split": part} for row in rows])
-        return [known[key] for key in keys]
+            self._insert("texts", pa.Table.from_pylist(rows))
+        return [ids[key] for key in keys]
 
-    def _compute(
-        self,
-        encoder: Encoder,
-        texts: Sequence[str],
-        doc_ids: Sequence[int],
-        part: str,
-        names: dict[str, str],
-    ) -> None:
-        """Compute what is missing: texts that lack the same features go together."""
-        place = dict(zip(doc_ids, range(len(doc_ids)), strict=True))
-        there = self._there()
-        lacking: dict[tuple[str, ...], list[int]] = {}
-        for doc_id in place:
-            short = tuple(n for n, hook in names.items() if doc_id not in there.get(hook, ()))
-            lacking.setdefault(short, []).append(doc_id)
-        for short, ids in lacking.items():
-            if short:
-                self._capture(encoder, short, ids, [texts[place[i]] for i in ids], part)
+    def _code_id(self, encoder: TextEncoder, code: ProbedCode) -> int:
+        """Return the number of a code, added to `codes` if it is not there."""
+        family = code.family
+        parts = [code.hook, code.pooling, family.digest, encoder.model_digest]
+        digest = hashlib.sha256(json.dumps([*parts, encoder.reader.digest]).encode()).hexdigest()
+        known = self._con.execute(
+            "SELECT code_id FROM codes WHERE digest = $1", [digest]
+        ).fetchone()
+        if known is not None:
+            return int(known[0])
+        row = self._con.execute("SELECT count(*) FROM codes").fetchone()
+        assert row is not None
+        about = {"code_id": row[0], "digest": digest, "hook": code.hook, "pooling": code.pooling}
+        about |= {"family": family.name, "family_digest": family.digest}
+        about |= {"model_digest": encoder.model_digest, "d": family.d, "l0": family.l0}
+        self._insert(
+            "codes", pa.Table.from_pylist([{**about, "n_parameters": family.n_parameters}])
+        )
+        return int(row[0])
 
-    def _there(self) -> dict[str, set[int]]:
-        """Return the documents of each stored feature."""
-        found: dict[str, set[int]] = {}
-        query = "SELECT hook, list(seq_id) FROM vectors GROUP BY hook"
-        for hook, ids in self._store.sql(query).fetchall():
-            found.setdefault(hook.rpartition("@")[0], set()).update(ids)
-        return found
+    def _add(self, text_ids: Sequence[int], codes: dict[int, Float32[np.ndarray, "n _"]]) -> None:
+        """Add the codes of some texts, all or none."""
+        tables: list[pa.Table] = []
+        for code_id, x in codes.items():
+            flat = pa.array(np.ascontiguousarray(x, np.float32).ravel())
+            ends = pa.array(np.arange(len(x) + 1, dtype=np.int64) * x.shape[1])
+            columns = {
+                "code_id": pa.array(np.full(len(x), code_id, np.int32)),
+                "text_id": pa.array(np.asarray(text_ids, np.int64)),
+                "vector": pa.LargeListArray.from_arrays(ends, flat),
+            }
+            tables.append(pa.table(columns))
+        self._insert("code_vectors", pa.concat_tables(tables))
 
-    def _capture(
-        self,
-        encoder: Encoder,
-        short: Sequence[str],
-        ids: Sequence[int],
-        texts: Sequence[str],
-        part: str,
-    ) -> None:
-        """Compute and write some features of some texts, as one capture."""
-        features = [encoder.features[name] for name in short]
-        used = self._store.sql("SELECT DISTINCT hook FROM hooks WHERE kind = 'vectors'").fetchall()
-        number = 1 + max((int(hook.rpartition("@")[2]) for (hook,) in used), default=-1)
-        hooks = {feature.name: f"{_hook(feature)}@{number}" for feature in features}
-        widths = {feature.name: feature.family.d for feature in features}
-        self._store.append("dictionaries", [_described(each) for each in features])
-        with self._store.writer(
-            vectors=[
-                astore.Vectors(hook=hooks[name], d=widths[name], dtype="float32") for name in hooks
-            ],
-            n_ctx=1,
-            commit_tokens=COMMIT_TEXTS,
-            model_digest=encoder.model_digest,
-        ) as writer:
-            for first in range(0, len(ids), COMMIT_TEXTS):
-                block = np.array(ids[first : first + COMMIT_TEXTS], np.int64)
-                made = encoder.encode(texts[first : first + COMMIT_TEXTS], names=short).features
-                acts = {hooks[name]: x[:, None] for name, x in made.items()}
-                writer.add(block, np.zeros((len(block), 1), np.int64), block[:, None], part, acts)
+    def _insert(self, table: str, rows: pa.Table) -> None:
+        """Add rows in one transaction."""
+        self._con.register("rows_to_add", rows)
+        self._con.execute(f"INSERT INTO {table} BY NAME SELECT * FROM rows_to_add")
+        self._con.unregister("rows_to_add")
 
-    def _read(self, hook: str, doc_ids: Sequence[int]) -> Float32[np.ndarray, "n d"]:
-        """Return the stored vectors of documents, in the order asked for."""
-        query = """SELECT seq_id, vector FROM vectors
-            WHERE regexp_replace(hook, '@[0-9]+$', '') = $hook AND seq_id IN
-                (SELECT unnest($ids::BIGINT[]))"""
-        found = self._store.sql(query, hook=hook, ids=sorted(set(doc_ids))).to_arrow_table()
-        found = found.combine_chunks()
-        flat = found["vector"].combine_chunks().flatten().to_numpy()
-        seq = found["seq_id"].to_numpy()
-        rows = np.asarray(flat, np.float32).reshape(len(seq), -1)
-        order = np.argsort(seq, kind="stable")
-        return rows[order[np.searchsorted(seq[order], np.asarray(doc_ids))]]
-
-
-def _hook(feature: Feature) -> str:
-    return f"{feature.hook}.{feature.pooling}.{feature.family.name}-{feature.family.digest[:8]}"
-
-
-def _described(feature: Feature) -> dict[str, Any]:
-    """Return the row of table `dictionaries` of a feature."""
-    family = feature.family
-    return {
-        "hook": feature.hook,
-        "name": f"{feature.pooling}.{family.name}-{family.digest[:8]}",
-        "latents_hook": _hook(feature),
-        "arch": family.name,
-        "d_in": family.d_in,
-        "d_sae": family.d,
-        "digest": family.digest,
-        "l0": family.l0,
-        "settings": {"pooling": feature.pooling, "n_parameters": family.n_parameters},
-    }
+    def _read(self, code_id: int, text_ids: Sequence[int]) -> Float32[np.ndarray, "n d"]:
+        """Return the stored codes of texts, in the order asked for."""
+        query = """SELECT text_id, vector FROM code_vectors
+            WHERE code_id = $code AND text_id IN (SELECT unnest($ids::BIGINT[]))"""
+        asked = {"code": code_id, "ids": sorted(set(text_ids))}
+        rows = self._con.execute(query, asked).to_arrow_table().combine_chunks()
+        stored_ids = rows["text_id"].to_numpy()
+        flat = rows["vector"].combine_chunks().flatten().to_numpy()
+        vectors = np.asarray(flat, np.float32).reshape(len(stored_ids), -1)
+        order = np.argsort(stored_ids, kind="stable")
+        return vectors[order[np.searchsorted(stored_ids[order], np.asarray(text_ids))]]

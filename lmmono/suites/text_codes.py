@@ -1,4 +1,4 @@
-"""Texts to features: token rows at a hook, a family's code of each, pooled to one vector a text.
+"""Texts to codes: token rows at a hook, a family's code of each, pooled to one vector a text.
 
 Each text is read after an end-of-text token, as documents are in training; that token has no part
 in the pooling. Noise inside the model is put on token embeddings, or on the rows of the hook before
@@ -9,18 +9,17 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 
 from activation_store.write.recorder import digest as weights_digest
-from lmmono.data.tokenizing import plain_encoder
 from lmmono.errors import RobustnessError, nearest
 from lmmono.models.hooks import attached, bare, hook_names, hook_width, match_hooks, run_until
+from lmmono.probes.text_reader import TextReader
 from lmmono.registry.robustness import MODEL_NOISE, Pooling
 from lmmono.suites.feature_families import FeatureFamily
 
@@ -32,13 +31,12 @@ FIT_TOKENS = 20_000
 """Token rows that families are fitted on, at most."""
 
 FIT_TEXTS = 2_000
-"""Texts that these rows come from, at most."""
+"""Texts that these rows come from, at most: short ones have fewer tokens than `FIT_TOKENS`."""
 
 BATCH_TOKENS = 8192
-"""Tokens per forward pass, padding included."""
+"""Tokens per forward pass, padding included; bounds its memory."""
 
 EMBED = "hook_embed"
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +67,8 @@ class InputNoise:
 
 
 @dataclass(frozen=True, slots=True)
-class Feature:
-    """One pooled code: what a probe reads."""
+class ProbedCode:
+    """One pooled code of texts: what a probe reads."""
 
     name: str
     """Name in tables: the family's, and the pooling where it is not the first."""
@@ -83,67 +81,59 @@ class Feature:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Encoded:
-    """Features of some texts."""
+class TextCodes:
+    """Codes of some texts."""
 
-    features: dict[str, Float32[np.ndarray, "n _"]]
-    """One row per text, by the name of the feature."""
+    codes: dict[str, Float32[np.ndarray, "n _"]]
+    """One row per text, by the name of the code."""
     n_truncated: int
     """Texts longer than the model's context, cut there."""
     n_tokenless: int
     """Texts without a token, read as an end-of-text token alone."""
 
 
-class Encoder:
-    """A model with features of its hooks; fitted once, then used on any text.
+class TextEncoder:
+    """A model with codes of its hooks; fitted once, then used on any text.
 
     Attributes:
-        features: What is computed, by name.
+        codes: What is computed, by name.
         model: The model.
-        tokenizer: Its tokenizer.
+        reader: Its tokenizer, with the bounds of the model.
         model_digest: SHA-256 of the model's weights.
         n_ctx: Most tokens of a text; None where the model has no limit.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, features: Sequence[Feature], *, seed: int = 0
+        self, model: nn.Module, tokenizer: Any, codes: Sequence[ProbedCode], *, seed: int = 0
     ) -> None:
         """Look up hooks and widths; the model is run later, in evaluation mode.
 
         Raises:
-            RobustnessError: There is no tokenizer, or two features have one name.
+            RobustnessError: There is no tokenizer, or two codes have one name.
             ModelError: A hook matches nothing.
         """
         network = bare(model)
-        tokenizer = tokenizer or getattr(network, "tokenizer", None)
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise RobustnessError(
-                "texts need the model's tokenizer: pass tokenizer=, a fast one of transformers"
-            )
-        names = [feature.name for feature in features]
+        self.reader = TextReader(network, tokenizer)
+        names = [code.name for code in codes]
         if len(set(names)) < len(names):
             raise RobustnessError(f"features: want names of their own, got {', '.join(names)}")
-        self.features = {feature.name: feature for feature in features}
+        self.codes = {code.name: code for code in codes}
         self.model_digest, self.model = weights_digest(network), network
-        self.tokenizer, self._tokenize = tokenizer, plain_encoder(tokenizer)
+        self.n_ctx = self.reader.n_ctx
         self._seed = seed
-        config: Any = getattr(network, "config", None)
-        self.n_ctx: int | None = getattr(config, "max_position_embeddings", None)
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-        self._first = int(end)  # pyright: ignore[reportArgumentType]
         self._scales: dict[str, Float[Tensor, " d"]] = {}
 
     @property
     def hooks(self) -> list[str]:
-        """Hooks that the features read, each once."""
-        return list(dict.fromkeys(feature.hook for feature in self.features.values()))
+        """Hooks that the codes read, each once."""
+        return list(dict.fromkeys(code.hook for code in self.codes.values()))
 
     @property
     def is_fitted(self) -> bool:
         """Whether `fit` was called."""
         return bool(self._scales)
 
-    def fit(self, texts: Sequence[str]) -> "Encoder":
+    def fit(self, texts: Sequence[str]) -> "TextEncoder":
         """Fit every family on token rows of clean training texts, without their labels.
 
         Raises:
@@ -154,8 +144,8 @@ class Encoder:
             raise RobustnessError("families want texts to be fitted on, got none")
         chosen: list[int] = np.random.default_rng(self._seed).permutation(len(texts)).tolist()
         rows: dict[str, list[Tensor]] = {hook: [] for hook in self.hooks}
-        ids = self._ids([texts[i] for i in chosen[:FIT_TEXTS]])[0]
-        ends = np.cumsum([len(each) for each in ids])
+        ids = self.reader.read([texts[i] for i in chosen[:FIT_TEXTS]])[0]
+        ends = np.cumsum([len(row) for row in ids])
         n_texts = int(np.searchsorted(ends, FIT_TOKENS)) + 1
         for batch in self._batches(ids[:n_texts], None):
             for hook, acts in batch.rows.items():
@@ -164,9 +154,9 @@ class Encoder:
         for hook in self.hooks:
             here = torch.cat(rows[hook])[:FIT_TOKENS]
             self._scales[hook] = here.std(0)
-            for feature in self.features.values():
-                if feature.hook == hook and not feature.family.d:
-                    feature.family.fit(here, origin=f"{hook} {origin}")
+            for code in self.codes.values():
+                if code.hook == hook and not code.family.d:
+                    code.family.fit(here, origin=f"{hook} {origin}")
         return self
 
     @torch.no_grad()
@@ -176,79 +166,66 @@ class Encoder:
         *,
         names: Sequence[str] | None = None,
         noise: InputNoise | None = None,
-    ) -> Encoded:
-        """Return the features of texts, in their order.
+    ) -> TextCodes:
+        """Return the codes of texts, in their order.
 
         Args:
             texts: Any texts; those longer than the context are cut and counted.
-            names: Features to compute; None takes all.
+            names: Codes to compute; None takes all.
             noise: Noise inside the model; text i gets draw i of its seed.
 
         Raises:
-            RobustnessError: Not fitted yet, or a feature is not finite.
+            RobustnessError: Not fitted yet, or a code is not finite.
         """
         if not self.is_fitted:
             raise RobustnessError("the encoder is not fitted; fit it on training texts first")
-        wanted = [self.features[name] for name in self.features if names is None or name in names]
-        ids, n_truncated, n_tokenless = self._ids(texts)
-        found: dict[str, list[Tensor]] = {feature.name: [] for feature in wanted}
+        wanted = [code for name, code in self.codes.items() if names is None or name in names]
+        ids, n_truncated, n_tokenless = self.reader.read(texts)
+        pooled: dict[str, list[Tensor]] = {code.name: [] for code in wanted}
         order: list[int] = []
         for batch in self._batches(ids, noise):
             order += batch.texts
-            codes: dict[tuple[str, int], Tensor] = {}
-            for feature in wanted:
-                key = (feature.hook, id(feature.family))
-                if key not in codes:
-                    codes[key] = feature.family.transform(batch.rows[feature.hook])
-                found[feature.name].append(pool(codes[key], batch.lengths, feature.pooling).cpu())
+            acts: dict[tuple[str, int], Tensor] = {}  # of a family once, whatever its poolings
+            for code in wanted:
+                key = (code.hook, id(code.family))
+                if key not in acts:
+                    acts[key] = code.family.transform(batch.rows[code.hook])
+                pooled[code.name].append(pool(acts[key], batch.lengths, code.pooling).cpu())
         place = np.argsort(order)
-        features = {
+        codes = {
             name: torch.cat(parts).numpy().astype(np.float32)[place]
-            for name, parts in found.items()
+            for name, parts in pooled.items()
         }
-        for name, x in features.items():
+        for name, x in codes.items():
             if not np.isfinite(x).all():
-                bad = int((~np.isfinite(x).all(axis=1)).sum())
-                raise RobustnessError(f"{name}: features of {bad} of {len(x)} texts are not finite")
-        return Encoded(features, n_truncated, n_tokenless)
+                n_bad = int((~np.isfinite(x).all(axis=1)).sum())
+                raise RobustnessError(
+                    f"{name}: features of {n_bad} of {len(x)} texts are not finite"
+                )
+        return TextCodes(codes, n_truncated, n_tokenless)
 
-    def count(self, texts: Sequence[str]) -> tuple[list[int], int, int]:
-        """Return the tokens of each text as they are read, and how many are cut or have none."""
-        ids, n_truncated, n_tokenless = self._ids(texts)
-        return [len(each) - 1 for each in ids], n_truncated, n_tokenless
-
-    def _ids(self, texts: Sequence[str]) -> tuple[list[np.ndarray], int, int]:
-        """Return the token ids of texts behind the first token, and who was cut or empty."""
-        most = None if self.n_ctx is None else self.n_ctx - 1
-        given = self._tokenize(list(texts)) if texts else []
-        first = np.array([self._first], np.int64)
-        ids = [np.concatenate([first, each[:most].astype(np.int64)]) for each in given]
-        n_truncated = 0 if most is None else sum(len(each) > most for each in given)
-        return ids, n_truncated, sum(not len(each) for each in given)
-
-    def _batches(self, ids: Sequence[np.ndarray], noise: InputNoise | None) -> "Iterator[_Batch]":
+    def _batches(
+        self, ids: Sequence[np.ndarray], noise: InputNoise | None
+    ) -> "Iterator[_TokenRows]":
         """Run the model over texts of similar length together; yields rows without padding."""
         was_training = self.model.training
         self.model.eval()
         try:
-            for texts in _alike([len(each) for each in ids]):
+            for texts in _alike([len(row) for row in ids]):
                 yield self._run([ids[i] for i in texts], texts, noise)
         finally:
             self.model.train(was_training)
 
     def _run(
         self, ids: Sequence[np.ndarray], texts: list[int], noise: InputNoise | None
-    ) -> "_Batch":
-        lengths = [max(1, len(each) - 1) for each in ids]
-        block = np.full((len(ids), max(map(len, ids))), self._first, np.int64)
-        for row, each in zip(block, ids, strict=True):
-            row[: len(each)] = each
+    ) -> "_TokenRows":
+        lengths = [max(1, len(row) - 1) for row in ids]
         with self._noised(noise, texts, lengths):
-            acts = run_until(self.model, torch.from_numpy(block), self.hooks)
+            acts = run_until(self.model, self.reader.block(ids), self.hooks)
         rows: dict[str, Tensor] = {}
         for stream, hook in enumerate(self.hooks):
             flat = acts[hook].flatten(2).float()
-            begins = [min(1, len(each) - 1) for each in ids]  # a text without tokens has the first
+            begins = [min(1, len(row) - 1) for row in ids]  # a text without tokens has the first
             parts = [
                 flat[i, begin : begin + n]
                 for i, (begin, n) in enumerate(zip(begins, lengths, strict=True))
@@ -260,7 +237,7 @@ class Encoder:
                     for i, part in zip(texts, parts, strict=True)
                 ]
             rows[hook] = torch.cat(parts)
-        return _Batch(texts, lengths, rows)
+        return _TokenRows(texts, lengths, rows)
 
     def _noised(
         self, noise: InputNoise | None, texts: list[int], lengths: list[int]
@@ -285,7 +262,7 @@ class Encoder:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
+class _TokenRows:
     """Token rows of some texts."""
 
     texts: list[int]
@@ -307,9 +284,9 @@ def pool(
             return torch.stack([part[-1] for part in parts])
 
 
-def make_features(
+def probed_codes(
     families: Mapping[str, FeatureFamily], model: nn.Module, hook: str, poolings: Sequence[Pooling]
-) -> list[Feature]:
+) -> list[ProbedCode]:
     """Return every family with every pooling, each at its hook.
 
     A family that brings a hook reads that; one of neurons reads those of the hook's layer.
@@ -318,13 +295,22 @@ def make_features(
         RobustnessError: The hook is in no layer, and a family wants its neurons.
         ModelError: A hook matches nothing, or has no width per token.
     """
-    found: list[Feature] = []
+    codes: list[ProbedCode] = []
     for name, family in families.items():
-        (where,) = match_hooks(model, family.hook or _place(family, hook))
+        place = family.hook or hook
+        if not family.hook and family.point == "neurons":
+            before, _, rest = hook.partition("blocks.")
+            layer = rest.partition(".")[0]
+            if before or not layer.isdigit():
+                raise RobustnessError(
+                    f"{family.name}: {hook} is in no layer; give a hook blocks.N...."
+                )
+            place = f"blocks.{layer}.mlp.hook_post"
+        (where,) = match_hooks(model, place)
         hook_width(model, where)
         for i, pooling in enumerate(poolings):
-            found.append(Feature(f"{name}:{pooling}" if i else name, family, where, pooling))
-    return found
+            codes.append(ProbedCode(f"{name}:{pooling}" if i else name, family, where, pooling))
+    return codes
 
 
 def streams(model: nn.Module) -> list[str]:
@@ -340,16 +326,6 @@ def origin_of(*parts: str | Sequence[str]) -> str:
             whole.update(hashlib.sha256(text.encode(errors="surrogatepass")).digest())
         whole.update(b"/")
     return whole.hexdigest()
-
-
-def _place(family: FeatureFamily, hook: str) -> str:
-    if family.point == "stream":
-        return hook
-    before, _, rest = hook.partition("blocks.")
-    layer = rest.partition(".")[0]
-    if before or not layer.isdigit():
-        raise RobustnessError(f"{family.name}: {hook} is in no layer; give a hook blocks.N....")
-    return f"blocks.{layer}.mlp.hook_post"
 
 
 def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -15,19 +15,19 @@ from jaxtyping import Int64
 
 from lmmono.data.tasks.task import Labelled
 from lmmono.errors import RobustnessError
-from lmmono.probes.finetuning import Classifier, FineTuning, Texts, finetune
-from lmmono.probes.probing import Solve
+from lmmono.probes.finetuning import Classifier, FineTuning, LabelledTexts, finetune
+from lmmono.probes.probe_jobs import Solver
 from lmmono.probes.problems import NO_VALIDATION
 from lmmono.recipe.robustness_settings import Tuning
 from lmmono.registry.robustness import Suite
-from lmmono.suites.bench import METRIC, Bench, Key
-from lmmono.suites.grid import Rows, said, suite_rows
-from lmmono.suites.robustness_rows import FINE_TUNING, FULL
-from lmmono.suites.suite import Draw, drawn
+from lmmono.suites.bench import Bench, Condition, Key, Measurement, Rows, judged_texts
+from lmmono.suites.draws import SuiteDraw, drawn
+from lmmono.suites.grid import suite_rows
+from lmmono.suites.inputs import TEST
+from lmmono.suites.results import FINE_TUNING, FULL
 
-TEST = "test"
 SCALE = 2
-"""LoRA's alpha over its rank."""
+"""LoRA's alpha over its rank, the same for every rank: so ranks differ in nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Tuner:
 
 def tuners(settings: Tuning) -> list[Tuner]:
     """Return the ways to tune that a recipe names."""
-    found: list[Tuner] = []
+    ways: list[Tuner] = []
     for mode in settings.modes:
         for rank in settings.ranks if mode == "lora" else settings.ranks[:1]:
             how = FineTuning(
@@ -78,60 +78,53 @@ def tuners(settings: Tuning) -> list[Tuner]:
             if mode == "lora":  # to a whole model a rank is nothing, and must change no digest
                 how = replace(how, rank=rank, alpha=SCALE * rank)
             rates = settings.full_lr if mode == "full" else settings.lora_lr
-            found.append(Tuner(how, rates))
-    return found
+            ways.append(Tuner(how, rates))
+    return ways
 
 
 def tuned_rows(
-    bench: Bench, suite: Suite, there: Mapping[Key, str], solve: Solve
+    bench: Bench, suite: Suite, stored: Mapping[Key, str], solve: Solver
 ) -> Iterator[Rows]:
-    """Yield the rows of probes and of the tuned model that are not there yet, fit by fit."""
+    """Yield the rows of probes and of the tuned model that are not stored yet, fit by fit."""
     first = bench.settings.learners[0]
     arms = [arm for arm in bench.arms if arm.budget is None and arm.learner == first]
-    yield from suite_rows(bench.with_arms(arms), suite, there, solve)
+    yield from suite_rows(bench.with_arms(arms), suite, stored, solve)
     indices = drawn(bench.task, TEST, bench.settings.n_test)
-    judged, test = said(TEST, indices), _texts(bench.task.part(TEST), indices)
+    judged, test = judged_texts(TEST, indices), _texts(bench.task.part(TEST), indices)
     for draw in suite.load()(bench.task, bench.settings):
         for tuner in tuners(bench.settings.fine_tuning):
-            about = (draw.corruption, draw.level, tuner.learner, draw.n_shots, draw.seed)
-            key = (suite.name, bench.task.name, tuner.label, *about, TEST, METRIC)
-            digest = bench.digest(tuner, draw, judged)
-            if there.get(key) != digest:
-                yield [_row(bench, suite, tuner, draw, digest, test)]
+            about = Condition(suite, tuner, draw, TEST, judged, draw.corruption, draw.level)
+            if bench.lacks(about, stored):
+                yield [bench.row(about, _measured(bench, tuner, draw, test))]
 
 
-def _texts(part: Labelled, indices: Int64[np.ndarray, " n"]) -> Texts:
-    return Texts([part.texts[i] for i in indices.tolist()], part.labels[indices])
+def _texts(part: Labelled, indices: Int64[np.ndarray, " n"]) -> LabelledTexts:
+    return LabelledTexts([part.texts[i] for i in indices.tolist()], part.labels[indices])
 
 
-def _row(
-    bench: Bench, suite: Suite, tuner: Tuner, draw: Draw, digest: str, test: Texts
-) -> dict[str, Any]:
+def _measured(bench: Bench, tuner: Tuner, draw: SuiteDraw, test: LabelledTexts) -> Measurement:
     """Tune the model on a draw and return what it has right, or why it could not be tuned."""
-    began, n_right, facts, failure = time.perf_counter(), 0, dict[str, Any](), draw.failure
-    if failure is None:
-        try:
-            classifier, lr = _tuned(bench, tuner, draw)
-        except RobustnessError as fault:
-            failure = str(fault)
-        else:
-            n_right = round(classifier.accuracy(test) * len(test.labels)) if test.texts else 0
-            facts = _facts(classifier, lr)
-    return bench.row(
-        suite,
-        tuner,
-        draw,
-        TEST,
-        digest=digest,
-        n_right=n_right,
-        n=len(test.labels),
-        failure=failure,
-        seconds=time.perf_counter() - began,
-        facts=facts,
-    )
+    began, n = time.perf_counter(), len(test.labels)
+    try:
+        if draw.failure is not None:
+            raise RobustnessError(draw.failure)
+        classifier, lr = _tuned(bench, tuner, draw)
+    except RobustnessError as fault:
+        return Measurement(n=n, failure=str(fault), seconds=time.perf_counter() - began)
+    best = classifier.best
+    facts = {
+        "lr": lr,
+        "n_trained": classifier.n_trained,
+        "epoch": classifier.chosen_epoch + 1,
+        "train_loss": round(best.train_loss, 6),
+        "val_accuracy": round(best.val_accuracy, 6),
+        "n_truncated": classifier.n_truncated,
+    }
+    n_right = round(classifier.accuracy(test) * n) if n else 0
+    return Measurement(n_right, n, None, time.perf_counter() - began, facts)
 
 
-def _tuned(bench: Bench, tuner: Tuner, draw: Draw) -> tuple[Classifier, float]:
+def _tuned(bench: Bench, tuner: Tuner, draw: SuiteDraw) -> tuple[Classifier, float]:
     """Return the tuned model that is best on given validation labels, and its learning rate.
 
     Raises:
@@ -140,13 +133,13 @@ def _tuned(bench: Bench, tuner: Tuner, draw: Draw) -> tuple[Classifier, float]:
     if not len(draw.val):
         raise RobustnessError(NO_VALIDATION)
     train, val = (
-        Texts(_texts(bench.task.part(part), indices).texts, labels)
+        LabelledTexts(_texts(bench.task.part(part), indices).texts, labels)
         for part, indices, labels in (
             ("train", draw.train, draw.labels),
             ("val", draw.val, draw.val_labels),
         )
     )
-    found: list[tuple[Classifier, float]] = []
+    candidates: list[tuple[Classifier, float]] = []
     faults: list[RobustnessError] = []
     for lr in tuner.rates:
         try:
@@ -157,25 +150,12 @@ def _tuned(bench: Bench, tuner: Tuner, draw: Draw) -> tuple[Classifier, float]:
                 n_classes=bench.task.n_classes,
                 seed=draw.seed,
                 settings=replace(tuner.how, lr=lr),
-                tokenizer=bench.encoder.tokenizer,
+                tokenizer=bench.encoder.reader.tokenizer,
             )
         except RobustnessError as fault:
             faults.append(fault)
         else:
-            found.append((classifier, lr))
-    if not found:
+            candidates.append((classifier, lr))
+    if not candidates:
         raise faults[0]
-    return max(found, key=lambda each: each[0].best.val_accuracy)
-
-
-def _facts(classifier: Classifier, lr: float) -> dict[str, Any]:
-    """Return what a row says of a tuned model."""
-    best = classifier.best
-    return {
-        "lr": lr,
-        "n_trained": classifier.n_trained,
-        "epoch": classifier.chosen_epoch + 1,
-        "train_loss": round(best.train_loss, 6),
-        "val_accuracy": round(best.val_accuracy, 6),
-        "n_truncated": classifier.n_truncated,
-    }
+    return max(candidates, key=lambda pair: pair[0].best.val_accuracy)

@@ -14,7 +14,7 @@ from numpy import ndarray
 from torch import Tensor
 
 RATE, BATCH = 5e-3, 128
-"""Adam's rate, falling to 0, and samples per step."""
+"""Adam's rate, falling to 0 so that features settle, and samples per step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,8 @@ def axes(d: int, n_features: int) -> Float[ndarray, "d features"]:
 
 def random_code(d: int, n_features: int, seed: int) -> Float[ndarray, "d features"]:
     """Return features in random directions, with the energy of `axes`."""
-    return scaled(np.random.default_rng((seed, 3)).standard_normal((d, n_features)))
+    random = np.random.default_rng((seed, 3))  # 3: a stream of its own
+    return scaled(random.standard_normal((d, n_features)))
 
 
 def scaled(weight: Float[ndarray, "d features"]) -> Float[ndarray, "d features"]:

@@ -19,12 +19,11 @@ from numpy import ndarray
 from torch import Tensor
 
 import activation_store as astore
-from lmmono.data.corruption.labels import corrupt_labels
+from lmmono.data.corruption.label_noise import corrupt_labels
 from lmmono.errors import DataError, nearest
-from lmmono.probes.logistic import Path as Probed
-from lmmono.probes.logistic import fit_path
-from lmmono.probes.tuning import choose
-from lmmono.suites.robustness_rows import Result, stored_rows
+from lmmono.probes.logistic import PenaltyPath, fit_path
+from lmmono.probes.problems import choose
+from lmmono.suites.results import Result, stored_rows
 from lmmono.toy.codes import ToyData, axes, dimensionality, random_code, trained
 from lmmono.toy.separability import mean_ratio
 from lmmono.types import Progress, silent
@@ -35,12 +34,17 @@ Codes = list[Float[ndarray, "d features"]]
 
 SUITE = "toy_superposition"
 D_CODE = 20
+"""Dimensions of every code: half of the features."""
+
 SPARSE = 0.05
 """Share of features there when the polysemantic code is learned."""
+
 IMPORTANCE = 0.9
 """Feature i weighs this to the i where features are dense: without it no axis is better."""
+
 L2 = (100.0, 10.0, 1.0, 0.1, 0.01)
 """Penalties to choose from, on noisy validation labels."""
+
 ALONE, NOWHERE = 0.9, 0.01
 """A feature has a dimension for itself above the first share of it, and is dropped below the other.
 """
@@ -100,12 +104,12 @@ def toy_settings(
     """
     if targets not in get_args(Targets):
         raise DataError(f"toy: targets {targets!r}: {nearest(targets, get_args(Targets))}")
-    known = ToySettings(p, "all" if targets == "all" else "coded", seeds=seeds, steps=steps)
-    return replace(known, n_train=tuple(n_train)) if n_train else known
+    settings = ToySettings(p, "all" if targets == "all" else "coded", seeds=seeds, steps=steps)
+    return replace(settings, n_train=tuple(n_train)) if n_train else settings
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
+class ToyArm:
     """One kind of code."""
 
     name: str
@@ -116,25 +120,25 @@ class Arm:
     """Seeds and steps to encoders of equal energy."""
 
 
-ARMS: tuple[Arm, ...] = (
-    Arm(
+ARMS: tuple[ToyArm, ...] = (
+    ToyArm(
         "mono",
         "20 features on an axis each, by hand; 20 nowhere",
         lambda seeds, _: [axes(D_CODE, ToyData().n_features) for _ in seeds],
     ),
-    Arm(
+    ToyArm(
         "mono_learned",
         "learned on features that are always there, feature i with weight 0.9^i",
         lambda seeds, steps: trained(
             ToyData(1.0), D_CODE, seeds, steps=steps, importance=IMPORTANCE
         ),
     ),
-    Arm(
+    ToyArm(
         "poly",
         "learned on features that are there 5 % of the time",
         lambda seeds, steps: trained(ToyData(SPARSE), D_CODE, seeds, steps=steps),
     ),
-    Arm(
+    ToyArm(
         "random",
         "every feature in a random direction, learned from nothing",
         lambda seeds, _: [random_code(D_CODE, ToyData().n_features, seed) for seed in seeds],
@@ -204,7 +208,7 @@ def superposition(
     )
 
 
-def _capacity(arm: Arm, codes: Codes) -> Capacity:
+def _capacity(arm: ToyArm, codes: Codes) -> Capacity:
     shares = np.array([dimensionality(weight) for weight in codes])
     alone, dropped = (shares > ALONE).sum(axis=1).mean(), (shares < NOWHERE).sum(axis=1).mean()
     shared = shares.shape[1] - alone - dropped
@@ -319,12 +323,12 @@ def _ratios(
 
 def _probes(
     settings: ToySettings, samples: _Samples, weight: Float[ndarray, "d features"], n: int
-) -> tuple[Probed, Int64[Tensor, " rates"]]:
+) -> tuple[PenaltyPath, Int64[Tensor, " rates"]]:
     """Return the probes of all rates and penalties, and the penalty chosen at each rate."""
     x, x_val = samples.train[:n], samples.val[: _n_val(n)]
     y, y_val = (
         torch.from_numpy(_noisy(_labels(part, settings.n_classes), settings, samples.seed + shift))
-        for part, shift in ((x, 0), (x_val, 1_000_000))
+        for part, shift in ((x, 0), (x_val, 1_000_000))  # validation labels flip by themselves
     )
     code, code_val = (torch.from_numpy(part @ weight.T).float() for part in (x, x_val))
     path = fit_path(code, y, n_classes=settings.n_classes, l2=L2, standardise=False)
@@ -333,12 +337,12 @@ def _probes(
 
 
 def _accuracies(
-    path: Probed,
+    path: PenaltyPath,
     best: Int64[Tensor, " rates"],
     code: Float[ndarray, "t d"],
     labels: Int64[ndarray, " t"],
 ) -> list[float]:
     """Return the share of right answers of the chosen probe of each rate."""
-    told = path.log_probabilities(torch.from_numpy(code).float()).argmax(dim=-1)
-    chosen = told[torch.arange(len(best)), best]
+    classes = path.log_probabilities(torch.from_numpy(code).float()).argmax(dim=-1)
+    chosen = classes[torch.arange(len(best)), best]
     return (chosen == torch.from_numpy(labels)).double().mean(dim=1).tolist()

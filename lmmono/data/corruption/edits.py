@@ -146,10 +146,15 @@ def typo(word: str, rng: np.random.Generator) -> str | None:
 
 def misread(word: str, rng: np.random.Generator) -> str | None:
     """Return the word with one letter, or two, read as scanning software misreads them."""
-    found = [(i, print_) for print_ in MISREAD for i in _places(word, print_)]
-    if not found:
+    misreadable = [
+        (i, letters)
+        for letters in MISREAD
+        for i in range(len(word) - len(letters) + 1)
+        if word.startswith(letters, i)
+    ]
+    if not misreadable:
         return None
-    place, letters = found[int(rng.integers(len(found)))]
+    place, letters = misreadable[int(rng.integers(len(misreadable)))]
     read = MISREAD[letters]
     return _put(word, place, len(letters), read[int(rng.integers(len(read)))])
 
@@ -178,30 +183,12 @@ def repunctuate(word: str, rng: np.random.Generator) -> str | None:
     return word + ",.!?;:"[int(rng.integers(6))]
 
 
-def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
-    """Return the least number of insertions, deletions and replacements between two sequences.
-
-    >>> edit_distance("kitten", "sitting")
-    3
-    """
-    numbers: dict[str, int] = {}
-    mine = [numbers.setdefault(item, len(numbers)) for item in first]
-    others = np.array([numbers.setdefault(item, len(numbers)) for item in second], np.int64)
-    steps = np.arange(len(others) + 1)
-    row = steps.copy()
-    for i, item in enumerate(mine, start=1):
-        best = np.minimum(row[1:] + 1, row[:-1] + (others != item))
-        # an insertion costs one per step to the right: a running minimum of what is left of steps
-        row = np.minimum.accumulate(np.concatenate([[i], best]) - steps) + steps
-    return int(row[-1])
-
-
 def _first(word: str, edits: Sequence[Edit], rng: np.random.Generator) -> str | None:
     """Return what the first edit that changes the word makes of it, tried in drawn order."""
     for i in rng.permutation(len(edits)).tolist():
-        made = edits[i](word, rng)
-        if made is not None:
-            return made
+        changed = edits[i](word, rng)
+        if changed is not None:
+            return changed
     return None
 
 
@@ -209,10 +196,6 @@ def _beside(letter: str, rng: np.random.Generator) -> str:
     keys = NEIGHBOURS[letter.lower()]
     pressed = keys[int(rng.integers(len(keys)))]
     return pressed.upper() if letter.isupper() else pressed
-
-
-def _places(word: str, part: str) -> list[int]:
-    return [i for i in range(len(word) - len(part) + 1) if word.startswith(part, i)]
 
 
 def _pick(places: list[int], rng: np.random.Generator) -> int | None:

@@ -78,7 +78,7 @@ def leakage(task: Task) -> Leakage:
             seen.add(key)
             places.setdefault(key, []).append((name, i))
     shared = tuple(
-        _shared(task, found) for found in places.values() if len({name for name, _ in found}) > 1
+        _shared(task, copies) for copies in places.values() if len({name for name, _ in copies}) > 1
     )
     return Leakage(task.name, shared, _between(task, shared), repeated)
 
@@ -106,10 +106,10 @@ def _without(part: Labelled, keys: set[bytes]) -> Labelled:
     return part if len(kept) == len(part) else part.take(np.array(kept, np.int64))
 
 
-def _shared(task: Task, found: list[tuple[str, int]]) -> Shared:
-    name, first = found[0]
-    labels = {int(task.parts[part].labels[i]) for part, i in found}
-    return Shared(task.parts[name].texts[first], tuple(found), len(labels) == 1)
+def _shared(task: Task, copies: list[tuple[str, int]]) -> Shared:
+    name, first = copies[0]
+    labels = {int(task.parts[part].labels[i]) for part, i in copies}
+    return Shared(task.parts[name].texts[first], tuple(copies), len(labels) == 1)
 
 
 def _between(task: Task, shared: tuple[Shared, ...]) -> dict[tuple[str, str], int]:

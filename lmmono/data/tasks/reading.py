@@ -1,4 +1,8 @@
-"""Labelled rows of local files and Hugging Face datasets, as the parts of a task.
+"""Tasks that are read: labelled rows of local files or Hugging Face datasets, as parts of a task.
+
+A built-in task is read as its record in `lmmono.registry.tasks` says, one of the user's own by the
+names of its columns. Files of built-in tasks are looked for below a folder that the caller names;
+without a folder the set is read from the hub, where it is there.
 
 A table says which columns hold what, which rows count, and to which part each split goes. Files are
 `.parquet`, `.jsonl` or `.csv`; `datasets` is imported only when a dataset is asked for by name.
@@ -6,7 +10,7 @@ A table says which columns hold what, which rows count, and to which part each s
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from lmmono.data.hub_documents import labelled_rows
-from lmmono.data.tasks.leakage import text_key
-from lmmono.data.tasks.task import NO_PARTNER, Labelled, Task
+from lmmono.data.tasks.leakage import text_key, without_leakage
+from lmmono.data.tasks.planted_tasks import planted_task
+from lmmono.data.tasks.task import NO_PARTNER, OOD, Labelled, Task
 from lmmono.data.text_files import missing_column, read_rows, source_files
 from lmmono.errors import DataError, nearest
-from lmmono.registry.tasks import Table
+from lmmono.registry.tasks import PLANTED, TaskRecord, TaskTable, find_record
 
 VAL_SHARE, TEST_SHARE = 0.2, 0.2
 """Shares of training texts that are held out where a set has no such split."""
@@ -36,7 +41,48 @@ class Row:
     pair: int | None
 
 
-def read_table(table: Table, folder: str | Path | None, *, required: bool = True) -> Iterator[Row]:
+def find_task(
+    name: str,
+    folder: str | Path | None = None,
+    *,
+    ood: Sequence[str] | None = None,
+    shared_texts: bool = False,
+) -> Task:
+    """Return a built-in task, read when asked for.
+
+    Args:
+        name: A name of `lmmono.registry.tasks.TASK_NAMES`; planted tasks need no data.
+        folder: Folder with the sets' own folders; None reads from the hub.
+        ood: Out-of-domain sets to add, by name. None adds those of the record that the folder
+            holds; from the hub it adds none, for each is a download of its own.
+        shared_texts: Keep texts of `train` and `val` that a test part has too; they are dropped
+            otherwise.
+
+    Raises:
+        DataError: An unknown name, a task that is not where it was looked for, or a file, column,
+            row or out-of-domain set that is missing.
+    """
+    if name in PLANTED:
+        return planted_task(name)
+    record = find_record(name)
+    rows = [row for table in _tables(record, folder) for row in read_table(table, folder)]
+    places = [table.place for table in _tables(record, folder)]
+    task = assemble(
+        rows,
+        name=name,
+        about=record.about,
+        licence=record.licence,
+        source=f"{record.citation}; {', '.join(dict.fromkeys(places))}",
+        label_names=record.label_names,
+    )
+    parts = {**task.parts, **_shifted(record, folder, ood)}
+    whole = Task(name, task.about, task.licence, task.source, task.label_names, parts)
+    return whole if shared_texts else without_leakage(whole)
+
+
+def read_table(
+    table: TaskTable, folder: str | Path | None, *, required: bool = True
+) -> Iterator[Row]:
     """Yield the rows of a table that count.
 
     Args:
@@ -95,7 +141,7 @@ def read_task(
     """
     path = Path(path)
     held = split if split is not None and _has_column(path, split) else None
-    table = Table(str(path.name), text=(text,), label=label, split=held, noisy=noisy, pair=pair)
+    table = TaskTable(str(path.name), text=(text,), label=label, split=held, noisy=noisy, pair=pair)
     rows = list(read_table(table, path.parent))
     parts = sorted({row.part for row in rows})
     classes = _classes(rows, path)
@@ -212,7 +258,7 @@ def _classes(rows: list[Row], path: Path) -> tuple[str, ...]:
     return tuple(str(number) for number in numbers)
 
 
-def _row(table: Table, values: Mapping[str, Any], where: str) -> Row | None:
+def _row(table: TaskTable, values: Mapping[str, Any], where: str) -> Row | None:
     split = "train" if table.split is None else str(_value(values, table.split, where))
     part = table.splits.get(split)
     label = _label(table, values, table.label, where)
@@ -229,7 +275,7 @@ def _row(table: Table, values: Mapping[str, Any], where: str) -> Row | None:
     return Row(part, "\n".join(texts), label, noisy, pair)
 
 
-def _label(table: Table, values: Mapping[str, Any], column: str, where: str) -> str | None:
+def _label(table: TaskTable, values: Mapping[str, Any], column: str, where: str) -> str | None:
     """Return the class of a row, None where its value stands for none of the classes."""
     value = _value(values, column, where)
     if value is None:
@@ -246,7 +292,7 @@ def _value(values: Mapping[str, Any], column: str, where: str) -> Any:
     return values[column]
 
 
-def _nothing(table: Table, seen: Mapping[str, set[str]]) -> DataError:
+def _nothing(table: TaskTable, seen: Mapping[str, set[str]]) -> DataError:
     for column, wanted in table.where.items():
         if wanted not in seen[column]:
             has = ", ".join(sorted(seen[column])[:10]) or "no row"
@@ -254,7 +300,7 @@ def _nothing(table: Table, seen: Mapping[str, set[str]]) -> DataError:
     return DataError(f"{table.place}: no labelled row of the splits {', '.join(table.splits)}")
 
 
-def _hub_rows(table: Table) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _hub_rows(table: TaskTable) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for split in table.splits:
         rows = labelled_rows(table.place, table.config, split, table.max_rows)
         for i, row in enumerate(rows):
@@ -301,3 +347,52 @@ def _has_column(path: Path, column: str) -> bool:
     if first is None:
         raise DataError(f"{path}: no rows in it")
     return column in first[1]
+
+
+def _tables(record: TaskRecord, folder: str | Path | None) -> tuple[TaskTable, ...]:
+    if folder is None and not record.hub:
+        raise DataError(
+            f"task {record.name} is not on the Hugging Face hub: give the folder that holds "
+            f"{record.files[0].place}"
+        )
+    if folder is not None and not record.files:
+        raise DataError(
+            f"task {record.name} is read from the Hugging Face hub only, as "
+            f"{record.hub[0].place}: leave the folder out"
+        )
+    return record.hub if folder is None else record.files
+
+
+def _shifted(
+    record: TaskRecord, folder: str | Path | None, ood: Sequence[str] | None
+) -> dict[str, Labelled]:
+    """Return the out-of-domain parts asked for, or those that the folder holds."""
+    for key in ood or ():
+        if key not in record.ood:
+            way_out = nearest(key, record.ood) if record.ood else "it has none"
+            raise DataError(f"task {record.name}: no out-of-domain set {key!r}; {way_out}")
+    keys = ood if ood is not None else [key for key in record.ood if folder is not None]
+    parts: dict[str, Labelled] = {}
+    for key in keys:
+        shift = record.ood[key]
+        other = find_record(shift.task)
+        if ood is None and folder is not None:
+            files = [Path(folder) / table.place for table in other.files]
+            if not files or not all(file.exists() for file in files):
+                continue
+        mapping = shift.labels or {label: label for label in record.label_names}
+        rows = [
+            Row(row.part, row.text, mapping[row.label], None, row.pair)
+            for table in _tables(other, folder)
+            for row in read_table(table, folder, required=ood is not None)
+            if row.part == shift.part and row.label in mapping
+        ]
+        if ood is not None and not rows:
+            raise DataError(
+                f"task {record.name}: {shift.task} has no text of part {shift.part} and the "
+                f"classes {', '.join(mapping)}"
+            )
+        if rows:
+            where = f"task {record.name}, {shift.task} {shift.part}"
+            parts[f"{OOD}{key}"] = labelled(rows, record.label_names, where)
+    return parts

@@ -6,7 +6,7 @@ asserted here and not left to whoever reads the labels.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -16,7 +16,10 @@ from lmmono.registry.robustness import LABEL_NOISE, LabelNoise
 
 Array = TypeVar("Array")
 
-_ORDER, _TARGET, _RACE = 1, 2, 3  # streams of one seed
+FOLDS = 5
+"""Folds of the weak model, fewer where a class has fewer texts."""
+
+_ORDER, _TARGET, _RACE = 1, 2, 3  # streams of one seed: which flip, to what, who is unsure first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,18 +163,18 @@ def corrupt_labels(
     noise = _Noise(labels, n_classes, seed, rate)
     match kind:
         case "matrix":
-            mask, target = _by_matrix(noise, _given("matrix", kind, matrix))
+            mask, target = _by_matrix(noise, _required("matrix", kind, matrix))
         case "real":
-            mask, target = _real(noise, _given("noisy", kind, noisy))
+            mask, target = _real(noise, _required("noisy", kind, noisy))
         case "pair_flip":
             mask, target = noise.first(noise.order()), (labels + 1) % n_classes
         case "annotator":
             mask, target = (
                 noise.first(noise.order()),
-                _second(noise, _given("second", kind, second)),
+                _second(noise, _required("second", kind, second)),
             )
         case "instance":
-            mask = noise.first(_unsure_first(noise, _given("margins", kind, margins)))
+            mask = noise.first(_unsure_first(noise, _required("margins", kind, margins)))
             target = noise.any_other() if second is None else _second(noise, second)
         case "symmetric":
             mask, target = noise.first(noise.order()), noise.any_other()
@@ -184,21 +187,21 @@ def _noisy_labels(
     mask: Bool[np.ndarray, "n"],
     target: Int64[np.ndarray, "n"],
 ) -> NoisyLabels:
-    made = np.where(mask, target, noise.labels)
-    count = int(np.count_nonzero(made != noise.labels))
-    assert np.array_equal(made != noise.labels, mask), "a label was flipped to its own class"
-    assert made.min() >= 0 and made.max() < noise.n_classes, "a label was flipped to no class"
+    labels = np.where(mask, target, noise.labels)
+    count = int(np.count_nonzero(labels != noise.labels))
+    assert np.array_equal(labels != noise.labels, mask), "a label was flipped to its own class"
+    assert labels.min() >= 0 and labels.max() < noise.n_classes, "a label was flipped to no class"
     if kind != "matrix" and noise.rate is not None:
         assert count == noise.count, f"{count} labels differ, want {noise.count}"
     if noise.rate and not count:
         raise DataError(
-            f"{kind} noise: rate {noise.rate} of {len(made)} labels flips none; want a rate of "
-            f"at least {1 / len(made):.3g}, or 0"
+            f"{kind} noise: rate {noise.rate} of {len(labels)} labels flips none; want a rate "
+            f"of at least {1 / len(labels):.3g}, or 0"
         )
     confusion = np.zeros((noise.n_classes, noise.n_classes), np.int64)
-    np.add.at(confusion, (noise.labels, made), 1)
-    rate = count / len(made) if noise.rate is None else noise.rate
-    return NoisyLabels(made, mask, kind, rate, confusion)
+    np.add.at(confusion, (noise.labels, labels), 1)
+    rate = count / len(labels) if noise.rate is None else noise.rate
+    return NoisyLabels(labels, mask, kind, rate, confusion)
 
 
 def _check(
@@ -217,7 +220,7 @@ def _check(
         raise DataError(f"{kind} noise: want a rate in [0, 1], got {rate}")
 
 
-def _given(name: str, kind: LabelNoise, value: Array | None) -> Array:
+def _required(name: str, kind: LabelNoise, value: Array | None) -> Array:
     if value is None:
         raise DataError(f"{kind} noise needs `{name}`; see corrupt_labels")
     return value
@@ -306,3 +309,64 @@ def _off_diagonal(noise: _Noise, matrix: Float64[np.ndarray, "c c"]) -> Float64[
 def _check_length(noise: _Noise, name: str, values: np.ndarray) -> None:
     if len(values) != len(noise.labels):
         raise DataError(f"{len(noise.labels)} labels but {len(values)} {name}: want one each")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opinions:
+    """What a weak model thinks of labelled texts that it has not seen while learning.
+
+    Instance and annotator noise follow its doubts. It reads words, not the activations that are
+    studied, so this noise favours no feature family.
+    """
+
+    margins: Float64[np.ndarray, "n"]
+    """Probability of the own class minus that of the likeliest other; negative where it errs."""
+    second: Int64[np.ndarray, "n"]
+    """Likeliest class that is not the own one."""
+
+
+def weak_opinions(
+    texts: tuple[str, ...], labels: Int64[np.ndarray, "n"], *, n_classes: int, seed: int = 0
+) -> Opinions:
+    """Return a weak model's margins and second choices, out of fold.
+
+    The model is a logistic regression on counts of words and pairs of words, hashed.
+
+    Args:
+        texts: The texts.
+        labels: Their clean labels.
+        n_classes: Number of classes.
+        seed: Seed of the folds.
+
+    Raises:
+        DataError: A class has fewer texts than there must be in every fold, two.
+    """
+    from sklearn.feature_extraction.text import HashingVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    counts = np.bincount(labels, minlength=n_classes)
+    folds = int(min(FOLDS, counts[counts > 0].min()))
+    if folds < 2:
+        raise DataError(
+            f"a weak model needs two texts of each class or more, class {int(counts.argmin())} "
+            f"has {int(counts.min())}"
+        )
+    features = HashingVectorizer(n_features=2**14, ngram_range=(1, 2), alternate_sign=False)
+    model = LogisticRegression(max_iter=200)
+    splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    rows = features.transform(texts)
+    out_of_fold: Any = cross_val_predict(model, rows, labels, cv=splits, method="predict_proba")
+    probabilities = np.zeros((len(labels), n_classes))
+    probabilities[:, np.flatnonzero(counts)] = out_of_fold
+    return opinions(probabilities, labels)
+
+
+def opinions(probabilities: Float64[np.ndarray, "n c"], labels: Int64[np.ndarray, "n"]) -> Opinions:
+    """Return the margins and second choices of any model's probabilities."""
+    rows = np.arange(len(labels))
+    own = probabilities[rows, labels]
+    others = probabilities.copy()
+    others[rows, labels] = -np.inf
+    second = others.argmax(axis=1).astype(np.int64)
+    return Opinions(own - others[rows, second], second)

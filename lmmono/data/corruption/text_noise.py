@@ -65,14 +65,14 @@ def corrupt_texts(
     else:
         one = load(corruption.home)
         change = _edit(one) if corruption.takes == "word" else one
-    made = [_corrupt(text, corruption, change, severity, seed) for text in texts]
-    n_changed = sum(new != old for new, old in zip(made, texts, strict=True))
+    noisy = [_corrupt(text, corruption, change, severity, seed) for text in texts]
+    n_changed = sum(new != old for new, old in zip(noisy, texts, strict=True))
     if not n_changed:
         raise DataError(
             f"{kind} of severity {severity} changes none of the {len(texts)} texts: they have no "
             "place for it, or too few words; give more or longer texts, or a higher severity"
         )
-    return made
+    return noisy
 
 
 def pieces_of(text: str) -> Pieces:
@@ -106,10 +106,10 @@ def _numbers(text: str) -> tuple[int, int]:
 
 def _edit(edit: Edit) -> Change:
     def change(pieces: Pieces, place: int, rng: np.random.Generator) -> bool:
-        made = edit(pieces[place], rng)
-        assert made != pieces[place], f"{made!r} was not edited"
-        pieces[place] = pieces[place] if made is None else made
-        return made is not None
+        changed = edit(pieces[place], rng)
+        assert changed != pieces[place], f"{changed!r} was not edited"
+        pieces[place] = pieces[place] if changed is None else changed
+        return changed is not None
 
     return change
 

@@ -1,14 +1,13 @@
 """Probes of one feature on many draws: fitted together, in this process or in others.
 
-A job holds everything a worker needs, so a worker has no model and no store. With a budget a probe
-reads only the coordinates whose class means differ most on its own, noisy training labels; it is
-given back as a probe of all coordinates that is zero elsewhere.
+A job holds everything a worker needs, so a worker has no model and no store. A problem that a
+learner cannot learn is a probe of NaN with its failure: it ends no other.
 """
 
 import os
 import pickle
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,12 +19,12 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from lmmono.probes.problems import Probes, Problems
+from lmmono.probes.problems import Probes, Problems, empty_probes
 from lmmono.registry.robustness import find_learner
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class JudgedPart:
     """Features of a part of a task, with labels."""
 
     x: Float32[np.ndarray, "n d"]
@@ -33,7 +32,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Job:
+class ProbeJob:
     """Problems of one feature and learner, and what their probes are judged on."""
 
     problems: Problems
@@ -42,12 +41,12 @@ class Job:
     """Name of the learner."""
     budget: int | None
     """Coordinates that each probe may read; None for all."""
-    parts: Mapping[str, Part]
+    parts: Mapping[str, JudgedPart]
     """Parts to judge the probes on."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Solved:
+class FittedProbes:
     """Probes of a job, and how many texts of each part each has right."""
 
     probes: Probes
@@ -59,36 +58,38 @@ class Solved:
 
 
 @runtime_checkable
-class Solve(Protocol):
+class Solver(Protocol):
     """How jobs are done: `solve_all` here, or in other processes."""
 
-    def __call__(self, jobs: Iterable[Job]) -> Iterator[Solved]:
+    def __call__(self, jobs: Iterable[ProbeJob]) -> Iterator[FittedProbes]:
         """Yield the results of jobs in their order."""
         ...
 
 
-def solve(job: Job) -> Solved:
+def solve(job: ProbeJob) -> FittedProbes:
     """Fit the probes of a job and count what they have right."""
     began = time.perf_counter()
     probes = fit_probes(job.problems, job.learner, job.budget)
-    n_right = {name: right(probes, part) for name, part in job.parts.items()}
-    return Solved(probes, n_right, time.perf_counter() - began)
+    n_right = {name: count_right(probes, part) for name, part in job.parts.items()}
+    return FittedProbes(probes, n_right, time.perf_counter() - began)
 
 
-def right(probes: Probes, part: Part) -> list[int]:
+def count_right(probes: Probes, part: JudgedPart) -> list[int]:
     """Return how many texts each probe has right; 0 for one that failed."""
     x, labels = torch.from_numpy(part.x), torch.from_numpy(part.labels)
-    if not len(part.labels):
-        return [0] * len(probes)
-    counts: list[int] = []
-    for probe in range(len(probes)):
-        logits = x @ probes.weight[probe].float().T + probes.bias[probe].float()
-        counts.append(int((logits.argmax(dim=1) == labels).sum()))
-    return [0 if f else n for n, f in zip(counts, probes.failures, strict=True)]
+    counts = [0] * len(probes)
+    for i, failure in enumerate(probes.failures):
+        if failure is None and len(labels):
+            logits = x @ probes.weight[i].float().T + probes.bias[i].float()
+            counts[i] = int((logits.argmax(dim=1) == labels).sum())
+    return counts
 
 
 def fit_probes(problems: Problems, learner: str, budget: int | None = None) -> Probes:
     """Return the probes of problems; one that cannot be learned is NaN, with its failure.
+
+    With a budget a probe reads only the coordinates whose class means differ most on its own, noisy
+    training labels; it is given back as a probe of all coordinates that is zero elsewhere.
 
     Args:
         problems: What to learn from.
@@ -98,23 +99,26 @@ def fit_probes(problems: Problems, learner: str, budget: int | None = None) -> P
     Raises:
         RobustnessError: There is no such learner.
     """
-    fit, faults = find_learner(learner).load(), problems.faults()
-    sound = [i for i, fault in enumerate(faults) if fault is None]
-    if budget is not None and budget < problems.x.shape[1]:
-        found = [_on_budget(problems.subset([i]), learner, budget) for i in sound]
-    else:
-        found = [fit(problems.subset(sound))] if sound else []
-    return _scattered(problems, sound, found, faults)
-
-
-def _on_budget(problem: Problems, learner: str, budget: int) -> Probes:
-    rows = problem.rows[0]
-    chosen = telling(problem.x[rows], problem.y[0][rows], problem.n_classes, budget)
-    narrow = replace(problem, x=problem.x[:, chosen], x_val=problem.x_val[:, chosen])
-    probes = find_learner(learner).load()(narrow)
-    weight = probes.weight.new_zeros(1, problem.n_classes, problem.x.shape[1])
-    weight[:, :, chosen] = probes.weight
-    return replace(probes, weight=weight)
+    fit, probes = find_learner(learner).load(), empty_probes(problems, problems.faults())
+    failures = list(probes.failures)
+    notes: list[str | None] = [None] * len(problems)
+    sound = [i for i, failure in enumerate(failures) if failure is None]
+    d = problems.x.shape[1]
+    k = d if budget is None else min(budget, d)
+    for members in [[i] for i in sound] if k < d else [sound] if sound else []:
+        part, chosen = problems.subset(members), torch.arange(d)
+        if k < d:
+            rows = part.rows[0]
+            chosen = telling(part.x[rows], part.y[0][rows], part.n_classes, k)
+            part = replace(part, x=part.x[:, chosen], x_val=part.x_val[:, chosen])
+        fitted = fit(part)
+        probes.weight[members] = 0.0
+        for at, i in enumerate(members):
+            probes.weight[i][:, chosen] = fitted.weight[at].float()
+            probes.bias[i], probes.chosen_l2[i] = fitted.bias[at].float(), fitted.chosen_l2[at]
+            failures[i] = fitted.failures[at]
+            notes[i] = fitted.notes[at] if fitted.notes else None
+    return replace(probes, failures=tuple(failures), notes=tuple(notes))
 
 
 def telling(
@@ -136,36 +140,13 @@ def telling(
     return score.topk(k).indices.sort().values
 
 
-def _scattered(
-    problems: Problems,
-    sound: Sequence[int],
-    found: Sequence[Probes],
-    faults: tuple[str | None, ...],
-) -> Probes:
-    """Return the probes of all problems from those of the sound ones."""
-    p, c, d = len(problems), problems.n_classes, problems.x.shape[1]
-    weight = torch.full((p, c, d), torch.nan)
-    bias, l2 = torch.full((p, c), torch.nan), torch.full((p,), torch.nan)
-    failures, notes = list(faults), list[str | None]([None]) * p
-    if found:
-        at = torch.tensor(list(sound))
-        weight[at] = torch.cat([each.weight for each in found]).float().cpu()
-        bias[at] = torch.cat([each.bias for each in found]).float().cpu()
-        l2[at] = torch.cat([each.chosen_l2 for each in found]).float().cpu()
-        told = [f for each in found for f in each.failures]
-        noted = [n for each in found for n in each.notes or (None,) * len(each)]
-        for i, failure, note in zip(sound, told, noted, strict=True):
-            failures[i], notes[i] = failure, note
-    return Probes(weight, bias, l2, tuple(failures), tuple(notes))
-
-
-def solve_all(jobs: Iterable[Job]) -> Iterator[Solved]:
+def solve_all(jobs: Iterable[ProbeJob]) -> Iterator[FittedProbes]:
     """Do jobs one after the other in this process."""
     yield from map(solve, jobs)
 
 
 @contextmanager
-def solving(n_processes: int) -> Generator[Solve]:
+def solving(n_processes: int) -> Generator[Solver]:
     """Yield how jobs are done by so many processes; with one they are done in this one.
 
     Jobs wait at most two per process, so that features of few jobs are in memory at a time.
@@ -178,16 +159,15 @@ def solving(n_processes: int) -> Generator[Solve]:
         n_processes, get_context("spawn"), initializer=torch.set_num_threads, initargs=(n_threads,)
     ) as pool:
 
-        def solve_there(jobs: Iterable[Job]) -> Iterator[Solved]:
+        def solve_elsewhere(jobs: Iterable[ProbeJob]) -> Iterator[FittedProbes]:
             waiting: list[Future[bytes]] = []
             for job in jobs:
                 waiting.append(pool.submit(_solve_pickled, pickle.dumps(job)))
                 if len(waiting) > 2 * n_processes:
                     yield pickle.loads(waiting.pop(0).result())
-            for each in waiting:
-                yield pickle.loads(each.result())
+            yield from (pickle.loads(future.result()) for future in waiting)
 
-        yield solve_there
+        yield solve_elsewhere
 
 
 def _solve_pickled(job: bytes) -> bytes:

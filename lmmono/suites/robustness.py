@@ -1,5 +1,10 @@
-"""The verb `robustness`: tasks made harder in chosen ways, and how probes on each family do."""
+"""The verb `robustness`: tasks made harder in chosen ways, and how probes on each family do.
 
+Probes read one hook. Where none is named it is chosen once, on clean validation texts, before
+anything is noisy; what each stream gave is a row of suite `layers`.
+"""
+
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,23 +15,32 @@ from pydantic import ValidationError
 from torch import nn
 
 import activation_store as astore
+from lmmono.data.tasks.reading import find_task
 from lmmono.data.tasks.task import Task
-from lmmono.data.tasks.task_registry import find_task
 from lmmono.errors import RobustnessError
 from lmmono.models.hooks import match_hooks
-from lmmono.probes.probing import Solve, solving
+from lmmono.probes.probe_jobs import Solver, solving
 from lmmono.recipe.robustness_settings import Robustness
 from lmmono.registry.robustness import Suite, find_suite
-from lmmono.studies.outcomes import Outcomes
-from lmmono.suites.attacked import attacked_rows
-from lmmono.suites.bench import Bench, Encode, Key, Remembered, key_of
+from lmmono.suites.attacks import attacked_rows
+from lmmono.suites.bench import (
+    Bench,
+    CodesInMemory,
+    Condition,
+    Encode,
+    Key,
+    Measurement,
+    Rows,
+    judged_texts,
+    key_of,
+)
+from lmmono.suites.draws import SuiteDraw, drawn
 from lmmono.suites.feature_families import FeatureFamily, as_family
-from lmmono.suites.grid import Rows, suite_rows
+from lmmono.suites.grid import Ground, suite_rows
 from lmmono.suites.inputs import noised_rows
-from lmmono.suites.layers import choose_hook
-from lmmono.suites.robustness_rows import FINE_TUNING, Asked
-from lmmono.suites.stored_codes import FeatureStore
-from lmmono.suites.text_codes import Encoder, make_features
+from lmmono.suites.results import FINE_TUNING, AskedRows, Outcomes
+from lmmono.suites.stored_codes import CodeStore
+from lmmono.suites.text_codes import ProbedCode, TextEncoder, probed_codes, streams
 from lmmono.suites.tuned import tuned_rows, tuners
 from lmmono.types import Progress, silent
 
@@ -40,10 +54,10 @@ _ROWS = {
     "tuned": tuned_rows,
 }
 
-_THERE = """SELECT suite, task, feature, corruption, level, probe, n_shots, seed, split, metric,
+_STORED = """SELECT suite, task, feature, corruption, level, probe, n_shots, seed, split, metric,
     settings->>'digest' AS digest, value FROM robustness WHERE seed IS NOT NULL"""
 
-_FOUND = """FROM robustness WHERE seed IS NOT NULL AND list_contains($suites::VARCHAR[], suite)
+_ASKED = """FROM robustness WHERE seed IS NOT NULL AND list_contains($suites::VARCHAR[], suite)
     AND list_contains($tasks::VARCHAR[], task) ORDER BY ALL"""
 
 
@@ -142,25 +156,25 @@ class Study:
     progress: Progress
 
     def run(self) -> Outcomes:
-        """Compute every row that is not there, and return all."""
-        began, made = time.perf_counter(), list[dict[str, Any]]()
+        """Compute every row that is not stored, and return all."""
+        began, computed = time.perf_counter(), list[dict[str, Any]]()
         self._check()
         with ExitStack() as opened:
-            encode: Encode = Remembered().encode
+            encode: Encode = CodesInMemory().encode
             if self.store is not None:
-                cache = FeatureStore(self.store.path.with_name("features.duckdb"))
-                encode = opened.enter_context(cache).encode
+                codes = CodeStore(self.store.path.with_name("features.duckdb"))
+                encode = opened.enter_context(codes).encode
             solve = opened.enter_context(solving(self.settings.processes))
             hook = self._hook(encode, solve)
             for rows in self._groups(hook, encode, solve):
-                made += rows
+                computed += rows
                 if self.store is not None:
                     self.store.append("robustness", rows)
-        every = made if self.store is None else self._stored()
+        rows = computed if self.store is None else self._asked_rows()
         seconds = time.perf_counter() - began
-        n_found = len(every) - len(made)
+        n_found = len(rows) - len(computed)
         names = (*self._named(), *self._tuned())
-        return Outcomes(self.store, tuple(every), hook, names, len(made), n_found, seconds)
+        return Outcomes(self.store, tuple(rows), hook, names, len(computed), n_found, seconds)
 
     def _named(self) -> Iterator[str]:
         """Yield the names of features in tables."""
@@ -188,7 +202,7 @@ class Study:
     def _families(self) -> dict[str, FeatureFamily]:
         return {name: as_family(name, given) for name, given in self.features.items()}
 
-    def _hook(self, encode: Encode, solve: Solve) -> str:
+    def _hook(self, encode: Encode, solve: Solver) -> str:
         """Return the hook: as given, as dictionaries want it, or as clean validation texts say."""
         own = {f.hook for f in self._families().values() if f.hook}
         if self.settings.hook is not None:
@@ -196,41 +210,34 @@ class Study:
             return hook
         if own:
             return sorted(own)[0]
-        there = {key: (digest, value) for key, digest, value in self._there()}
-        choice = choose_hook(
+        stored = {key: (digest, value) for key, digest, value in self._stored()}
+        hook, rows = choose_hook(
             self.model,
             self.tokenizer,
             self.tasks,
             self.settings,
             encode=encode,
             solve=solve,
-            there=there,
+            stored=stored,
         )
-        if self.store is not None and choice.rows:
-            self.store.append("robustness", choice.rows)
-        return choice.hook
+        if self.store is not None and rows:
+            self.store.append("robustness", rows)
+        return hook
 
-    def _groups(self, hook: str, encode: Encode, solve: Solve) -> Iterator[Rows]:
-        """Yield rows, task by task and suite by suite."""
-        there = {key: digest for key, digest, _ in self._there()}
+    def _groups(self, hook: str, encode: Encode, solve: Solver) -> Iterator[Rows]:
+        """Yield rows that are not empty, task by task and suite by suite."""
+        stored = {key: digest for key, digest, _ in self._stored()}
         suites = [find_suite(name) for name in self.settings.suites]
         total, done = len(self.tasks) * len(suites), 0
         for task in self.tasks:
-            features = make_features(self._families(), self.model, hook, self.settings.poolings)
-            encoder = Encoder(self.model, self.tokenizer, features).fit(task.part("train").texts)
+            codes = probed_codes(self._families(), self.model, hook, self.settings.poolings)
+            encoder = TextEncoder(self.model, self.tokenizer, codes).fit(task.part("train").texts)
             self._check_model(encoder.model_digest)
             bench = Bench(task, encoder, self.settings, encode)
             for suite in suites:
-                yield from self._suite(bench, suite, there, solve)
+                yield from filter(None, _ROWS[suite.judged](bench, suite, stored, solve))
                 done += 1
                 self.progress(f"robustness {task.name} {suite.name}", done, total)
-
-    def _suite(
-        self, bench: Bench, suite: Suite, there: Mapping[Key, str], solve: Solve
-    ) -> Iterator[Rows]:
-        for rows in _ROWS[suite.judged](bench, suite, there, solve):
-            if rows:
-                yield rows
 
     def _check_model(self, digest: str) -> None:
         """Refuse a store of another model's activations: the rows do not name the model."""
@@ -244,20 +251,80 @@ class Study:
                     "one, or none"
                 )
 
-    def _there(self) -> list[tuple[Key, str, float | None]]:
+    def _stored(self) -> list[tuple[Key, str, float | None]]:
         if self.store is None:
             return []
-        rows = self.store.sql(_THERE).to_arrow_table().to_pylist()
+        rows = self.store.sql(_STORED).to_arrow_table().to_pylist()
         return [(key_of(row), row["digest"], row["value"]) for row in rows]
 
-    def _stored(self) -> list[dict[str, Any]]:
-        """Return all rows that the study asks for, also those that it found."""
-        import json
-
+    def _asked_rows(self) -> list[dict[str, Any]]:
+        """Return all rows that the study asks for, also those that were stored before."""
         assert self.store is not None
         tasks = [task.name for task in self.tasks]
         suites = list(self.settings.suites)
-        rows = self.store.sql(_FOUND, suites=suites, tasks=tasks).to_arrow_table().to_pylist()
-        asked = Asked(self.settings, tasks, (*self._named(), *self._tuned()))
-        found = (row for row in rows if asked.covers(row))
-        return [{**row, "settings": json.loads(row["settings"])} for row in found]
+        rows = self.store.sql(_ASKED, suites=suites, tasks=tasks).to_arrow_table().to_pylist()
+        asked = AskedRows(self.settings, tasks, (*self._named(), *self._tuned()))
+        return [
+            {**row, "settings": json.loads(row["settings"])} for row in rows if asked.covers(row)
+        ]
+
+
+VAL = "val"
+
+# never asked for by name: its draw is made in `choose_hook`
+LAYERS = Suite("layers", "which stream tells clean validation texts apart best", home="")
+
+
+def choose_hook(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    settings: Robustness,
+    *,
+    encode: Encode,
+    solve: Solver,
+    stored: Mapping[Key, tuple[str, float | None]],
+) -> tuple[str, Rows]:
+    """Return the stream that tells clean validation texts apart best, and the rows that are new.
+
+    Every stream is tried with the rows as they are and the first pooling; taken is the one whose
+    probe is right most often, on average over the tasks, the lower of equals.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, or None where the model has it.
+        tasks: Tasks that count alike.
+        settings: Says how many texts are used, and the pooling.
+        encode: How texts are encoded.
+        solve: How probes are fitted.
+        stored: Digest and value of the rows that exist, by key.
+    """
+    hooks, rows = streams(model), list[dict[str, Any]]()
+    totals = dict.fromkeys(hooks, 0.0)
+    once = settings.model_copy(update={"learners": ("logistic",), "budgets": ()})
+    for task in tasks:
+        codes = [ProbedCode(h, FeatureFamily("raw"), h, settings.poolings[0]) for h in hooks]
+        encoder = TextEncoder(model, tokenizer, codes).fit(task.part("train").texts)
+        bench = Bench(task, encoder, once, encode)
+        train, val = drawn(task, "train", settings.n_train), drawn(task, VAL, settings.n_val)
+        labels, val_labels = task.part("train").labels[train], task.part(VAL).labels[val]
+        draw, judged = SuiteDraw(0, train, labels, val, val_labels), judged_texts(VAL, val)
+        conditions = [Condition(LAYERS, arm, draw, VAL, judged, None, None) for arm in bench.arms]
+        lacking: list[Condition] = []
+        for arm, about in zip(bench.arms, conditions, strict=True):
+            digest, value = stored.get(bench.key(about), ("", None))
+            if digest == bench.digest(about) and value is not None:
+                totals[arm.code.hook] += value
+            else:
+                lacking.append(about)
+        if not lacking:
+            continue
+        ground = Ground.of(bench, [draw])
+        arms = [arm for arm in bench.arms if arm in [about.entrant for about in lacking]]
+        jobs = (ground.job(arm, [draw], {VAL: ground.val_codes}) for arm in arms)
+        for arm, about, fitted in zip(arms, lacking, solve(jobs), strict=True):
+            failure, n_right = fitted.probes.failures[0], fitted.n_right[VAL][0]
+            row = bench.row(about, Measurement(n_right, len(val), failure, fitted.seconds))
+            totals[arm.code.hook] += row["value"] or 0.0
+            rows.append(row)
+    return max(hooks, key=totals.__getitem__), rows

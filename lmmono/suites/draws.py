@@ -1,6 +1,6 @@
 """The suites: which learning problems each poses, the same for every family at a seed.
 
-A `Draw` says which texts with which labels a probe may learn from. Nothing in it comes from a
+A `SuiteDraw` says which texts with which labels a probe may learn from. Nothing in it comes from a
 feature family, so families meet the same subsets, flips and noise. What cannot be drawn (a class
 with too few texts, a rate that flips nothing) is a draw with its failure, and becomes a row.
 """
@@ -13,13 +13,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from lmmono.data.corruption.labels import NoisyLabels, corrupt_labels, rate_at_margin, signal_margin
-from lmmono.data.corruption.weak import Opinions, weak_opinions
+from lmmono.data.corruption.label_noise import (
+    NoisyLabels,
+    Opinions,
+    corrupt_labels,
+    rate_at_margin,
+    signal_margin,
+    weak_opinions,
+)
 from lmmono.data.tasks.task import OOD, Task
 from lmmono.errors import DataError
 from lmmono.recipe.robustness_settings import Robustness
 from lmmono.registry.robustness import Suite
 
+# far from any number of repetitions, so that no validation set gets a training set's noise
 VALIDATION_STREAM = 1_000_003
 """Added to a seed for the noise of validation labels."""
 
@@ -28,7 +35,7 @@ FEW = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Draw:
+class SuiteDraw:
     """One learning problem."""
 
     seed: int
@@ -73,69 +80,69 @@ def rates(settings: Robustness, n_classes: int) -> list[float]:
     return sorted({*equal, *settings.rates})
 
 
-def clean_draws(task: Task, settings: Robustness) -> Iterator[Draw]:
+def clean_draws(task: Task, settings: Robustness) -> Iterator[SuiteDraw]:
     """Yield one draw per seed with clean labels."""
     for seed in range(settings.seeds):
         yield _whole(task, settings, seed)
 
 
-def _whole(task: Task, settings: Robustness, seed: int) -> Draw:
+def _whole(task: Task, settings: Robustness, seed: int) -> SuiteDraw:
     train = drawn(task, "train", settings.n_train, seed=seed)
     val = drawn(task, "val", settings.n_val)
     labels, val_labels = task.part("train").labels[train], task.part("val").labels[val]
-    return Draw(seed, train, labels, val, val_labels)
+    return SuiteDraw(seed, train, labels, val, val_labels)
 
 
-def noisy_label_draws(task: Task, settings: Robustness) -> Iterator[Draw]:
+def noisy_label_draws(task: Task, settings: Robustness) -> Iterator[SuiteDraw]:
     """Yield draws of each kind and rate of label noise."""
     for seed in range(settings.seeds):
         clean = _whole(task, settings, seed)
-        noise = _Noise(task, clean)
+        noisy = _NoisyDraws(task, clean)
         for kind in settings.label_noise:
             if kind == "real":
-                yield from noise.real()
+                yield from noisy.real()
                 continue
             for rate in rates(settings, task.n_classes):
-                yield noise.at(kind, rate)
+                yield noisy.at(kind, rate)
 
 
-class _Noise:
+class _NoisyDraws:
     """The noisy versions of one draw."""
 
-    def __init__(self, task: Task, clean: Draw) -> None:
+    def __init__(self, task: Task, clean: SuiteDraw) -> None:
         self._task, self._clean = task, clean
         self._opinions = cache(self._judge)
 
-    def at(self, kind: Any, rate: float) -> Draw:
+    def at(self, kind: Any, rate: float) -> SuiteDraw:
         """Return the draw with noise of a rate in training and validation labels."""
         facts = {"rho": signal_margin(rate, self._task.n_classes)}
         if _hopeless(kind, rate, self._task.n_classes):
-            return self._made(kind, rate, facts, failure=f"unlearnable: {kind} noise of {rate:g}")
+            return self._draw(kind, rate, facts, failure=f"unlearnable: {kind} noise of {rate:g}")
         val_rate = rate if round(rate * len(self._clean.val)) else 0.0  # too few to flip one
         try:
             train = self._corrupted(kind, rate, 0)
             val = self._corrupted(kind, val_rate, 1)
         except DataError as fault:
-            return self._made(kind, rate, facts, failure=str(fault))
-        return self._made(kind, rate, facts, train, val)
+            return self._draw(kind, rate, facts, failure=str(fault))
+        return self._draw(kind, rate, facts, train, val)
 
-    def real(self) -> Iterator[Draw]:
+    def real(self) -> Iterator[SuiteDraw]:
         """Yield the draw with clean labels, and with those that were really given."""
         parts = (self._task.part("train"), self._task.part("val"))
-        yield self._made("real", 0.0, {"rho": 1.0})
-        given = parts[0].noisy
-        if given is None:
-            yield self._made("real", None, {}, failure="the task has no real noisy labels")
+        yield self._draw("real", 0.0, {"rho": 1.0})
+        train_noisy, val_noisy = (part.noisy for part in parts)
+        if train_noisy is None:
+            yield self._draw("real", None, {}, failure="the task has no real noisy labels")
             return
-        noisy = given[self._clean.train]
-        val = self._clean.val_labels if parts[1].noisy is None else parts[1].noisy[self._clean.val]
+        noisy = train_noisy[self._clean.train]
+        val = self._clean.val_labels if val_noisy is None else val_noisy[self._clean.val]
         rate = float((noisy != self._clean.labels).mean())
         facts = {
             "rho": signal_margin(rate, self._task.n_classes),
             "n_flipped": int((noisy != self._clean.labels).sum()),
-            "validation": "clean" if parts[1].noisy is None else "noisy",
+            "validation": "clean" if val_noisy is None else "noisy",
         }
-        yield Draw(
+        yield SuiteDraw(
             **self._shared(),
             labels=noisy,
             val_labels=val,
@@ -147,12 +154,12 @@ class _Noise:
     def _corrupted(self, kind: Any, rate: float, part: int) -> NoisyLabels:
         clean = self._clean
         labels = (clean.labels, clean.val_labels)[part]
-        given: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         if not rate:
             kind = "symmetric"  # nothing is flipped: no opinion is needed
         elif kind in ("instance", "annotator", "matrix"):
             opinions = self._opinions()
-            given = {
+            inputs = {
                 "instance": {"margins": opinions[part].margins, "second": opinions[part].second},
                 "annotator": {"second": opinions[part].second},
                 "matrix": {"matrix": _confusion(opinions[0], clean.labels, self._task.n_classes)},
@@ -163,23 +170,27 @@ class _Noise:
             rate,
             n_classes=self._task.n_classes,
             seed=clean.seed + part * VALIDATION_STREAM,
-            **given,
+            **inputs,
         )
 
     def _judge(self) -> tuple[Opinions, Opinions]:
         """Return what a weak model thinks of the training and of the validation texts."""
         clean = self._clean
-        found: list[Opinions] = []
-        for part, chosen, labels in (
-            ("train", clean.train, clean.labels),
-            ("val", clean.val, clean.val_labels),
-        ):
-            texts = tuple(self._task.part(part).texts[i] for i in chosen.tolist())
-            n_classes = self._task.n_classes
-            found.append(weak_opinions(texts, labels, n_classes=n_classes, seed=clean.seed))
-        return found[0], found[1]
+        train, val = (
+            weak_opinions(
+                tuple(self._task.part(part).texts[i] for i in chosen.tolist()),
+                labels,
+                n_classes=self._task.n_classes,
+                seed=clean.seed,
+            )
+            for part, chosen, labels in (
+                ("train", clean.train, clean.labels),
+                ("val", clean.val, clean.val_labels),
+            )
+        )
+        return train, val
 
-    def _made(
+    def _draw(
         self,
         kind: str,
         rate: float | None,
@@ -188,13 +199,13 @@ class _Noise:
         val: NoisyLabels | None = None,
         *,
         failure: str | None = None,
-    ) -> Draw:
+    ) -> SuiteDraw:
         if train is not None:
             n_flipped = int(train.flipped.sum())
             # a loader that ignores its noise would show here
             assert kind == "matrix" or n_flipped == round((rate or 0.0) * len(train.labels))
             facts = {**facts, "n_flipped": n_flipped, "learnable": train.learnable}
-        return Draw(
+        return SuiteDraw(
             **self._shared(),
             labels=self._clean.labels if train is None else train.labels,
             val_labels=self._clean.val_labels if val is None else val.labels,
@@ -217,7 +228,7 @@ def _confusion(
     return counts / counts.sum(axis=1, keepdims=True)
 
 
-def tuning_draws(task: Task, settings: Robustness) -> Iterator[Draw]:
+def tuning_draws(task: Task, settings: Robustness) -> Iterator[SuiteDraw]:
     """Yield the draws of noisy labels, of fewer rates and seeds: tuning costs more than probing."""
     how = settings.fine_tuning
     changed = {"margins": how.margins, "rates": how.rates, "seeds": how.seeds or settings.seeds}
@@ -230,7 +241,7 @@ def _hopeless(kind: str, rate: float, n_classes: int) -> bool:
     return limit is not None and rate >= limit - 1e-12
 
 
-def few_shot_draws(task: Task, settings: Robustness) -> Iterator[Draw]:
+def few_shot_draws(task: Task, settings: Robustness) -> Iterator[SuiteDraw]:
     """Yield draws of so many texts per class."""
     for k in settings.shots:
         repeats = settings.seeds
@@ -240,7 +251,7 @@ def few_shot_draws(task: Task, settings: Robustness) -> Iterator[Draw]:
             yield _shots(task, k, seed)
 
 
-def _shots(task: Task, k: int, seed: int) -> Draw:
+def _shots(task: Task, k: int, seed: int) -> SuiteDraw:
     """Return k texts of each class to learn from, and as many, where there are, to choose on."""
     nothing = np.zeros(0, np.int64)
     counts = np.bincount(task.part("val").labels, minlength=task.n_classes)
@@ -250,18 +261,18 @@ def _shots(task: Task, k: int, seed: int) -> Draw:
         n_val = k_val * int((counts > 0).sum())
         val = task.draw("val", n_val, seed=seed) if n_val else nothing
     except DataError as fault:
-        return Draw(seed, nothing, nothing, nothing, nothing, n_shots=k, failure=str(fault))
+        return SuiteDraw(seed, nothing, nothing, nothing, nothing, n_shots=k, failure=str(fault))
     labels, val_labels = task.part("train").labels[train], task.part("val").labels[val]
-    return Draw(seed, train, labels, val, val_labels, n_shots=k)
+    return SuiteDraw(seed, train, labels, val, val_labels, n_shots=k)
 
 
-def other_domain_draws(task: Task, settings: Robustness) -> Iterator[Draw]:
+def other_domain_draws(task: Task, settings: Robustness) -> Iterator[SuiteDraw]:
     """Yield draws of several sizes: baselines of different accuracy make the line at home."""
     for seed in range(settings.seeds):
         if not task.ood:
             whole = _whole(task, settings, seed)
             empty = (whole.train[:0], whole.labels[:0], whole.val[:0], whole.val_labels[:0])
-            yield Draw(seed, *empty, failure=f"the task has no part {OOD}<name>")
+            yield SuiteDraw(seed, *empty, failure=f"the task has no part {OOD}<name>")
             continue
         yield _whole(task, settings, seed)
         for k in settings.shots:
