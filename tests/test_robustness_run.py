@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pytest
 from lookup_model import HOOK, Lookup, large_task, true_code
@@ -82,8 +83,9 @@ def test_a_run_has_a_row_of_every_family_condition_and_seed(folder):
     assert families == [("random_topk-4",), ("raw",), ("sae",)] and odd == [(0,)]
     assert facts["hook"] == "blocks.1.hook_resid_post" and facts["n_rows"] == 30
     assert facts["hypotheses"] == ["H1", "H2"], "said in the recipe, before the run"
-    with astore.open(run.dir / "features.duckdb") as store:
-        assert store.sql("SELECT count(*) FROM dictionaries").fetchall() == [(3,)]
+    with duckdb.connect(str(run.dir / "features.duckdb"), read_only=True) as con:
+        assert con.execute("SELECT count(*) FROM codes").fetchall() == [(3,)]
+    assert facts["leakage"] == {"planted_polarity": "task planted_polarity: no text in two parts"}
 
 
 def test_a_run_has_its_figures_and_a_verdict_on_what_it_registered(folder, monkeypatch, capsys):

@@ -229,7 +229,7 @@ class Bench:
         """Return one row: a share of texts with its interval, or why there is none."""
         entrant, draw = about.entrant, about.draw
         failure = made.failure or (None if made.n else f"part {about.split} has no text")
-        low, high = (None, None) if failure else wilson(made.n_right, made.n)
+        low, high = (None, None) if failure else wilson(float(made.n_right), made.n)
         sizes = {"n_train": len(draw.train), "n_val": len(draw.val)}
         facts = {"draw": 0, "n_classes": self.task.n_classes, **entrant.facts, **sizes}
         return {
