@@ -2,15 +2,25 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# every other torch may bring gigabytes for GPUs; README says how to take one
+TORCH := 2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench soak lint types imports recipes
+.PHONY: demo test test-newest check bench soak lint types imports recipes
 
 demo: recipes/recipe.schema.json
 	$(BIN)/lmmono run recipes/quickstart.yaml
 
 test: $(VENV)/.installed-dev recipes/recipe.schema.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+# the suite on the newest releases that pyproject.toml allows, in an environment of its own
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,lake,track]'
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: lint types imports recipes test
 
@@ -42,7 +52,7 @@ recipes/recipe.schema.json: $(VENV)/.installed $(wildcard lmmono/recipe/*.py lmm
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("want Python >= 3.11, got %d.%d; set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch==2.13.0
+	$(PIP) torch==$(TORCH)
 	$(PIP) -e .
 	touch $@
 

@@ -115,7 +115,7 @@ def test_a_cache_is_taken_under_both_its_names(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kv_store": 1}, "CrateModel takes no argument 'kv_store'; leave it out"),
+        ({"kv_store": 1}, "CrateBaseModel takes no argument 'kv_store'; leave it out"),
         ({"token_type_ids": torch.zeros(1, 4)}, "takes no argument 'token_type_ids'"),
         ({"cache": DynamicCache(), "past_key_values": DynamicCache()}, "two names of one thing"),
     ],

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lmmono.errors import ModelError
-from lmmono.models.presets import PRESETS, preset
+from lmmono.models.build import PRESETS, preset
 
 D_VOCAB = 50304
 SIZES = {"1l": (1, 128), "2l": (2, 128), "3l": (3, 128), "6l": (6, 768), "12l": (12, 768)}

@@ -298,7 +298,7 @@ def generate(
 
     Example: lmmono generate runs/quickstart/crate "the red" --max-tokens 20
     """
-    from lmmono.models.generation import generate
+    from lmmono.runs.generation import generate
     from lmmono.runs.folder import open_run
 
     run = open_run(target)

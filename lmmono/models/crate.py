@@ -279,7 +279,7 @@ class CratePreTrainedModel(PreTrainedModel):
             init.constant_(ista.threshold, float(ista.step_size) * self.config.sparsity)
 
 
-class CrateModel(CratePreTrainedModel):
+class CrateBaseModel(CratePreTrainedModel):
     """Embeddings, blocks and the final norm; the stream without a head."""
 
     def __init__(self, config: CrateConfig) -> None:
@@ -359,7 +359,7 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
 
     def __init__(self, config: CrateConfig) -> None:
         super().__init__(config)
-        self.model = CrateModel(config)
+        self.model = CrateBaseModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -422,5 +422,5 @@ def from_released(state_dict: Mapping[str, Tensor], *, n_heads: int) -> CrateFor
 
 
 AutoConfig.register(CrateConfig.model_type, CrateConfig, exist_ok=True)
-AutoModel.register(CrateConfig, CrateModel, exist_ok=True)
+AutoModel.register(CrateConfig, CrateBaseModel, exist_ok=True)
 AutoModelForCausalLM.register(CrateConfig, CrateForCausalLM, exist_ok=True)

@@ -34,7 +34,7 @@ EARLY = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class DocumentMarks:
     """A told document with the properties of its words looked up."""
 
     told: Told
@@ -77,7 +77,7 @@ class Reading:
         return (self.told.marks & bits) != 0
 
 
-Detector = Callable[[Reading], Bool[np.ndarray, "n_words"]]
+Detector = Callable[[DocumentMarks], Bool[np.ndarray, "n_words"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ def _bigrams(lexicon: Lexicon) -> Iterator[Feature]:
 
 
 def _bigram(first: int, second: int) -> Detector:
-    def detect(r: Reading) -> Bool[np.ndarray, "n_words"]:
+    def detect(r: DocumentMarks) -> Bool[np.ndarray, "n_words"]:
         on = r.told.words == second
         on[1:] &= r.told.words[:-1] == first
         on[0] = False

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from lmmono.data.planted.draws import Draws
-from lmmono.data.planted.features import Feature, Reading, features
+from lmmono.data.planted.features import Feature, DocumentMarks, features
 from lmmono.data.planted.grammar import Grammar
 from lmmono.data.planted.habits import Habits, Pools
 from lmmono.data.planted.lexicon import TOPICS, Lexicon
@@ -51,7 +51,7 @@ class PlantedDocument:
         return self._detect([known[name] for name in names])
 
     def _detect(self, wanted: Sequence[Feature]) -> Bool[np.ndarray, "n_words n_wanted"]:
-        reading = Reading(self._told, self._language.lexicon)
+        reading = DocumentMarks(self._told, self._language.lexicon)
         return np.stack([feature.detect(reading) for feature in wanted], axis=1)
 
 
