@@ -28,7 +28,6 @@ from lmmono.errors import LmmonoError as LmmonoError
 from lmmono.explanations.explain import explain as explain
 from lmmono.interop.interchange import export_dictionary as export_dictionary
 from lmmono.interop.interchange import import_dictionary as import_dictionary
-from lmmono.runs.generation import generate as generate
 from lmmono.models.hooks import Edit as Edit
 from lmmono.models.hooks import hook_names as hook_names
 from lmmono.models.hooks import run_with_cache as run_with_cache
@@ -40,6 +39,7 @@ from lmmono.pipeline.loop import train as train
 from lmmono.recipe import Recipe as Recipe
 from lmmono.runs.folder import Run as Run
 from lmmono.runs.folder import open_run as open_run
+from lmmono.runs.generation import generate as generate
 from lmmono.scores.score import score as score
 from lmmono.studies.differences import compare as compare
 from lmmono.suites.robustness import robustness as robustness

@@ -1,6 +1,8 @@
 """The GPT-2 baseline: what is set apart from transformers' defaults, and released weights."""
 
 import errno
+import io
+import json
 import warnings
 from pathlib import Path
 
@@ -132,6 +134,30 @@ def test_a_truncated_or_foreign_weights_file_is_named_with_its_size(tmp_path):
             load_model(folder)
     weights.write_bytes(whole)
     load_model(folder)
+
+
+CODE = """from pathlib import Path
+Path("ran").touch()
+from transformers import GPT2Config, GPT2LMHeadModel
+class Config(GPT2Config): model_type = "foreign"
+class Model(GPT2LMHeadModel): config_class = Config
+"""
+
+
+def test_the_code_of_a_model_folder_runs_only_where_that_is_allowed(tmp_path, monkeypatch):
+    folder = save_model(small(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    config |= {"model_type": "foreign", "auto_map": auto}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers would ask
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(ModelError, match="not a model lmmono can read.*trust_remote_code"):
+        load_model(folder)
+    assert not Path("ran").exists()
 
 
 def test_a_config_that_asks_for_other_weights_is_refused(tmp_path):

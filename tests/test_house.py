@@ -88,4 +88,4 @@ def test_every_make_target_that_is_named_anywhere_exists():
         for named in re.findall(r"(?:entry: |run: |^)make ([a-z ]+)", (ROOT / name).read_text()):
             assert set(named.split()) <= targets, f"{name}: make {named}"
     assert makefile.count("-c constraints.txt") == 1
-    assert "torch==2.13.0" in makefile
+    assert f"TORCH := {pinned()['torch']}\n" in makefile

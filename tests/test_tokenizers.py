@@ -158,8 +158,12 @@ def test_a_folder_that_is_no_tokenizer_says_what_it_wants(tmp_path: Path) -> Non
     (tmp_path / "vocab.txt").write_text("a")
     with pytest.raises(DataError, match=r"want tokenizer.json, or vocab.json.*found vocab.txt"):
         folder_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"model":')
-    with pytest.raises(DataError, match="tokenizer.json: broken"):
+
+
+@pytest.mark.parametrize("text", ['{"model":', "[]", "3", '{"model": {"type": "BPE"}}', "", "\0"])
+def test_a_broken_tokenizer_is_named_with_its_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(DataError, match="tokenizer.json: broken, or not a tokenizer"):
         folder_tokenizer(tmp_path)
 
 

@@ -298,8 +298,8 @@ def generate(
 
     Example: lmmono generate runs/quickstart/crate "the red" --max-tokens 20
     """
-    from lmmono.runs.generation import generate
     from lmmono.runs.folder import open_run
+    from lmmono.runs.generation import generate
 
     run = open_run(target)
     text = generate(run, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)

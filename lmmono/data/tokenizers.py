@@ -5,7 +5,6 @@ Those made here see training documents only, so no held-out text shapes the voca
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,7 +150,7 @@ def _finished(tokenizer: Tokenizer, unk_token: str | None = None) -> PreTrainedT
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     if (folder / "tokenizer.json").is_file():
-        return _with_end_of_text(_saved(folder), folder)
+        return _with_end_of_text(read_tokenizer(folder), folder)
     for vocabulary, merges in GPT2_FILES:
         if (folder / vocabulary).is_file() and (folder / merges).is_file():
             model = models.BPE.from_file(str(folder / vocabulary), str(folder / merges))
@@ -163,13 +162,26 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _saved(folder: Path) -> PreTrainedTokenizerFast:
-    # tokenizers raises bare Exception for a broken file, so the file is checked first
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that `save_pretrained` wrote to a folder; runs no code of the folder.
+
+    Raises:
+        DataError: There is none, or it is broken.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; want a tokenizer as save_pretrained writes it")
     try:
-        json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{folder / 'tokenizer.json'}: broken: {error}") from error
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+        # trust_remote_code is never None, transformers' default, which asks on standard input
+        return PreTrainedTokenizerFast.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises bare Exceptions, transformers what it meets
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"{path}: broken, or not a tokenizer ({type(error).__name__}: {reason}); copy the "
+            "folder again"
+        ) from error
 
 
 def _with_end_of_text(tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTrainedTokenizerFast:

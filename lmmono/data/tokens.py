@@ -25,6 +25,7 @@ from lmmono.data.packing import pack
 from lmmono.data.tokenizers import (
     build_tokenizer,
     end_of_text_id,
+    read_tokenizer,
     save_tokenizer,
     tokenizer_fingerprint,
 )
@@ -145,7 +146,7 @@ class TokenCorpus:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that made the rows."""
-        return PreTrainedTokenizerFast.from_pretrained(self.dir / "tokenizer")
+        return read_tokenizer(self.dir / "tokenizer")
 
     @cached_property
     def documents(self) -> pa.Table:

@@ -1,9 +1,9 @@
 from lmmono.models.build import build_model as build_model
+from lmmono.models.build import preset as preset
+from lmmono.models.crate import CrateBaseModel as CrateBaseModel
 from lmmono.models.crate import CrateConfig as CrateConfig
 from lmmono.models.crate import CrateForCausalLM as CrateForCausalLM
-from lmmono.models.crate import CrateBaseModel as CrateBaseModel
 from lmmono.models.hooks import Edit as Edit
 from lmmono.models.hooks import hook_names as hook_names
 from lmmono.models.hooks import match_hooks as match_hooks
 from lmmono.models.hooks import recording as recording
-from lmmono.models.build import preset as preset

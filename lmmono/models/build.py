@@ -10,7 +10,6 @@ from lmmono.models.crate import CrateConfig
 from lmmono.models.gpt2 import build_gpt2, gpt2_config
 from lmmono.recipe.sections import CrateModel, Gpt2Model
 
-
 SIZES = {
     "1l": (1, 128, 4),
     "2l": (2, 128, 4),

@@ -1,8 +1,5 @@
 """Networks on disk: a Hugging Face folder with safetensors, written whole or not at all."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +12,7 @@ from transformers.utils import logging
 
 import lmmono.models.crate  # pyright: ignore[reportUnusedImport]  # noqa: F401  # Auto* classes
 from lmmono.errors import ModelError
-from lmmono.files.atomic import disk_faults
+from lmmono.files.atomic import atomic_folder
 
 
 def save_model(model: PreTrainedModel, path: Path | str) -> Path:
@@ -28,26 +25,23 @@ def save_model(model: PreTrainedModel, path: Path | str) -> Path:
     folder = Path(path)
     if folder.exists():
         raise ModelError(f"{folder}: something is there already; choose another folder")
-    with disk_faults(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            with _no_progress_bars():
-                model.save_pretrained(partial)
-            partial.chmod(0o755)  # mkdtemp makes folders that only the owner can read
-            os.rename(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with atomic_folder(folder) as partial, no_progress_bars():
+        model.save_pretrained(partial)
     return folder
 
 
-def load_model(path: Path | str) -> PreTrainedModel:
+def load_model(path: Path | str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return the causal language model that `save_pretrained` wrote to a folder, in eval mode.
 
     Reads safetensors only, from this machine only, and only when every weight is there.
 
+    Args:
+        path: The folder.
+        trust_remote_code: Run the Python files of the folder, where its configuration names some.
+
     Raises:
-        ModelError: The folder is missing or foreign, or its weights are cut short or incomplete.
+        ModelError: The folder is missing or foreign, its weights are truncated or incomplete, or it
+            needs code of its own and that is not allowed.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -58,17 +52,21 @@ def load_model(path: Path | str) -> PreTrainedModel:
     for file in sorted(folder.glob("*.safetensors")):
         _check_whole(file)
     try:
-        with _no_progress_bars():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with no_progress_bars():
+            # never None, transformers' default, which asks on standard input and takes a "y"
+            foreign = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+            config = AutoConfig.from_pretrained(folder, **foreign)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
-                local_files_only=True,
+                **foreign,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as fault:
-        raise ModelError(f"{folder}: not a model lmmono can read: {fault}") from fault
+    except Exception as fault:  # a foreign configuration makes transformers raise anything
+        raise ModelError(
+            f"{folder}: not a model lmmono can read: {type(fault).__name__}: {fault}"
+        ) from fault
     model, report = loaded
     _check_complete(folder, model, report)
     model.loss_type = model.loss_type or "ForCausalLM"
@@ -97,7 +95,7 @@ def _check_complete(folder: Path, model: PreTrainedModel, report: Any) -> None:
 
 
 @contextmanager
-def _no_progress_bars() -> Generator[None]:
+def no_progress_bars() -> Generator[None]:
     """Keep transformers from drawing its own bars: lmmono prints nothing unless asked."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from lmmono.data.planted.draws import Draws
-from lmmono.data.planted.features import Feature, DocumentMarks, features
+from lmmono.data.planted.features import DocumentMarks, Feature, features
 from lmmono.data.planted.grammar import Grammar
 from lmmono.data.planted.habits import Habits, Pools
 from lmmono.data.planted.lexicon import TOPICS, Lexicon
