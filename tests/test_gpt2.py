@@ -155,7 +155,7 @@ def test_the_code_of_a_model_folder_runs_only_where_that_is_allowed(tmp_path, mo
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers would ask
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
-    with pytest.raises(ModelError, match="not a model lmmono can read.*trust_remote_code"):
+    with pytest.raises(ModelError, match="(?s)not a model lmmono can read.*trust_remote_code"):
         load_model(folder)
     assert not Path("ran").exists()
 
