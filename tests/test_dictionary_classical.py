@@ -1,5 +1,6 @@
 """Classical decompositions: equal to scikit-learn in use, exact by seed, and plain about limits."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -279,3 +280,27 @@ def test_unknown_options_and_damaged_folders_are_told(x: Tensor, tmp_path: Path)
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(DictionaryError, match="no whole safetensors file"):
         load_dictionary(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ("[]", "got a list"),
+        ("[" * 100_000, "recursion limit"),
+        ({"seed": None}, "seed: "),
+        ({"facts": []}, "facts: "),
+        ({"d_in": "8"}, "d_in: "),
+        ({"kind": "gan"}, "kind: .*'sae'"),
+        ({"settings": {}}, "settings of dictionary.json: "),
+        ({"settings": {"arch": "pca", "d_sae": 5, "seed": 1}}, "settings of dictionary.json: "),
+        ({"settings": {"arch": "pca", "d_sae": 0}}, "d_sae"),
+        ({"settings": {"arch": "pca", "d_sae": 5, "name": "x"}}, "name: unknown setting"),
+        ({"format": 99}, "written by a newer lmmono"),
+    ],
+)
+def test_a_damaged_dictionary_file_says_where(x: Tensor, tmp_path: Path, change, fault) -> None:
+    path = Classical("pca", d_sae=5).fit(x).save(tmp_path / "pca") / "dictionary.json"
+    text = change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change)
+    path.write_text(text)
+    with pytest.raises(DictionaryError, match=fault):
+        load_dictionary(path.parent)

@@ -197,9 +197,10 @@ def test_folders_that_are_no_run_are_refused_with_the_way_out(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda text: text[: len(text) // 2], "cut short or changed by hand"),
-        (lambda text: "", "cut short or changed by hand"),
-        (lambda text: "[]", "cut short or changed by hand"),
+        (lambda text: text[: len(text) // 2], "damaged: Invalid JSON"),
+        (lambda text: "", "damaged: Invalid JSON"),
+        (lambda text: "[]", "damaged: .*got a list; restore the file, or remove the folder"),
+        (lambda text: "[" * 100_000, "damaged: Invalid JSON: recursion limit"),
         (lambda text: text.replace('"seed": 3', '"seed": "x"'), "seed: Input should be"),
         (lambda text: text.replace('"format": 1', '"format": 99'), "written by a newer lmmono"),
     ],

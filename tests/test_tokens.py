@@ -213,7 +213,7 @@ def test_a_folder_that_is_no_prepared_corpus_is_an_error(
     with pytest.raises(DataError, match="want a corpus of format 2, got 0"):
         TokenCorpus(tmp_path / "other")
     (tmp_path / "other" / "corpus.json").write_text("{")
-    with pytest.raises(DataError, match="corpus.json: broken.*delete"):
+    with pytest.raises(DataError, match="corpus.json: damaged.*delete"):
         TokenCorpus(tmp_path / "other")
 
 

@@ -1,10 +1,10 @@
 """What lies around: recipes, runs, stores, hook names, dictionaries and instruments, as rows."""
 
-import json
 from pathlib import Path
 
 from lmmono.cli.output import Rows
 from lmmono.errors import RecipeError, RunError
+from lmmono.files.json_files import read_json
 from lmmono.recipe import Recipe
 from lmmono.runs.folder import find_runs, open_run
 from lmmono.runs.stages import STAGES
@@ -64,10 +64,10 @@ def list_dictionaries(path: Path) -> Rows:
             rows.append((hook, name, "not finished", None, str(place)))
             continue
         try:
-            facts = json.loads(about.read_text(encoding="utf-8"))
+            facts = read_json(about, dict, RunError)
             widths = f"{facts['d_in']} -> {facts['d_sae']}"
             rows.append((hook, name, widths, facts["seed"], str(place)))
-        except (OSError, ValueError, KeyError, TypeError) as fault:
+        except (RunError, KeyError) as fault:
             rows.append((hook, name, f"damaged: {type(fault).__name__}: {fault}", None, str(place)))
     return Rows(("hook", "dictionary", "widths", "seed", "folder"), tuple(rows))
 

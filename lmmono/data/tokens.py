@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int32, Int64, UInt
+from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerFast
 
 from lmmono.data.corpora import document_count, documents, fingerprint
@@ -33,6 +33,7 @@ from lmmono.data.vocabulary import shown_tokens
 from lmmono.errors import DataError, RunError
 from lmmono.files.atomic import atomic_folder
 from lmmono.files.digests import damaged_files, folder_digests
+from lmmono.files.json_files import read_json
 from lmmono.files.locks import wait_for_lock
 from lmmono.recipe.sections import Data
 from lmmono.types import SPLITS, Progress, Split, silent
@@ -122,8 +123,7 @@ class TokenCorpus:
     def __init__(self, folder: Path) -> None:
         self.dir = folder
         self._facts = _read_facts(folder)
-        self.digest: str = self._facts["digest"]
-        self.n_ctx: int = self._facts["n_ctx"]
+        self.digest, self.n_ctx = self._facts.digest, self._facts.n_ctx
 
     def __repr__(self) -> str:
         n_rows = sum(facts["n_rows"] for facts in self.facts.values())
@@ -132,16 +132,16 @@ class TokenCorpus:
     @property
     def facts(self) -> dict[str, dict[str, int]]:
         """Per split: `n_rows`, `n_documents`, `n_tokens` and `n_tokens_dropped` by packing."""
-        return self._facts["splits"]
+        return self._facts.splits
 
     def verify(self) -> list[str]:
         """Return one fault for each file whose bytes are not those that were written."""
-        return damaged_files(self.dir, self._facts["sha256"])
+        return damaged_files(self.dir, self._facts.sha256)
 
-    @cached_property
+    @property
     def section(self) -> Data:
         """The settings that made the folder."""
-        return Data.model_validate_json(json.dumps(self._facts["settings"]))
+        return self._facts.settings
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -268,18 +268,25 @@ def _digest(section: Data) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
+class CorpusFile(BaseModel):
+    """What `corpus.json` holds."""
+
+    digest: str
+    n_ctx: int = Field(ge=1)
+    splits: dict[str, dict[str, int]]
+    settings: Data
+    sha256: dict[str, str]
+
+
+def _read_facts(folder: Path) -> CorpusFile:
     path = folder / "corpus.json"
     if not path.is_file():
         raise DataError(f"{folder} is no prepared corpus: it has no corpus.json; prepare it again")
-    try:
-        facts = json.loads(path.read_text())
-        found = facts["format"]
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{path}: broken ({error}); delete {folder} and prepare again") from error
+    way_out = f"delete {folder} and prepare again"
+    found = read_json(path, dict, DataError, way_out=way_out).get("format")
     if found != FORMAT:
         raise DataError(f"{path}: want a corpus of format {FORMAT}, got {found}; prepare it again")
-    return facts
+    return read_json(path, CorpusFile, DataError, way_out=way_out)
 
 
 def _no_rows(split: Split, facts: dict[str, int], n_ctx: int) -> str:

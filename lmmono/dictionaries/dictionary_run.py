@@ -9,7 +9,6 @@ at the model that its vectors came from. Those of one hook are judged in one pas
 intervals are of the same redraws.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -28,7 +27,7 @@ import activation_store as astore
 from lmmono.captures.capture import capture
 from lmmono.dictionaries.classical import Classical
 from lmmono.dictionaries.controls import Control
-from lmmono.dictionaries.estimator import Dictionary, load_dictionary
+from lmmono.dictionaries.estimator import Dictionary, load_dictionary, read_about
 from lmmono.dictionaries.evaluation import SAEReport, evaluate
 from lmmono.dictionaries.recovery import recovery
 from lmmono.dictionaries.sae import SAE, fit_together
@@ -135,14 +134,13 @@ class DictionaryFit:
 
     def is_in(self, folder: Path, digest: str) -> bool:
         """Say whether a folder holds this dictionary, fitted on the vectors of a digest."""
-        path = folder / "dictionary.json"
-        if not path.exists():
+        if not (folder / "dictionary.json").exists():
             return False
-        about, wanted = json.loads(path.read_text(encoding="utf-8")), self.new()
+        about, wanted = read_about(folder), self.new()
         return (
-            about["settings"] == wanted.settings.model_dump(mode="json")
-            and about["seed"] == wanted.seed
-            and about["facts"].get("vectors") == digest
+            about.settings == wanted.settings.model_dump(mode="json")
+            and about.seed == wanted.seed
+            and about.facts.get("vectors") == digest
         )
 
 

@@ -15,19 +15,20 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lmmono.dictionaries.vector_source import VectorSource, as_vectors
-from lmmono.errors import DictionaryError, nearest
+from lmmono.errors import DictionaryError
 from lmmono.files import provenance
 from lmmono.files.atomic import disk_faults, write_atomic
+from lmmono.files.json_files import read_json
 from lmmono.registry.dictionary_kinds import DICTIONARY_KINDS
 from lmmono.registry.lookup import load
 from lmmono.types import Progress, silent
@@ -265,29 +266,49 @@ class PlainDictionary(Dictionary):
             ) from error
 
 
+class DictionaryFile(BaseModel):
+    """What `dictionary.json` holds."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    kind: Literal["sae", "classical", "control", "imported"]
+    settings: dict[str, JsonValue]
+    seed: int = Field(ge=0)
+    hook: str | None
+    d_in: int = Field(ge=1)
+    d_sae: int = Field(ge=1)
+    facts: dict[str, JsonValue]
+
+
+def read_about(folder: Path) -> DictionaryFile:
+    """Return what a dictionary's folder says of it, without its weights.
+
+    Raises:
+        DictionaryError: The folder holds none, one of a newer lmmono, or a damaged one.
+    """
+    path, way_out = folder / "dictionary.json", "copy the folder again or fit the dictionary again"
+    if not path.exists():
+        raise DictionaryError(f"{folder}: no dictionary (it has no dictionary.json)")
+    found = read_json(path, dict, DictionaryError, way_out=way_out).get("format", 0)
+    if isinstance(found, int) and found > FORMAT:
+        raise DictionaryError(f"{path}: written by a newer lmmono; update lmmono")
+    return read_json(path, DictionaryFile, DictionaryError, way_out=way_out)
+
+
 def load_dictionary(folder: str | Path) -> Dictionary:
     """Return the dictionary that `Dictionary.save` wrote into a folder.
 
     Raises:
         DictionaryError: The folder holds none, one of a newer lmmono, or a damaged one.
     """
-    path = Path(folder) / "dictionary.json"
+    about = read_about(Path(folder))
+    settings: dict[str, Any] = about.settings
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DictionaryError(f"{folder}: no dictionary (it has no dictionary.json)") from None
-    except ValueError as error:
-        raise DictionaryError(f"{path}: truncated or changed by hand ({error})") from None
-    if about.get("format", 0) > FORMAT:
-        raise DictionaryError(f"{path}: written by a newer lmmono; update lmmono")
-    if about.get("kind") not in DICTIONARY_KINDS:
-        raise DictionaryError(
-            f"{path}: unknown kind; {nearest(str(about.get('kind')), DICTIONARY_KINDS)}"
-        )
-    cls = load(DICTIONARY_KINDS[about["kind"]])
-    dictionary: Dictionary = cls(seed=about["seed"], **about["settings"])
-    for key in ("hook", "d_in", "d_sae", "facts"):
-        setattr(dictionary, key, about[key])
+        dictionary: Dictionary = load(DICTIONARY_KINDS[about.kind])(seed=about.seed, **settings)
+    except TypeError as error:  # no arch, or a name that the constructor has itself
+        raise DictionaryError(f"{folder}: settings of dictionary.json: {error}") from None
+    dictionary.hook, dictionary.facts = about.hook, dict(about.facts)
+    dictionary.d_in, dictionary.d_sae = about.d_in, about.d_sae
     dictionary._load(Path(folder))  # pyright: ignore[reportPrivateUsage]
     return dictionary
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from lmmono.dictionaries.architectures import read_inference, sae_lens
 from lmmono.errors import DictionaryError, nearest
 from lmmono.files.atomic import disk_faults, write_atomic
+from lmmono.files.json_files import read_json
 
 ARCHITECTURES = ("standard", "gated", "topk", "jumprelu", "matching_pursuit", "abstopk")
 """sae-lens' architectures that code one vector at a time and decode the code alone."""
@@ -50,7 +51,7 @@ def read_sae_lens(folder: Path) -> Any:
     Raises:
         DictionaryError: The folder is damaged, or its architecture is no code of single vectors.
     """
-    config = read_json(folder / "cfg.json")
+    config = _config(folder / "cfg.json")
     architecture = config.get("architecture", "standard")
     if architecture not in ARCHITECTURES:
         raise DictionaryError(
@@ -73,7 +74,7 @@ def write_sae_lens(network: Any, hook: str | None, folder: Path) -> None:
     """Write a SAELens folder; `cfg.json` comes last."""
     with disk_faults(folder):
         network.save_model(folder)
-    config = read_json(folder / "cfg.json")
+    config = _config(folder / "cfg.json")
     config["device"] = "cpu"
     if config["metadata"].get("hook_name") is None and hook:
         config["metadata"]["hook_name"] = hook
@@ -86,7 +87,7 @@ def read_sparsify(folder: Path) -> Any:
     Raises:
         DictionaryError: The folder is damaged, or holds a transcoder or another activation.
     """
-    config, where = read_json(folder / "cfg.json"), str(folder / "sae.safetensors")
+    config, where = _config(folder / "cfg.json"), str(folder / "sae.safetensors")
     for name, wanted in _SPARSIFY_WANTS.items():
         if config.get(name, wanted) != wanted:
             raise DictionaryError(
@@ -166,7 +167,7 @@ def read_dictionary_learning(folder: Path) -> Any:
     Raises:
         DictionaryError: The pickle holds more than tensors or is damaged, or its class is unknown.
     """
-    trainer = read_json(folder / "config.json").get("trainer")
+    trainer = _config(folder / "config.json").get("trainer")
     name = trainer.get("dict_class") if isinstance(trainer, dict) else None
     if name not in _CLASSES:
         raise DictionaryError(
@@ -253,21 +254,8 @@ _CLASSES: dict[str, tuple[tuple[str, ...], Callable[[Weights], Converted]]] = {
 """Tensors of each class, and how they become an architecture of sae-lens."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        DictionaryError: The file is missing, cut short, or holds something else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DictionaryError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DictionaryError(f"{path}: cut short or changed by hand ({error})") from error
-    if not isinstance(found, dict):
-        raise DictionaryError(f"{path}: want a JSON object, got {type(found).__name__}")
-    return found
+def _config(path: Path) -> dict[str, Any]:
+    return read_json(path, dict, DictionaryError, way_out="copy the folder again")
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

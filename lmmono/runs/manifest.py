@@ -1,16 +1,16 @@
 """What made a run: commit, versions, machine, and a record of every stage, as `manifest.json`."""
 
-import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from lmmono.errors import RunError
 from lmmono.files import provenance
 from lmmono.files.atomic import write_atomic
+from lmmono.files.json_files import read_json
 from lmmono.recipe import SECTIONS, Recipe
 from lmmono.runs.stages import STAGES
 
@@ -100,24 +100,14 @@ class Manifest(BaseModel):
             RunError: It is cut short, changed, unreadable, or of a newer lmmono.
         """
         path = folder / "manifest.json"
-        try:
-            text = path.read_text(encoding="utf-8")
-            found = json.loads(text).get("format", 0)
-        except OSError as error:
-            raise RunError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, AttributeError) as error:
-            raise _damaged(path, str(error)) from None
+        way_out = "restore the file, or remove the folder and run again"
+        found = read_json(path, dict, RunError, way_out=way_out).get("format", 0)
         if isinstance(found, int) and found > FORMAT:
             raise RunError(
                 f"{path}: written by a newer lmmono (format {found}, this one reads up to "
                 f"{FORMAT}); update lmmono"
             )
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise _damaged(path, f"{where}: {first['msg']}") from None
+        return read_json(path, cls, RunError, way_out=way_out)
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`; a crash leaves the old one or the new one.
@@ -134,8 +124,3 @@ class Manifest(BaseModel):
             for name, stage in STAGES.items()
             if name in self.stages and self.stages[name].digest != recipe.digest(*stage.sections)
         ]
-
-
-def _damaged(path: Path, reason: str) -> RunError:
-    way_out = "restore the file, or remove the folder and run again"
-    return RunError(f"{path}: cut short or changed by hand ({reason}); {way_out}")
