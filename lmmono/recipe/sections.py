@@ -268,7 +268,6 @@ class Train(Section):
 
 
 class SkippedTokens(Section):
-<<<<<<< HEAD
     """Tokens that do not count, by rule or id; they stay in the text that is shown."""
 
     special: bool = False
@@ -277,19 +276,6 @@ class SkippedTokens(Section):
     """Positions at the start of every row; the first ones have outlier activations."""
     token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False)
     """Further ids."""
-=======
-    """Tokens that count nowhere: many units of a model fire on its first and special tokens alone.
-
-    They stay in the store as text, so excerpts show them.
-    """
-
-    token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False)
-    """Token ids to leave out of statistics, exemplars, rows and vectors."""
-    special: bool = False
-    """Leave out the special tokens of the tokenizer, such as those that begin and end a text."""
-    first: Annotated[int, Field(ge=0)] = 0
-    """Positions to leave out at the beginning of each row."""
->>>>>>> b876d26 (Captures skip what the store holds by sequence; tokens can be left out; precisions of arms; names of files)
 
 
 class Capture(Section):
@@ -324,11 +310,7 @@ class Capture(Section):
     vectors_dtype: Literal["float32", "float16"] = "float16"
     """Type that vectors are rounded to; float16 holds nothing beyond 65,504."""
     skip: SkippedTokens = SkippedTokens()
-<<<<<<< HEAD
     """Tokens left out of rows, vectors, statistics and exemplars; none by default."""
-=======
-    """Tokens to leave out; none by default."""
->>>>>>> b876d26 (Captures skip what the store holds by sequence; tokens can be left out; precisions of arms; names of files)
     batch_tokens: Count = 8192
     """Tokens per forward pass."""
 
