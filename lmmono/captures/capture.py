@@ -221,6 +221,11 @@ def _names(patterns: str | Sequence[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
+def _names(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one or several names as a tuple."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
 def _vectors(model: nn.Module, name: str, settings: Capture) -> astore.Vectors:
     """Return the store's settings for one hook kept as dense vectors."""
     return astore.Vectors(hook=name, d=hook_width(model, name), dtype=settings.vectors_dtype)
