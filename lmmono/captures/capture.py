@@ -7,6 +7,7 @@ run folder as its recipe says, and resumes an interrupted capture after its last
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import nn
@@ -18,7 +19,7 @@ from lmmono.data.tokens import TokenRows
 from lmmono.errors import RunError
 from lmmono.files.processes import Processes, best_device, this_process
 from lmmono.models.hooks import hook_width, match_hooks, recording, token_inputs
-from lmmono.recipe.sections import Capture
+from lmmono.recipe.sections import Capture, SkippedTokens
 from lmmono.runs.folder import Run
 from lmmono.types import Progress, silent
 
@@ -168,7 +169,7 @@ def _stream(
             model_digest=weights_digest(model),
             rank=here.rank,
             world_size=here.n,
-            skip=_skip(settings, parts),
+            skip=left_out_tokens(settings.skip, parts[0]),
         ) as writer,
         recording(model, [*names, *dense, *(each.source for each in latents)]) as acts,
         torch.no_grad(),
@@ -183,7 +184,9 @@ def _stream(
                     seq_ids, ids, docs = (
                         array[is_new] for array in (batch.seq_ids, batch.ids, batch.doc_ids)
                     )
-                    model(**token_inputs(model, ids, docs >= 0), use_cache=False)
+                    inputs = torch.from_numpy(ids.astype(np.int64))
+                    is_token = torch.from_numpy(docs >= 0)  # padding belongs to no document
+                    model(**token_inputs(model, inputs, is_token), use_cache=False)
                     flat = {name: tensor.flatten(2) for name, tensor in acts.items()}  # heads too
                     coded = {each.hook: each.encode(flat[each.source]) for each in latents}
                     writer.add(seq_ids, ids, docs, part.split, flat | coded)
@@ -191,15 +194,18 @@ def _stream(
     model.train(was_training)
 
 
-def _skip(settings: Capture, parts: Sequence[TokenRows]) -> astore.Skip:
-    """Return what the store leaves out, special tokens of the corpus' tokenizer by their ids."""
-    token_ids = set(settings.skip.token_ids)
-    corpus = parts[0].corpus
-    if settings.skip.special and corpus is None:
-        raise RunError("capture: skip.special: these rows have no tokenizer; give skip.token_ids")
-    if settings.skip.special and corpus is not None:
-        token_ids |= set(corpus.tokenizer.all_special_ids)
-    return astore.Skip(tuple(sorted(token_ids)), settings.skip.first)
+def left_out_tokens(section: SkippedTokens, rows: TokenRows) -> astore.Skip:
+    """Return which tokens of some rows do not count, special ones by the ids of their tokenizer.
+
+    Raises:
+        RunError: Special tokens are named, and the rows are of no corpus with a tokenizer.
+    """
+    token_ids = set(section.token_ids)
+    if section.special:
+        if rows.corpus is None:
+            raise RunError("skip.special: these rows have no tokenizer; give skip.token_ids")
+        token_ids |= set(rows.corpus.tokenizer.all_special_ids)
+    return astore.Skip(tuple(sorted(token_ids)), section.first)
 
 
 def _share(part: TokenRows, here: Processes) -> TokenRows:

@@ -191,8 +191,8 @@ def _score_table(
         note=(
             f"{find_scorer(scorer).about}"
             + ("." if chance is None else f"; guessing gets {chance:g}.")
-            + " Means over training seeds, with 95 % intervals (Student t). score: mean over layers "
-            "of means over units, of which those without a defined value count as guessing; "
+            + " Means over training seeds, with 95 % intervals (Student t). score: mean over "
+            "layers of means over units, those without a value counting as guessing; "
             "defined: mean over the units with a value, all layers together. The other columns are "
             "controls of the same units."
         ),
