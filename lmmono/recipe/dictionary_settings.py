@@ -238,8 +238,6 @@ class Dictionaries(Section):
     """`store` captures the vectors of `train` once and keeps them; `model` recomputes them."""
     max_tokens: Count | None = 500_000
     """Tokens of `train` to learn from, whole rows; null takes all."""
-    skip: SkippedTokens = SkippedTokens()
-    """Tokens whose vectors are neither learned from nor judged on; none by default."""
     batch_tokens: Count = 2048
     """Vectors per step."""
     eval_tokens: Count | None = 100_000
