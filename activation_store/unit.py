@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from activation_store.errors import ContentError
+from activation_store.read.characters import whole_characters
 
 ExemplarKind = Literal["top", "random", "quantile"]
 
@@ -41,7 +42,8 @@ class Exemplar:
     first_pos: int
     """Position of the first of `tokens`."""
     tokens: tuple[str, ...]
-    """The tokens around the chosen one, of the same document."""
+    """The tokens around the chosen one, of the same document; a character of several tokens stands
+    at one of them, at the chosen one if it can."""
     acts: tuple[float, ...]
     """Stored activation on each of `tokens`; 0 where none is stored."""
 
@@ -178,7 +180,8 @@ def read_exemplars(
 
 def _exemplar(row: Sequence[Any], acts: Mapping[tuple[int, int], float]) -> Exemplar:
     rank, act, kind_bin, doc_id, seq_id, pos, first_pos, tokens = row
-    shown = tuple(token or "" for token in tokens) if first_pos is not None else ()
     start = pos if first_pos is None else first_pos
+    texts = [token or "" for token in tokens] if first_pos is not None else []
+    shown = tuple(whole_characters(texts, pos - start))
     on_tokens = tuple(acts.get((seq_id, start + i), 0.0) for i in range(len(shown)))
     return Exemplar(rank, act, kind_bin, doc_id, seq_id, pos, start, shown, on_tokens)

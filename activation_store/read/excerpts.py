@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
+from activation_store.read.characters import whole_characters
 from activation_store.unit import Queried
 
-_UNITS = 256
-"""Units whose exemplars are looked up together."""
+_UNITS = 256  # units whose exemplars are looked up together
 
 _WINDOWS = """
 WITH fired AS (
@@ -41,7 +41,7 @@ def records(
     stats = store.sql(query, hook=hook).to_arrow_table().to_pylist()
     for begin in range(0, len(stats), _UNITS):
         some = stats[begin : begin + _UNITS]
-        found = store.sql(
+        rows = store.sql(
             _WINDOWS,
             hook=hook,
             first=some[0]["unit"],
@@ -52,7 +52,8 @@ def records(
         of_unit: dict[int, dict[str, list[dict[str, Any]]]] = {
             row["unit"]: {"top": [], "random": [], "quantile": []} for row in some
         }
-        for row in found.to_arrow_table().to_pylist():
+        for row in rows.to_arrow_table().to_pylist():
+            row["tokens"] = whole_characters(row["tokens"], row["own"])
             of_unit[row["unit"]][row["kind"]].append(row)
         for row in some:
             yield row, of_unit[row["unit"]]
