@@ -114,6 +114,15 @@ def test_programs_come_back_from_json_as_they_were(planted, explained):
     assert kinds == {"token_lookup", "context", "constant"} <= set(PROGRAMS)
     with pytest.raises(ExplainError, match="did you mean constant"):
         program_from_json({"kind": "constnat"})
+    tables = {"constant": 0.5, "tables": [], "classes": "AAAA"}
+    for damaged in (
+        {"kind": "constant"},
+        {"kind": "constant", "act": "high"},
+        {"kind": "token_lookup", "tokens": [1], "acts": None, "otherwise": None},
+        {"kind": "context", **tables},
+    ):
+        with pytest.raises(ExplainError, match=r"damaged .*overwrite=True"):
+            program_from_json(damaged)
 
 
 def test_programs_predict_nothing_on_padding():

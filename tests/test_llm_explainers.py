@@ -16,7 +16,7 @@ import lmmono as lm
 from lmmono.clients.server import Price, ServerClient
 from lmmono.errors import ExplainError
 from lmmono.explanations.llm_explainers import Ranking
-from lmmono.explanations.llm_prompts import levels, pairs_prompt, parse_explanation
+from lmmono.explanations.llm_prompts import characters_of, levels, pairs_prompt, parse_explanation
 from lmmono.explanations.stored_explanations import read_explanations, stored_explainer
 
 EXPLAINERS = ("llm_token_act_pair", "llm_max_act", "llm_contrastive")
@@ -55,6 +55,38 @@ def test_pairs_are_one_token_a_line_and_sparse_ones_once_more() -> None:
     assert asked_last.endswith("once more\nt3\t10")
     dense = pairs_prompt([(("a", 3), ("b", 0))]).messages[-1].content
     assert dense == "Excerpt 1\na\t3\nb\t0"
+
+
+MANY_BYTES = ("a", "<0xE5><0xAE>", "<0xB6>", " <0xF0><0x9F>", "<0x99><0x82>", "b", "<0xE5>")
+"""Letters and an emoji of several tokens, one of them after a blank, and a byte that is cut off."""
+
+
+def test_characters_of_several_tokens_are_shown_whole() -> None:
+    pieces, owners = characters_of(MANY_BYTES)
+    assert pieces == ["a", "家", " 🙂", "b", "<0xE5>"]
+    assert owners == [0, 1, 1, 2, 2, 3, 4]
+    assert "".join(characters_of(["plain", " text"])[0]) == "plain text"
+    assert characters_of([]) == ([], [])
+
+
+def test_prompts_show_a_character_as_strong_as_the_strongest_of_its_tokens(tmp_path) -> None:
+    ids = np.tile(np.arange(7, dtype=np.int32), (12, 2))[:, :13]
+    ids[:, 0] = np.arange(12) % 7  # texts that differ
+    acts = np.where(ids == 2, 4.0, 0.0) + np.where(ids == 5, 2.0, 0.0)
+    acts = acts[..., None].astype(np.float32)
+    with astore.open(tmp_path / "run", mode="w") as store:
+        store.add_vocabulary(list(MANY_BYTES))
+        with store.writer(rows=[astore.Rows(HOOK, 1, max_density=1.0)], n_ctx=13) as writer:
+            docs = np.broadcast_to(np.arange(12)[:, None], ids.shape)
+            writer.add(np.arange(12), ids, docs, "explain", {HOOK: acts})
+    with astore.open(tmp_path / "run", mode="a") as store:
+        client = Scripted(lambda _: "Explanation: a house")
+        lm.explain(store, HOOK, explainer="llm_max_act", client=client)
+        lm.explain(store, HOOK, explainer="llm_token_act_pair", client=client)
+    marked, pairs = (prompt.messages[-1].content for prompt in client.prompts)
+    assert "a[[家]] 🙂[[b]]" in marked
+    assert '"家" 10' in marked and '"b" 5' in marked
+    assert "a\t0\n家\t10\n 🙂\t0\nb\t5" in pairs
 
 
 @pytest.mark.parametrize(
@@ -144,6 +176,11 @@ def test_another_model_is_asked_and_both_answers_are_kept(store) -> None:
     assert asked_of == {"A": [2, 0], "B": [2]}, "A is known by then"
     rows = store.sql("SELECT model, text FROM explanations WHERE unit = 1 ORDER BY 1").fetchall()
     assert rows == [("A", "by A"), ("B", "by B")]
+    of = {"explainer": "random_explanation", "units": [0, 1]}
+    taken = lm.explain(store, HOOK, **of, of="llm_max_act:model=B")
+    assert taken.of(HOOK)[1].text == "by B"
+    with pytest.raises(ExplainError, match="several language models"):
+        lm.explain(store, HOOK, **of, of="llm_max_act")
     with pytest.raises(ExplainError, match=r"several language models.*model=A' or .*model=B'"):
         read_explanations(store, HOOK, "llm_max_act", 0)
 
@@ -159,6 +196,8 @@ def test_the_only_model_need_not_be_named(store) -> None:
         assert stored != name and "model=A,b:c" in stored
         assert read_explanations(store, HOOK, name, 0)[1].explainer == stored
     assert stored_explainer(store, "llm_max_act:max_tokens=8") == "llm_max_act:max_tokens=8"
+    taken = lm.explain(store, HOOK, explainer="random_explanation", units=[0], of="llm_max_act")
+    assert taken.explainer == "random_explanation:of=llm_max_act:model=A,b:c"
 
 
 @pytest.mark.parametrize("failure", ["no_answer", "refused"])

@@ -66,6 +66,20 @@ def test_expected_values_are_over_the_numbers_among_the_alternatives() -> None:
     assert np.array_equal(np.asarray(found), found.acts)
 
 
+def test_a_character_of_several_tokens_has_one_slot_and_all_its_tokens_its_value() -> None:
+    words = ("a", "<0xE5><0xAE>", "<0xB6>", "b")
+
+    def expected(_: str, token: str) -> dict[str, float]:
+        return {"7": 1.0} if token == "家" else {"0": 1.0}
+
+    with serving(expecting(expected)) as calls:
+        client = ServerClient("judge", base_url=calls.base_url, n_retries=0)
+        (simulation,) = simulate(client, ["houses"], [np.array([[0, 1, 2, 3, -1]])], words)
+        assert "家\tunknown" in asked(calls.bodies[0])
+    assert simulation.acts == pytest.approx(np.array([[0.0, 7.0, 7.0, 0.0, 0.0]]))
+    assert simulation.n_slots == 3
+
+
 def test_a_one_that_begins_a_ten_is_a_ten() -> None:
     def expected(_: str, token: str) -> dict[str, float]:
         return {"1": 0.6, "0": 0.4} if token == " cat" else {"1": 0.01, "0": 0.99}

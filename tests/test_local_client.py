@@ -9,7 +9,7 @@ from small_models import FAMILIES
 
 from lmmono.clients.client import Answer, Client, Message, Prompt
 from lmmono.clients.local import LocalClient
-from lmmono.errors import ClientError, ModelError
+from lmmono.errors import ClientError, DataError, ModelError
 from lmmono.models.storage import save_model
 
 TEXTS = ["the cat 10\tx", "the cat 9", "the cab sat on 1 mat", "the c"]
@@ -174,3 +174,6 @@ def test_the_name_tells_weights_apart_and_folders_open(tmp_path) -> None:
     assert other.partition("@")[2] != client.name.partition("@")[2]
     with pytest.raises(ModelError):
         LocalClient(tmp_path / "nowhere")
+    (tmp_path / "judge" / "tokenizer.json").write_text('{"model": 5}')
+    with pytest.raises(DataError, match=r"judge/tokenizer.json: broken"):
+        LocalClient(tmp_path / "judge")

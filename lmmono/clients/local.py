@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from lmmono.clients.client import Answer, Heard, Message, Prompt, Read, Reading, Usage
+from lmmono.data.tokenizers import read_tokenizer
 from lmmono.errors import ClientError
 from lmmono.models.storage import load_model
 from lmmono.runs.folder import Run, open_run
@@ -68,6 +69,7 @@ class LocalClient:
 
     Raises:
         ClientError: There is no tokenizer, or it is not a fast one.
+        DataError: The folder's tokenizer cannot be read.
         ModelError: The folder holds no model that can be read.
         RunError: The run has no model.
     """
@@ -254,8 +256,7 @@ def _opened(model: PreTrainedModel | Run | Path | str) -> tuple[PreTrainedModel,
         return _opened(open_run(folder))
     loaded = load_model(folder)
     has_tokenizer = (folder / "tokenizer.json").is_file()
-    own = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
-    return loaded, own, folder.name
+    return loaded, read_tokenizer(folder) if has_tokenizer else None, folder.name
 
 
 def _as_text(messages: Sequence[Message]) -> str:

@@ -17,6 +17,7 @@ from lmmono.explanations.stored_explanations import (
     match_stored_hooks,
     read_explanations,
     read_vocabulary,
+    stored_explainer,
 )
 from lmmono.records.record_reader import RecordReader
 from lmmono.records.sampler import KINDS, Counts, Records
@@ -161,14 +162,17 @@ class _ExplainPlan:
         self._window = window
         self._counts = Counts(**explainer.shown) if counts is None else counts
         self._settings = {**explainer.settings, **settings}
-        self.name = self._name(preset, settings)
+        if "of" in self._settings:  # whose explanations are taken: by which model is part of it
+            self._settings["of"] = stored_explainer(store, self._settings["of"])
+        self.name = self._name(preset)
         self._reader = RecordReader(store, seed=seed)
         self._vocabulary = read_vocabulary(store)
 
-    def _name(self, preset: str | None, settings: dict[str, Any]) -> str:
+    def _name(self, preset: str | None) -> str:
         """Return the name that tells apart whatever decides the answer."""
         defaults, changes = self._explainer.settings, dict[str, object]()
-        changes |= {name: value for name, value in settings.items() if defaults[name] != value}
+        for name, value in self._settings.items():
+            changes |= {} if defaults[name] == value else {name: value}
         if preset is None:
             changes |= {} if self._window == 64 else {"window": self._window}
             for kind in KINDS:

@@ -4,16 +4,17 @@ A failure is an explanation of its own: a row with its type, never a sentence th
 mistake for a meaning.
 """
 
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float, Int
 from numpy import ndarray
 
 from lmmono.clients.client import Usage
-from lmmono.errors import ExplainError, nearest
+from lmmono.errors import ExplainError
+from lmmono.registry.lookup import find, load
 from lmmono.types import Split
 
 Failure = Literal["too_few_records", "silent", "unparsed", "refused", "no_answer"]
@@ -58,14 +59,17 @@ def program_from_json(values: dict[str, Any]) -> Program:
     """Return the program that a row of table `explanations` holds.
 
     Raises:
-        ExplainError: No such kind of program; says which are near.
+        ExplainError: No such kind of program, or its values are damaged.
     """
-    kind = values["kind"]
-    if kind not in PROGRAMS:
-        raise ExplainError(f"program {kind!r} is not known; {nearest(kind, PROGRAMS)}")
-    module, _, name = PROGRAMS[kind].partition(":")
-    program = getattr(import_module(module), name)
-    return program.from_json({key: value for key, value in values.items() if key != "kind"})
+    kind = str(values.get("kind"))
+    program = load(find("program", kind, PROGRAMS, ExplainError))
+    try:
+        return program.from_json({key: value for key, value in values.items() if key != "kind"})
+    except (KeyError, TypeError, ValueError, zlib.error) as fault:
+        raise ExplainError(
+            f"a stored program of kind {kind!r} is damaged ({fault!r}); explain its unit anew: "
+            "lm.explain(..., overwrite=True)"
+        ) from fault
 
 
 @dataclass(frozen=True, slots=True)

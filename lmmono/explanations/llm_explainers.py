@@ -20,6 +20,7 @@ from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.llm_prompts import (
     ANSWER,
     Shown,
+    characters_of,
     contrastive_prompt,
     levels,
     max_act_prompt,
@@ -111,10 +112,15 @@ def shown_records(task: ExplainTask, i: int, kinds: tuple[Kind, ...]) -> list[Sh
     columns = [int(c) for kind in kinds for c in records.columns(kind) if records.index[i, c] >= 0]
     ids = records.token_ids(i)[columns]
     acts = levels(records.acts[i][columns], float(records.acts[i].max(initial=0.0)))
-    return [
-        tuple((task.vocabulary[t], int(act)) for t, act in zip(*row, strict=True) if t >= 0)
-        for row in zip(ids, acts, strict=True)
-    ]
+    shown: list[Shown] = []
+    for tokens, strengths in zip(ids, acts, strict=True):
+        is_token = tokens >= 0
+        pieces, owners = characters_of([task.vocabulary[token] for token in tokens[is_token]])
+        # a character of several tokens is as strong as the strongest of them
+        strongest = np.zeros(len(pieces), np.int64)
+        np.maximum.at(strongest, owners, strengths[is_token])
+        shown.append(tuple(zip(pieces, strongest.tolist(), strict=True)))
+    return shown
 
 
 def explain_by(task: ExplainTask, prompt_of: Callable[[int], Prompt]) -> list[Explanation]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from activation_store.read.characters import whole_characters
 from lmmono.clients.client import Message, Prompt, final_answer
 
 Shown = tuple[tuple[str, int], ...]
@@ -125,6 +126,22 @@ def visible(token: str) -> str:
     'a\\n\\t'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
+
+
+def characters_of(tokens: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Return the tokens of a text as people read them, and which of these each token belongs to.
+
+    Most letters of most scripts are several tokens, which say nothing alone: they become one piece.
+
+    >>> characters_of([" a", "<0xE5><0xAE>", "<0xB6>", "b"])
+    ([' a', '家', 'b'], [0, 1, 1, 2])
+    """
+    pieces, owners = list[str](), list[int]()
+    for text in whole_characters(tokens):
+        if text or not pieces:  # a token without text of its own belongs to the character before it
+            pieces.append(text)
+        owners.append(len(pieces) - 1)
+    return pieces, owners
 
 
 def pairs_prompt(records: Sequence[Shown]) -> Prompt:

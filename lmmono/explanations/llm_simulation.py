@@ -25,7 +25,7 @@ from numpy import ndarray
 from lmmono.clients.client import Client, Reading, Usage
 from lmmono.errors import ExplainError
 from lmmono.explanations.explanation import Failure
-from lmmono.explanations.llm_prompts import INVENTED_UNITS, LEVELS, visible
+from lmmono.explanations.llm_prompts import INVENTED_UNITS, LEVELS, characters_of, visible
 
 N_ALTERNATIVES = 15
 """Tokens looked at per slot, as in Bills et al. 2023."""
@@ -52,7 +52,7 @@ class Simulation:
     acts: Float[ndarray, "records window"]
     """Expected activations between 0 and 10; 0 on padding and where there is a fallback."""
     n_slots: int = 0
-    """Tokens that were asked."""
+    """Tokens, or characters of several tokens, that were asked."""
     n_fallback: int = 0
     """Slots without any number among the alternatives; their value is 0."""
     failure: Failure | None = None
@@ -139,7 +139,8 @@ def simulate(
         for text, reading, slots in _read(client, texts):
             i, simulation = text.explanation, simulations[text.explanation]
             is_token = token_ids[i][text.record] >= 0
-            simulation.acts[text.record, is_token] = [slot.value for slot in slots]
+            # a character of several tokens has one slot: all of them get its value
+            simulation.acts[text.record, is_token] = [slots[of].value for of in text.owners]
             digests[i].update(text.text.encode())
             simulations[i] = replace(
                 simulation,
@@ -162,6 +163,8 @@ class _Text:
     record: int
     text: str
     slots: list[int]
+    owners: list[int]
+    """Slot of each token."""
 
 
 def _texts(
@@ -171,9 +174,9 @@ def _texts(
 ) -> Iterator[_Text]:
     for i, (explanation, records) in enumerate(zip(explanations, token_ids, strict=True)):
         for record, ids in enumerate(records):
-            tokens = [vocabulary[token_id] for token_id in ids[ids >= 0]]
-            if tokens:
-                yield _Text(i, record, *simulation_text(explanation, tokens))
+            pieces, owners = characters_of([vocabulary[token_id] for token_id in ids[ids >= 0]])
+            if pieces:
+                yield _Text(i, record, *simulation_text(explanation, pieces), owners)
 
 
 def _batches(texts: Iterator[_Text]) -> Iterator[list[_Text]]:

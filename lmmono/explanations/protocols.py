@@ -6,8 +6,9 @@ excerpt twice. The papers' protocols are here to be compared with, by name.
 
 from dataclasses import dataclass, field
 
-from lmmono.errors import ExplainError, nearest
+from lmmono.errors import ExplainError
 from lmmono.records.sampler import Ranks
+from lmmono.registry.lookup import find
 from lmmono.types import Split
 
 
@@ -29,8 +30,6 @@ class Protocol:
     """Documents that score."""
     token_centred: bool = False
     """Windows around single tokens, which may overlap and cross documents, in place of excerpts."""
-    drop_undefined: bool = False
-    """The paper's mean over units leaves out those without a score."""
     about: str = ""
     """Source, and where this differs from it."""
 
@@ -53,12 +52,12 @@ PROTOCOLS: dict[str, Protocol] = {
             score={"top": (1, 3, 5, 7, 9), "random": (0, 2, 4, 6, 8)},
             explain_split="score",
             token_centred=True,
-            drop_undefined=True,
             about="Bai and Ma 2024 (crate-lm): the 50 strongest token positions and 50 random "
             "ones, each with 32 tokens before and 31 after it, cut from the flat text: windows may "
-            "overlap, cross documents and be in both sides, which raises the score. Undefined "
-            "scores are left out of the mean over units. Their explainer and simulator were "
-            "4-bit 7B language models; the program used here is another instrument.",
+            "overlap, cross documents and be in both sides, which raises the score. The paper's "
+            "mean leaves out units without a defined score: that is the metric's `_defined` row. "
+            "Their explainer and simulator were 4-bit 7B language models; the program used here is "
+            "another instrument.",
         ),
     )
 }
@@ -71,9 +70,7 @@ def find_protocol(name: str) -> Protocol:
     Raises:
         ExplainError: There is none; says which there are.
     """
-    if name not in PROTOCOLS:
-        raise ExplainError(f"preset {name!r} is not known; {nearest(name, sorted(PROTOCOLS))}")
-    return PROTOCOLS[name]
+    return find("preset", name, PROTOCOLS, ExplainError)
 
 
 def variant(name: str | None, preset: str | None, changes: dict[str, object]) -> str | None:
