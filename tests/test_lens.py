@@ -219,7 +219,9 @@ class Letters:
 def test_text_goes_through_the_tokenizer():
     hooked = to_hooked(crate(), Letters())
     assert torch.equal(hooked("abc"), hooked(torch.tensor([0, 1, 2])))
-    assert hooked.to_tokens(["ab", "cd"], prepend_bos=True).tolist() == [[0, 1], [2, 3]]
+    assert hooked.to_tokens(["ab", "cd"]).tolist() == [[0, 1], [2, 3]]
+    with pytest.raises(ModelError, match="has no BOS"):
+        hooked.to_tokens("ab", prepend_bos=True)
     assert hooked.to_single_token("b") == 1
     assert torch.equal(hooked.tokens_to_residual_directions("b"), hooked.W_U[:, 1])
     with pytest.raises(ModelError, match="is 2 tokens, want one"):
@@ -291,3 +293,107 @@ def test_sae_lens_evaluates_a_dictionary_on_the_hooked_model(build):
     assert performance["ce_loss_without_sae"] == pytest.approx(expected, abs=1e-4)
     assert performance["ce_loss_with_ablation"] != pytest.approx(expected, abs=1e-4)
     assert metrics["sparsity"]["l0"] == pytest.approx(8, abs=1)
+
+
+def llama(kind: str = "llama"):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 60}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    return spread(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("build", [crate, gpt2, llama])
+def test_padding_changes_neither_logits_nor_acts_nor_the_loss(build, side):
+    hooked, tokens = to_hooked(build()), some_tokens(1, 6)
+    pad, real = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 6, dtype=torch.long)
+    order = (pad, tokens) if side == "left" else (tokens, pad)
+    mask = torch.cat([pad, real] if side == "left" else [real, pad], 1)
+    padded, here = torch.cat(order, 1), mask[0].bool()
+    logits, acts = hooked.run_with_cache(padded, attention_mask=mask)
+    want, alone = hooked.run_with_cache(tokens)
+    assert_near(logits[:, here], want)
+    for name in ("blocks.1.hook_resid_post", "blocks.1.mlp.hook_post", "blocks.0.attn.hook_z"):
+        assert_near(acts[name][:, here], alone[name], name)
+    loss = hooked(padded, return_type="loss", attention_mask=mask)
+    assert_near(loss, hooked(tokens, return_type="loss"))
+    each = hooked(padded, return_type="loss", loss_per_token=True, attention_mask=mask)
+    assert each.shape == (1, 8) and int((each != 0).sum()) == 5
+    stopped = hooked(padded, stop_at_layer=1, attention_mask=mask)
+    assert_near(stopped[:, here], hooked(tokens, stop_at_layer=1))
+
+
+@torch.no_grad()
+def test_a_crate_refuses_to_decompose_what_its_blocks_replace():
+    tokens = some_tokens(1, 5)
+    _, acts = to_hooked(crate()).run_with_cache(tokens)
+    for call in (
+        lambda: acts.decompose_resid(),
+        lambda: acts.get_full_resid_decomposition(),
+        lambda: acts.logit_attrs(acts.accumulated_resid(), tokens=3),
+    ):
+        with pytest.raises(ModelError, match=r"every block replaces the stream.*accumulated_resid"):
+            call()
+    last = acts["blocks.1.hook_resid_post"]
+    assert_near(acts.accumulated_resid()[-1], last)
+    assert_near(acts.get_neuron_results(1).sum(-2), last)  # as the message says
+    heads = acts.stack_head_results(layer=1).sum(0)
+    assert_near(heads, acts["blocks.0.hook_attn_out"] - to_hooked(crate()).blocks[0].attn.b_O)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", ["skip", "gpt2", "llama", "qwen3", "mistral"])
+def test_where_blocks_add_to_the_stream_all_parts_add_up_to_it(build):
+    if build == "skip":
+        section = CrateModel(arch="crate", n_layers=2, d_model=32, n_heads=4, ista_skip=True)
+        model = spread(build_model(section, d_vocab=60, n_ctx=24, seed=0))
+    else:
+        model = gpt2() if build == "gpt2" else llama(build)
+    hooked = to_hooked(model)
+    _, acts = hooked.run_with_cache(some_tokens(2, 6))
+    last = acts["blocks.1.hook_resid_post"]
+    assert_near(acts.decompose_resid().sum(0), last)
+    for expand in (True, False):
+        parts = acts.get_full_resid_decomposition(expand_neurons=expand)
+        assert_near(parts.sum(0), last, f"{build}, {expand}")
+    assert hooked.blocks[0].attn.W_O.shape == (4, 8, 32)
+    mlp = hooked.blocks[1].mlp
+    assert_near(
+        acts["blocks.1.mlp.hook_post"] @ mlp.W_out + mlp.b_out, acts["blocks.1.hook_mlp_out"]
+    )
+
+
+@torch.no_grad()
+def test_heads_behind_a_norm_are_no_parts_and_are_refused():
+    _, acts = to_hooked(llama("gemma2")).run_with_cache(some_tokens(1, 4))
+    with pytest.raises(ModelError, match=r"stack_head_results: in gemma2 a norm stands between"):
+        acts.stack_head_results()
+    assert_near(acts.decompose_resid().sum(0), acts["blocks.1.hook_resid_post"])
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_bos_is_where_it_is_asked_for(adds):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", "the", "cat"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    hooked = to_hooked(crate(), tokenizer)
+    assert hooked.to_tokens("the cat", prepend_bos=True).tolist() == [[1, 3, 4]]
+    assert hooked.to_tokens("the cat", prepend_bos=False).tolist() == [[3, 4]]
+    own = [[1, 3, 4, 2]] if adds else [[3, 4]]
+    assert hooked.to_tokens("the cat").tolist() == own and hooked.cfg.default_prepend_bos is adds
+    assert hooked.to_single_token("cat") == 4
+    assert torch.equal(hooked.tokens_to_residual_directions("cat"), hooked.W_U[:, 4])
+    alone = hooked(torch.tensor([[3, 4]]))
+    assert torch.equal(hooked("the cat", prepend_bos=False), alone)

@@ -3,11 +3,11 @@
 The network itself runs; TransformerLens' hook points are attached to it only where somebody put a
 hook on them. So `run_with_cache`, `run_with_hooks`, `ActivationCache` and sae-lens' evaluation
 work on CRATE and GPT-2, and on every family that `families` lists. In CRATE there is no skip
-around ISTA, so `ActivationCache`'s decompositions of the stream do not sum to it.
+around ISTA: every block replaces the stream, so its cache refuses to decompose it.
 Importing this module does not import TransformerLens; `to_hooked` does, for some seconds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from lmmono.errors import ModelError
-from lmmono.models.families import points
-from lmmono.models.hooks import attached, bare
+from lmmono.models.families import FAMILIES, points
+from lmmono.models.hooks import attached, bare, model_inputs
 from lmmono.models.points import NormPoint
 
 ReturnType = Literal["logits", "loss", "both"]
@@ -82,7 +83,7 @@ class _Hooked(nn.Module):
         tokens: Int[Tensor, "*batch pos"] | str | Sequence[str],
         return_type: ReturnType | None = "logits",
         loss_per_token: bool = False,
-        prepend_bos: bool | None = None,  # noqa: ARG002  # the caller's tokens are taken as given
+        prepend_bos: bool | None = None,
         stop_at_layer: int | None = None,
         attention_mask: Int[Tensor, "batch pos"] | None = None,
     ) -> Any:
@@ -92,29 +93,36 @@ class _Hooked(nn.Module):
             tokens: Token ids, or text where there is a tokenizer.
             return_type: "logits", "loss", "both" (a pair), or None.
             loss_per_token: Give the loss as [batch, pos - 1] instead of its mean.
-            prepend_bos: Accepted and not used.
+            prepend_bos: As in `to_tokens`, for text.
             stop_at_layer: Return the stream before this block instead; negative counts from the
                 end.
-            attention_mask: 1 for tokens, 0 for padding.
+            attention_mask: 1 for tokens, 0 for padding, on either side: tokens get the logits that
+                they have without it, and the loss is theirs alone (0 per token elsewhere).
         """
-        ids = self.to_tokens(tokens)
+        ids = self.to_tokens(tokens, prepend_bos)
+        is_token = None if attention_mask is None else attention_mask.to(ids.device).bool()
+        inputs = model_inputs(self.network, ids, is_token)
         hooked: Any = self
         active = {
             name: _through(point) for name, point in hooked.hook_dict.items() if point.has_hooks()
         }
         if stop_at_layer is not None:
-            return self._stream(ids, stop_at_layer, active, attention_mask)
+            return self._stream(inputs, stop_at_layer, active)
         with attached(self.network, active):
-            logits = self.network(ids, attention_mask=attention_mask).logits
+            logits = self.network(**inputs).logits
         if return_type is None:
             return None
         if return_type == "logits":
             return logits
         loss = token_losses(logits, ids)
-        loss = loss if loss_per_token else loss.mean()
+        n_predicted = loss.numel()
+        if is_token is not None:  # predicted at a token, and itself a token
+            is_predicted = is_token[:, :-1] & is_token[:, 1:]
+            loss, n_predicted = torch.where(is_predicted, loss, 0.0), int(is_predicted.sum())
+        loss = loss if loss_per_token else loss.sum() / n_predicted
         return loss if return_type == "loss" else (logits, loss)
 
-    def _stream(self, ids: Tensor, layer: int, active: Any, mask: Tensor | None) -> Tensor:
+    def _stream(self, inputs: dict[str, Tensor], layer: int, active: Any) -> Tensor:
         n_layers = self.cfg.n_layers
         layer = layer + n_layers if layer < 0 else layer
 
@@ -131,7 +139,7 @@ class _Hooked(nn.Module):
                 attached(self.network, active),
                 attached(self.network, {place: stop} if is_last else {}),
             ):
-                self.network(ids, attention_mask=mask)
+                self.network(**inputs)
         except _Stop as reached:
             return reached.stream
         raise AssertionError("the stream of a block was never reached")
@@ -144,31 +152,43 @@ class _Hooked(nn.Module):
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run and return the output with TransformerLens' `ActivationCache`, or with a dict."""
-        from transformer_lens import ActivationCache
-
         root: Any = super()
-        out, found = root.run_with_cache(*model_args, remove_batch_dim=remove_batch_dim, **kwargs)
+        out, acts = root.run_with_cache(*model_args, remove_batch_dim=remove_batch_dim, **kwargs)
         if not return_cache_object:
-            return out, found
-        hooked: Any = self
-        return out, ActivationCache(found, hooked, has_batch_dim=not remove_batch_dim)
+            return out, acts
+        return out, _cache_class()(acts, self, has_batch_dim=not remove_batch_dim)
 
     def to_tokens(
         self,
         text: Tensor | str | Sequence[str],
-        prepend_bos: bool | None = None,  # noqa: ARG002  # no lmmono corpus starts with a BOS
+        prepend_bos: bool | None = None,
     ) -> Int[Tensor, "batch pos"]:
         """Return token ids [batch, pos] on the model's device.
 
+        Args:
+            text: Text, texts of one length, or token ids, which stay as they are.
+            prepend_bos: True puts the tokenizer's BOS first and False leaves it out, with no other
+                token added to the text; None does what the tokenizer does by itself, as Llama's
+                adds one and those of lmmono's corpora do not.
+
         Raises:
-            ModelError: Text without a tokenizer, or texts of several lengths.
+            ModelError: Text without a tokenizer, texts of several lengths, or no BOS to put first.
         """
         if isinstance(text, Tensor):
             ids = text if text.ndim == 2 else text.unsqueeze(0)
             return ids.to(self.network.device)
         if self.tokenizer is None:
             raise ModelError("text needs a tokenizer: to_hooked(model, tokenizer)")
-        rows = [self.tokenizer.encode(t) for t in ([text] if isinstance(text, str) else text)]
+        bos: list[int] = []
+        if prepend_bos:
+            if getattr(self.tokenizer, "bos_token_id", None) is None:
+                raise ModelError("prepend_bos=True: this tokenizer has no BOS; leave it out")
+            bos = [self.tokenizer.bos_token_id]
+        # other objects with `encode`, such as those of `tokenizers`, are taken to add nothing
+        adds = isinstance(self.tokenizer, PreTrainedTokenizerBase) and prepend_bos is not None
+        options = {"add_special_tokens": False} if adds else {}
+        texts = [text] if isinstance(text, str) else text
+        rows = [bos + list(self.tokenizer.encode(each, **options)) for each in texts]
         if len({len(row) for row in rows}) > 1:
             raise ModelError("texts of several lengths: pass padded ids and an attention_mask")
         return torch.tensor(rows, dtype=torch.long, device=self.network.device)
@@ -179,7 +199,7 @@ class _Hooked(nn.Module):
         Raises:
             ModelError: It is not one token.
         """
-        ids = self.to_tokens(text)[0].tolist()
+        ids = self.to_tokens(text, prepend_bos=False)[0].tolist()
         if len(ids) != 1:
             raise ModelError(f"{text!r} is {len(ids)} tokens, want one")
         return ids[0]
@@ -205,6 +225,24 @@ class _Hooked(nn.Module):
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         """Bias of the unembedding: zero, none of the families has one."""
         return self.W_U.new_zeros(self.cfg.d_vocab)
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Return the sum of the output biases before a layer, as `HookedTransformer` does.
+
+        Args:
+            layer: Blocks before this one; n_layers takes all.
+            mlp_input: Also the attention's of this block.
+            include_mlp_biases: Off where MLP outputs, which hold theirs, are added whole.
+        """
+        total = self.W_U.new_zeros(self.cfg.d_model)
+        blocks: Any = list(self.blocks)
+        for block in blocks[:layer]:
+            total = total + block.attn.b_O
+            if include_mlp_biases:
+                total = total + block.mlp.b_out
+        return total + blocks[layer].attn.b_O if mlp_input else total
 
 
 class _Norm(nn.Module):
@@ -238,42 +276,128 @@ class _Attention(nn.Module):
 
     def __init__(self, network: Any, index: int) -> None:
         super().__init__()
-        self._source = (network, index)
+        family = FAMILIES[network.config.model_type]
+        # in a tuple, so that the network's modules do not become ours
+        self._source = (_block_module(network, index, f"{family.attn}.{family.o_proj}"),)
+        self._n_heads = network.config.num_attention_heads
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
-        """Output weights per head; CRATE and GPT-2."""
-        network, index = self._source
-        if network.config.model_type == "gpt2":
-            weight = network.transformer.h[index].attn.c_proj.weight
-        else:
-            weight = network.model.blocks[index].attn.o_proj.weight.T
-        return weight.unflatten(0, (network.config.num_attention_heads, -1))
+        """Output weights per head."""
+        return _weight(self._source[0]).unflatten(0, (self._n_heads, -1))
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        """Output bias; zeros where there is none."""
+        return _bias(self._source[0])
 
 
 class _Mlp(nn.Module):
-    """Hook points of the neurons, and their weights."""
+    """Hook points of the neurons, and their weights in TransformerLens' names.
+
+    In CRATE `W_in` is the transposed dictionary and `W_out` the decoding one; of a gated MLP
+    `W_gate` goes before the activation function and `W_in` is the linear half.
+    """
 
     def __init__(self, network: Any, index: int) -> None:
         super().__init__()
-        self._source = (network, index)
+        family = FAMILIES[network.config.model_type]
+        self._ista: Any = None
+        if family.mlp_out is None or family.mlp_in is None:
+            self._ista = (_block_module(network, index, "mlp"),)
+            return
+        paths = (family.mlp_in, family.mlp_up or family.mlp_in, family.mlp_out)
+        self._source = tuple(_block_module(network, index, f"mlp.{path}") for path in paths)
+        self._is_gated = family.mlp_up is not None
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
-        """Input weights; in CRATE the transposed dictionary."""
-        network, index = self._source
-        if network.config.model_type == "gpt2":
-            return network.transformer.h[index].mlp.c_fc.weight
-        return network.model.blocks[index].mlp.dictionary.T
+        """Input weights."""
+        return self._ista[0].dictionary.T if self._ista else _weight(self._source[1])
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"] | None:
+        """Gate weights of a gated MLP, else None."""
+        return _weight(self._source[0]) if not self._ista and self._is_gated else None
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
-        """Output weights; in CRATE the decoding dictionary."""
-        network, index = self._source
-        if network.config.model_type == "gpt2":
-            return network.transformer.h[index].mlp.c_proj.weight
-        ista = network.model.blocks[index].mlp
+        """Output weights."""
+        if not self._ista:
+            return _weight(self._source[2])
+        ista = self._ista[0]
         return ista.dictionary if ista.decoder is None else ista.decoder
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        """Output bias; zeros where there is none, as in CRATE."""
+        return self.W_out.new_zeros(self.W_out.shape[1]) if self._ista else _bias(self._source[2])
+
+
+def _block_module(network: Any, index: int, path: str) -> Any:
+    family, base = FAMILIES[network.config.model_type], network.base_model_prefix
+    root = getattr(network, base) if base and hasattr(network, base) else network
+    return root.get_submodule(f"{family.blocks}.{index}.{path}")
+
+
+def _weight(module: Any) -> Float[Tensor, "d_from d_to"]:
+    """Return a projection's weight as [in, out]: GPT-2's Conv1D keeps it so, Linear turned."""
+    return module.weight.T if isinstance(module, nn.Linear) else module.weight
+
+
+def _bias(module: Any) -> Float[Tensor, " d_to"]:
+    bias = getattr(module, "bias", None)
+    return _weight(module).new_zeros(_weight(module).shape[1]) if bias is None else bias
+
+
+@cache
+def _cache_class() -> type:
+    """Return TransformerLens' `ActivationCache`, refusing what would mean nothing of a network."""
+    from transformer_lens import ActivationCache
+
+    def refusing(name: str, reason: Callable[[Any], str | None]) -> Any:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if text := reason(self.model.network):
+                raise ModelError(f"{name}: {text}")
+            return getattr(super(HookedCache, self), name)(*args, **kwargs)
+
+        method.__doc__ = f"As `ActivationCache.{name}`; raises ModelError where it means nothing."
+        return method
+
+    class HookedCache(ActivationCache):
+        """TransformerLens' cache of a run of the bridge."""
+
+    for name in ("decompose_resid", "get_full_resid_decomposition", "logit_attrs"):
+        setattr(HookedCache, name, refusing(name, _replaces_stream))
+    for name in ("stack_head_results", "stack_neuron_results", "get_neuron_results"):
+        setattr(HookedCache, name, refusing(name, _norms_outputs))
+    return HookedCache
+
+
+def _replaces_stream(network: Any) -> str | None:
+    """Say why parts of this network's stream do not add up to it, if they do not."""
+    config = network.config
+    if config.model_type == "crate" and not config.ista_skip:
+        return (
+            "in CRATE without ista_skip every block replaces the stream, so embeddings, attention "
+            "and earlier neurons are no parts of it and these numbers would mean nothing. Exact "
+            "here: accumulated_resid (the stream at every layer), stack_head_results (the parts of "
+            f"one block's attn_out), and get_neuron_results({config.num_hidden_layers - 1}), the "
+            "parts of the last stream; for causes take hooks (run_with_hooks) or lm.Edit"
+        )
+    return None
+
+
+def _norms_outputs(network: Any) -> str | None:
+    """Say why heads and neurons are no parts of what goes to the stream, if they are not."""
+    family = FAMILIES[network.config.model_type]
+    if family.attn_norm or family.mlp_norm:
+        return (
+            f"in {network.config.model_type} a norm stands between attention or MLP and the "
+            "stream, so heads and neurons do not add up to what is added to it; take hook_attn_out "
+            "and hook_mlp_out, which decompose_resid stacks"
+        )
+    return None
 
 
 def token_losses(
@@ -315,5 +439,11 @@ def _config(network: Any, tokenizer: Any) -> Any:
         normalization_type="RMS" if hasattr(ours, "rms_norm_eps") else "LN",
         device=str(network.device),
         tokenizer_name=getattr(tokenizer, "name_or_path", None),
-        default_prepend_bos=False,
+        default_prepend_bos=_adds_bos(tokenizer),
     )
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Say whether a tokenizer puts its BOS before every text by itself."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos is not None and list(tokenizer.encode("a"))[:1] == [bos]
