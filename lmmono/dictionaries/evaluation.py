@@ -241,11 +241,11 @@ def evaluate(
             once for each dictionary.
         rows: Held-out rows, such as `run.tokens("val")`.
         hook: Where the dictionaries go in; that of each one's fit where not given.
-        max_tokens: Use the first whole rows with at most so many tokens.
+        max_tokens: Use whole rows with at most so many tokens, drawn by the seed.
         skip: Which tokens do not count: a mask of the rows [n_rows, n_ctx], or what gives one of
             them; None counts all.
         batch_tokens: Tokens per pass, whole rows; sets the memory, not the result.
-        seed: Seed of the intervals.
+        seed: Seed of the intervals and of the rows.
         n_resamples: Redraws of the documents.
         level: Coverage that the intervals aim at.
         progress: Called with tokens done, of two passes.
@@ -261,7 +261,7 @@ def evaluate(
     """
     several = [dictionary] if isinstance(dictionary, Dictionary) else list(dictionary)
     named = [(hook_of(model, each, hook), each) for each in several]
-    text = DocumentRows(rows.limit(max_tokens), model, batch_tokens, skip)
+    text = DocumentRows(rows.limit(max_tokens, seed=seed), model, batch_tokens, skip)
     sites = {name: HookSums(model, name, text) for name, _ in named}
     codes = [CodeSums(each, sites[name], text) for name, each in named]
     loss_clean = _run_passes(model, text, list(sites.values()), codes, progress)

@@ -131,8 +131,8 @@ def recovery(
         source: A run on the planted language, or a model and rows of a planted corpus.
         hook: Hook of the vectors; that of the fit where not given.
         split: Rows of a run to take.
-        max_tokens: Use the first whole rows with at most so many tokens.
-        seed: Seed of the halves, the random directions and the intervals.
+        max_tokens: Use whole rows with at most so many tokens, drawn by the seed.
+        seed: Seed of the rows, the halves, the random directions and the intervals.
         n_resamples: Redraws of the documents.
         level: Coverage that the intervals aim at.
 
@@ -142,7 +142,7 @@ def recovery(
         ModelError: The model has no such hook.
     """
     model, rows = (source.model, source.tokens(split)) if isinstance(source, Run) else source
-    rows, hook = rows.limit(max_tokens), hook_of(model, dictionary, hook)
+    rows, hook = rows.limit(max_tokens, seed=seed), hook_of(model, dictionary, hook)
     if rows.corpus is None:
         raise DictionaryError("recovery: these rows know no corpus; take them of TokenCorpus")
     features = [feature.name for feature in planted_language(rows.corpus).features]

@@ -303,7 +303,7 @@ def model_vectors(
         hooks: Names or globs.
         batch_tokens: VectorSource per batch; the last batch of an epoch holds what is left.
         seed: Seed of the order, a new one each epoch.
-        max_tokens: Tokens per split, whole rows; None takes all.
+        max_tokens: Tokens per split, whole rows drawn by the seed; None takes all.
         buffer_tokens: Tokens whose rows are run and mixed together; by default 128 MiB of
             vectors.
         skip: Which tokens have no vector, besides padding (documents below 0): a mask of the rows
@@ -315,7 +315,7 @@ def model_vectors(
         DictionaryError: A number is below 1, or the rows differ in length.
     """
     splits = [rows] if isinstance(rows, TokenRows) else list(rows)
-    parts = [part.limit(max_tokens) for part in splits]
+    parts = [part.limit(max_tokens, seed=seed) for part in splits]
     if len({part.n_ctx for part in parts}) != 1:
         raise DictionaryError("rows: want rows of one length, of one split or several")
     for name, value in (("batch_tokens", batch_tokens), ("buffer_tokens", buffer_tokens)):

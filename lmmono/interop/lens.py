@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lmmono.errors import ModelError
 from lmmono.models.families import FAMILIES, points
-from lmmono.models.hooks import attached, bare, model_inputs
+from lmmono.models.hooks import attached, bare, token_inputs
 from lmmono.models.points import NormPoint
 
 ReturnType = Literal["logits", "loss", "both"]
@@ -101,7 +101,7 @@ class _Hooked(nn.Module):
         """
         ids = self.to_tokens(tokens, prepend_bos)
         is_token = None if attention_mask is None else attention_mask.to(ids.device).bool()
-        inputs = model_inputs(self.network, ids, is_token)
+        inputs = token_inputs(self.network, ids, is_token)
         hooked: Any = self
         active = {
             name: _through(point) for name, point in hooked.hook_dict.items() if point.has_hooks()
