@@ -12,6 +12,7 @@ from torch import Tensor
 
 import lmmono as lm
 from lmmono.dictionaries.architectures import sae_lens, training_sae
+from lmmono.dictionaries.estimator import verify_dictionary
 from lmmono.errors import DictionaryError
 from lmmono.interop.interchange import Imported, export_dictionary, import_dictionary
 
@@ -316,7 +317,7 @@ def test_foreign_and_damaged_folders_say_what_is_wrong(tmp_path: Path) -> None:
     for changes, message in (
         ({"transcode": True}, "transcode = True"),
         ({"activation": "groupmax"}, "activation = 'groupmax'"),
-        ({"transcode": False, "activation": "topk", "k": None}, "want k, a number, got None"),
+        ({"transcode": False, "activation": "topk", "k": None}, "want k, a number >= 1, got None"),
     ):
         edit(sparse, "cfg.json", **changes)
         refused(sparse, message)
@@ -339,4 +340,91 @@ def test_foreign_and_damaged_folders_say_what_is_wrong(tmp_path: Path) -> None:
     edit(learned, "config.json", trainer={"dict_class": "CrossCoder"})
     refused(learned, "dict_class 'CrossCoder' is not known; .*AutoEncoder")
     (learned / "config.json").write_text("{")
-    refused(learned, "damaged: Invalid JSON")
+    refused(learned, "damaged")
+
+
+def unfolded(folder: Path) -> Any:
+    """Write an SAE whose input was scaled in training, the scale not folded; return it."""
+    cls, config = sae_lens().registry.get_sae_class("standard")
+    network = cls(config(d_in=D_IN, d_sae=D_SAE, normalize_activations="expected_average_only_in"))
+    shaken(network).save_model(folder)
+    return network
+
+
+def test_a_scale_that_was_never_folded_is_asked_for_and_folded(tmp_path: Path) -> None:
+    network, x = unfolded(tmp_path / "scaled"), some_vectors()
+    with pytest.raises(DictionaryError, match=r"expected_average_only_in.*scale=.*1\.0 if"):
+        import_dictionary(tmp_path / "scaled")
+    sae = import_dictionary(tmp_path / "scaled", scale=0.37)
+    torch.testing.assert_close(sae.encode(x), network.encode(0.37 * x), **CLOSE)
+    torch.testing.assert_close(sae.reconstruct(x), network(0.37 * x) / 0.37, rtol=1e-5, atol=1e-5)
+    again = lm.load_dictionary(sae.save(tmp_path / "ours"))  # says now that nothing is to be scaled
+    assert torch.equal(again.encode(x), sae.encode(x))
+    as_it_is = import_dictionary(tmp_path / "scaled", scale=1.0)
+    torch.testing.assert_close(as_it_is.encode(x), network.encode(x), **CLOSE)
+    with pytest.raises(DictionaryError, match="want a positive number, got -1"):
+        import_dictionary(tmp_path / "scaled", scale=-1.0)
+    theirs("standard", tmp_path / "plain")
+    with pytest.raises(DictionaryError, match="scale: want none, got 2"):
+        import_dictionary(tmp_path / "plain", scale=2.0)
+
+
+@pytest.mark.parametrize("spare", [(), ("threshold",), ("k",), ("k", "threshold")])
+def test_an_older_topk_layout_needs_no_buffers_that_it_does_not_use(spare, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = {"encoder.weight": torch.randn(16, 8), "encoder.bias": torch.randn(16)}
+    weights |= {"decoder.weight": torch.randn(8, 16), "b_dec": torch.randn(8)}
+    buffers = {"k": torch.tensor(3), "threshold": torch.tensor(-1.0)}
+    torch.save(weights | {name: buffers[name] for name in spare}, tmp_path / "ae.pt")
+    trainer = {"dict_class": "AutoEncoderTopK", "k": 3}
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
+    x = torch.randn(5, 8)
+    pre = (x - weights["b_dec"]) @ weights["encoder.weight"].T + weights["encoder.bias"]
+    top = pre.relu().topk(3)
+    want = torch.zeros_like(pre).scatter(1, top.indices, top.values)
+    torch.testing.assert_close(import_dictionary(tmp_path).encode(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_damaged_bytes_of_any_file_are_found_when_a_dictionary_is_loaded(tmp_path: Path) -> None:
+    """One bit anywhere in the weights, a file that is gone, an index that says other sizes."""
+    x = some_vectors()
+    saved = [
+        lm.Classical("pca", d_sae=4).fit(x).save(tmp_path / "pca"),
+        lm.SAE("topk", d_sae=16, k=3, steps=20, lr=0.01).fit(x).save(tmp_path / "sae"),
+    ]
+    for folder in saved:
+        assert verify_dictionary(folder) == []
+        index = folder / "dictionary.json"
+        names = json.loads(index.read_text())["sha256"]
+        assert names and set(names) <= {path.name for path in folder.iterdir()}
+        for name in names:
+            whole = (folder / name).read_bytes()
+            for place in (0, len(whole) // 2, len(whole) - 1):
+                broken = bytearray(whole)
+                broken[place] ^= 1
+                (folder / name).write_bytes(broken)
+                with pytest.raises(DictionaryError, match=f"{name}.*sha256 differs"):
+                    lm.load_dictionary(folder)
+                assert len(verify_dictionary(folder)) == 1
+            (folder / name).unlink()
+            with pytest.raises(DictionaryError, match=f"{name}: missing"):
+                lm.load_dictionary(folder)
+            (folder / name).write_bytes(whole)
+        whole = json.loads(index.read_text())
+        odd: list[Any] = [
+            [],
+            3,
+            whole | {"kind": "sea"},
+            whole | {"kind": []},
+            whole | {"d_in": whole["d_in"] + 1},
+            whole | {"settings": 7},
+            whole | {"settings": {"arch": "x"}},
+            whole | {"facts": None},
+            {k: v for k, v in whole.items() if k != "seed"},
+        ]
+        for content in (*map(json.dumps, odd), "[" * 99_999, '{"format": ' + "9" * 9_999, "\x00"):
+            index.write_text(content)
+            with pytest.raises(DictionaryError, match="dictionary.json|arch"):
+                lm.load_dictionary(folder)
+        index.write_text(json.dumps(whole))
+        lm.load_dictionary(folder)

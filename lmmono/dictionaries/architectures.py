@@ -10,11 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from lmmono.errors import DictionaryError
 
 THRESHOLD_SHARE = 0.01
 """Share of a step's smallest act in the running threshold of batchtopk: sae-lens' default."""
+
+DAMAGE = (
+    OSError,
+    SafetensorError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,  # of torch where shapes do not fit, and Python's RecursionError
+)
+"""What sae-lens, torch and safetensors raise of files that are damaged or say odd things."""
 
 _LENS_NAMES = {"dense": "standard"}
 """sae-lens' name of an `arch`, where it is another."""
@@ -84,11 +97,9 @@ def read_inference(folder: Path) -> Any:
     Raises:
         DictionaryError: The folder holds no SAE that sae-lens can read.
     """
-    from safetensors import SafetensorError
-
     try:
         sae = sae_lens().SAE.load_from_disk(folder)
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except DAMAGE as error:
         raise DictionaryError(
             f"{folder}: no SAELens folder that can be read ({error}); want cfg.json and "
             "sae_weights.safetensors as they were written"

@@ -134,9 +134,11 @@ class DictionaryFit:
 
     def is_in(self, folder: Path, digest: str) -> bool:
         """Say whether a folder holds this dictionary, fitted on the vectors of a digest."""
-        if not (folder / "dictionary.json").exists():
+        try:
+            about = read_about(folder)
+        except DictionaryError:
             return False
-        about, wanted = read_about(folder), self.new()
+        wanted = self.new()
         return (
             about.settings == wanted.settings.model_dump(mode="json")
             and about.seed == wanted.seed

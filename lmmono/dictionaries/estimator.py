@@ -28,6 +28,7 @@ from lmmono.dictionaries.vector_source import VectorSource, as_vectors
 from lmmono.errors import DictionaryError
 from lmmono.files import provenance
 from lmmono.files.atomic import disk_faults, write_atomic
+from lmmono.files.digests import damaged_files, file_digest
 from lmmono.files.json_files import read_json
 from lmmono.registry.dictionary_kinds import DICTIONARY_KINDS
 from lmmono.registry.lookup import load
@@ -38,6 +39,10 @@ FORMAT = 1
 
 WEIGHTS = "weights.safetensors"
 """File of a plain dictionary's tensors."""
+
+WEIGHT_FILES = (WEIGHTS, "cfg.json", "sae_weights.safetensors")
+"""Files whose digests stand in `dictionary.json`; training curves may be left behind."""
+
 
 T = TypeVar("T", bound="Dictionary")  # not Self: beartype checks methods, not this class
 
@@ -179,6 +184,11 @@ class Dictionary(ABC):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "dictionary.json").unlink(missing_ok=True)
             self._save(folder)
+            digests = {
+                name: file_digest(folder / name)
+                for name in WEIGHT_FILES
+                if (folder / name).is_file()
+            }
         about = {
             "format": FORMAT,
             "kind": self.kind,
@@ -188,6 +198,7 @@ class Dictionary(ABC):
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             "facts": self.facts,
+            "sha256": digests,
             "versions": provenance.versions(),
         }
         write_atomic(folder / "dictionary.json", json.dumps(about, indent=2) + "\n")
@@ -261,8 +272,7 @@ class PlainDictionary(Dictionary):
             self._weights = _own(load_file(folder / WEIGHTS))
         except (OSError, SafetensorError) as error:
             raise DictionaryError(
-                f"{folder / WEIGHTS}: no whole safetensors file ({error}); copy the folder again "
-                "or fit the dictionary again"
+                f"{folder / WEIGHTS}: no whole safetensors file ({error}); {_WAY_OUT}"
             ) from error
 
 
@@ -278,6 +288,8 @@ class DictionaryFile(BaseModel):
     d_in: int = Field(ge=1)
     d_sae: int = Field(ge=1)
     facts: dict[str, JsonValue]
+    sha256: dict[str, str]
+    """Digest of each file of weights by its name."""
 
 
 def read_about(folder: Path) -> DictionaryFile:
@@ -286,31 +298,55 @@ def read_about(folder: Path) -> DictionaryFile:
     Raises:
         DictionaryError: The folder holds none, one of a newer lmmono, or a damaged one.
     """
-    path, way_out = folder / "dictionary.json", "copy the folder again or fit the dictionary again"
+    path = folder / "dictionary.json"
     if not path.exists():
         raise DictionaryError(f"{folder}: no dictionary (it has no dictionary.json)")
-    found = read_json(path, dict, DictionaryError, way_out=way_out).get("format", 0)
-    if isinstance(found, int) and found > FORMAT:
+    version = read_json(path, dict, DictionaryError, way_out=_WAY_OUT).get("format", 0)
+    if isinstance(version, int) and version > FORMAT:
         raise DictionaryError(f"{path}: written by a newer lmmono; update lmmono")
-    return read_json(path, DictionaryFile, DictionaryError, way_out=way_out)
+    return read_json(path, DictionaryFile, DictionaryError, way_out=_WAY_OUT)
 
 
 def load_dictionary(folder: str | Path) -> Dictionary:
-    """Return the dictionary that `Dictionary.save` wrote into a folder.
+    """Return the dictionary that `Dictionary.save` wrote into a folder, its weights checked.
 
     Raises:
         DictionaryError: The folder holds none, one of a newer lmmono, or a damaged one.
     """
-    about = read_about(Path(folder))
+    folder = Path(folder)
+    about = read_about(folder)
+    path = folder / "dictionary.json"
+    if faults := damaged_files(folder, about.sha256):
+        raise DictionaryError("\n".join(f"{fault}; {_WAY_OUT}" for fault in faults))
     settings: dict[str, Any] = about.settings
     try:
         dictionary: Dictionary = load(DICTIONARY_KINDS[about.kind])(seed=about.seed, **settings)
-    except TypeError as error:  # no arch, or a name that the constructor has itself
-        raise DictionaryError(f"{folder}: settings of dictionary.json: {error}") from None
-    dictionary.hook, dictionary.facts = about.hook, dict(about.facts)
-    dictionary.d_in, dictionary.d_sae = about.d_in, about.d_sae
-    dictionary._load(Path(folder))  # pyright: ignore[reportPrivateUsage]
+        dictionary.hook, dictionary.facts = about.hook, dict(about.facts)
+        dictionary.d_in, dictionary.d_sae = about.d_in, about.d_sae
+        dictionary._load(folder)  # pyright: ignore[reportPrivateUsage]
+        shape = tuple(dictionary.tensors()["W_dec"].shape)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DictionaryError(f"{path}: damaged ({error!r}); {_WAY_OUT}") from error
+    if shape != (about.d_sae, about.d_in):
+        raise DictionaryError(
+            f"{path}: says {about.d_sae} latents of width {about.d_in}, its weights are "
+            f"{list(shape)}; {_WAY_OUT}"
+        )
     return dictionary
+
+
+def verify_dictionary(folder: Path) -> list[str]:
+    """Return what is wrong with the files of a dictionary: one text per fault, none if it is whole.
+
+    Reads the weights' bytes and nothing heavy.
+    """
+    try:
+        return damaged_files(folder, read_about(folder).sha256)
+    except DictionaryError as error:
+        return [str(error)]
+
+
+_WAY_OUT = "copy the folder again, or remove it and fit the dictionary again"
 
 
 def _own(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from lmmono.data.tokens import TokenRows
 from lmmono.dictionaries.coding import on_host
 from lmmono.dictionaries.estimator import Dictionary
 from lmmono.dictionaries.splicing import coded, hook_of, replaced
-from lmmono.dictionaries.vector_source import Skip, counted_tokens
+from lmmono.dictionaries.vector_source import LeftOut, counted_tokens
 from lmmono.errors import DictionaryError
 from lmmono.models.hooks import bare, hook_width, recording, token_inputs
 from lmmono.registry.metrics import METRICS
@@ -190,7 +190,7 @@ def evaluate(
     *,
     hook: str | None = None,
     max_tokens: int | None = None,
-    skip: Skip | None = None,
+    skip: LeftOut | None = None,
     batch_tokens: int = 2048,
     seed: int = 0,
     n_resamples: int = 1000,
@@ -205,7 +205,7 @@ def evaluate(
     *,
     hook: str | None = None,
     max_tokens: int | None = None,
-    skip: Skip | None = None,
+    skip: LeftOut | None = None,
     batch_tokens: int = 2048,
     seed: int = 0,
     n_resamples: int = 1000,
@@ -219,7 +219,7 @@ def evaluate(
     *,
     hook: str | None = None,
     max_tokens: int | None = None,
-    skip: Skip | None = None,
+    skip: LeftOut | None = None,
     batch_tokens: int = 2048,
     seed: int = 0,
     n_resamples: int = 1000,
@@ -242,8 +242,8 @@ def evaluate(
         rows: Held-out rows, such as `run.tokens("val")`.
         hook: Where the dictionaries go in; that of each one's fit where not given.
         max_tokens: Use whole rows with at most so many tokens, drawn by the seed.
-        skip: Which tokens do not count: a mask of the rows [n_rows, n_ctx], or what gives one of
-            them; None counts all.
+        skip: Which tokens do not count: `astore.Skip(token_ids, first)`, a mask of the rows
+            [n_rows, n_ctx], or a function that gives one; None counts all.
         batch_tokens: Tokens per pass, whole rows; sets the memory, not the result.
         seed: Seed of the intervals and of the rows.
         n_resamples: Redraws of the documents.
@@ -283,7 +283,7 @@ class DocumentRows:
     """
 
     def __init__(
-        self, rows: TokenRows, model: nn.Module, batch_tokens: int, skip: Skip | None = None
+        self, rows: TokenRows, model: nn.Module, batch_tokens: int, skip: LeftOut | None = None
     ) -> None:
         self.rows = rows
         self.is_token: Bool[ndarray, "n_rows n_ctx"] = np.asarray(rows.doc_ids) >= 0

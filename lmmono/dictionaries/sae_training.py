@@ -216,15 +216,21 @@ class SaeFit:
             with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
                 facts = json.loads((file.metadata() or {})["facts"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise DictionaryError(
-                f"{path}: cannot resume from this checkpoint ({error}); remove it to start again"
-            ) from error
-        if facts["digest"] != self.plan.digest:
+            digest = facts["digest"]
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+            raise _cannot_resume(path, error) from error
+        if digest != self.plan.digest:
             raise DictionaryError(
                 f"{path}: was made with other settings, another seed or other vectors; restore "
                 "them, choose another folder, or remove the file to start again"
             )
+        try:
+            self._restore(tensors, facts)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise _cannot_resume(path, error) from error
+        self.curves.resume(path.parent, self.step)
+
+    def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         state, device = self._trainer, self.sae.device
         named = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.sae.load_state_dict(
@@ -247,7 +253,12 @@ class SaeFit:
         state.optimizer.param_groups[0]["lr"] = facts["lr"]
         self.scale = state.activation_scaler.scaling_factor = facts["scale"]
         self.seconds = facts["seconds"]
-        self.curves.resume(path.parent, self.step)
+
+
+def _cannot_resume(path: Path, error: Exception) -> DictionaryError:
+    return DictionaryError(
+        f"{path}: cannot resume from this checkpoint ({error}); remove it to start again"
+    )
 
 
 @torch.no_grad()
@@ -363,9 +374,21 @@ class Curves:
 
 
 def read_curves(folder: Path) -> pa.Table | None:
-    """Return the curves in a folder, or None where there are none."""
+    """Return the curves in a folder, or None where there are none.
+
+    Raises:
+        DictionaryError: They are damaged.
+    """
     path = folder / CURVES
-    return pq.read_table(path) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        table = pq.read_table(path)
+        return table.cast(Curves.schema)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise DictionaryError(
+            f"{path}: no curves that can be read ({error}); remove it: the dictionary needs it not"
+        ) from error
 
 
 def write_curves(folder: Path, table: pa.Table) -> None:

@@ -28,8 +28,10 @@ from lmmono.models.hooks import bare, hook_width, match_hooks, run_until
 FORWARD_TOKENS = 8192
 """Tokens per forward pass of a model; sets the memory, not the result."""
 
-Skip = Bool[ndarray, "n_rows n_ctx"] | Callable[[TokenRows], Bool[ndarray, "n_rows n_ctx"]]
-"""Tokens that do not count: a mask of some rows, or a function that gives one of any rows."""
+TokenMask = Bool[ndarray, "n_rows n_ctx"]
+LeftOut = astore.Skip | TokenMask | Callable[[TokenRows], TokenMask]
+"""Tokens that do not count: by id and place, as a mask of some rows, or as a function that gives
+one of any rows."""
 
 
 class VectorSource(ABC):
@@ -161,7 +163,7 @@ class _ModelVectors(VectorSource):
         batch_tokens: int,
         seed: int,
         buffer_tokens: int | None,
-        skip: Skip | None,
+        skip: LeftOut | None,
     ) -> None:
         self._model, self._parts = model, parts
         self.widths = {name: hook_width(model, name) for name in match_hooks(model, hooks)}
@@ -289,7 +291,7 @@ def model_vectors(
     seed: int = 0,
     max_tokens: int | None = None,
     buffer_tokens: int | None = None,
-    skip: Skip | None = None,
+    skip: LeftOut | None = None,
 ) -> VectorSource:
     """Return the vectors of a model's hooks on rows of tokens, computed when they are asked for.
 
@@ -306,8 +308,8 @@ def model_vectors(
         max_tokens: Tokens per split, whole rows drawn by the seed; None takes all.
         buffer_tokens: Tokens whose rows are run and mixed together; by default 128 MiB of
             vectors.
-        skip: Which tokens have no vector, besides padding (documents below 0): a mask of the rows
-            [n_rows, n_ctx], or a function that gives one; None skips none.
+        skip: Which tokens have no vector, besides padding (documents below 0): `astore.Skip`, a
+            mask of the rows [n_rows, n_ctx], or a function that gives one; None skips none.
 
     Raises:
         ModelError: A hook matches nothing, or has no width per token.
@@ -324,7 +326,7 @@ def model_vectors(
     return _ModelVectors(bare(model), parts, hooks, batch_tokens, seed, buffer_tokens, skip)
 
 
-def counted_tokens(rows: TokenRows, skip: Skip | None) -> Bool[ndarray, "n_rows n_ctx"]:
+def counted_tokens(rows: TokenRows, skip: LeftOut | None) -> Bool[ndarray, "n_rows n_ctx"]:
     """Return which tokens of some rows count: those that are neither padding nor skipped.
 
     Raises:
@@ -333,6 +335,8 @@ def counted_tokens(rows: TokenRows, skip: Skip | None) -> Bool[ndarray, "n_rows 
     is_token = np.asarray(rows.doc_ids) >= 0
     if skip is None:
         return is_token
+    if isinstance(skip, astore.Skip):
+        return is_token & ~skip.mask(rows.ids, rows.doc_ids)
     mask = np.asarray(skip(rows) if callable(skip) else skip)
     if mask.shape != rows.ids.shape or mask.dtype != bool:
         raise DictionaryError(

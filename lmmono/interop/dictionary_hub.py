@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmmono.dictionaries.estimator import Dictionary
+from lmmono.dictionaries.estimator import WEIGHTS, Dictionary
+from lmmono.dictionaries.sae_training import CURVES
 from lmmono.errors import DictionaryError
 from lmmono.files import provenance
 from lmmono.interop.interchange import FILES, import_dictionary
@@ -22,10 +23,6 @@ else:  # for annotations only
     SAEReport = object
 
 CARD = "README.md"
-CURVES = "metrics.parquet"
-"""The curves of the training, which stay at home."""
-WEIGHTS = "weights.safetensors"
-"""Weights of dictionaries that are no network."""
 
 
 def push_dictionary(
@@ -69,13 +66,13 @@ def push_dictionary(
     with tempfile.TemporaryDirectory() as scratch:
         path = dictionary.save(Path(scratch) / "dictionary")
         (path / CARD).write_text(card(dictionary, report), encoding="utf-8")
-        with _told(f"push_dictionary: {repo_id}"), _without_progress_bars():
+        with _hub_errors(f"push_dictionary: {repo_id}"), _without_progress_bars():
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=path,
                 path_in_repo=folder or None,
-                ignore_patterns=CURVES,
+                ignore_patterns=CURVES,  # the curves of the training stay at home
                 revision=revision,
                 commit_message=message or f"Add {dictionary!r}",
             )
@@ -88,6 +85,7 @@ def load_from_hub(
     folder: str = "",
     revision: str | None = None,
     hook: str | None = None,
+    scale: float | None = None,
     endpoint: str | None = None,
     token: str | None = None,
     cache: str | Path | None = None,
@@ -101,6 +99,7 @@ def load_from_hub(
         folder: Path in the repository.
         revision: Branch, tag or commit; None is the main branch.
         hook: Hook whose vectors it codes; by default what its files say.
+        scale: As `import_dictionary` takes it.
         endpoint: Address of the Hub; by default what huggingface_hub is set to.
         token: Access token; by default the one huggingface_hub has stored.
         cache: Folder to keep downloads in; by default huggingface_hub's.
@@ -112,7 +111,7 @@ def load_from_hub(
 
     prefix = f"{folder.strip('/')}/" if folder else ""
     names = sorted({name for files in FILES.values() for name in files} | {WEIGHTS})
-    with _told(f"load_from_hub: {repo_id}"), _without_progress_bars():
+    with _hub_errors(f"load_from_hub: {repo_id}"), _without_progress_bars():
         snapshot = snapshot_download(
             repo_id,
             revision=revision,
@@ -128,7 +127,7 @@ def load_from_hub(
             f"load_from_hub: {repo_id}: no dictionary in {prefix or 'its first folder'}; give the "
             "folder that has one, folder=..."
         )
-    return import_dictionary(path, hook=hook)
+    return import_dictionary(path, hook=hook, scale=scale)
 
 
 def card(dictionary: Dictionary, report: SAEReport | None = None) -> str:
@@ -180,8 +179,8 @@ def _measured(report: SAEReport) -> list[str]:
 
 
 @contextmanager
-def _told(what: str) -> Generator[None]:
-    """Tell what the Hub, the network or the name refuses as the user's error that it is."""
+def _hub_errors(what: str) -> Generator[None]:
+    """Raise what the Hub, the network or the name refuses as a `DictionaryError`."""
     from huggingface_hub import errors
 
     transport = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]

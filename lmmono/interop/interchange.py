@@ -1,23 +1,35 @@
-"""Dictionaries from other tools and for them: SAELens, sparsify, dictionary_learning."""
+"""Dictionaries from other tools and for them: SAELens, sparsify, dictionary_learning.
 
+Every layout is read into one of sae-lens' architectures, which then is the only forward pass.
+Sources: SAELens 6.54 `saes/`, sparsify 1.3.3 `sparse_coder.py`, dictionary_learning 0.1.0
+`dictionary.py` and `trainers/`. Nothing is unpickled but tensors. SAELens folders are read by
+sae-lens' own loader, after a check of what that takes silently: architectures that code no single
+vectors, and normalisations that are not in the weights.
+"""
+
+import json
+import math
+import pickle
+import re
+import struct
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, get_args
 
+import torch
 from jaxtyping import Float
 from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lmmono.dictionaries.architectures import DAMAGE, read_inference, sae_lens
 from lmmono.dictionaries.estimator import Dictionary, load_dictionary
 from lmmono.dictionaries.vector_source import VectorSource
 from lmmono.errors import DictionaryError, nearest
-from lmmono.interop.layouts import (
-    network_of,
-    read_dictionary_learning,
-    read_sae_lens,
-    read_sparsify,
-    write_sae_lens,
-    write_sparsify,
-)
+from lmmono.files.atomic import disk_faults, write_atomic
+from lmmono.files.json_files import read_json
 from lmmono.recipe.sections import Section
 from lmmono.types import Progress
 
@@ -32,11 +44,11 @@ FILES: dict[Layout, tuple[str, ...]] = {
 }
 """Files by which a layout is known, in the order in which layouts are tried."""
 
-_READERS = {
-    "sae_lens": read_sae_lens,
-    "sparsify": read_sparsify,
-    "dictionary_learning": read_dictionary_learning,
-}
+
+ARCHITECTURES = ("standard", "gated", "topk", "jumprelu", "matching_pursuit", "abstopk")
+"""sae-lens' architectures that code one vector at a time and decode the code alone."""
+
+Weights = Mapping[str, Tensor]
 
 
 class ImportedCode(Section):
@@ -132,7 +144,11 @@ def export_dictionary(
 
 
 def import_dictionary(
-    path: str | Path, *, format: Layout | None = None, hook: str | None = None
+    path: str | Path,
+    *,
+    format: Layout | None = None,
+    hook: str | None = None,
+    scale: float | None = None,
 ) -> Dictionary:
     """Return the dictionary in a folder that lmmono or another tool wrote.
 
@@ -146,18 +162,28 @@ def import_dictionary(
         format: The layout; None looks at the files.
         hook: Hook whose vectors it codes; by default what the folder says, in TransformerLens
             grammar.
+        scale: What the input of a SAELens SAE was multiplied by in training, where the folder says
+            that there was such a number and does not hold it; it is folded into the weights.
 
     Raises:
         DictionaryError: The folder is of no known layout, damaged, or holds what is no dictionary
             of one hook.
     """
-    given = Path(path)
-    folder = given.parent if given.is_file() else given
-    layout = _guess(folder) if format is None else _known(folder, format)
+    folder = Path(path)
+    folder = folder.parent if folder.is_file() else folder
+    layout = _layout_of(folder) if format is None else _checked_layout(folder, format)
+    if scale is not None and layout != "sae_lens":
+        raise DictionaryError(f"scale: only SAELens folders take one, {folder} is {layout}")
     if layout == "lmmono":
         dictionary = load_dictionary(folder)
     else:
-        network = _READERS[layout](folder)
+        match layout:
+            case "sae_lens":
+                network = read_sae_lens(folder, scale)
+            case "sparsify":
+                network = read_sparsify(folder)
+            case _:
+                network = read_dictionary_learning(folder)
         dictionary = Imported(network.cfg.architecture(), layout=layout)
         dictionary.network = network
         dictionary.d_in, dictionary.d_sae = network.cfg.d_in, network.cfg.d_sae
@@ -181,7 +207,7 @@ def _network(dictionary: Dictionary, to: str) -> Any:
     )
 
 
-def _guess(folder: Path) -> Layout:
+def _layout_of(folder: Path) -> Layout:
     """Return the layout of a folder by its files."""
     for layout, files in FILES.items():
         if all((folder / name).is_file() for name in files):
@@ -196,7 +222,7 @@ def _guess(folder: Path) -> Layout:
     )
 
 
-def _known(folder: Path, layout: str) -> Layout:
+def _checked_layout(folder: Path, layout: str) -> Layout:
     """Return the layout asked for, if its files are there."""
     for name in get_args(Layout):
         if name == layout:
@@ -205,3 +231,301 @@ def _known(folder: Path, layout: str) -> Layout:
                 raise DictionaryError(f"{folder}: as {name} it wants {', '.join(missing)}")
             return name
     raise DictionaryError(f"import_dictionary: format: {nearest(layout, get_args(Layout))}")
+
+
+def network_of(architecture: str, weights: Weights, where: str, **config: Any) -> Any:
+    """Return a sae-lens inference SAE with these weights, in float32.
+
+    Raises:
+        DictionaryError: The shapes do not fit each other.
+    """
+    cls, settings = sae_lens().registry.get_sae_class(architecture)
+    try:
+        d_sae, d_in = weights["W_dec"].shape
+        network = cls(settings(d_in=d_in, d_sae=d_sae, **config))
+        network.load_state_dict({k: v.float().contiguous() for k, v in weights.items()})
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise DictionaryError(f"{where}: the weights do not fit each other: {error}") from error
+    return network.requires_grad_(False).eval()
+
+
+def read_sae_lens(folder: Path, scale: float | None = None) -> Any:
+    """Return the SAE of a SAELens folder, in float32, for vectors whose heads are flattened.
+
+    Args:
+        folder: The folder.
+        scale: What its input was multiplied by in training, to be folded into the weights; 1.0 says
+            that this was done. Needed where `cfg.json` says that there was such a number and the
+            folder does not hold it.
+
+    Raises:
+        DictionaryError: The folder is damaged, its architecture is no code of single vectors, or
+            its input scale is not known.
+    """
+    config = _config(folder / "cfg.json")
+    architecture = config.get("architecture", "standard")
+    if architecture not in ARCHITECTURES:
+        raise DictionaryError(
+            f"{folder / 'cfg.json'}: architecture {architecture!r} is no dictionary of single "
+            f"vectors; {nearest(str(architecture), ARCHITECTURES)}. A training checkpoint is "
+            "brought to one of them by sae-lens' save_inference_model"
+        )
+    normalization = config.get("normalize_activations")
+    if normalization in ("layer_norm", "constant_norm_rescale"):
+        raise DictionaryError(
+            f"{folder / 'cfg.json'}: normalize_activations {normalization!r} rescales every vector "
+            "by its own size, so a code cannot be decoded alone; use it through sae-lens itself"
+        )
+    is_scaled = normalization == "expected_average_only_in"  # sae-lens sets "none" when it folds
+    if is_scaled and scale is None:
+        raise DictionaryError(
+            f"{folder / 'cfg.json'}: normalize_activations is 'expected_average_only_in': it was "
+            "trained on vectors multiplied by one number (sqrt(d_in) over their mean norm), which "
+            "was not folded into the weights and is not in the folder. Give it: "
+            "import_dictionary(path, scale=...), with 1.0 if it was folded by other means"
+        )
+    if not is_scaled and scale is not None:
+        raise DictionaryError(
+            f"{folder / 'cfg.json'}: scale: want none, got {scale:g}: its normalize_activations "
+            f"is {normalization!r}, so its weights take vectors in the hook's own units"
+        )
+    network = read_inference(folder).to(dtype=torch.float32)
+    network.turn_off_forward_pass_hook_z_reshaping()
+    if scale is not None:
+        if not scale > 0 or math.isinf(scale):
+            raise DictionaryError(f"scale: want a positive number, got {scale}")
+        network.fold_activation_norm_scaling_factor(scale)
+    return network
+
+
+def write_sae_lens(network: Any, hook: str | None, folder: Path) -> None:
+    """Write a SAELens folder; `cfg.json` comes last."""
+    with disk_faults(folder):
+        network.save_model(folder)
+    config = _config(folder / "cfg.json")
+    config["device"] = "cpu"
+    if config["metadata"].get("hook_name") is None and hook:
+        config["metadata"]["hook_name"] = hook
+    write_atomic(folder / "cfg.json", json.dumps(config))
+
+
+def read_sparsify(folder: Path) -> Any:
+    """Return the sparse coder of a sparsify folder as a topk SAE.
+
+    Raises:
+        DictionaryError: The folder is damaged, or holds a transcoder or another activation.
+    """
+    config, where = _config(folder / "cfg.json"), str(folder / "sae.safetensors")
+    for name, wanted in _SPARSIFY_WANTS.items():
+        if config.get(name, wanted) != wanted:
+            raise DictionaryError(
+                f"{folder / 'cfg.json'}: {name} = {config[name]!r}; only sparse coders with "
+                f"{name} = {wanted!r} are dictionaries of one hook"
+            )
+    k = config.get("k")
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise DictionaryError(f"{folder / 'cfg.json'}: want k, a number >= 1, got {k!r}")
+    tensors = _exactly(_safetensors(Path(where)), _SPARSIFY_TENSORS, where)
+    weights = {
+        "W_enc": tensors["encoder.weight"].T,
+        "b_enc": tensors["encoder.bias"],
+        "W_dec": tensors["W_dec"],
+        "b_dec": tensors["b_dec"],
+    }
+    return network_of("topk", weights, where, k=k)
+
+
+_SPARSIFY_TENSORS = ("W_dec", "b_dec", "encoder.bias", "encoder.weight")
+_SPARSIFY_WANTS = {
+    "activation": "topk",
+    "transcode": False,
+    "skip_connection": False,
+    "signed": False,
+}
+
+
+def write_sparsify(network: Any, folder: Path) -> None:
+    """Write a topk SAE as a sparsify folder; `cfg.json` comes last.
+
+    Raises:
+        DictionaryError: Its activation is another, which the layout cannot say.
+    """
+    architecture = network.cfg.architecture()
+    if architecture != "topk":
+        raise DictionaryError(
+            f"sparsify keeps the k largest latents of each vector and has no place for what a "
+            f"{architecture} SAE needs (thresholds, gates or none at all); export it to sae_lens"
+        )
+    w = {name: weight.detach().cpu() for name, weight in network.state_dict().items()}
+    if network.cfg.rescale_acts_by_decoder_norm:
+        norms = w["W_dec"].norm(dim=1).clamp_min(1e-8)
+        w["W_enc"], w["b_enc"] = w["W_enc"] * norms, w["b_enc"] * norms
+        w["W_dec"] = w["W_dec"] / norms[:, None]
+    if not network.cfg.apply_b_dec_to_input:
+        w["b_enc"] = w["b_enc"] + w["b_dec"] @ w["W_enc"]
+    tensors = {
+        "W_dec": w["W_dec"],
+        "b_dec": w["b_dec"],
+        "encoder.weight": w["W_enc"].T,
+        "encoder.bias": w["b_enc"],
+    }
+    d_sae, d_in = w["W_dec"].shape
+    norms = w["W_dec"].norm(dim=1)
+    config = {
+        "activation": "topk",
+        "expansion_factor": max(1, d_sae // d_in),
+        "normalize_decoder": bool(torch.allclose(norms, torch.ones_like(norms))),
+        "num_latents": d_sae,
+        "k": network.cfg.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": d_in,
+    }
+    with disk_faults(folder):
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "sae.safetensors")
+    write_atomic(folder / "cfg.json", json.dumps(config))
+
+
+def read_dictionary_learning(folder: Path) -> Any:
+    """Return the dictionary of an `ae.pt` with its `config.json`.
+
+    Only tensors are read from the pickle. As in that package, decoder rows of `AutoEncoder` are
+    brought to unit norm.
+
+    Raises:
+        DictionaryError: The pickle holds more than tensors or is damaged, or its class is unknown.
+    """
+    trainer = _config(folder / "config.json").get("trainer")
+    name = trainer.get("dict_class") if isinstance(trainer, dict) else None
+    if name not in _CLASSES:
+        raise DictionaryError(
+            f"{folder / 'config.json'}: trainer.dict_class {name!r} is not known; "
+            + nearest(str(name), _CLASSES)
+        )
+    where, (names, convert) = str(folder / "ae.pt"), _CLASSES[name]
+    # versions differ in buffers that do not change the code, such as the topk class's threshold
+    tensors = {k: v for k, v in _tensors_only(Path(where)).items() if k in names or k not in _SPARE}
+    if name == "AutoEncoderTopK" and "k" not in tensors and isinstance(trainer.get("k"), int):
+        tensors["k"] = torch.tensor(trainer["k"])  # older ones kept it in the settings alone
+    try:
+        architecture, weights, config = convert(_exactly(tensors, names, where))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise DictionaryError(f"{where}: the weights do not fit each other: {error}") from error
+    return network_of(architecture, weights, where, **config)
+
+
+Converted = tuple[str, dict[str, Tensor], dict[str, Any]]
+
+
+def _auto_encoder(t: Weights) -> Converted:
+    norms = t["decoder.weight"].norm(dim=0).clamp_min(1e-8)
+    weights = {
+        "W_enc": t["encoder.weight"].T * norms,
+        "b_enc": t["encoder.bias"] * norms,
+        "W_dec": t["decoder.weight"].T / norms[:, None],
+        "b_dec": t["bias"],
+    }
+    return "standard", weights, {}
+
+
+def _auto_encoder_new(t: Weights) -> Converted:
+    return "standard", _linear(t, "decoder.bias"), {"apply_b_dec_to_input": False}
+
+
+def _top_k(t: Weights) -> Converted:
+    return "topk", _linear(t, "b_dec"), {"k": int(t["k"])}
+
+
+def _batch_top_k(t: Weights) -> Converted:
+    weights = _linear(t, "b_dec")
+    return "jumprelu", {**weights, "threshold": t["threshold"].expand_as(weights["b_enc"])}, {}
+
+
+def _matryoshka(t: Weights) -> Converted:
+    weights = {name: t[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    return "jumprelu", {**weights, "threshold": t["threshold"].expand_as(t["b_enc"])}, {}
+
+
+def _jump_relu(t: Weights) -> Converted:
+    return "jumprelu", dict(t), {"apply_b_dec_to_input": False}
+
+
+def _gated(t: Weights) -> Converted:
+    weights = {
+        "W_enc": t["encoder.weight"].T,
+        "W_dec": t["decoder.weight"].T,
+        "b_dec": t["decoder_bias"],
+        "b_gate": t["gate_bias"],
+        "b_mag": t["mag_bias"],
+        "r_mag": t["r_mag"],
+    }
+    return "gated", weights, {}
+
+
+def _linear(t: Weights, b_dec: str) -> dict[str, Tensor]:
+    """Return the weights of two `nn.Linear`, named as sae-lens does."""
+    return {
+        "W_enc": t["encoder.weight"].T,
+        "b_enc": t["encoder.bias"],
+        "W_dec": t["decoder.weight"].T,
+        "b_dec": t[b_dec],
+    }
+
+
+_SPARE = ("k", "threshold", "group_sizes", "active_groups")
+"""Buffers that a class may have and the code of a single vector need not."""
+_LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
+_PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+_CLASSES: dict[str, tuple[tuple[str, ...], Callable[[Weights], Converted]]] = {
+    "AutoEncoder": ((*_LINEAR, "bias"), _auto_encoder),
+    "AutoEncoderNew": ((*_LINEAR, "decoder.bias"), _auto_encoder_new),
+    "AutoEncoderTopK": ((*_LINEAR, "b_dec", "k"), _top_k),
+    "BatchTopKSAE": ((*_LINEAR, "b_dec", "threshold"), _batch_top_k),
+    "MatryoshkaBatchTopKSAE": (_PLAIN, _matryoshka),
+    "JumpReluAutoEncoder": (_PLAIN, _jump_relu),
+    "GatedAutoEncoder": (
+        ("decoder_bias", "encoder.weight", "r_mag", "gate_bias", "mag_bias", "decoder.weight"),
+        _gated,
+    ),
+}
+"""Tensors of each class, and how they become an architecture of sae-lens."""
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DictionaryError(f"{path}: no whole safetensors file ({error})") from error
+
+
+def _tensors_only(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a torch pickle, and refuse one with anything else in it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what it warns of, it refuses next
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = re.search(r"Unsupported [^\n]*?(?= was not|\n|$)", str(error))
+        raise DictionaryError(
+            f"{path}: this pickle holds more than tensors, and to unpickle it would run the code "
+            f"that it names ({reason[0] if reason else error}); save its state dict alone"
+        ) from error
+    except (*DAMAGE, EOFError, IndexError, struct.error, MemoryError, OverflowError) as error:
+        raise DictionaryError(f"{path}: cannot be read, or truncated ({error!r})") from error
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise DictionaryError(f"{path}: want a state dict of tensors, got {type(content).__name__}")
+    return dict(content)
+
+
+def _exactly(tensors: Weights, names: tuple[str, ...], where: str) -> Weights:
+    """Return the tensors if they are those that the class has, no more and no fewer."""
+    if set(tensors) != set(names):
+        raise DictionaryError(
+            f"{where}: got tensors {', '.join(map(str, tensors))}; want {', '.join(sorted(names))}"
+        )
+    return tensors
+
+
+def _config(path: Path) -> dict[str, Any]:
+    return read_json(path, dict, DictionaryError, way_out="copy the folder again")
