@@ -321,12 +321,15 @@ def load_dictionary(folder: str | Path) -> Dictionary:
     settings: dict[str, Any] = about.settings
     try:
         dictionary: Dictionary = load(DICTIONARY_KINDS[about.kind])(seed=about.seed, **settings)
-        dictionary.hook, dictionary.facts = about.hook, dict(about.facts)
-        dictionary.d_in, dictionary.d_sae = about.d_in, about.d_sae
+    except TypeError as error:  # no arch, or a name that the constructor has itself
+        raise DictionaryError(f"{folder}: settings of dictionary.json: {error}") from None
+    dictionary.hook, dictionary.facts = about.hook, dict(about.facts)
+    dictionary.d_in, dictionary.d_sae = about.d_in, about.d_sae
+    try:
         dictionary._load(folder)  # pyright: ignore[reportPrivateUsage]
         shape = tuple(dictionary.tensors()["W_dec"].shape)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise DictionaryError(f"{path}: damaged ({error!r}); {_WAY_OUT}") from error
+    except KeyError as error:
+        raise DictionaryError(f"{path}: its weights lack {error}; {_WAY_OUT}") from error
     if shape != (about.d_sae, about.d_in):
         raise DictionaryError(
             f"{path}: says {about.d_sae} latents of width {about.d_in}, its weights are "

@@ -522,7 +522,7 @@ def _exactly(tensors: Weights, names: tuple[str, ...], where: str) -> Weights:
     """Return the tensors if they are those that the class has, no more and no fewer."""
     if set(tensors) != set(names):
         raise DictionaryError(
-            f"{where}: got tensors {', '.join(map(str, tensors))}; want {', '.join(sorted(names))}"
+            f"{where}: got tensors {', '.join(sorted(map(str, tensors)))}; want {', '.join(sorted(names))}"
         )
     return tensors
 
