@@ -521,9 +521,8 @@ def _tensors_only(path: Path) -> dict[str, Tensor]:
 def _exactly(tensors: Weights, names: tuple[str, ...], where: str) -> Weights:
     """Return the tensors if they are those that the class has, no more and no fewer."""
     if set(tensors) != set(names):
-        raise DictionaryError(
-            f"{where}: got tensors {', '.join(sorted(map(str, tensors)))}; want {', '.join(sorted(names))}"
-        )
+        got, wanted = (", ".join(sorted(map(str, each))) for each in (tensors, names))
+        raise DictionaryError(f"{where}: got tensors {got}; want {wanted}")
     return tensors
 
 
