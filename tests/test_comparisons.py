@@ -17,7 +17,14 @@ from lmmono.stats.significance import effect, holm, sign_flip_p
 from lmmono.studies.comparisons import compare_families
 from lmmono.studies.doses import Dose, dose_responses, read_doses, spearman_interval
 from lmmono.studies.effective import effective_robustness, logit
-from lmmono.suites.results import AskedRows, paired, read_results, severity_areas, stored_rows
+from lmmono.suites.results import (
+    AskedRows,
+    paired,
+    read_results,
+    severity_areas,
+    severity_changes,
+    stored_rows,
+)
 
 
 def skewed(n: int, seed: int = 0) -> np.ndarray:
@@ -169,6 +176,8 @@ def test_the_area_is_made_of_trapezoids_from_the_clean_value_on():
     assert math.isnan(sae.value) and sae.failure == "incomplete_curve"
     hopeless = [result(f, math.nan, level=0.5, failure="unlearnable") for f in ("raw", "sae")]
     assert severity_areas([*rows, *hopeless])[0].value == raw.value
+    change = severity_changes(rows)[0]
+    assert change.value == pytest.approx(raw.value - 1.0), "what noise takes away, on average"
     real = result(level=0.17, corruption="real")
     assert severity_areas([*rows, real])[0] == raw
     assert real.condition == result(level=0.18, corruption="real", seed=1).condition

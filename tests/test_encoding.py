@@ -133,6 +133,50 @@ def test_a_store_of_features_computes_each_text_and_feature_once(model, tmp_path
     assert n_tokens == [("test", len(TEXTS[59].split()))] and all(text for (text,) in about)
 
 
+def test_the_codes_of_one_tokenizer_are_not_taken_for_those_of_another(model, tmp_path):
+    other = tokenizer()
+    other.add_tokens(["unused"])  # an own vocabulary, whatever it gives for these texts
+    families = {"raw": FeatureFamily("raw")}
+    with CodeStore(tmp_path / "features.duckdb") as store:
+        for each in (tokenizer(), tokenizer(), other):
+            codes = probed_codes(families, model, STREAM, ("mean",))
+            store.encode(TextEncoder(model, each, codes).fit(TEXTS), TEXTS[:4], "train")
+    with duckdb.connect(str(tmp_path / "features.duckdb"), read_only=True) as con:
+        assert con.execute("SELECT count(*) FROM codes").fetchall() == [(2,)]
+
+
+def test_a_damaged_or_foreign_file_of_codes_is_told_with_the_way_out(model, tmp_path):
+    path = tmp_path / "features.duckdb"
+    with CodeStore(path) as store:
+        store.encode(encoder(model), TEXTS, "train")
+    whole = path.read_bytes()
+    for damaged in (whole[:100], b"no database" * 999, whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with (
+            pytest.raises(RobustnessError, match=r"features.duckdb: .*delete it: codes are"),
+            CodeStore(path) as store,
+        ):
+            store.encode(encoder(model), TEXTS, "train")
+    flipped = bytearray(whole)
+    for at in range(20_000, len(whole), 997):
+        flipped[at] ^= 255
+    path.write_bytes(flipped)
+    with pytest.raises(RobustnessError, match="delete it"), CodeStore(path) as store:
+        store.encode(encoder(model), TEXTS, "train")
+    path.unlink()
+    with duckdb.connect(str(path)) as con:
+        con.execute("CREATE VIEW texts AS SELECT * FROM read_csv('/etc/passwd')")
+    with pytest.raises(RobustnessError, match="no file of codes, it holds texts"):
+        CodeStore(path)
+
+
+def test_ids_beyond_the_vocabulary_are_told_before_the_model_runs(model):
+    other = tokenizer()
+    other.add_tokens([f"new{i}" for i in range(5)])
+    with pytest.raises(RobustnessError, match=r"gives id 40\d, the model has 50 tokens"):
+        TextEncoder(model, other, probed_codes({}, model, STREAM, ("mean",))).fit(["new1 new2"])
+
+
 def test_what_cannot_be_encoded_is_told(model):
     with pytest.raises(RobustnessError, match="pass tokenizer="):
         TextEncoder(model, None, [])

@@ -1,6 +1,7 @@
 """A model tuned to classify texts under wrong labels: whole, and by LoRA."""
 
 import builtins
+import copy
 
 import lookup_model
 import numpy as np
@@ -63,6 +64,29 @@ def test_a_model_learns_and_the_one_given_stays(family, method):
     n_head = 2 * 16 + 2
     assert found.n_trained == n_body + n_head if method == "full" else found.n_trained < n_body
     assert np.allclose(np.exp(found.predict(TEST.texts)).sum(axis=1), 1, atol=1e-5)
+
+
+def test_a_model_that_was_frozen_to_be_studied_is_tuned_whole():
+    model = tiny("gpt2").requires_grad_(False)
+    frozen, plain = tuned(how=HOW["full"], model=model), tuned(how=HOW["full"])
+    assert frozen.n_trained == plain.n_trained and frozen.history == plain.history
+    assert not any(weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "crate"])
+def test_a_model_in_peft_is_tuned_from_what_its_adapter_computes(family, method):
+    peft = pytest.importorskip("peft")
+    kind = peft.LoraConfig(
+        r=2, target_modules="all-linear", init_lora_weights=False, fan_in_fan_out=family == "gpt2"
+    )
+    wrapped = peft.get_peft_model(tiny(family), kind).eval()
+    names = set(wrapped.state_dict())
+    merged = copy.deepcopy(wrapped).merge_and_unload()
+    found, plain = (tuned(how=HOW[method], model=model) for model in (wrapped, merged))
+    assert found.n_trained == plain.n_trained
+    np.testing.assert_allclose(found.predict(TEST.texts), plain.predict(TEST.texts), atol=1e-5)
+    assert set(wrapped.state_dict()) == names, "the model given is left as it was"
 
 
 def test_equal_seeds_give_equal_bits_and_others_do_not(lora):

@@ -44,7 +44,10 @@ def test_h1_reads_mild_noise_only_and_h2_strong_noise_only():
 def test_a_code_must_beat_the_best_dense_control_and_not_the_first():
     rows = noisy_labels({"raw": 0.0, "pca-16": 0.04, "sae": 0.02})
     found = verdict("H1", rows)
-    assert found.outcome == "opposite" and found.findings[0].against == "pca-16"
+    assert found.outcome == "not supported" and found.findings[0].against == "pca-16"
+    assert found.findings[0].ci_high < 0, "surely below the best, and above the other"
+    worst = verdict("H1", noisy_labels({"raw": 0.0, "pca-16": 0.04, "sae": -0.02}))
+    assert worst.outcome == "opposite" and worst.findings[0].against == "pca-16"
 
 
 def test_equal_codes_are_rarely_told_apart_whichever_control_had_luck():
@@ -56,14 +59,16 @@ def test_equal_codes_are_rarely_told_apart_whichever_control_had_luck():
     assert outcomes.count("not supported") >= 54
 
 
-def test_better_than_the_best_means_better_than_each_and_worse_means_than_some():
+def test_better_than_the_best_means_better_than_each_and_opposite_is_worse_than_each():
     d = np.array([0.1, 0.2, 0.15, 0.12, 0.18, 0.11, 0.16])
     surely, unsure, worse = effect([d]), effect([d - 0.1]), effect([-d])
     better = from_all("sae", {"raw": surely, "pca": unsure})
     assert (better.against, better.p) == ("pca", unsure.p)
     assert (better.value, better.ci_low) == (unsure.value, unsure.ci_low)
     below = from_all("sae", {"raw": surely, "pca": unsure, "dense": worse})
-    assert (below.against, below.value, below.p) == ("dense", worse.value, 3 * worse.p)
+    assert (below.against, below.value, below.p) == ("dense", worse.value, 1.0)
+    lowest = from_all("sae", {"raw": worse, "dense": effect([-d - 0.1])})
+    assert (lowest.against, lowest.p, lowest.all_below) == ("dense", worse.p, worse.ci_high)
 
 
 def test_budgets_are_not_mixed():
@@ -121,6 +126,17 @@ def said_of_codes(rows: list[Result], measure: dict[str, float | None]) -> list[
         replace(r, settings={**r.settings, "d": 64, "semantic_consistency": measure[r.feature]})
         for r in rows
     ]
+
+
+def test_h3_is_not_tested_where_pooled_codes_are_active_on_nearly_all_texts():
+    measure = {f"sae-{i}": 0.002 + i / 9999 for i in range(24)}
+    gains = {"raw": 0.0} | dict.fromkeys(measure, 0.01)
+    rows = said_of_codes(noisy_labels(gains, seeds=5), {"raw": 0.0} | measure)
+    for share, outcome in ((0.995, "not tested"), (0.3, "not supported")):
+        active = [replace(r, settings={**r.settings, "active_fraction": share}) for r in rows]
+        found = verdict("H3", active)
+        assert found.outcome == outcome, found
+    assert "active on 30.0%" not in found.reason
 
 
 def test_h3_takes_the_measure_from_the_rows_themselves():

@@ -149,8 +149,9 @@ def test_consistency_is_corrected_for_chance():
         np.where(random.random((600, 1)) < 0.8, labels[:, None] == np.arange(4), 0) * sparse[:, :4]
     )
     kept = np.concatenate([told, 1.0 * (labels[:, None] == np.arange(4))], axis=1)
-    value, n = semantic_consistency(kept, labels, n_classes=4)
+    value, n, active = semantic_consistency(kept, labels, n_classes=4)
     assert n == 4 and value == pytest.approx(1.0), "the first four are active on too few texts"
+    assert active == pytest.approx(0.25, abs=0.01)
 
 
 def test_a_budgeted_probe_reads_the_coordinates_that_tell_most(task):

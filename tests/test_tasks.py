@@ -252,7 +252,7 @@ def test_planted_copies_are_found_whatever_their_case_marks_and_blanks() -> None
 # --- files and the hub ---------------------------------------------------------------------
 
 ROWS = [
-    {"text": f"{word} number {i}", "label": label, "split": split}
+    {"text": f"{word} {split} number {i}", "label": label, "split": split}
     for split, n in (("train", 6), ("dev", 2), ("test", 4))
     for i in range(n)
     for word, label in (("good", "pos"), ("bad", "neg"))
@@ -268,7 +268,7 @@ def write(path, rows) -> None:
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
-        pq.write_table(pa.TaskTable.from_pylist(rows), path)
+        pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
@@ -282,7 +282,7 @@ def test_a_file_becomes_a_task_whatever_its_format(tmp_path, suffix) -> None:
             "val": 4,
             "test": 8,
         }
-        assert made.parts["train"].texts[0] == "good number 0"
+        assert made.parts["train"].texts[0] == "good train number 0"
         assert made.parts["train"].labels[0] == 1
 
 
@@ -295,6 +295,23 @@ def test_what_a_file_does_not_split_is_held_out_by_text(tmp_path) -> None:
     assert 0.45 < sizes["train"] / 400 < 0.8
     assert leakage(made).shared == ()
     assert made.label_names == ("0", "1")
+
+
+def test_a_field_may_be_longer_than_the_csv_module_allows(tmp_path) -> None:
+    rows = [{"text": f"{i} " + "long " * 40_000, "label": i % 2} for i in range(40)]
+    write(tmp_path / "long.csv", rows)
+    made = read_task(tmp_path / "long.csv")
+    assert sum(map(len, made.parts.values())) == 40
+    assert {len(text) for text in made.parts["train"].texts} <= {200_002, 200_003}
+    assert csv.field_size_limit() == 131_072, "the limit of others is left as it was"
+
+
+def test_texts_that_are_tested_on_are_not_learned_from(tmp_path) -> None:
+    copies = [{**row, "split": "train"} for row in ROWS if row["split"] == "test"]
+    write(tmp_path / "x.jsonl", [*ROWS, *copies])
+    assert leakage(read_task(tmp_path / "x.jsonl")).shared == ()
+    kept = read_task(tmp_path / "x.jsonl", shared_texts=True)
+    assert leakage(kept).between == {("train", "test"): 8}
 
 
 def test_files_that_make_no_task_are_refused(tmp_path) -> None:
@@ -310,12 +327,34 @@ def test_files_that_make_no_task_are_refused(tmp_path) -> None:
     refused([{**row, "text": ""} for row in ROWS], "texts are empty")
     refused([{"text": 3, "label": 0}], "want text in 'text', got int")
     refused([{"text": "a", "label": None}], "no label in 'label'")
-    refused([{**row, "split": "other"} for row in ROWS], "no labelled row of the splits")
+    refused([{**row, "split": "other"} for row in ROWS], "split 'other' stands for no part")
+    some = [{**row, "split": "Test"} if row["split"] == "test" else row for row in ROWS]
+    refused(some, "x.jsonl:17: split 'Test' stands for no part; want train.*split=None")
+    refused(
+        [{"text": "a", "label": 0}, {"text": "b", "label": -1}], "label -1: want numbers from 0"
+    )
+    huge = [{"text": "a", "label": 0}, {"text": "b", "label": 999_999_999}]
+    refused(huge, "gaps: 0, 999999999; .* 1 is missing")
+    refused(
+        [{**row, "pair": "one"} for row in ROWS], "want a number in 'pair', got 'one'", pair="pair"
+    )
     with pytest.raises(DataError, match="no file or folder 'y.jsonl'.*did you mean x.jsonl"):
         read_task(tmp_path / "y.jsonl")
     (tmp_path / "z.csv").write_text("text,label\na,b,c\n")
     with pytest.raises(DataError, match="z.csv:2: want 2 columns"):
         read_task(tmp_path / "z.csv")
+    for text, fault in (
+        ("text,label\na,0\nb\0c,1\n", "z.csv:3: a NUL character"),
+        ("text,label,label\na,0,1\n", "column 'label' stands twice"),
+        ("text,label\na,\n", "z.csv:2: no label in 'label'"),
+        ('text,label\n"a,0\n', "no readable CSV"),
+    ):
+        (tmp_path / "z.csv").write_text(text)
+        with pytest.raises(DataError, match=fault):
+            read_task(tmp_path / "z.csv")
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [0.0, np.nan]}), tmp_path / "n.parquet")
+    with pytest.raises(DataError, match="no label in 'label'"):
+        read_task(tmp_path / "n.parquet")
     (tmp_path / "t.txt").write_text("a")
     with pytest.raises(DataError, match="parquet, .jsonl or .csv"):
         read_task(tmp_path / "t.txt")

@@ -82,7 +82,11 @@ def pruned(problems: Problems) -> Probes:
         log_p = _log_p_unseen(problems, rows, members, tuned.chosen_l2[members])
         for i, p in zip(members.tolist(), log_p.exp().double().numpy(), strict=True):
             labels = problems.y[i][rows].numpy()
-            issues = find_label_issues(labels, p / p.sum(axis=1, keepdims=True), n_jobs=1)
+            try:
+                issues = find_label_issues(labels, p / p.sum(axis=1, keepdims=True), n_jobs=1)
+            except ValueError as fault:  # labels that cleanlab refuses end one problem, not all
+                kept[i, rows], notes[i] = False, f"cleanlab: {fault}"
+                continue
             kept[i, rows] = torch.from_numpy(~issues)
             notes[i] = f"{int(issues.sum())} of {len(labels)} labels dropped"
     left = replace(problems, w=kept).faults()

@@ -159,6 +159,8 @@ def finetune(
             the loss is no number any more.
     """
     how, network = settings or FineTuning(), bare(model)
+    if hasattr(model, "peft_config"):  # what the adapter learned goes into the weights of a copy
+        network = copy.deepcopy(model).merge_and_unload()  # pyright: ignore[reportCallIssue]
     _check(train, val, n_classes)
     reader = TextReader(network, tokenizer)
     with torch.random.fork_rng(devices=[]):
@@ -191,6 +193,7 @@ class _Network(nn.Module):
         super().__init__()
         body: Any = copy.deepcopy(getattr(network, "base_model", network))
         d_model = int(body.config.hidden_size)
+        body.requires_grad_(True)  # a model that was frozen to be studied is tuned all the same
         self.body = body if how.method == "full" else _with_lora(body, how)
         self.head = nn.Linear(d_model, n_classes, device=next(body.parameters()).device)
         nn.init.normal_(self.head.weight, std=0.02)  # as GPT-2 begins

@@ -41,6 +41,7 @@ class TextReader:
         self.tokenizer, self._tokenize = tokenizer, plain_encoder(tokenizer)
         self.first = int(end if end is not None else 0)
         self.n_ctx: int | None = getattr(config, "max_position_embeddings", None)
+        self._d_vocab: int | None = getattr(config, "vocab_size", None)
 
     @property
     def digest(self) -> str:
@@ -49,11 +50,21 @@ class TextReader:
         return hashlib.sha256(f"{self.first} {self.n_ctx} {backend}".encode()).hexdigest()
 
     def read(self, texts: Sequence[str]) -> tuple[list[Int64[np.ndarray, " pos"]], int, int]:
-        """Return the token ids of texts, how many texts were cut, and how many have no token."""
+        """Return the token ids of texts, how many texts were cut, and how many have no token.
+
+        Raises:
+            RobustnessError: An id is beyond the model's vocabulary.
+        """
         most = None if self.n_ctx is None else self.n_ctx - 1
         tokens = self._tokenize(list(texts)) if texts else []
         first = np.array([self.first], np.int64)
         ids = [np.concatenate([first, row[:most].astype(np.int64)]) for row in tokens]
+        largest = max((int(row.max()) for row in ids), default=0)
+        if self._d_vocab is not None and largest >= self._d_vocab:
+            raise RobustnessError(
+                f"texts: the tokenizer gives id {largest}, the model has {self._d_vocab} tokens; "
+                "pass the tokenizer that the model was trained with"
+            )
         n_truncated = 0 if most is None else sum(len(row) > most for row in tokens)
         return ids, n_truncated, sum(not len(row) for row in tokens)
 

@@ -48,6 +48,8 @@ class TaskTable:
     """Column of the split; None says that every row is of split `train`."""
     splits: Mapping[str, str] = field(default_factory=lambda: dict(SPLITS))
     """Part that each split goes to; rows of other splits are left out."""
+    refuse_others: bool = False
+    """Refuse rows of other splits instead."""
     where: Mapping[str, str] = field(default_factory=dict[str, str])
     """Value that a column must have in every row that counts."""
     noisy: str | None = None

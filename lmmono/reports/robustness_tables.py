@@ -36,7 +36,14 @@ from lmmono.studies.hypotheses import (
     gains_of,
     verdicts,
 )
-from lmmono.suites.results import FULL, Result, grouped, read_results, severity_areas
+from lmmono.suites.results import (
+    FULL,
+    Result,
+    grouped,
+    read_results,
+    severity_areas,
+    severity_changes,
+)
 from lmmono.suites.robustness_run import run_results
 
 
@@ -70,6 +77,7 @@ def robustness_tables(
         *level_tables(results),
         comparison_table(compared, title=f"Difference from {baseline}"),
         area_table(results, baseline),
+        change_table(results, baseline),
     ]
     if any((each.split or "").startswith("ood:") for each in results):
         tables.append(_effective(results))
@@ -102,7 +110,8 @@ def suite_tables(run: Run, *, every: bool = False) -> list[ReportTable]:
             results = run_results(run, store)
             scored = read_doses(store, SCORED, _hook_of(run))
             if settings.families:
-                tables.append(area_table(results, settings.families[0].label))
+                baseline = settings.families[0].label
+                tables += [area_table(results, baseline), change_table(results, baseline)]
             tables.append(dose_table(results, scored))
             if settings.hypotheses:
                 tables.append(verdict_table(verdicts(settings.hypotheses, Evidence(results))))
@@ -153,7 +162,18 @@ def area_table(results: Sequence[Result], baseline: str) -> ReportTable:
     return comparison_table(
         compare_families(areas, baseline) if areas else [],
         title="Area under the severity curve",
-        note="Area over levels from 0 on, divided by the largest level.",
+        note="Area over levels from 0 on, divided by the largest level: mostly what a family has "
+        "without noise; what noise takes away is in the next table.",
+    )
+
+
+def change_table(results: Sequence[Result], baseline: str) -> ReportTable:
+    """Return what noise takes away from each family, and from the baseline."""
+    changes = severity_changes(results)
+    return comparison_table(
+        compare_families(changes, baseline) if changes else [],
+        title="Change under noise",
+        note="Area under the severity curve less the value at level 0; above 0 is a smaller loss.",
     )
 
 

@@ -28,6 +28,9 @@ MIN_FOR_INTERVAL = 4
 CONSISTENCY = "semantic_consistency"
 """The measure of H3, corrected for chance; see `lmmono.suites.bench`."""
 
+ACTIVE_FRACTION = "active_fraction"
+"""Mean share of the texts on which a coordinate is active that counts for `CONSISTENCY`."""
+
 ROW_MEASURES = (CONSISTENCY, "l0")
 """What rows of table `robustness` say of codes, in `settings`."""
 

@@ -20,7 +20,7 @@ from lmmono.errors import DataError
 from lmmono.registry.robustness import Hypothesis, find_hypothesis
 from lmmono.stats.significance import Effect, effect, holm
 from lmmono.studies.comparisons import by_seed
-from lmmono.studies.doses import Dose, dose_responses, doses_of, is_whole
+from lmmono.studies.doses import ACTIVE_FRACTION, Dose, dose_responses, doses_of, is_whole
 from lmmono.studies.effective import EffectiveRobustness, effective_robustness
 from lmmono.suites.results import Result
 
@@ -32,6 +32,11 @@ MIN_SEEDS = 5
 
 MIN_DICTIONARIES = 20
 """Dictionaries of one width that H3 needs."""
+
+MAX_ACTIVE = 0.9
+"""Share of the texts on which a coordinate is active above which consistency measures nothing: the
+largest share of a class among nearly all texts is that of the commonest class, whatever the code.
+Mean-pooled latents are active on 99.5 % of AG News texts (median)."""
 
 DENSE = ("raw", "random_projection", "pca", "dense_ae", "dense")
 """First words of families that are dense: what a monosemantic code must beat."""
@@ -70,13 +75,16 @@ class Finding:
     """Seeds, over all tasks; for H3 dictionaries."""
     least_p: float = 0.0
     """The least p that so many can give."""
+    all_below: float | None = None
+    """Of several controls: largest upper end of the differences from each; None of one."""
 
     @property
     def outcome(self) -> Outcome:
         """What this finding says by itself."""
         if self.p_holm < ALPHA and self.ci_low > 0:
             return "supported"
-        if self.p_holm < ALPHA and self.ci_high < 0:
+        high = self.ci_high if self.all_below is None else self.all_below
+        if self.p_holm < ALPHA and high < 0:
             return "opposite"
         return "not supported"
 
@@ -90,7 +98,9 @@ class HypothesisVerdict:
     claim: str
     """What was expected."""
     outcome: Outcome
-    """`supported`: some family is surely above 0 and none surely below; `opposite`: the reverse."""
+    """`supported`: some family is surely above 0 and none surely below; `opposite`: the reverse.
+
+    For H1 and H2 that is surely better than every dense control, or surely worse than every one."""
     reason: str
     """The numbers behind it, or why it was not tested."""
     findings: tuple[Finding, ...] = ()
@@ -211,18 +221,20 @@ def _against_dense(evidence: Evidence, rows: Sequence[Result]) -> list[Finding]:
 def from_all(what: str, effects: Mapping[str, Effect]) -> Finding:
     """Return how a family differs from the best of several controls, none chosen by its luck.
 
-    Better than the best is better than each: p is then the largest one (an intersection-union
-    test), and no correction is due. Worse than the best is worse than some: p is the least times
-    their number. The interval is that of the least difference: least lower, least upper end.
+    Better than the best is better than each, and the opposite is worse than each: p is then the
+    largest one (an intersection-union test), and no correction is due. Between the two, worse than
+    some and not than others, p is 1. The interval is that of the least difference: least lower,
+    least upper end.
     """
     least = min(effects, key=lambda name: effects[name].value)
     value, some = effects[least].value, list(effects.values())
-    if value > 0:
-        p = max(each.p for each in some)
-    else:
-        p = min(1.0, len(some) * min(each.p for each in some if each.value <= 0))
+    same_sign = value > 0 or all(each.value < 0 for each in some)
+    p = max(each.p for each in some) if same_sign else 1.0
     low, high = min(each.ci_low for each in some), min(each.ci_high for each in some)
-    return Finding(what, least, value, low, high, p, 1.0, some[0].n_seeds, some[0].least_p)
+    return Finding(
+        *(what, least, value, low, high, p, 1.0, some[0].n_seeds, some[0].least_p),
+        all_below=max(each.ci_high for each in some),
+    )
 
 
 def differences(
@@ -278,6 +290,13 @@ def judge_doses(evidence: Evidence) -> list[Finding]:
     rows = [each for each in _noisy_labels(evidence, 0.0, 1.0) if is_whole(each)]
     gains = gains_of(evidence, rows)
     doses = doses_of(rows) if evidence.doses is None else evidence.doses
+    active = [dose.value for dose in doses_of(rows, ACTIVE_FRACTION) if dose.feature in gains]
+    if evidence.doses is None and active and np.median(active) > MAX_ACTIVE:
+        raise NotTestedError(
+            f"pooled codes are active on {np.median(active):.1%} of the texts (median over "
+            f"dictionaries), so that their consistency is near 0 whatever the code; want at most "
+            f"{MAX_ACTIVE:.0%}: sparser dictionaries, or a measure of scorers"
+        )
     widths = Counter(each.width for each in doses if each.feature in gains)
     if max(widths.values(), default=0) < MIN_DICTIONARIES:
         most = ", ".join(f"{n} of width {width}" for width, n in sorted(widths.items()))

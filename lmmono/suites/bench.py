@@ -279,8 +279,11 @@ def task_digest(task: Task) -> str:
 
 def semantic_consistency(
     x: Float[np.ndarray, "n d"], labels: Int64[np.ndarray, "n"], *, n_classes: int, seed: int = 0
-) -> tuple[float, int]:
+) -> tuple[float, int, float]:
     """Return the mean corrected consistency of a code's coordinates, and how many counted.
+
+    Third comes the mean share of the texts on which these are active: near 1, the consistency says
+    nothing of the code.
 
     Semantic consistency of a coordinate is the largest share of a class among the texts on which it
     is active (arXiv 2410.21331). Raw, it is large by chance where few texts are, and for a dense
@@ -289,19 +292,19 @@ def semantic_consistency(
 
     >>> x = np.repeat(np.eye(2), 30, axis=0)  # each coordinate is active on one class alone
     >>> semantic_consistency(x, np.repeat([0, 1], 30), n_classes=2)
-    (1.0, 2)
+    (1.0, 2, 0.5)
     """
     active = np.abs(x) > ACTIVE
     active = active[:, active.sum(axis=0) >= MIN_SUPPORT]
     if not active.shape[1]:
-        return float("nan"), 0
+        return float("nan"), 0, float("nan")
     random = np.random.default_rng((seed, 29))  # 29: a stream of its own
     shuffles = [random.permutation(labels) for _ in range(N_SHUFFLES)]
     raw = _largest_share(active, labels, n_classes)
     chance = np.mean([_largest_share(active, each, n_classes) for each in shuffles], axis=0)
     room = 1.0 - chance  # none where one class is all there is
     corrected = np.where(room > 1e-9, (raw - chance) / np.where(room > 1e-9, room, 1.0), 0.0)
-    return float(corrected.mean()), active.shape[1]
+    return float(corrected.mean()), active.shape[1], float(active.mean())
 
 
 def _largest_share(

@@ -104,10 +104,11 @@ def suite_rows(
 
 def _consistency(texts: LabelledCodes, name: str, n_classes: int) -> dict[str, Any]:
     """Return what a row says of how monosemantic a code is, on test texts."""
-    value, n = semantic_consistency(texts.codes[name], texts.labels, n_classes=n_classes)
+    value, n, active = semantic_consistency(texts.codes[name], texts.labels, n_classes=n_classes)
     return {
         "semantic_consistency": None if np.isnan(value) else round(value, 4),
         "n_consistent": n,
+        "active_fraction": None if np.isnan(active) else round(active, 4),
     }
 
 

@@ -184,10 +184,25 @@ def severity_areas(results: Iterable[Result]) -> list[Result]:
     """Return the area under each family's curve of value over level, per corruption and seed.
 
     Trapezoids over the levels from 0 on, divided by the largest level, so that the area is on the
-    scale of the value. Levels at which no family has a value, such as a rate at which nothing can
+    scale of the value: mostly what the family has without noise; what noise takes away is in
+    `severity_changes`. Levels at which no family has a value, such as a rate at which nothing can
     be learned, are left out; a curve that lacks a value that another family has has no area:
     `incomplete_curve`.
     """
+    return [area for area, _ in _areas(results)]
+
+
+def severity_changes(results: Iterable[Result]) -> list[Result]:
+    """Return what noise does to a family on average: its area less its value at level 0.
+
+    A family that is better without noise and falls as low as the others under it has the larger
+    area and the larger fall: the one is no measure of robustness without the other.
+    """
+    return [replace(area, value=area.value - clean) for area, clean in _areas(results)]
+
+
+def _areas(results: Iterable[Result]) -> Iterator[tuple[Result, float]]:
+    """Yield each area, and the value at level 0."""
     clean: dict[tuple[Any, ...], Result] = {}
     curves: dict[tuple[Any, ...], dict[float, Result]] = {}
     levels: dict[tuple[Any, ...], set[float]] = {}
@@ -200,7 +215,6 @@ def severity_areas(results: Iterable[Result]) -> list[Result]:
         curves.setdefault((*_curve(result), result.corruption), {})[result.level] = result
         if not math.isnan(result.value):
             levels.setdefault(_kind(result), set()).add(result.level)
-    areas: list[Result] = []
     for (*curve, corruption), points in curves.items():
         first = next(iter(points.values()))
         if _kind(first) not in levels:
@@ -211,8 +225,7 @@ def severity_areas(results: Iterable[Result]) -> list[Result]:
         values += [points[level].value if level in points else math.nan for level in along[1:]]
         area = float(np.trapezoid(values, along)) / along[-1]
         failure = "incomplete_curve" if math.isnan(area) else None
-        areas.append(replace(first, level=None, value=area, failure=failure))
-    return areas
+        yield replace(first, level=None, value=area, failure=failure), values[0]
 
 
 def _curve(result: Result) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ A table says which columns hold what, which rows count, and to which part each s
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,12 +120,12 @@ def read_task(
     split: str | None = "split",
     noisy: str | None = None,
     pair: str | None = None,
+    shared_texts: bool = False,
 ) -> Task:
     """Return the task of a file or folder of labelled rows.
 
     Where there is no split for them, 20 % of the texts are held out for `val` and `test` by a hash
-    of the text, so that copies stay together. Texts of `train` and `val` that a later part has too
-    are not dropped: see `lmmono.data.tasks.leakage`.
+    of the text, so that copies stay together.
 
     Args:
         path: A `.parquet`, `.jsonl` or `.csv` file, or a folder of such.
@@ -135,24 +136,36 @@ def read_task(
             as training text.
         noisy: Column of the class that annotators really gave, if there is one.
         pair: Column that is the same number in both texts of a contrast pair, if there is one.
+        shared_texts: Keep texts of `train` and `val` that a test part has too; they are dropped
+            otherwise.
 
     Raises:
-        DataError: A file or column is missing, or the rows make no task; see `Task`.
+        DataError: A file or column is missing, a split stands for no part, a label is missing or
+            negative, or the rows make no task; see `Task`.
     """
     path = Path(path)
-    held = split if split is not None and _has_column(path, split) else None
-    table = TaskTable(str(path.name), text=(text,), label=label, split=held, noisy=noisy, pair=pair)
+    first = next(iter(_file_rows(path)), None)
+    if first is None:
+        raise DataError(f"{path}: no rows in it")
+    table = TaskTable(
+        path.name,
+        text=(text,),
+        label=label,
+        split=split if split is not None and split in first[1] else None,
+        noisy=noisy,
+        pair=pair,
+        refuse_others=True,
+    )
     rows = list(read_table(table, path.parent))
-    parts = sorted({row.part for row in rows})
-    classes = _classes(rows, path)
-    return assemble(
+    task = assemble(
         rows,
         name=name or path.stem,
-        about=f"{label} of {path.name}, parts {', '.join(parts)} as read",
+        about=f"{label} of {path.name}, parts {', '.join(sorted({row.part for row in rows}))}",
         licence="not stated",
         source=path.name,
-        label_names=classes,
+        label_names=_classes(rows, path),
     )
+    return task if shared_texts else without_leakage(task)
 
 
 def assemble(
@@ -245,15 +258,27 @@ def _held_out(rows: list[Row], share: float, salt: str) -> tuple[list[Row], list
 
 
 def _classes(rows: list[Row], path: Path) -> tuple[str, ...]:
-    found = {row.label for row in rows}
-    if not all(label.isdecimal() for label in found):
-        return tuple(sorted(found))
-    numbers = sorted(int(label) for label in found)
-    missing = sorted(set(range(numbers[-1] + 1)) - set(numbers))
-    if missing:
+    """Return the classes that labels name, or that they number from 0.
+
+    Raises:
+        DataError: Numbers with gaps, or below 0, which sets give to texts without a label.
+    """
+    labels = {row.label for row in rows}
+    negative = sorted(label for label in labels if label[:1] == "-" and label[1:].isdecimal())
+    if negative and all(label.lstrip("-").isdecimal() for label in labels):
         raise DataError(
-            f"{path}: labels with gaps: {', '.join(map(str, numbers))}; want every number from 0 "
-            f"to {numbers[-1]}, {missing[0]} is missing"
+            f"{path}: label {negative[0]}: want numbers from 0; leave out texts without a class"
+        )
+    # nine digits: int() of thousands of them is refused by Python
+    if not all(label.isdecimal() and len(label) < 10 for label in labels):
+        return tuple(sorted(labels))
+    numbers = sorted(int(label) for label in labels)
+    missing = next((i for i, number in enumerate(numbers) if number != i), None)
+    if missing is not None:
+        some = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
+        raise DataError(
+            f"{path}: labels with gaps: {some}; want every number from 0 to {numbers[-1]}, "
+            f"{missing} is missing"
         )
     return tuple(str(number) for number in numbers)
 
@@ -261,6 +286,11 @@ def _classes(rows: list[Row], path: Path) -> tuple[str, ...]:
 def _row(table: TaskTable, values: Mapping[str, Any], where: str) -> Row | None:
     split = "train" if table.split is None else str(_value(values, table.split, where))
     part = table.splits.get(split)
+    if part is None and table.refuse_others:
+        raise DataError(
+            f"{where}: split {split!r} stands for no part; want {', '.join(table.splits)}, or pass "
+            "split=None to hold texts out"
+        )
     label = _label(table, values, table.label, where)
     if part is None or label is None:
         return None
@@ -271,19 +301,27 @@ def _row(table: TaskTable, values: Mapping[str, Any], where: str) -> Row | None:
     if table.blanks and not any(text.strip() for text in texts):
         return None
     noisy = None if table.noisy is None else _label(table, values, table.noisy, where)
-    pair = None if table.pair is None else int(_value(values, table.pair, where))
+    pair = None if table.pair is None else int(_number(values, table.pair, where))
     return Row(part, "\n".join(texts), label, noisy, pair)
 
 
 def _label(table: TaskTable, values: Mapping[str, Any], column: str, where: str) -> str | None:
     """Return the class of a row, None where its value stands for none of the classes."""
     value = _value(values, column, where)
-    if value is None:
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         raise DataError(f"{where}: no label in {column!r}")
     if table.threshold is not None:
-        value = "high" if float(value) >= table.threshold else "low"
+        value = "high" if _number(values, column, where) >= table.threshold else "low"
     name = str(value)
     return name if table.labels is None else table.labels.get(name)
+
+
+def _number(values: Mapping[str, Any], column: str, where: str) -> float:
+    value = _value(values, column, where)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: want a number in {column!r}, got {value!r:.40}") from error
 
 
 def _value(values: Mapping[str, Any], column: str, where: str) -> Any:
@@ -330,23 +368,25 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{path}:{line}: a NUL character; want a text file, saved as UTF-8")
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    limit = csv.field_size_limit(len(text) + 1)  # the module's own is 128 KiB, less than a book
     try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise DataError(
-                    f"{path}:{reader.line_num}: want {len(reader.fieldnames or ())} columns"
-                )
-            yield f"{path.name}:{reader.line_num}", row
+        names = list(reader.fieldnames or ())
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"{path}:1: column {twice!r} stands twice; want names of their own")
+        rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: no readable CSV: {error}") from error
-
-
-def _has_column(path: Path, column: str) -> bool:
-    first = next(iter(_file_rows(path)), None)
-    if first is None:
-        raise DataError(f"{path}: no rows in it")
-    return column in first[1]
+    finally:
+        csv.field_size_limit(limit)
+    for line, row in rows:
+        if None in row or None in row.values():
+            raise DataError(f"{path}:{line}: want {len(names)} columns")
+        yield f"{path.name}:{line}", row
 
 
 def _tables(record: TaskRecord, folder: str | Path | None) -> tuple[TaskTable, ...]:
