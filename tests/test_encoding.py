@@ -1,5 +1,8 @@
 """Texts to features: by hand from the model's own activations; noise; the store of features."""
 
+import subprocess
+import sys
+
 import duckdb
 import numpy as np
 import pytest
@@ -163,6 +166,15 @@ def test_a_damaged_or_foreign_file_of_codes_is_told_with_the_way_out(model, tmp_
     path.write_bytes(flipped)
     with pytest.raises(RobustnessError, match="delete it"), CodeStore(path) as store:
         store.encode(encoder(model), TEXTS, "train")
+    path.unlink()
+    holder = "import duckdb, sys; con = duckdb.connect(sys.argv[1]); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline()
+        with pytest.raises(RobustnessError, match="another process has it open"):
+            CodeStore(path)
+        other.communicate(b"\n")
     path.unlink()
     with duckdb.connect(str(path)) as con:
         con.execute("CREATE VIEW texts AS SELECT * FROM read_csv('/etc/passwd')")

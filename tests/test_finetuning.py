@@ -73,6 +73,7 @@ def test_a_model_that_was_frozen_to_be_studied_is_tuned_whole():
     assert not any(weight.requires_grad for weight in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "crate"])
 def test_a_model_in_peft_is_tuned_from_what_its_adapter_computes(family, method):

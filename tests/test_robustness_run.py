@@ -137,7 +137,7 @@ def test_the_guide_does_what_it_says(folder, monkeypatch, capsys):
     assert [line.split()[1] for line in commands] == ["run", "robustness", "ls", "sql"]
     query = commands[3].split('"')[1]
     assert call("sql", "runs/robustness_planted", query, "--csv") == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith('"sae",')
+    assert '"sae",' in capsys.readouterr().out.splitlines()[-1]
     exec(blocks[2][1], {})
     told = capsys.readouterr().out
     assert "20 rows computed, 0 were there" in told and told.splitlines()[-1] == "12 0"

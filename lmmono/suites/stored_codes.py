@@ -96,7 +96,7 @@ class CodeStore:
         try:
             yield
         except duckdb.IOException as fault:
-            if "lock" in str(fault):
+            if "set lock" in str(fault):  # "block" is in what it says of damage
                 raise RobustnessError(
                     f"{self.path}: another process has it open; wait for it, or end it"
                 ) from fault
