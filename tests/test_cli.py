@@ -13,7 +13,7 @@ import forks
 import pyarrow as pa
 import pytest
 
-from lmmono.cli.app import main
+from lmmono.cli.app import app, main
 from lmmono.runs.folder import open_run
 
 TINY = """\
@@ -228,6 +228,95 @@ def test_generate_goes_on_from_a_prompt_and_repeats_itself(study, capsys):
     assert first == second and first.startswith("the ")
     assert call("generate", "runs/tiny/gpt2", "the", "--max-tokens", 500) == 2
     assert "within 32 tokens, got 1 + 500" in capsys.readouterr().err
+
+
+def test_verify_names_each_damaged_file_of_a_run(study, capsys):
+    run = study / "runs/tiny/crate"
+    assert call("verify", "runs/tiny/crate") == 0
+    assert capsys.readouterr().out == "runs/tiny/crate: whole\n"
+    for name in ("model/model.safetensors", "metrics.parquet", next((run / "store").iterdir())):
+        content = bytearray((run / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (run / name).write_bytes(content)
+    (run / "model/config.json").unlink()
+    assert call("verify", "runs/tiny/crate") == 2
+    err = capsys.readouterr().err
+    for name in ("model.safetensors: other bytes", "config.json: missing", "metrics.parquet"):
+        assert name in err
+    assert "store" in err and "Traceback" not in err
+
+
+def test_a_flipped_bit_of_the_model_is_found_before_it_is_used(study, capsys):
+    weights = study / "runs/tiny/crate/model/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 8
+    weights.write_bytes(content)
+    assert call("generate", "runs/tiny/crate", "the") == 2
+    assert call("capture", "runs/tiny/crate", "capture.top_k=2") == 2
+    err = capsys.readouterr().err
+    assert err.count("model.safetensors: other bytes than were written") == 2
+
+
+def test_a_run_folder_that_is_named_is_the_one_worked_on(study, tmp_path, monkeypatch, capsys):
+    moved = tmp_path / "elsewhere" / "mine"
+    moved.parent.mkdir()
+    shutil.copytree(study / "runs/tiny/crate", moved)
+    monkeypatch.chdir(moved.parent)
+    assert call("train", "../elsewhere/mine") == 0
+    assert call("score", "mine", "capture.top_k=2") == 2, "its capture has other settings now"
+    assert call("capture", "mine", "capture.top_k=2") == 0
+    assert sorted(path.name for path in moved.parent.iterdir()) == ["mine"]
+    assert open_run(moved).recipe.capture.top_k == 2
+    assert (moved / "replaced").is_dir()
+    capsys.readouterr()
+    assert call("capture", "mine", "out=new", "name=other") == 2, "a new place is a new run"
+    assert "new/other" in capsys.readouterr().err
+
+
+def test_ls_survives_what_is_damaged(study, capsys):
+    (study / "runs/tiny/crate/manifest.json").write_text("[" * 5_000)
+    (study / "runs/tiny/gpt2/recipe.yaml").write_text("name: [")
+    place = study / "runs/tiny/gpt2/dictionaries/blocks.0.mlp.hook_post"
+    for i, text in enumerate(("[]", "{}", "not json", '{"d_in": 4}')):
+        (place / f"sae{i}").mkdir(parents=True)
+        (place / f"sae{i}" / "dictionary.json").write_text(text)
+    assert call("ls", "runs") == 0
+    assert call("ls", "stores") == 0
+    assert capsys.readouterr().out.count("damaged") == 2
+
+
+def test_text_of_a_model_and_a_file_drives_no_terminal(study, capsys, monkeypatch):
+    hostile = "\x1b]0;title\x07 \u202egnp"
+    monkeypatch.setattr("lmmono.models.generation.generate", lambda *_, **__: hostile)
+    assert call("generate", "runs/tiny/crate") == 0
+    assert call("check", f"{hostile}.yaml") == 2
+    assert call("sql", "runs/tiny/crate", f"SELECT '{hostile}' AS \"{hostile}\"") == 0
+    assert call("sql", "runs/tiny/crate", f"SELECT '{hostile}'", "--csv") == 0
+    out, err = capsys.readouterr()
+    assert not set(out + err) & set("\x1b\x07\u202e")
+    assert "<U+001B>]0;title<U+0007>" in out and "<U+202E>" in out
+
+
+def test_memory_that_runs_out_is_told(here, monkeypatch, capsys):
+    def greedy(*_: object) -> None:
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr("lmmono.recipe.Recipe.load", greedy)
+    assert call("check", "tiny.yaml") == 2
+    assert "not enough memory: Unable to allocate 9 TiB" in capsys.readouterr().err
+
+
+def test_every_verb_has_an_example_in_its_help():
+    from typer.main import get_command
+
+    def verbs(command, path=()):
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from verbs(inner, (*path, name))
+        if not hasattr(command, "commands"):
+            yield " ".join(path), command
+
+    for name, verb in verbs(get_command(app)):
+        assert f"Example: lmmono {name}" in (verb.help or ""), name
 
 
 @pytest.mark.parametrize(

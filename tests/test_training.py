@@ -17,13 +17,14 @@ from torch.nn import functional
 
 from lmmono.data.minimal_pairs import MinimalPair
 from lmmono.data.tokens import TokenRows
-from lmmono.errors import RecipeError, TrainError, TrainingStopped
+from lmmono.errors import DataError, RecipeError, RunError, TrainError, TrainingStopped
 from lmmono.models.build import build_model
 from lmmono.models.hooks import run_with_cache
 from lmmono.pipeline import train
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import CrateModel, Train
 from lmmono.runs.folder import Run
+from lmmono.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from lmmono.training.held_out import evaluate, minimal_pair_accuracy
 from lmmono.training.optimizer import build_optimizer, lr_at
 from lmmono.training.watch import LossWatch
@@ -183,6 +184,83 @@ def test_a_checkpoint_cut_short_is_named_with_the_way_out(recipe_file: Path) -> 
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(TrainError, match=r"checkpoint.*remove the folder to start again"):
         train(recipe)
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_found(recipe_file: Path) -> None:
+    recipe = Recipe.load(recipe_file)
+    with pytest.raises(TrainingStopped):
+        train(recipe, progress=stop_at(10, signal.SIGTERM))
+    file = recipe.dir / "checkpoint" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4  # in a weight: safetensors reads it without a word
+    file.write_bytes(content)
+    with pytest.raises(TrainError, match=r"weights.safetensors: other bytes"):
+        train(recipe)
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", "[" * 10_000, '{"step": "x"}', "\x00"])
+def test_a_damaged_state_of_a_checkpoint_is_told(tmp_path: Path, state: str) -> None:
+    (tmp_path / "state.json").write_text(state)
+    model = tiny_model()
+    with pytest.raises(TrainError, match=r"cannot resume from this checkpoint \(state.json"):
+        load_checkpoint(tmp_path, model, build_optimizer(model, Train()), "digest")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")
+def test_a_full_disk_in_a_checkpoint_is_told_and_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, position = tiny_model(), Position(7, "digest", None, [])
+    optimizer = build_optimizer(model, Train())
+    save_checkpoint(tmp_path / "checkpoint", model, optimizer, position)
+
+    def full(*_: object) -> None:
+        with Path("/dev/full").open("w") as file:
+            file.write("x" * 100_000)
+
+    monkeypatch.setattr("lmmono.training.checkpoint.save_file", full)
+    with pytest.raises(RunError, match="checkpoint: cannot be written: No space left"):
+        save_checkpoint(tmp_path / "checkpoint", model, optimizer, position)
+    assert load_checkpoint(tmp_path / "checkpoint", model, optimizer, "digest") == position
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_fault_after_the_last_step_costs_no_training(
+    recipe_file: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.load(recipe_file, "name=late")
+    monkeypatch.setattr(Run, "save_model", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(recipe)
+    monkeypatch.undo()
+    steps: list[int] = []
+    resumed = train(recipe, progress=lambda what, done, *_, **__: steps.append(done))
+    assert steps == [], "every step was taken before the fault"
+    assert all(torch.equal(a, weights(whole)[name]) for name, a in weights(resumed).items())
+    assert not (recipe.dir / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "fault"),
+    [
+        ('{"good": "' + "the cow . " * 40 + '", "bad": "the"}', "and data.n_ctx is 32"),
+        ('{"good": "the cow"}', "want the columns"),
+        (None, "no file or folder 'pairs.jsonl'"),
+    ],
+)
+def test_pairs_that_cannot_be_scored_are_told_before_a_step_is_taken(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, pairs: str | None, fault: str
+) -> None:
+    monkeypatch.chdir(recipe_file.parent)
+    if pairs is not None:
+        Path("pairs.jsonl").write_text(pairs)
+    steps: list[int] = []
+    with pytest.raises(DataError, match=fault):
+        train(
+            Recipe.load(recipe_file, "train.minimal_pairs=pairs.jsonl"),
+            progress=lambda what, done, *_, **__: steps.append(done),
+        )
+    assert steps == []
 
 
 def test_a_diverging_loss_stops_with_step_and_what_to_change(recipe_file: Path) -> None:

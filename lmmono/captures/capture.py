@@ -1,27 +1,25 @@
 """From a model and tokens to a store: one pass over held-out rows, and nothing stays in memory.
 
 `capture` streams the activations of chosen hooks into an open store; `capture_run` does it for a
-run folder as its recipe says, and takes up an interrupted capture where its last commit ended.
+run folder as its recipe says, and resumes an interrupted capture after its last commit.
 """
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 import activation_store as astore
 from activation_store.write.recorder import digest as weights_digest
-from lmmono.captures.latents import Code, Latents, claim_all, latent_rows
+from lmmono.captures.latents import Code, Latents, claim_all, rows_settings
 from lmmono.data.tokens import TokenRows
 from lmmono.errors import RunError
-from lmmono.files.processes import Processes, this_process
-from lmmono.models.hooks import hook_width, match_hooks, recording
-from lmmono.recipe.sections import Capture
+from lmmono.files.processes import Processes, best_device, this_process
+from lmmono.models.hooks import hook_width, match_hooks, recording, token_inputs
+from lmmono.recipe.sections import Capture, SkippedTokens
 from lmmono.runs.folder import Run
 from lmmono.types import Progress, silent
 
@@ -46,7 +44,8 @@ def capture(
     """Run a model over rows of tokens and write the activations of its hooks into a store.
 
     What is committed stays: called again with the same arguments on a store opened with mode "a",
-    the capture goes on after its last commit and ends with the same bytes.
+    the capture resumes after its last commit and ends with the same bytes. Called with further
+    rows, it adds those; a sequence id that the store holds with other tokens is refused.
 
     Args:
         model: Any model of `lmmono.models.hooks`; run in evaluation mode without gradients.
@@ -60,7 +59,8 @@ def capture(
         into: A store opened with mode "w" or "a".
         seed: Seed of the random exemplars.
         progress: Called with tokens done.
-        **settings: Further fields of the recipe's section `capture`, such as threshold or top_k.
+        **settings: Further fields of the recipe's section `capture`, such as threshold, top_k,
+            units, top_p, dtype, vectors_dtype or skip={"special": True, "first": 1}.
 
     Raises:
         ModelError: a hook name matches nothing.
@@ -75,7 +75,7 @@ def capture(
         raise RunError(f"capture: {error}") from None
     parts = [tokens] if isinstance(tokens, TokenRows) else list(tokens)
     latents = claim_all(into, dictionaries, halves, lambda hook: hook_width(model, hook))
-    limited = [part.limit(max_tokens) for part in parts]
+    limited = [part.limit(max_tokens, seed=seed) for part in parts]
     _add_words(into, limited)
     _stream(model, limited, chosen, into, seed, progress, latents)
     return into
@@ -98,7 +98,7 @@ def capture_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
         ]
         store = _opened(run, parts, here)
     with store:
-        model = _on_device(run.model)
+        model = run.model.to(best_device())
         _stream(model, parts, settings, store, recipe.seed, progress, here=here)
         here.wait()
         if not here.is_main:
@@ -155,37 +155,57 @@ def _stream(
     batch_rows = max(1, settings.batch_tokens // n_ctx)
     was_training = model.training
     model.eval()
+    n_done = 0
     with (
         store.writer(
-            rows=[_rows(model, name, settings) for name in names]
-            + [latent_rows(each, settings) for each in latents],
-            vectors=[_vectors(model, name, settings) for name in dense],
+            rows=[rows_settings(n, hook_width(model, n), settings, settings.units) for n in names]
+            + [rows_settings(each.hook, each.n_units, settings) for each in latents],
+            vectors=[
+                astore.Vectors(hook=name, d=hook_width(model, name), dtype=settings.vectors_dtype)
+                for name in dense
+            ],
             n_ctx=n_ctx,
             seed=seed,
             model_digest=weights_digest(model),
             rank=here.rank,
             world_size=here.n,
+            skip=left_out_tokens(settings.skip, parts[0]),
         ) as writer,
         recording(model, [*names, *dense, *(each.source for each in latents)]) as acts,
-        torch.inference_mode(),
+        torch.no_grad(),
     ):
-        n_done = writer.next_seq
-        for part, first, last in _plan(parts, batch_rows, n_done):
-            ids = part.ids[first:last]
-            model(input_ids=_tensor(ids, model), use_cache=False)
-            docs = part.doc_ids[first:last]
-            flat = _flat(acts)
-            coded = {each.hook: each.encode(flat[each.source]) for each in latents}
-            writer.add(part.seq_ids[first:last], ids, docs, part.split, flat | coded)
-            n_done += last - first
-            progress("capture", n_done * n_ctx, total)
+        for part in parts:
+            for first in range(0, len(part), batch_rows):
+                batch = part[first : first + batch_rows]
+                n_done += batch.ids.size
+                # by sequence, not by count: a second capture adds the rows that are new
+                is_new = writer.pending(batch.seq_ids, batch.ids, batch.doc_ids)
+                if is_new.any():
+                    seq_ids, ids, docs = (
+                        array[is_new] for array in (batch.seq_ids, batch.ids, batch.doc_ids)
+                    )
+                    inputs = torch.from_numpy(ids.astype(np.int64))
+                    is_token = torch.from_numpy(docs >= 0)  # padding belongs to no document
+                    model(**token_inputs(model, inputs, is_token), use_cache=False)
+                    flat = {name: tensor.flatten(2) for name, tensor in acts.items()}  # heads too
+                    coded = {each.hook: each.encode(flat[each.source]) for each in latents}
+                    writer.add(seq_ids, ids, docs, part.split, flat | coded)
+                progress("capture", n_done, total)
     model.train(was_training)
 
 
-def _on_device(model: nn.Module) -> nn.Module:
-    """Move a model to the GPU, where there is one; under a launcher to that of this process."""
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return model.to(gpu if torch.cuda.is_available() else "cpu")
+def left_out_tokens(section: SkippedTokens, rows: TokenRows) -> astore.Skip:
+    """Return which tokens of some rows do not count, special ones by the ids of their tokenizer.
+
+    Raises:
+        RunError: Special tokens are named, and the rows are of no corpus with a tokenizer.
+    """
+    token_ids = set(section.token_ids)
+    if section.special:
+        if rows.corpus is None:
+            raise RunError("skip.special: these rows have no tokenizer; give skip.token_ids")
+        token_ids |= set(rows.corpus.tokenizer.all_special_ids)
+    return astore.Skip(tuple(sorted(token_ids)), section.first)
 
 
 def _share(part: TokenRows, here: Processes) -> TokenRows:
@@ -202,41 +222,9 @@ def _add_words(store: astore.Store, parts: Sequence[TokenRows]) -> None:
         store.add_vocabulary(corpus.vocabulary())
 
 
-def _rows(model: nn.Module, name: str, settings: Capture) -> astore.Rows:
-    """Return the store's settings for one hook kept as sparse rows."""
-    return astore.Rows(
-        hook=name,
-        d=hook_width(model, name),
-        threshold=settings.threshold,
-        max_density=settings.max_density,
-        top_k=settings.top_k,
-        random_k=settings.random_k,
-        quantile_k=settings.quantile_k,
-        dtype=settings.dtype,
-        units=settings.units,
-        top_p=settings.top_p,
-    )
-
-
-def _plan(
-    parts: Sequence[TokenRows], batch_rows: int, skip: int
-) -> Iterator[tuple[TokenRows, int, int]]:
-    """Yield (rows, first, last) batch by batch, without the first `skip` rows of all parts."""
-    for part in parts:
-        for first in range(min(skip, len(part)), len(part), batch_rows):
-            yield part, first, min(first + batch_rows, len(part))
-        skip = max(0, skip - len(part))
-
-
-def _tensor(ids: np.ndarray, model: nn.Module) -> Int[Tensor, "batch pos"]:
-    """Return rows of token ids as a tensor where the model is."""
-    device = next(model.parameters()).device
-    return torch.from_numpy(ids.astype(np.int64)).to(device)
-
-
-def _flat(acts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return activations as [batch, pos, d]; heads are flattened."""
-    return {name: tensor.flatten(2) for name, tensor in acts.items()}
+def _names(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one or several names as a tuple."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def _names(patterns: str | Sequence[str]) -> tuple[str, ...]:

@@ -148,7 +148,7 @@ def store_latents(
     total = replay.n_tokens if max_tokens is None else min(max_tokens, replay.n_tokens)
     done = 0
     with store.writer(
-        rows=[latent_rows(latents, rows)],
+        rows=[rows_settings(latents.hook, latents.n_units, rows)],
         n_ctx=replay.n_ctx,
         seed=seed,
         commit_tokens=commit_tokens or ALL_AT_ONE_COMMIT,
@@ -232,17 +232,20 @@ def claim_all(
     return found
 
 
-def latent_rows(latents: Latents, settings: Capture) -> astore.Rows:
-    """Return the store's settings for the latents."""
+def rows_settings(
+    hook: str, d: int, settings: Capture, units: tuple[int, ...] | None = None
+) -> astore.Rows:
+    """Return the store's settings for one hook kept as sparse rows."""
     return astore.Rows(
-        hook=latents.hook,
-        d=latents.n_units,
+        hook=hook,
+        d=d,
         threshold=settings.threshold,
         max_density=settings.max_density,
         top_k=settings.top_k,
         random_k=settings.random_k,
         quantile_k=settings.quantile_k,
         dtype=settings.dtype,
+        units=units,
         top_p=settings.top_p,
     )
 

@@ -18,7 +18,7 @@ import typer
 from lmmono.cli.output import Format, Rows, prints_rows
 from lmmono.cli.store_verbs import DataPath, store_app
 from lmmono.cli.toy_verbs import toy_app
-from lmmono.errors import LmmonoError, RecipeError, TrainingStopped
+from lmmono.errors import LmmonoError, RecipeError, RunError, TrainingStopped
 from lmmono.files.printable import printable
 from lmmono.files.processes import this_process
 from lmmono.types import silent
@@ -284,6 +284,22 @@ def sql(
     if len(words) < 2:
         raise typer.BadParameter(f"want a run and a query, got {words[0]!r} alone")
     write_answer(words[:-1], words[-1], param or [], data_path, format)
+
+
+@app.command()
+def verify(
+    target: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+) -> None:
+    """Check every byte of a run folder: models, dictionaries, stores; exit code 2 if damaged.
+
+    Example: lmmono verify runs/quickstart/crate
+    """
+    from lmmono.runs.checks import run_faults
+
+    faults = run_faults(target)
+    if faults:
+        raise RunError("\n".join(faults))
+    print(f"{target}: whole")
 
 
 @app.command()

@@ -27,8 +27,10 @@ else:  # for annotations only: `lmmono check` needs no arrow
 Format = Literal["table", "csv", "json", "arrow"]
 REPORT_WIDTH = 100
 """Columns of a report that goes to a file or a pipe."""
-SHORT_WORD, SHORTEST_WORD = 20, 12
-"""A name is shortened to make a table fit down to these: at first, and where that is too wide."""
+READABLE = 24
+"""Columns that running text keeps while other ways to make a table fit are left."""
+SHORTEST_WORD = 12
+"""A value of a row that is shown as a block has at least this many columns."""
 GAP = "  "
 
 
@@ -221,8 +223,8 @@ def _column_widths(columns: Sequence[Sequence[str]], limit: int | None) -> list[
     if limit is None:
         return widths
     room = limit - len(GAP) * (len(columns) - 1)
-    # cells in several lines first, then the middle of names goes, then intervals are parted
-    for is_parted, shortest in ((False, SHORT_WORD), (True, SHORT_WORD), (True, SHORTEST_WORD)):
+    # cells in several lines first, then names lose their middle, then intervals are parted
+    for is_parted, shortest in ((False, None), (False, 20), (True, 20), (True, 12)):
         floors = [_least_width(cells, is_parted, shortest) for cells in columns]
         while sum(widths) > room:
             givers = [i for i, floor in enumerate(floors) if widths[i] > floor]
@@ -234,10 +236,12 @@ def _column_widths(columns: Sequence[Sequence[str]], limit: int | None) -> list[
     return None
 
 
-def _least_width(cells: Sequence[str], is_parted: bool, shortest: int) -> int:
+def _least_width(cells: Sequence[str], is_parted: bool, shortest: int | None) -> int:
     """Return how narrow a column may be; what holds digits is never shortened."""
     pieces = [piece for cell in cells for piece in (cell.split() if is_parted else _pieces(cell))]
     longest = max(map(_width, pieces), default=0)
+    if shortest is None:  # running text stays readable as long as it can
+        return max(longest, min(READABLE, max(map(_width, cells), default=0)))
     is_numeric = any(piece[:1].isdigit() for piece in pieces)
     return longest if is_numeric else min(longest, shortest)
 

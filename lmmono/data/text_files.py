@@ -10,9 +10,10 @@ import io
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -67,7 +68,27 @@ def source_files(paths: Iterable[str]) -> list[SourceFile]:
     for given in paths:
         for file in _expand(given):
             files.setdefault(file.path.resolve(), file)
-    return list(files.values())
+    return _named_apart(list(files.values()))
+
+
+def _named_apart(files: list[SourceFile]) -> list[SourceFile]:
+    """Return the files with as many parent folders in equal names as tell them apart.
+
+    A document is found again by its file's name, so two files must not share one.
+    """
+    n_with = Counter(file.name for file in files)
+    deepest = max((len(file.path.resolve().parts) for file in files), default=0)
+    for n_parts in range(2, deepest + 1):
+        if max(n_with.values(), default=1) == 1:
+            break
+        files = [
+            replace(file, name="/".join(file.path.resolve().parts[-n_parts:]))
+            if n_with[file.name] > 1
+            else file
+            for file in files
+        ]
+        n_with = Counter(file.name for file in files)
+    return files
 
 
 def read_rows(

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from torch import nn
 
 import activation_store as astore
-from lmmono.captures.capture import capture
+from lmmono.captures.capture import capture, left_out_tokens
 from lmmono.dictionaries.classical import Classical
 from lmmono.dictionaries.controls import Control
 from lmmono.dictionaries.estimator import Dictionary, load_dictionary, read_about
@@ -93,8 +93,10 @@ def vectors_run(run: Run, *, progress: Progress = silent) -> dict[str, int]:
     hooks = match_hooks(run.model.to(best_device()), recipe.dictionary.hooks)
     mode: Literal["a", "w"] = "a" if path.exists() else "w"
     with astore.open(path, mode) as store:
-        rows = run.tokens("train").limit(recipe.dictionary.max_tokens)
-        capture(run.model, rows, hooks=(), vectors=hooks, into=store, progress=progress)
+        section = recipe.dictionary
+        rows = run.tokens("train").limit(section.max_tokens, seed=recipe.seed)
+        skip = section.skip.model_dump()
+        capture(run.model, rows, hooks=(), vectors=hooks, into=store, skip=skip, progress=progress)
         info = store.info()
         return {"n_tokens": info.n_tokens, "n_bytes": info.n_bytes}
 
@@ -176,13 +178,14 @@ class VectorSources:
             order = {"batch_tokens": settings.batch_tokens, "seed": seed}
             vectors = as_vectors(self._store.vectors(list(hooks), **order))
         else:
+            rows = self._run.tokens("train").limit(settings.max_tokens, seed=seed)
             vectors = model_vectors(
                 self.model(control),
-                self._run.tokens("train"),
+                rows,
                 list(hooks),
                 batch_tokens=settings.batch_tokens,
                 seed=seed,
-                max_tokens=settings.max_tokens,
+                skip=left_out_tokens(settings.skip, rows).mask(rows.ids, rows.doc_ids),
             )
         return shuffled(vectors, seed) if control == "shuffled" else vectors
 
@@ -336,8 +339,9 @@ def _judge_together(
     """Judge dictionaries of one hook in one pass."""
     seed, codes = run.recipe.seed, [fit.load() for fit in fits]
     settings, planted = run.recipe.dictionary, run.recipe.data.corpus.kind == "planted"
-    rows = run.tokens("score").limit(settings.eval_tokens)
-    reports = evaluate(codes, model, rows, seed=seed, progress=progress)
+    rows = run.tokens("score").limit(settings.eval_tokens, seed=seed)
+    skip = left_out_tokens(settings.skip, rows).mask(rows.ids, rows.doc_ids)
+    reports = evaluate(codes, model, rows, skip=skip, seed=seed, progress=progress)
     for n_done, (fit, code, report) in enumerate(zip(fits, codes, reports, strict=True), start=1):
         scores = report.rows(fit.planned.name)
         if planted and settings.recovery_tokens is not None:
@@ -383,10 +387,10 @@ def _store_latents(
         return
     codes: Mapping[str, Dictionary] = {fit.hook: fit.load() for fit in chosen}
     captured = run.recipe.capture
-    parts = [
-        run.tokens(split).limit(captured.max_tokens).limit(settings.latents_tokens)
-        for split in captured.splits
-    ]
+    limits = [n for n in (captured.max_tokens, settings.latents_tokens) if n is not None]
+    n_tokens = min(limits, default=None)
+    parts = [run.tokens(split).limit(n_tokens, seed=run.recipe.seed) for split in captured.splits]
+    # the same seed and no more tokens than the capture: all these rows are in the store
     kept = captured.model_dump(exclude={"hooks", "vectors", "splits", "max_tokens"})
     capture(
         run.model,

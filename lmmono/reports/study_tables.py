@@ -191,9 +191,10 @@ def _score_table(
         note=(
             f"{find_scorer(scorer).about}"
             + ("." if chance is None else f"; guessing gets {chance:g}.")
-            + " Mean over layers of means over units, then over training seeds with 95 % intervals "
-            "(Student t). score: units without a defined value count as guessing; defined: they "
-            "are left out. The other columns are controls of the same units."
+            + " Means over training seeds, with 95 % intervals (Student t). score: mean over "
+            "layers of means over units, those without a value counting as guessing; "
+            "defined: mean over the units with a value, all layers together. The other columns are "
+            "controls of the same units."
         ),
     )
 
@@ -252,6 +253,8 @@ def _cells(found: Difference) -> tuple[str, ...]:
 
 
 def _estimate(found: Estimate) -> str:
+    if np.isnan(found.difference):  # a model without a defined unit has no mean
+        return "-"
     interval = "" if np.isnan(found.ci_low) else f" [{found.ci_low:+.3f}, {found.ci_high:+.3f}]"
     return f"{found.difference:+.3f}{interval}"
 

@@ -15,9 +15,8 @@ Only one process at a time works in a folder.
 """
 
 import os
-import shutil
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from io import StringIO
@@ -26,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from lmmono.errors import RecipeError, RunError, nearest
 from lmmono.files import provenance
-from lmmono.files.atomic import disk_faults, sync, write_atomic
+from lmmono.files.atomic import atomic_folder, disk_faults, write_atomic
+from lmmono.files.digests import damaged_files, file_digest, folder_digests
 from lmmono.files.locks import lock_folder
 from lmmono.recipe import SECTIONS, Recipe
 from lmmono.runs.manifest import Manifest, StageRecord
@@ -52,6 +52,7 @@ class Run:
         self.dir = folder
         self.recipe = recipe
         self.manifest = manifest
+        self._whole = set[str]()
         self.set_aside: Path | None = None
         """Where `create` put what other settings had made here; None if there was nothing."""
 
@@ -137,6 +138,7 @@ class Run:
 
         if not (self.dir / "model").is_dir():
             raise RunError(f"{self.dir}: holds no model yet; {self._train_first()}")
+        self.require_whole("train")
         model = load_model(self.dir / "model")
         # so that hooks take text too; torch types attributes as tensors and modules only
         model.tokenizer = self.tokenizer  # pyright: ignore[reportArgumentType]
@@ -185,18 +187,11 @@ class Run:
         Raises:
             RunError: The folder cannot be written; an older model is still there.
         """
-        from lmmono.models.storage import save_model
+        from lmmono.models.storage import no_progress_bars
 
-        fresh, final = self.dir / "model.tmp", self.dir / "model"
-        with disk_faults(fresh):
-            shutil.rmtree(fresh, ignore_errors=True)
-            save_model(model, fresh)
+        with atomic_folder(self.dir / "model") as fresh, no_progress_bars():
+            model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
-            for path in fresh.iterdir():
-                sync(path)
-            shutil.rmtree(final, ignore_errors=True)
-            fresh.replace(final)
-            sync(self.dir)
 
     def is_done(self, stage: str) -> bool:
         """Say whether a stage of `STAGES` has succeeded with this run's settings."""
@@ -229,8 +224,38 @@ class Run:
                 with suppress(RunError):  # the reason of the failure matters more than its record
                     self._record(name, record.after(began))
                 raise
-            done = {"state": "finished", "facts": facts}
+            done = {"state": "finished", "facts": facts, "files": self._digests(STAGES[name].makes)}
             self._record(name, StageRecord.model_validate({**dict(record.after(began)), **done}))
+
+    def _digests(self, makes: Sequence[str]) -> dict[str, str]:
+        """Return the digests of what a stage has made; a store has its own, in its catalogue."""
+        stores = {name.removesuffix(".duckdb") for name in makes if name.endswith(".duckdb")}
+        digests: dict[str, str] = {}
+        for name in makes:
+            path = self.dir / name
+            if name.partition(".")[0] in stores or not path.exists():
+                continue
+            inner = folder_digests(path) if path.is_dir() else {"": file_digest(path)}
+            digests |= {f"{name}/{rest}".rstrip("/"): digest for rest, digest in inner.items()}
+        return digests
+
+    def require_whole(self, stage: str) -> None:
+        """Check the bytes of what a stage has made, once for each opened run.
+
+        Raises:
+            RunError: A file is missing or has changed; names each.
+        """
+        if stage in self._whole or stage not in self.manifest.stages:
+            return
+        if faults := damaged_files(self.dir, self.manifest.stages[stage].files):
+            products = [name for name in STAGES[stage].makes if (self.dir / name).exists()]
+            way_out = (
+                f"{self.dir}: bring the files back, or make them again: remove "
+                f"{' and '.join(products) or 'nothing'}, and {stage!r} from manifest.json, then "
+                f"run `lmmono run {self.dir}`"
+            )
+            raise RunError("\n".join([*faults, way_out]))
+        self._whole.add(stage)
 
     def _record(self, name: str, record: StageRecord) -> None:
         stages = {**self.manifest.stages, name: record}

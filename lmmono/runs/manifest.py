@@ -37,6 +37,8 @@ class StageRecord(BaseModel):
     """Most of all attempts, of this process: `lmmono.files.provenance.peak_memory_bytes`."""
     facts: dict[str, JsonValue]
     """What the stage says of its result."""
+    files: dict[str, str] = {}
+    """SHA-256 of each file that it made, by its path in the run folder; stores sum themselves."""
 
     @classmethod
     def begin(cls, digest: str, before: "StageRecord | None") -> "StageRecord":

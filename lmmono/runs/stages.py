@@ -86,7 +86,7 @@ _LIST = (
         "vectors",
         "lmmono.dictionaries.dictionary_run:vectors_run",
         needs=("train",),
-        reads=("dictionary.hooks", "dictionary.max_tokens"),
+        reads=("dictionary.hooks", "dictionary.max_tokens", "dictionary.skip"),
         makes=_files("vectors"),
         verb="dictionary",
         is_asked=lambda recipe: _learns(recipe) and recipe.dictionary.source == "store",

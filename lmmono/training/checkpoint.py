@@ -1,13 +1,11 @@
-"""Checkpoints of an unfinished training: written whole or not at all, read without pickle.
+"""Checkpoints of an unfinished training: atomic, checked by digest, read without pickle.
 
 A checkpoint is a folder with `weights.safetensors`, `optimizer.safetensors` and `state.json` (step,
-data cursor, digests). It is written beside the old one and takes its place by a rename, so a crash
-leaves the old or the new one. Restoring it gives the bits of a run that never stopped.
+data cursor, digests). A crash while it is written leaves the old one. Restoring it gives the bits
+of a run that never stopped.
 """
 
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lmmono.errors import TrainError
-from lmmono.files.atomic import sync
+from lmmono.files.atomic import atomic_folder, recover_folder
+from lmmono.files.digests import damaged_files, folder_digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +36,16 @@ class Position:
 def save_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position
 ) -> None:
-    """Write a checkpoint; a failure leaves the one before it in place."""
-    fresh = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    save_file(_weights(model), fresh / "weights.safetensors")
-    save_file(_moments(model, optimizer), fresh / "optimizer.safetensors")
-    (fresh / "state.json").write_text(json.dumps(asdict(position)))
-    for file in fresh.iterdir():
-        sync(file)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    """Write a checkpoint; a failure leaves the one before it in place.
+
+    Raises:
+        RunError: The disk refuses.
+    """
+    with atomic_folder(folder) as fresh:
+        save_file(_weights(model), fresh / "weights.safetensors")
+        save_file(_moments(model, optimizer), fresh / "optimizer.safetensors")
+        state = {**asdict(position), "files": folder_digests(fresh)}
+        (fresh / "state.json").write_text(json.dumps(state))
 
 
 def load_checkpoint(
@@ -60,35 +54,40 @@ def load_checkpoint(
     """Restore model, optimizer and random numbers; return the position, or None without one.
 
     Raises:
-        TrainError: the checkpoint is cut short, or belongs to another recipe.
+        TrainError: The checkpoint is damaged, or belongs to another recipe.
     """
-    old = folder.with_name(folder.name + ".old")
-    if not folder.exists() and old.exists():  # stopped between the two renames
-        os.replace(old, folder)
+    recover_folder(folder)
     if not folder.exists():
         return None
     try:
-        position = Position(**json.loads((folder / "state.json").read_text()))
-        if position.digest != digest:
-            raise TrainError(
-                f"{folder}: was made by other settings of seed, data, model or train; "
-                "restore them, or remove the folder to start again"
-            )
+        state = json.loads((folder / "state.json").read_text())
+        files = dict[str, str](state.pop("files", {}))
+        position = Position(**state)
+        assert type(position.step) is int and position.step >= 0
+    # a hand-made or damaged file may hold anything that JSON can
+    except (OSError, ValueError, TypeError, AttributeError, AssertionError, RecursionError) as why:
+        raise _unusable(folder, f"state.json: {type(why).__name__}: {why}") from why
+    if position.digest != digest:
+        raise TrainError(
+            f"{folder}: was made by other settings of seed, data, model or train; "
+            "restore them, or remove the folder to start again"
+        )
+    if faults := damaged_files(folder, files):
+        raise _unusable(folder, "; ".join(faults))
+    try:
         weights = load_file(folder / "weights.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
         _restore(model, optimizer, weights, moments)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise TrainError(
-            f"{folder}: cannot resume from this checkpoint ({error}); remove the folder to start "
-            "again from step 0"
-        ) from error
+        raise _unusable(folder, str(error)) from error
     return position
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint that a finished run no longer needs."""
-    for name in (folder.name, folder.name + ".old", folder.name + ".tmp"):
-        shutil.rmtree(folder.with_name(name), ignore_errors=True)
+def _unusable(folder: Path, reason: str) -> TrainError:
+    return TrainError(
+        f"{folder}: cannot resume from this checkpoint ({reason}); remove the folder to start "
+        "again from step 0"
+    )
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """The log of a training run: numbers as rows, kept in `metrics.parquet`."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lmmono.errors import TrainError
+from lmmono.files.atomic import atomic_file
 from lmmono.registry.metrics import METRICS
 from lmmono.training.held_out import Evaluation
 
@@ -64,16 +65,30 @@ class TrainingLog:
         return pa.Table.from_pylist(records, schema=SCHEMA)
 
     def save(self) -> None:
-        """Write `metrics.parquet` beside its old version, then take its place."""
-        temporary = self.path.with_suffix(".tmp")
-        pq.write_table(self.table(), temporary)
-        os.replace(temporary, self.path)
+        """Write `metrics.parquet` whole; a crash leaves the old one.
+
+        Raises:
+            RunError: The disk refuses.
+        """
+        with atomic_file(self.path) as partial:
+            pq.write_table(self.table(), partial)
 
     def resume(self, before_step: int) -> None:
-        """Take up the rows that an earlier process wrote up to a step; later ones are dropped."""
+        """Take up the rows that an earlier process wrote up to a step; later ones are dropped.
+
+        Raises:
+            TrainError: The file is damaged.
+        """
         if not self.path.exists():
             return
-        kept = [row for row in pq.read_table(self.path).to_pylist() if row["step"] <= before_step]
+        try:
+            rows = pq.read_table(self.path, schema=SCHEMA).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise TrainError(
+                f"{self.path}: cannot be read ({str(error).splitlines()[0]}); bring the file back, "
+                "or remove it: the rows before this step are then missing"
+            ) from error
+        kept = [row for row in rows if row["step"] <= before_step]
         self._rows = [
             LogRow(**{k: v for k, v in row.items() if k != "metric_version"}) for row in kept
         ]

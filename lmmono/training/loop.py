@@ -5,8 +5,10 @@ the number of processes changes nothing but speed. Held-out loss and code statis
 `metrics.parquet`; nothing is printed and no tracker runs unless asked.
 """
 
+import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,19 +22,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmmono.data.batches import train_batches
-from lmmono.data.minimal_pairs import read_minimal_pairs
+from lmmono.data.minimal_pairs import MinimalPair, read_minimal_pairs
 from lmmono.data.tokens import TokenRows
-from lmmono.errors import RecipeError, TrainingStopped
+from lmmono.errors import DataError, RecipeError, TrainingStopped
+from lmmono.files.atomic import remove_folder
 from lmmono.files.signals import StopRequest, stop_requests
 from lmmono.models.build import build_model
-from lmmono.recipe import Recipe
 from lmmono.recipe.sections import Train
 from lmmono.runs.folder import Run
 from lmmono.runs.stages import STAGES
 from lmmono.training.checkpoint import (
     Position,
     load_checkpoint,
-    remove_checkpoint,
     save_checkpoint,
 )
 from lmmono.training.held_out import Evaluation, evaluate, minimal_pair_accuracy
@@ -46,15 +47,15 @@ CHECK_EVERY_STEPS = 10  # reading a loss waits for the device, so losses are rea
 
 def train_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
     """Train the model of a run, or resume it; return the facts. See `lmmono.train`."""
-    recipe = run.recipe
-    accelerator = _accelerator(recipe)
+    accelerator = _accelerator(run)
     with accelerator.main_process_first():  # the others find the corpus prepared
         corpus = run.corpus
+    pairs = _pairs_that_fit(run)
     with stop_requests() as request:
-        _start_trackers(accelerator, recipe)
+        _start_trackers(accelerator, run)
         loop = _Loop.start(accelerator, run, progress, request)
         loop.optimize()
-        facts = loop.finish()
+        facts = loop.finish(pairs)
     accelerator.wait_for_everyone()
     # not end_training: it also ends the process group, which hangs now and then (the last barrier's
     # thread waits for the interpreter's lock, whose holder waits for the thread)
@@ -63,9 +64,9 @@ def train_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
     return {**facts, "data_digest": corpus.digest}
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
-    """Return Accelerate's view of the machine for this recipe."""
-    settings = recipe.train
+def _accelerator(run: Run) -> Accelerator:
+    """Return Accelerate's view of the machine for this run."""
+    recipe, settings = run.recipe, run.recipe.train
     bf16 = settings.precision == "bf16" or (
         settings.precision == "auto"
         and torch.cuda.is_available()
@@ -82,7 +83,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         cpu=not torch.accelerator.is_available(),
         mixed_precision=precision,
         log_with=list(settings.trackers) or None,
-        project_dir=recipe.dir,
+        project_dir=run.dir,
     )
     share = settings.batch_tokens // recipe.data.n_ctx
     if share % accelerator.num_processes:
@@ -95,13 +96,17 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def _start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
+def _start_trackers(accelerator: Accelerator, run: Run) -> None:
     """Start the trackers that the recipe asks for; they write into the run folder."""
-    if recipe.train.trackers:
+    trackers = run.recipe.train.trackers
+    if "wandb" in trackers:
+        # offline alone still asks a telemetry host (wandb 0.31); this switches that off
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if trackers:
         accelerator.init_trackers(
-            recipe.name,
-            config={"seed": recipe.seed},
-            init_kwargs={"wandb": {"mode": "offline", "dir": str(recipe.dir)}},
+            run.recipe.name,
+            config={"seed": run.recipe.seed},
+            init_kwargs={"wandb": {"mode": "offline", "dir": str(run.dir)}},
         )
 
 
@@ -263,8 +268,13 @@ class _Loop:
             self.log.save()
         self.accelerator.wait_for_everyone()
 
-    def finish(self) -> dict[str, float | int | str]:
-        """Evaluate a last time, save the model whole, and return the facts of the run."""
+    def finish(self, pairs: Sequence[MinimalPair]) -> dict[str, float | int | str]:
+        """Evaluate a last time, save the model whole, and return the facts of the run.
+
+        The checkpoint of the last step goes only when the model is saved, so a fault on the way
+        costs no training: the same call resumes here.
+        """
+        self._save()
         result = self._evaluate()
         if result is None:
             return {}
@@ -277,15 +287,36 @@ class _Loop:
             "n_parameters": sum(p.numel() for p in self.bare.parameters()),
             "n_processes": self.accelerator.num_processes,
         }
-        if settings.minimal_pairs:
-            pairs = read_minimal_pairs(settings.minimal_pairs)
+        if pairs:
             accuracy = minimal_pair_accuracy(self.bare, self.run.corpus.tokenizer, pairs)
             facts |= {"minimal_pairs": accuracy, "n_minimal_pairs": len(pairs)}
             self.log.add([LogRow(self.step, "val", "minimal_pairs", accuracy, result.n_tokens)])
             self.log.save()
         self.run.save_model(self.bare, self.run.corpus.tokenizer)
-        remove_checkpoint(self.run.dir / "checkpoint")
+        remove_folder(self.run.dir / "checkpoint")
         return facts
+
+
+def _pairs_that_fit(run: Run) -> list[MinimalPair]:
+    """Return the minimal pairs that the recipe names, read before a step is taken.
+
+    Raises:
+        DataError: The file cannot be read, or a sentence is longer than the model's context.
+    """
+    path, n_ctx, tokenizer = run.recipe.train.minimal_pairs, run.recipe.data.n_ctx, run.tokenizer
+    if path is None:
+        return []
+    pairs = read_minimal_pairs(path)
+    for pair in pairs:
+        for sentence in (pair.good, pair.bad):
+            n_tokens = 1 + len(tokenizer(sentence)["input_ids"])  # after an end-of-text token
+            if n_tokens > n_ctx:
+                raise DataError(
+                    f"{path}: a sentence of {pair.group} has {n_tokens} tokens, the start token "
+                    f"included, and data.n_ctx is {n_ctx}: {sentence[:60]!r}...; leave it out, or "
+                    "raise data.n_ctx"
+                )
+    return pairs
 
 
 def _new_model(run: Run) -> PreTrainedModel:
