@@ -21,7 +21,7 @@ from lmmono.data.corruption.text_noise import (
 )
 from lmmono.data.planted import Language
 from lmmono.errors import DataError
-from lmmono.registry.robustness import TEXT_CORRUPTIONS, find_corruption
+from lmmono.registry.suites import TEXT_CORRUPTIONS, find_corruption
 
 LANGUAGE = Language(3)
 TEXTS = [LANGUAGE.text(i) for i in range(8)]

@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 from lmmono.dictionaries.controls import Control
 from lmmono.errors import RobustnessError
 from lmmono.recipe.robustness_settings import FamilySettings
-from lmmono.registry.robustness import FAMILIES
+from lmmono.registry.suites import FAMILIES
 from lmmono.suites.feature_families import FeatureFamily, as_family
 
 ROWS = torch.from_numpy(np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32))

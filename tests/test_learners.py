@@ -20,7 +20,7 @@ from lmmono.probes.gradient import (
 from lmmono.probes.logistic import basis, fit_path
 from lmmono.probes.losses import cross_entropy, symmetric_cross_entropy
 from lmmono.probes.problems import Problems
-from lmmono.registry.robustness import LEARNERS, find_learner
+from lmmono.registry.suites import LEARNERS, find_learner
 
 N, M, D = 90, 60, 6
 TRUE_RATE = 0.3

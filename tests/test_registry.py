@@ -12,7 +12,8 @@ from lmmono.registry.dictionary_kinds import DICTIONARY_KINDS
 from lmmono.registry.explainers import EXPLAINERS
 from lmmono.registry.lookup import load
 from lmmono.registry.metrics import METRICS
-from lmmono.registry.robustness import (
+from lmmono.registry.scorers import SCORERS, find_scorer
+from lmmono.registry.suites import (
     FAMILIES,
     HYPOTHESES,
     LEARNERS,
@@ -20,7 +21,6 @@ from lmmono.registry.robustness import (
     SUITES,
     TEXT_CORRUPTIONS,
 )
-from lmmono.registry.scorers import SCORERS, find_scorer
 from lmmono.registry.tasks import TASK_NAMES
 
 TABLES = (SCORERS, EXPLAINERS, LEARNERS, FAMILIES, SUITES, HYPOTHESES, TEXT_CORRUPTIONS)

@@ -14,7 +14,7 @@ from lmmono.errors import RobustnessError
 from lmmono.probes.probe_jobs import fit_probes, telling
 from lmmono.probes.problems import Problems
 from lmmono.recipe.robustness_settings import Robustness
-from lmmono.registry.robustness import SUITES, find_suite
+from lmmono.registry.suites import SUITES, find_suite
 from lmmono.studies.comparisons import compare_families
 from lmmono.suites.bench import semantic_consistency
 from lmmono.suites.draws import SuiteDraw

@@ -12,7 +12,7 @@ import lmmono as lm
 from lmmono.data.tasks.task import Labelled, Task
 from lmmono.errors import RobustnessError
 from lmmono.recipe.robustness_settings import Robustness, Tuning
-from lmmono.registry.robustness import SUITES
+from lmmono.registry.suites import SUITES
 from lmmono.studies.comparisons import compare_families
 from lmmono.suites.results import read_results
 from lmmono.suites.tuned import tuners

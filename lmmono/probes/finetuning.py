@@ -22,7 +22,7 @@ from lmmono.errors import RobustnessError
 from lmmono.models.hooks import bare
 from lmmono.probes import losses
 from lmmono.probes.text_reader import TextReader
-from lmmono.registry.robustness import TuningLoss, TuningMode
+from lmmono.registry.suites import TuningLoss, TuningMode
 from lmmono.types import Progress, silent
 
 LOSSES: dict[TuningLoss, Callable[[Tensor, Tensor], Tensor]] = {

@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from lmmono.probes.problems import Probes, Problems, empty_probes
-from lmmono.registry.robustness import find_learner
+from lmmono.registry.suites import find_learner
 
 
 @dataclass(frozen=True, slots=True, eq=False)

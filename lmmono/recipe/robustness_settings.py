@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lmmono.errors import nearest
 from lmmono.recipe.sections import Count, Fraction, OneOf, Section, clash
-from lmmono.registry.robustness import (
+from lmmono.registry.suites import (
     FAMILIES,
     HYPOTHESES,
     LEARNERS,

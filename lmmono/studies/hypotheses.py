@@ -17,7 +17,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from lmmono.errors import DataError
-from lmmono.registry.robustness import Hypothesis, find_hypothesis
+from lmmono.registry.suites import Hypothesis, find_hypothesis
 from lmmono.stats.significance import Effect, effect, holm
 from lmmono.studies.comparisons import by_seed
 from lmmono.studies.doses import ACTIVE_FRACTION, Dose, dose_responses, doses_of, is_whole

@@ -26,7 +26,7 @@ from lmmono.data.corruption.synonyms import Synonyms
 from lmmono.data.corruption.text_noise import Pieces, pieces_of, standing_in
 from lmmono.errors import DataError, RobustnessError, nearest
 from lmmono.probes.probe_jobs import Solver
-from lmmono.registry.robustness import Attack, Suite
+from lmmono.registry.suites import Attack, Suite
 from lmmono.suites.bench import Bench, Condition, Key, Measurement, Rows, judged_texts
 from lmmono.suites.draws import drawn
 from lmmono.suites.grid import probe_facts

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from lmmono.data.tasks.task import Task
 from lmmono.recipe.robustness_settings import Robustness
 from lmmono.registry.metrics import METRICS
-from lmmono.registry.robustness import Suite
+from lmmono.registry.suites import Suite
 from lmmono.stats.estimate import LEVEL
 from lmmono.stats.intervals import wilson
 from lmmono.suites.draws import SuiteDraw

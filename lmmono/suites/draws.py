@@ -24,7 +24,7 @@ from lmmono.data.corruption.label_noise import (
 from lmmono.data.tasks.task import OOD, Task
 from lmmono.errors import DataError
 from lmmono.recipe.robustness_settings import Robustness
-from lmmono.registry.robustness import Suite
+from lmmono.registry.suites import Suite
 
 # far from any number of repetitions, so that no validation set gets a training set's noise
 VALIDATION_STREAM = 1_000_003

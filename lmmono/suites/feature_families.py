@@ -22,7 +22,7 @@ from lmmono.dictionaries.coding import random_directions
 from lmmono.errors import RobustnessError
 from lmmono.recipe.robustness_settings import FamilySettings
 from lmmono.registry.lookup import find, load
-from lmmono.registry.robustness import FAMILIES
+from lmmono.registry.suites import FAMILIES
 
 HookRows = Float[Tensor, "n d_in"]
 Encode = Callable[[Tensor], Tensor]

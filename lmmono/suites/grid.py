@@ -14,7 +14,7 @@ from jaxtyping import Int64
 
 from lmmono.probes.probe_jobs import FittedProbes, JudgedPart, ProbeJob, Solver
 from lmmono.probes.problems import Problems
-from lmmono.registry.robustness import Suite
+from lmmono.registry.suites import Suite
 from lmmono.suites.bench import (
     Bench,
     Condition,

@@ -18,7 +18,7 @@ from lmmono.data.corruption.text_noise import corrupt_texts
 from lmmono.errors import DataError, RobustnessError
 from lmmono.probes.probe_jobs import FittedProbes, JudgedPart, Solver, count_right
 from lmmono.probes.problems import Probes
-from lmmono.registry.robustness import MODEL_NOISE, Suite
+from lmmono.registry.suites import MODEL_NOISE, Suite
 from lmmono.registry.tasks import PLANTED
 from lmmono.suites.bench import (
     Bench,

@@ -21,7 +21,7 @@ from lmmono.errors import RobustnessError
 from lmmono.models.hooks import match_hooks
 from lmmono.probes.probe_jobs import Solver, solving
 from lmmono.recipe.robustness_settings import Robustness
-from lmmono.registry.robustness import Suite, find_suite
+from lmmono.registry.suites import Suite, find_suite
 from lmmono.suites.attacks import attacked_rows
 from lmmono.suites.bench import (
     Bench,

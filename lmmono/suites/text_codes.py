@@ -20,7 +20,7 @@ from activation_store.write.recorder import digest as weights_digest
 from lmmono.errors import RobustnessError, nearest
 from lmmono.models.hooks import attached, bare, hook_names, hook_width, match_hooks, run_until
 from lmmono.probes.text_reader import TextReader
-from lmmono.registry.robustness import MODEL_NOISE, Pooling
+from lmmono.registry.suites import MODEL_NOISE, Pooling
 from lmmono.suites.feature_families import FeatureFamily
 
 SIGMAS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6)

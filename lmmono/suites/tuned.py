@@ -19,7 +19,7 @@ from lmmono.probes.finetuning import Classifier, FineTuning, LabelledTexts, fine
 from lmmono.probes.probe_jobs import Solver
 from lmmono.probes.problems import NO_VALIDATION
 from lmmono.recipe.robustness_settings import Tuning
-from lmmono.registry.robustness import Suite
+from lmmono.registry.suites import Suite
 from lmmono.suites.bench import Bench, Condition, Key, Measurement, Rows, judged_texts
 from lmmono.suites.draws import SuiteDraw, drawn
 from lmmono.suites.grid import suite_rows

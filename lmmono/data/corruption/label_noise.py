@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from lmmono.errors import DataError, nearest
-from lmmono.registry.robustness import LABEL_NOISE, LabelNoise
+from lmmono.registry.suites import LABEL_NOISE, LabelNoise
 
 Array = TypeVar("Array")
 

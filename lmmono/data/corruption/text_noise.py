@@ -20,7 +20,7 @@ from lmmono.data.corruption.edits import Edit
 from lmmono.data.corruption.synonyms import Synonyms, wordnet_synonyms
 from lmmono.errors import DataError
 from lmmono.registry.lookup import load
-from lmmono.registry.robustness import TextCorruption, find_corruption
+from lmmono.registry.suites import TextCorruption, find_corruption
 
 SEVERITIES = (0, 1, 2, 3, 4, 5)
 
@@ -46,7 +46,7 @@ def corrupt_texts(
 
     Args:
         texts: The texts.
-        kind: Which noise, see `lmmono.registry.robustness.TEXT_CORRUPTIONS`.
+        kind: Which noise, see `lmmono.registry.suites.TEXT_CORRUPTIONS`.
         severity: 1, mild, to 5, strong; 0 returns the texts as they are.
         seed: Seed of which words are edited and how.
         synonyms: For `synonyms`: what may stand for a word; None takes WordNet's.
