@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 import activation_store as astore
+import lmmono as lm
 from lmmono.captures.capture import capture
 from lmmono.data.tokens import TokenCorpus, prepare
 from lmmono.errors import ModelError, RunError
@@ -18,8 +19,6 @@ from lmmono.pipeline import run_stages, train
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import CrateModel, Data, Gpt2Model, PlantedCorpus, Splits
 from lmmono.reports.side_by_side import run_tables
-from lmmono.scores.token_statistics import N_GROUPS, score_token_selectivity
-from lmmono.stats.formulas import entropies
 
 HOOK = "blocks.1.mlp.hook_post"
 STREAM = "blocks.0.hook_resid_post"
@@ -172,67 +171,6 @@ def test_wrong_names_and_settings_say_what_exists(
             capture(model, corpus.tokens("val"), treshold=0.1, into=store)
 
 
-def test_selectivity_is_one_minus_the_entropy_ratio_by_hand(store: astore.Store) -> None:
-    score_token_selectivity(store, HOOK)
-    query = "SELECT unit, token_id, sum(act) FROM activations WHERE hook = $hook GROUP BY ALL"
-    mass: dict[int, list[float]] = {}
-    for unit, _, total in store.sql(query, hook=HOOK).fetchall():
-        mass.setdefault(unit, []).append(total)
-    counts = store.sql("SELECT count(*) FROM tokens GROUP BY token_id").fetchall()
-    base = stats.entropy([n for (n,) in counts])
-    query = (
-        "SELECT unit, value, ci_low, ci_high, n FROM scores WHERE hook = $hook AND control IS NULL"
-    )
-    rows = store.sql(query, hook=HOOK).fetchall()
-    assert len(rows) == 64
-    for unit, value, low, high, _ in rows:
-        if unit in mass:
-            assert value == pytest.approx(1 - stats.entropy(mass[unit]) / base, abs=1e-5)
-            assert low <= value <= high
-        else:
-            assert value is None
-
-
-def test_the_shuffled_control_knows_nothing_of_the_token(store: astore.Store) -> None:
-    score_token_selectivity(store, HOOK)
-    query = """SELECT control, median(value) FROM scores
-        WHERE hook = $hook AND n > 500 GROUP BY control"""
-    medians = dict(store.sql(query, hook=HOOK).fetchall())
-    assert medians["shuffled"] < 0.2 * medians[None]
-
-
-def test_the_jackknife_interval_matches_leaving_groups_out_by_hand(store: astore.Store) -> None:
-    score_token_selectivity(store, HOOK)
-    unit, low, high = store.sql(
-        "SELECT unit, ci_low, ci_high FROM scores WHERE hook = $hook AND control IS NULL "
-        "AND value IS NOT NULL ORDER BY unit LIMIT 1",
-        hook=HOOK,
-    ).fetchall()[0]
-
-    def value(left_out: int | None) -> float:
-        masses, counts = (
-            np.array([n for (n,) in store.sql(query, **given).fetchall()], float)
-            for query, given in (
-                (
-                    "SELECT sum(act) FROM activations WHERE hook = $hook AND unit = $unit "
-                    "AND ($g IS NULL OR doc_id % $n != $g) GROUP BY token_id",
-                    {"hook": HOOK, "unit": unit, "g": left_out, "n": N_GROUPS},
-                ),
-                (
-                    "SELECT count(*) FROM tokens WHERE $g IS NULL OR doc_id % $n != $g "
-                    "GROUP BY token_id",
-                    {"g": left_out, "n": N_GROUPS},
-                ),
-            )
-        )
-        return 1 - float(entropies(masses)) / float(entropies(counts))
-
-    parts = np.array([value(g) for g in range(N_GROUPS)])
-    error = np.sqrt((N_GROUPS - 1) / N_GROUPS * np.square(parts - parts.mean()).sum())
-    half = stats.t.ppf(0.975, N_GROUPS - 1) * error
-    assert (low, high) == pytest.approx((value(None) - half, value(None) + half), abs=1e-5)
-
-
 def test_a_run_is_captured_once_and_compared(tmp_path: Path) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(
@@ -250,7 +188,7 @@ capture: {{max_tokens: 640, max_density: 0.9}}
     before = run.store_path.stat().st_mtime_ns
     assert run_stages(run, "capture").store_path.stat().st_mtime_ns == before
     with astore.open(run.store_path, mode="a") as store:
-        score_token_selectivity(store, "blocks.0.mlp.hook_post")
+        lm.score(store, "blocks.0.mlp.hook_post", scorer="token_selectivity")
         (facts,) = store.sql("SELECT run, arch, n_ctx, n_layers FROM runs").fetchall()
         assert facts == ("tiny", "crate", 32, 1)
     layers, neurons = run_tables([run])

@@ -206,3 +206,33 @@ def test_rows_are_stored_and_summed_up_with_the_share_not_defined(store):
     assert json.loads(details)["tp"] == 20
     again = lm.score(store, HOOK, scorer=["detection", "fuzz"], units=KNOWN, **SETTINGS)
     assert (again.n_units, again.n_found) == (0, 2 * len(KNOWN))
+
+
+def test_a_judge_out_of_reach_is_asked_again_and_one_that_answers_badly_is_not(store):
+    how = {"scorer": "detection", "units": KNOWN, "controls": False, **SETTINGS}
+    dead = lm.score(store, HOOK, client=Scripted(lambda _: None), **how)
+    assert dead.n_units == len(KNOWN) and repr(dead)
+    badly = lm.score(store, HOOK, client=Scripted(lambda _: "I cannot say"), **how)
+    assert badly.n_units == len(KNOWN) - 1, "the silent unit was never asked about"
+    assert lm.score(store, HOOK, client=Scripted(always), **how).n_units == 0
+    query = "SELECT DISTINCT failure FROM scores WHERE metric = 'detection' AND unit = $unit"
+    assert store.sql(query, unit=ON_CAT).fetchall() == [("unparsed",)]
+
+
+def test_a_connection_that_breaks_half_way_leaves_no_score(store):
+    turn, rule = iter(range(10**6)), labels(is_cat)
+    broken = Scripted(lambda question: None if next(turn) % 4 == 0 else rule(question))
+    row = rows_of(store, "detection", broken)["detection", ON_CAT, None]
+    assert (row["value"], row["failure"]) == (None, "no_answer")
+
+
+def test_a_new_explanation_is_scored_and_another_judge_is_asked(store):
+    how = {"scorer": "detection", "units": KNOWN, "controls": False, **SETTINGS}
+    first, other = Scripted(always), Scripted(never)
+    other.name = "other"
+    lm.score(store, HOOK, client=first, **how)
+    n = lm.score(store, HOOK, client=other, **how).n_units
+    assert n == len(KNOWN) and other.prompts
+    assert lm.score(store, HOOK, client=first, **how).n_units == 0
+    lm.explain(store, HOOK, units=KNOWN, overwrite=True)
+    assert lm.score(store, HOOK, client=first, **how).n_units == len(KNOWN)

@@ -7,8 +7,10 @@ from explained_store import HOOK, planted_store
 import activation_store as astore
 import lmmono as lm
 from lmmono.errors import ExplainError
+from lmmono.registry.metrics import METRICS
 from lmmono.stats.agreement import record_sums
-from lmmono.studies.differences import NORMAL, _HookUnits, _Pair
+from lmmono.stats.intervals import Z
+from lmmono.studies.differences import _HookUnits, _Pair
 
 
 def units(rng, n, mean, densities=None):
@@ -19,7 +21,7 @@ def units(rng, n, mean, densities=None):
 def interval(pair, rng, kind=0, n_draws=50):
     a, b = pair.means(None)[kind]
     draws = np.array([pair.means(rng)[kind] for _ in range(n_draws)])
-    half = NORMAL * (draws[:, 0] - draws[:, 1]).std(ddof=1)
+    half = Z * (draws[:, 0] - draws[:, 1]).std(ddof=1)
     return a - b - half, a - b + half
 
 
@@ -54,6 +56,70 @@ def test_a_mean_of_defined_scores_leaves_the_others_out():
     raw, defined, _ = _Pair([half], [whole]).means(None)
     assert raw.tolist() == pytest.approx([0.3, 0.4])
     assert defined.tolist() == pytest.approx([0.6, 0.4])
+
+
+def layer(values, defined=None, n=20):
+    defined = np.ones(n, bool) if defined is None else defined
+    return _HookUnits(np.where(defined, values, 0.0), defined, np.full(n, 0.1))
+
+
+def test_a_layer_without_a_defined_unit_counts_for_nothing_among_the_defined():
+    empty, full = layer(0.0, np.zeros(20, bool)), layer(0.8)
+    pair = _Pair([empty, full], [full, full])
+    raw, defined, _ = pair.means(None)
+    assert raw.tolist() == pytest.approx([0.4, 0.8])
+    assert defined.tolist() == pytest.approx([0.8, 0.8])
+    rng = np.random.default_rng(0)
+    draws = np.array([pair.means(rng)[1] for _ in range(50)])
+    assert draws[:, 0] == pytest.approx(0.8), "a draw that misses units of a layer adds no 0"
+
+
+def test_few_defined_units_make_no_interval_and_none_no_difference():
+    few = layer(0.8, np.arange(20) < 3)
+    none = layer(0.0, np.zeros(20, bool))
+    assert "3 and 20 defined units; want 10" in _Pair([few], [layer(0.5)]).failures()[1]
+    assert np.isnan(_Pair([none], [layer(0.5)]).means(None)[1]).tolist() == [True, False]
+
+
+def test_a_layer_with_few_defined_units_does_not_make_half_of_the_mean():
+    few, many = layer(0.0, np.arange(20) < 1), layer(0.9)
+    _, defined, _ = _Pair([few, many], [many, many]).means(None)
+    assert defined[0] == pytest.approx(0.9 * 20 / 21)
+
+
+def test_densities_that_hardly_overlap_are_not_matched():
+    rng = np.random.default_rng(0)
+    low = _HookUnits(np.ones(50), np.ones(50, bool), rng.uniform(0, 0.1, 50))
+    high = _HookUnits(np.ones(50), np.ones(50, bool), rng.uniform(0.5, 0.6, 50))
+    pair = _Pair([low], [high])
+    assert np.isnan(pair.means(None)[2]).all() and "overlap" in pair.failures()[2]
+
+
+def test_units_without_a_value_are_undefined_and_stand_for_chance_only_where_there_is_one(tmp_path):
+    stores = []
+    for name, n_silent in (("a", 0), ("b", 3)):
+        store = planted_store(tmp_path / name, seed=0)
+        store = astore.open(store.path, mode="a")
+        for metric in ("token_selectivity", "detection"):
+            rows = [
+                {
+                    "metric": metric, "metric_version": METRICS[metric].version, "hook": HOOK,
+                    "unit": unit, "value": None if unit < n_silent else 1.0,
+                    "failure": "unparsed" if unit < n_silent else None,
+                    "seed": 0 if metric == "detection" else None, "split": "score",
+                    "explainer": "token_lookup" if metric == "detection" else None,
+                }
+                for unit in range(6)
+            ]  # fmt: skip
+            store.append("scores", rows)
+        stores.append(store)
+    silent = lm.compare(*stores, scorer="token_selectivity", hooks=HOOK)
+    assert silent.undefined == (0.0, 0.5)
+    assert np.isnan(silent.raw.difference) and "no chance level" in repr(silent)
+    assert silent.defined.difference == 0.0
+    judged = lm.compare(*stores, scorer="detection", hooks=HOOK)
+    assert judged.undefined == (0.0, 0.5)
+    assert (judged.raw.a, judged.raw.b) == (1.0, 0.75), "half of the units at a chance of 0.5"
 
 
 def test_what_a_document_does_to_both_models_cancels():

@@ -14,12 +14,14 @@ from explained_store import (
 )
 
 import activation_store as astore
+import lmmono as lm
 from lmmono.errors import ExplainError
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
-from lmmono.scores.labelled import consistency, selectivity, strongest
+from lmmono.scores.labelled import selectivity, strongest
 from lmmono.scores.labelled_items import TokenLabels, read_labelled
 from lmmono.scores.score_job import ScoreJob
+from lmmono.stats.consistency import consistency
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,13 @@ def test_labels_that_do_not_fit_are_told(store, labels):
     for wrong, message in ((half, "rows of split"), ({0: "a"}, "documents of"), (3, "got int")):
         with pytest.raises(ExplainError, match=message):
             rows_of(store, "labelled", wrong)
+
+
+def test_scores_under_other_labels_are_other_scores(store, labels):
+    first = lm.score(store, HOOK, scorer="labelled", labels=labels, items=500)
+    assert lm.score(store, HOOK, scorer="labelled", labels=labels, items=500).n_units == 0
+    truth = labels.truth.copy()
+    truth[0, 0, 0] ^= True
+    other = TokenLabels(labels.seq_ids, truth, labels.names)
+    again = lm.score(store, HOOK, scorer="labelled", labels=other, items=500)
+    assert again.n_units == first.n_units > 0 and again.preset != first.preset

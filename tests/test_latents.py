@@ -23,7 +23,6 @@ from lmmono.errors import DictionaryError
 from lmmono.models.build import build_model
 from lmmono.models.hooks import run_with_cache
 from lmmono.recipe.sections import CrateModel, Data, PlantedCorpus, Splits
-from lmmono.scores.token_statistics import score_token_selectivity
 
 HOOK, STREAM = "blocks.0.mlp.hook_post", "blocks.0.hook_resid_post"
 LATENTS = f"{STREAM}.hook_sae_acts_post"
@@ -205,8 +204,9 @@ def test_every_query_works_on_latents_as_on_neurons(store: astore.Store, tmp_pat
     query = "SELECT token_id, n_acts FROM token_profile($h, $u) ORDER BY token_id"
     profile = store.sql(query, h=LATENTS, u=unit).fetchall()
     assert profile == list(zip(*np.unique(ids[firing], return_counts=True), strict=True))
-    score_token_selectivity(store, LATENTS)
-    query = "SELECT count(value) FROM scores WHERE hook = $h AND control IS NULL"
+    lm.score(store, LATENTS, scorer="token_selectivity")
+    query = """SELECT count(*) FROM scores WHERE hook = $h AND control IS NULL
+        AND unit IS NOT NULL AND failure IS DISTINCT FROM 'silent'"""
     assert store.sql(query, h=LATENTS).fetchall()[0] == (int((acts > 0).any(0).sum()),)
 
 

@@ -18,11 +18,12 @@ from scipy import stats
 
 import activation_store as astore
 import lmmono as lm
+from lmmono.records.corpus_excerpts import TokenGrid
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.decorrelation import tokens_apart, units_alike
 from lmmono.scores.score_job import ScoreJob
-from lmmono.scores.unit_statistics import jackknife, read_corpus
+from lmmono.scores.unit_statistics import Corpus, _selectivity, read_corpus
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +69,73 @@ def test_kurtosis_agrees_with_the_table_of_statistics_up_to_the_other_split(stor
     assert row["ci_low"] < both < row["ci_high"]
 
 
-def test_token_entropy_is_that_of_scipy_and_shuffled_tokens_have_more(planted, found):
-    mine = planted.rows("score")
+@pytest.fixture(scope="module")
+def selective(planted):
+    with astore.open(planted.path) as store:
+        return rows_of(store, "token_selectivity")
+
+
+def test_selectivity_of_frequent_units_is_one_minus_the_entropy_ratio(planted, selective):
+    tokens = planted.token_ids.reshape(-1)
+    base = stats.entropy(np.bincount(tokens))
     for unit in (ON_CAT, NOISE, DENSE):
-        mass = np.bincount(
-            planted.token_ids[mine].reshape(-1), planted.acts[mine, :, unit].reshape(-1), D_VOCAB
-        )
-        wanted = stats.entropy(mass)
-        assert found["token_entropy", unit, None]["value"] == pytest.approx(wanted, abs=1e-6)
-    assert found["token_entropy", ON_CAT, "shuffled"]["value"] > 2.5
-    assert found["token_entropy", ON_CAT, None]["value"] == pytest.approx(0, abs=1e-12)
+        mass = np.bincount(tokens, planted.acts[..., unit].reshape(-1), D_VOCAB)
+        row = selective["token_selectivity", unit, None]
+        assert row["value"] == pytest.approx(1 - stats.entropy(mass) / base, abs=0.02)
+        assert row["ci_low"] <= row["value"] <= row["ci_high"]
+    assert abs(selective["token_selectivity", ON_CAT, "shuffled"]["value"]) < 0.05
+    assert selective["token_selectivity", SILENT, None]["failure"] == "silent"
+
+
+def truth_and_text(kind, d_vocab=400):
+    """Token frequencies of a text, those under a unit, and the unit's true selectivity."""
+    text = 1 / np.arange(1, d_vocab + 1)
+    text /= text.sum()
+    unit = text.copy()
+    if kind != "random":
+        unit *= 0.5 if kind == "half" else 0.0
+        unit[60] += 1 - unit.sum()
+    return text, unit, 1 - stats.entropy(unit) / stats.entropy(text)
+
+
+@pytest.mark.parametrize("kind", ["random", "half", "one token"])
+@pytest.mark.parametrize("n_firing", [6, 40, 400])
+def test_selectivity_covers_the_truth_however_rarely_a_unit_fires(kind, n_firing):
+    text, unit, truth = truth_and_text(kind)
+    rng, values, covered = np.random.default_rng(n_firing), [], 0
+    for _ in range(60):
+        tokens = rng.choice(len(text), n_firing, p=unit).astype(np.int32)
+        document = rng.integers(60, size=n_firing)
+        grid = TokenGrid("score", np.zeros(1, np.int64), n_firing, tokens, document)
+        corpus = Corpus(grid, document, document % 10, 10, np.ones(10))
+        row = _selectivity(np.arange(n_firing), np.ones(n_firing, np.float32), corpus, text)
+        values.append(row["value"])
+        covered += row["ci_low"] <= truth <= row["ci_high"]
+        assert row["ci_high"] - row["ci_low"] > 0.02, "no interval has width 0"
+    assert covered >= 54, f"covers {covered} of 60"
+    if kind != "half":
+        assert np.mean(values) == pytest.approx(truth, abs=0.1)
+
+
+def test_six_firings_on_one_token_are_less_sure_than_sixty():
+    text, _, _ = truth_and_text("one token")
+    lows = []
+    for n in (6, 60):
+        grid = TokenGrid("score", np.zeros(1, np.int64), n, np.full(n, 60, np.int32), np.arange(n))
+        corpus = Corpus(grid, np.arange(n), np.arange(n) % 10, 10, np.ones(10))
+        row = _selectivity(np.arange(n), np.ones(n, np.float32), corpus, text)
+        assert row["value"] > 0.95 and row["ci_high"] == 1.0
+        lows.append(row["ci_low"])
+    assert lows[0] < 0.5 < 0.85 < lows[1]
+
+
+def test_a_unit_of_one_document_has_no_selectivity():
+    text, _, _ = truth_and_text("random")
+    tokens = np.arange(8, dtype=np.int32)
+    grid = TokenGrid("score", np.zeros(1, np.int64), 8, tokens, np.zeros(8, np.int64))
+    corpus = Corpus(grid, np.zeros(8, np.int64), np.zeros(8, np.int64), 1, np.ones(1))
+    row = _selectivity(np.arange(8), np.ones(8, np.float32), corpus, text)
+    assert (row["value"], row["failure"]) == (None, "too_few_records")
 
 
 def test_purity_and_ngrams_know_the_planted_token_and_pair(found):
@@ -88,6 +146,10 @@ def test_purity_and_ngrams_know_the_planted_token_and_pair(found):
         assert found[metric, unit, None]["value"] < 0.2
     assert found["token_purity", ON_CAT, "shuffled"]["value"] < 0.2
     assert CAT != PAIR_THEN
+    for row in found.values():
+        if row["metric"] in ("token_purity", "ngram_consistency") and row["value"] is not None:
+            assert row["ci_high"] - row["ci_low"] > 0.05, "documents that agree leave doubt"
+            assert row["ci_low"] <= row["value"] <= row["ci_high"]
 
 
 def test_the_monosemanticity_scale_is_the_mean_squared_z_of_the_top_percent(planted, found):
@@ -107,8 +169,6 @@ def test_the_interval_leaves_out_groups_of_documents_in_turn(planted, store, fou
     row = found["unit_density", NOISE, None]
     assert len(left) == n
     assert row["ci_high"] - row["value"] == pytest.approx(half)
-    low, high = jackknife(np.array([[0.5, 0.5]]))
-    assert np.isnan([low[0], high[0]]).all(), "one group of documents gives no interval"
 
 
 def test_statistics_are_stored_and_found_again(store):

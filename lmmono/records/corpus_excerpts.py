@@ -25,10 +25,10 @@ PADDING = -1
 
 @dataclass(frozen=True, slots=True)
 class TokenGrid:
-    """The tokens of one split; cell `row * n_ctx + pos` is the token at a position of a row."""
+    """Tokens of a store; cell `row * n_ctx + pos` is the token at a position of a row."""
 
-    split: Split
-    """Split of the documents."""
+    split: Split | None
+    """Split of the documents; None where they are of all splits."""
     seq_ids: Int[ndarray, " rows"]
     """Row of the store that each row of the grid is, ascending."""
     n_ctx: int
@@ -43,13 +43,14 @@ class TokenGrid:
         return np.where(cells >= 0, self.token_ids[cells], np.int32(PADDING))
 
 
-def read_grid(store: astore.Store, split: Split) -> TokenGrid:
-    """Read the tokens of a split.
+def read_grid(store: astore.Store, split: Split | None) -> TokenGrid:
+    """Read the tokens of a split; None reads those of all splits.
 
     Raises:
         ExplainError: The store has no tokens of that split.
     """
-    query = "SELECT seq_id, pos, doc_id, token_id FROM token_ids WHERE split = $split"
+    query = """SELECT seq_id, pos, doc_id, token_id FROM token_ids
+        WHERE $split IS NULL OR split = $split"""
     table = store.sql(query, split=split).to_arrow_table()
     if not table.num_rows:
         query = "SELECT DISTINCT split FROM token_ids ORDER BY split"
@@ -91,6 +92,7 @@ class Excerpts:
     @property
     def split(self) -> Split:
         """Split of the documents."""
+        assert self.grid.split is not None, "excerpts are cut from one split"
         return self.grid.split
 
     @property

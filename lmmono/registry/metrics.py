@@ -39,7 +39,13 @@ def _simulated(scorer: str, records: str) -> list[Metric]:
         for name, formula in formulas.items()
     ]
     return metrics + [
-        Metric(f"{each.name}_defined", 1, "<= 1", "higher", f"mean of {each.name} where defined")
+        Metric(
+            f"{each.name}_defined",
+            2,
+            "<= 1",
+            "higher",
+            f"mean over units of {each.name} where defined",
+        )
         for each in metrics
     ]
 
@@ -67,7 +73,13 @@ def _classified(name: str, contrast: str) -> list[Metric]:
 def _with_defined(metrics: list[Metric]) -> list[Metric]:
     """Return metrics and, after them, their means over the units where they are defined."""
     return metrics + [
-        Metric(f"{each.name}_defined", 1, each.unit, each.better, f"mean of {each.name} if defined")
+        Metric(
+            f"{each.name}_defined",
+            2,
+            each.unit,
+            each.better,
+            f"mean over units of {each.name} if defined",
+        )
         for each in metrics
     ]
 
@@ -114,17 +126,16 @@ METRICS: dict[str, Metric] = {
         Metric("feature_f1", 1, "[0, 1]", "higher", "mean F1 of best units, held out"),
         Metric("unit_density", 1, "[0, 1]", "neither", "share of tokens with act > threshold"),
         Metric("unit_kurtosis", 1, ">= 1", "neither", "m4 / m2^2 of one unit (normal: 3)"),
-        Metric("token_entropy", 1, "nats", "lower", "H(token | act), tokens weighted by act"),
         Metric(
             "token_purity",
-            1,
+            2,
             "[0, 1]",
             "higher",
             "share of strong acts (>= half the maximum) on the token chosen on other documents",
         ),
         Metric(
             "ngram_consistency",
-            1,
+            2,
             "[0, 1]",
             "higher",
             "share of strong acts that end the n-gram chosen on other documents",
@@ -153,8 +164,8 @@ METRICS: dict[str, Metric] = {
             "(mean act with the concept - without) / (with + without); chosen on other documents",
         ),
         *(
-            Metric(f"semantic_consistency{name}", 1, scale, "higher", f"{formula}; {items}")
-            for name, items in (("", "items where act > 0"), ("_top", "the top 1 % of items"))
+            Metric(f"semantic_consistency{name}", 2, scale, "higher", f"{formula}; {items}")
+            for name, items in (("", "items where |act| > 1e-5"), ("_top", "the top 1 % of items"))
             for name, scale, formula in (
                 (name, "<= 1", "(SC - E) / (1 - E), E the mean SC of shuffled labels"),
                 (f"{name}_raw", "[0, 1]", "SC: largest share of a concept"),
@@ -211,7 +222,13 @@ METRICS: dict[str, Metric] = {
         Metric("ablation_kl", 1, "nats", "neither", "KL(clean || act = 0) where the unit fires"),
         Metric("steering_kl", 1, "nats", "neither", "KL(clean || act + the unit's maximum)"),
         Metric("steering_strength", 1, "maxima", "neither", "what to add for a KL of the target"),
-        Metric("token_selectivity", 1, "[0, 1]", "higher", "1 - H(token | act) / H(token)"),
+        Metric(
+            "token_selectivity",
+            2,
+            "<= 1",
+            "higher",
+            "1 - H(token | act) / H(token), H(token | act) a cross-entropy between documents",
+        ),
         *(metric for scorer, records in _SIMULATED for metric in _simulated(scorer, records)),
         *(metric for name, contrast in _CLASSIFIED for metric in _classified(name, contrast)),
     )

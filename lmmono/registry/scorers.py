@@ -87,7 +87,7 @@ _ALL = (
     Scorer(
         "token_selectivity",
         ("token_selectivity",),
-        "lmmono.scores.token_statistics:token_selectivity",
+        "lmmono.scores.unit_statistics:score_token_selectivity",
         needs=(),
         chance=None,
         citation="own; a normalised conditional entropy",
@@ -144,7 +144,6 @@ _ALL = (
             "unit_kurtosis",
             "unit_density",
             "monosemanticity_scale",
-            "token_entropy",
             "token_purity",
             "ngram_consistency",
         ),

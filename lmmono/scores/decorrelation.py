@@ -13,7 +13,8 @@ from numpy import ndarray
 from lmmono.records.unit_rows import read_unit_rows
 from lmmono.records.units import checked_units
 from lmmono.scores.score_job import Row, ScoreJob
-from lmmono.scores.unit_statistics import METHOD, Corpus, columns_of, jackknife, read_corpus
+from lmmono.scores.unit_statistics import METHOD, Corpus, columns_of, read_corpus
+from lmmono.stats.intervals import jackknife_interval
 
 Dense = Float[ndarray, "tokens units"]
 
@@ -61,9 +62,8 @@ def score_decorrelation(job: ScoreJob) -> list[Row]:
             for group in range(corpus.n_groups):
                 left = groups != group
                 parts.append(measure(acts[left], groups[left]))
-            values = np.array([parts])
-            low, high = jackknife(values)
-            columns = columns_of(values[0, 0], low[0], high[0], METHOD)
+            low, high = jackknife_interval(np.array(parts[0]), np.array(parts[1:]))
+            columns = columns_of(parts[0], float(low), float(high), METHOD)
             known = {"n": len(cells), "n_tokens": len(cells), "control": control}
             known["n_documents"] = len(np.unique(corpus.grid.doc_ids[cells]))
             rows.append(job.row(metric, None, **known, **columns))

@@ -19,7 +19,7 @@ from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Contrasts
 from lmmono.scores.classification import marked_tokens
-from lmmono.scores.judging import MIN_RECORDS, Items, joined_hash, predicted, shown_text
+from lmmono.scores.judging import MIN_RECORDS, Items, failure_of, joined_hash, predicted, shown_text
 from lmmono.scores.score_job import Row, ScoreJob, program_of, undefined, usage_columns
 from lmmono.stats.intervals import wilson
 from lmmono.stats.rates import WILSON_METHOD
@@ -152,9 +152,9 @@ def _rows_of(
     size = trials.token_ids.shape[1]
     said = np.array([_number(answer, size) for answer in heard], float).reshape(-1)
     usage = sum((answer.usage for answer in heard), Usage())
-    failure = None
-    if len(heard) and np.isnan(said).all():
-        failure = next((answer.failure for answer in heard if answer.failure), "unparsed")
+    has_no_answer = bool(len(heard) and np.isnan(said).all())
+    failure = failure_of([answer.failure for answer in heard], has_no_answer)
+    failure = failure or ("unparsed" if has_no_answer else None)
     extra = {"prompt_hash": joined_hash([prompt.sha256 for prompt in asked])}
     rows: list[Row] = []
     pairings: list[tuple[str | None, ndarray]] = [(None, trials.intruder)]

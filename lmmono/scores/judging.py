@@ -6,14 +6,14 @@ answer is NaN: counted, never left out.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from lmmono.clients.client import Answer, Client, Message, Prompt, Usage
+from lmmono.clients.client import UNANSWERED, Answer, Client, Message, Prompt, Usage
 from lmmono.explanations.explanation import Explanation, Failure, Program
 from lmmono.scores.score_job import Row, ScoreJob, undefined
 from lmmono.stats.rates import AUROC_METHOD, auroc, auroc_interval
@@ -132,12 +132,25 @@ def _collected(
         Judgement(
             scores[i],
             fires[i],
-            next(iter(sorted(failures[i]))) if np.isnan(fires[i]).all() and failures[i] else None,
+            failure_of(failures[i], bool(np.isnan(fires[i]).all())),
             usages[i],
             joined_hash(hashes[i]),
         )
         for i in range(len(items))
     ]
+
+
+def failure_of(failures: Iterable[Failure | None], has_no_answer: bool) -> Failure | None:
+    """Return why a unit has no judgement: nothing usable came back, or the judge was out of reach.
+
+    An answer that cannot be read is the judge's fault and counted; one that never came would score
+    the connection, so the unit is asked again.
+    """
+    named = {failure for failure in failures if failure is not None}
+    outage = sorted(named & set(UNANSWERED))
+    if outage or has_no_answer:
+        return next(iter(outage or sorted(named)), None)
+    return None
 
 
 def joined_hash(hashes: Sequence[str]) -> str | None:

@@ -1,10 +1,8 @@
 """Statistics of units that need labels: how well a unit keeps to one concept.
 
-`semantic_consistency` is the largest share of a concept among the items on which the unit fires
-(arXiv 2410.21331). The raw share is large by chance where a unit fires rarely, or a concept is
-common; the corrected one is (SC - E) / (1 - E), E being its mean over shuffled labels at the same
-support. The `top` variants take the same number of items for each unit, its strongest, so that
-dense and sparse codes can be compared.
+`semantic_consistency` is the largest share of a concept among the items on which the unit fires,
+raw and beyond chance; see `lmmono.stats.consistency`. The `top` variants take the same number of
+items for each unit, its strongest, so that dense and sparse codes can be compared.
 """
 
 from dataclasses import dataclass
@@ -15,25 +13,9 @@ from numpy import ndarray
 
 from lmmono.scores.labelled_items import LabelledItems, read_labelled
 from lmmono.scores.score_job import Row, ScoreJob
-from lmmono.scores.unit_statistics import METHOD, N_GROUPS, jackknife
-
-MIN_SUPPORT = 20
-"""A unit that fires on fewer items has no consistency: `too_few_records`."""
-
-
-def consistency(
-    active: Bool[ndarray, "items units"], labels: Bool[ndarray, "items concepts"]
-) -> Float[ndarray, " units"]:
-    """Return the largest share of a concept among each unit's active items; NaN without any.
-
-    >>> active = np.array([[True], [True], [True], [False]])
-    >>> labels = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
-    >>> consistency(active, labels).round(3)
-    array([0.667])
-    """
-    counts = active.T.astype(np.float32) @ labels.astype(np.float32)
-    support = active.sum(axis=0)
-    return np.where(support > 0, counts.max(axis=1) / np.maximum(support, 1), np.nan)
+from lmmono.scores.unit_statistics import METHOD, N_GROUPS
+from lmmono.stats.consistency import MIN_SUPPORT, beyond_chance, consistency, fires
+from lmmono.stats.intervals import jackknife_interval
 
 
 def strongest(acts: Float[ndarray, "items units"], share: float) -> Bool[ndarray, "items units"]:
@@ -42,7 +24,7 @@ def strongest(acts: Float[ndarray, "items units"], share: float) -> Bool[ndarray
     top = np.argpartition(-acts, k - 1, axis=0)[:k]
     chosen = np.zeros(acts.shape, bool)
     np.put_along_axis(chosen, top, True, axis=0)
-    return chosen & (acts > 0)
+    return chosen & fires(acts)
 
 
 def selectivity(
@@ -94,7 +76,7 @@ def score_labelled(job: ScoreJob) -> list[Row]:
     rows: list[Row] = []
     for control, measured in found.items():
         for metric, parts in measured.parts.items():
-            low, high = jackknife(parts)
+            low, high = jackknife_interval(parts[:, 0], parts[:, 1:])
             for i, unit in enumerate(units):
                 support = int(measured.support[metric][i])
                 columns = _columns(metric, parts[i, 0], low[i], high[i], support)
@@ -130,7 +112,7 @@ def _measure(
             [selectivity(known.acts[k], labels[k], concepts) for k in kept], axis=1
         )
     }
-    firing = known.acts > 0
+    firing = fires(known.acts)
     support = {"class_selectivity": firing.sum(axis=0)}
     shuffles = [
         known.shuffled(np.random.default_rng((job.seed, 23, i)))
@@ -139,9 +121,8 @@ def _measure(
     tops = strongest(known.acts, float(job.settings["top_share"]))
     for name, active in (("semantic_consistency", firing), ("semantic_consistency_top", tops)):
         raw = np.stack([consistency(active[k], labels[k]) for k in kept], axis=1)
-        chance = np.mean([consistency(active, each) for each in shuffles], axis=0)[:, None]
-        room = np.where(chance < 1, 1 - chance, np.nan)
-        parts |= {name: (raw - chance) / room, f"{name}_raw": raw}
+        chance = np.mean([consistency(active, labels) for labels in shuffles], axis=0)[:, None]
+        parts |= {name: beyond_chance(raw, chance), f"{name}_raw": raw}
         support |= dict.fromkeys((name, f"{name}_raw"), active.sum(axis=0))
     return _Measured(parts, support)
 

@@ -5,6 +5,7 @@ activation is the largest in it. Items of one document hang together, so documen
 shuffled and left out.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,6 +36,29 @@ class TokenLabels:
 
 Labels = TokenLabels | Mapping[int, str]
 """Concepts of tokens, or the class of each document by doc_id."""
+
+
+def labels_digest(labels: object) -> str:
+    """Return eight hexadecimal digits that tell labels apart, in the stored preset of a score.
+
+    Raises:
+        ExplainError: Labels of another type.
+    """
+    digest = hashlib.sha256()
+    if isinstance(labels, TokenLabels):
+        for part in (labels.seq_ids.astype(np.int64), np.packbits(labels.truth), labels.names):
+            digest.update(repr(part).encode() if isinstance(part, tuple) else part.tobytes())
+    elif isinstance(labels, Mapping):
+        digest.update(repr(sorted(labels.items())).encode())
+    else:
+        raise _wrong_type(labels)
+    return digest.hexdigest()[:8]
+
+
+def _wrong_type(labels: object) -> ExplainError:
+    return ExplainError(
+        f"labels: want a TokenLabels or a mapping of doc_id to class, got {type(labels).__name__}"
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,10 +102,7 @@ def read_labelled(job: ScoreJob, split: Split) -> LabelledItems:
         return _of_tokens(job, split, job.labels)
     if isinstance(job.labels, Mapping):
         return _of_documents(job, split, job.labels)
-    raise ExplainError(
-        f"labels: want a TokenLabels or a mapping of doc_id to class, got "
-        f"{type(job.labels).__name__}"
-    )
+    raise _wrong_type(job.labels)
 
 
 def _of_tokens(job: ScoreJob, split: Split, labels: TokenLabels) -> LabelledItems:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import activation_store as astore
-from lmmono.clients.client import Client
+from lmmono.clients.client import UNANSWERED, Client
 from lmmono.errors import ExplainError, nearest
 from lmmono.explanations.protocols import variant
 from lmmono.explanations.stored_explanations import explained_units, match_stored_hooks
 from lmmono.records.record_reader import RecordReader
 from lmmono.records.units import Units, units_of
-from lmmono.registry.scorers import Scorer, find_scorer
+from lmmono.registry.scorers import SCORERS, Scorer, find_scorer
+from lmmono.scores.labelled_items import labels_digest
 from lmmono.scores.score_job import Row, ScoreJob
 from lmmono.scores.summaries import ScoreKey, summary_rows
 from lmmono.types import Progress, silent
@@ -51,7 +52,8 @@ class Scores:
             f"{self.n_units:,} units scored, {self.n_found:,} were there; {self.seconds:.1f} s)"
         ]
         for row in self.summary:
-            if row["value"] is not None:
+            # with one hook the row of the model says the same as the row of the hook
+            if row["value"] is not None and (len(self.hooks) > 1 or row["hook"] in self.hooks):
                 lines.append("  " + _summary_line(row))
         return "\n".join(lines)
 
@@ -61,8 +63,15 @@ def _summary_line(row: Row) -> str:
     low, high = row["ci_low"], row["ci_high"]
     interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
     undefined = 0 if row["metric"].endswith("_defined") else row["nan_fraction"]
-    tail = f", {undefined:.1%} not defined count as 0" if undefined else ""
-    return f"{label:<42} {row['hook']}: {row['value']:.3f}{interval}, n {row['n']:,}{tail}"
+    tail = f", {undefined:.1%} not defined count as {_chance(row['metric']):g}" if undefined else ""
+    documents = f", {row['n_documents']:,} documents" if row["n_documents"] else ""
+    number = f"{row['value']:.3f}{interval}, n {row['n']:,}{documents}{tail}"
+    return f"{label:<46} {row['hook']}: {number}"
+
+
+def _chance(metric: str) -> float:
+    scorer = next(scorer for scorer in SCORERS.values() if metric in scorer.metrics)
+    return scorer.chance or 0.0
 
 
 def score(
@@ -180,6 +189,8 @@ class _ScorerPlan:
         preset = {} if request.preset is None else scorer.presets[request.preset]
         self._settings = {**scorer.settings, **preset, **request.settings}
         changes = {k: v for k, v in request.settings.items() if scorer.settings[k] != v}
+        if "labels" in scorer.needs:
+            changes["labels"] = labels_digest(request.labels)
         self.preset = variant(None, request.preset, changes)
         self.explainer: str | None = None
         if scorer.reads_explanations:
@@ -206,7 +217,9 @@ class _ScorerPlan:
                 raise ExplainError(f"{scorer.name} needs {need}=; {scorer.about}")
 
     def can_score(self, hook: str) -> bool:
-        """Return whether a hook has the explanations that the scorer needs."""
+        """Return whether a hook has the activations and the explanations that the scorer needs."""
+        if self._top_p(hook) is not None:
+            return False
         if self.explainer is None:
             return True
         query = "SELECT 1 FROM explanations WHERE hook = $hook AND explainer = $name LIMIT 1"
@@ -216,6 +229,12 @@ class _ScorerPlan:
         self, hook: str, reader: RecordReader, overwrite: bool, progress: Progress
     ) -> tuple[int, int]:
         """Score a hook's units that have no row yet; return how many, and how many had one."""
+        if (top_p := self._top_p(hook)) is not None:
+            raise ExplainError(
+                f"{hook}: stored with top_p={top_p:g}, so weak activations are missing and would "
+                f"count as silence; {self._scorer.name} wants all of them: capture the hook "
+                f"without top_p (unit_statistics works as it is)"
+            )
         wanted, request = self._wanted(hook), self._request
         scored = set[int]() if overwrite else self._scored(hook)
         left = tuple(unit for unit in wanted if unit not in scored)
@@ -240,6 +259,13 @@ class _ScorerPlan:
         request.store.append("scores", self._scorer.load()(job))
         return len(left), n_found
 
+    def _top_p(self, hook: str) -> float | None:
+        """Return the share of mass that a hook keeps, where that keeps the scorer from working."""
+        if self._scorer.name == "unit_statistics":  # it reads what needs all from `unit_stats`
+            return None
+        query = "SELECT any_value(top_p) FROM hooks WHERE hook = $hook AND kind = 'rows'"
+        return self._request.store.sql(query, hook=hook).fetchall()[0][0]
+
     def _wanted(self, hook: str) -> list[int]:
         """Return the units asked for; those that are explained where the scorer needs that."""
         store, request = self._request.store, self._request
@@ -256,11 +282,22 @@ class _ScorerPlan:
         return [unit for unit in wanted if unit in explained]
 
     def _scored(self, hook: str) -> set[int]:
-        """Return the units that have a headline row under these settings; -1 for the hook."""
-        query = f"""SELECT coalesce(unit, -1) FROM scores
-            WHERE metric = $headline AND hook = $hook AND control IS NULL AND {ScoreKey.MATCHES}"""
+        """Return the units whose score is done; -1 for the hook.
+
+        A unit is not done where the judge was out of reach, nor where its explanation was made
+        anew after it was scored.
+        """
+        query = f"""SELECT coalesce(s.unit, -1) FROM {ScoreKey.LATEST} s
+            WHERE s.metric = $headline AND s.hook = $hook AND s.control IS NULL
+                AND NOT list_contains($unanswered, coalesce(s.failure, ''))
+                AND NOT EXISTS (FROM explanations e WHERE e.hook = s.hook AND e.unit = s.unit
+                    AND e.explainer = s.explainer AND e.created_at > s.created_at)"""
         rows = self._request.store.sql(
-            query, headline=self._key.metrics[0], hook=hook, **self._key.parameters()
+            query,
+            headline=self._key.metrics[0],
+            hook=hook,
+            unanswered=list(UNANSWERED),
+            **self._key.parameters(),
         )
         return {int(unit) for (unit,) in rows.fetchall()}
 
@@ -274,12 +311,9 @@ class _ScorerPlan:
             ExplainError: The store has no scores by this scorer under these settings.
         """
         level = "unit IS NULL" if self._scorer.per == "hook" else "unit IS NOT NULL"
-        query = f"""FROM scores WHERE control IS NULL AND {level}
-            AND list_contains($metrics, metric) AND list_contains($hooks, hook)
-            AND {ScoreKey.MATCHES}"""
-        rows = other.sql(
-            query, metrics=list(self._key.metrics), hooks=list(hooks), **self._key.parameters()
-        )
+        query = f"""FROM {ScoreKey.LATEST} WHERE control IS NULL AND {level}
+            AND list_contains($hooks, hook)"""
+        rows = other.sql(query, hooks=list(hooks), **self._key.parameters())
         rows = rows.to_arrow_table().to_pylist()
         if not rows:
             raise ExplainError(
@@ -296,12 +330,13 @@ class _ScorerPlan:
         rows = summary_rows(self._request.store, hooks, self._key)
         self._request.store.append("scores", rows)
         headline = self._scorer.metrics[0]
-        empty = dict.fromkeys(("value", "ci_low", "ci_high", "nan_fraction", "control"))
-        shown = [
+        shown = ("value", "ci_low", "ci_high", "nan_fraction", "control", "n_documents")
+        empty = dict.fromkeys(shown)
+        headlines = [
             row
             for row in (empty | row for row in rows)
             if row["metric"] == headline
             or (row["metric"] == f"{headline}_defined" and row["nan_fraction"])
         ]
         # the score before its controls, models before their hooks
-        return sorted(shown, key=lambda row: (row["control"] or "", row["hook"], row["metric"]))
+        return sorted(headlines, key=lambda row: (row["control"] or "", row["hook"], row["metric"]))

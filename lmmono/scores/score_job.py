@@ -21,6 +21,11 @@ Row = dict[str, Any]
 UNSCORED: tuple[Failure, ...] = ("unparsed", "refused", "no_answer")
 """Failures of a judge or a writer. A unit that is silent or fires too rarely counts as chance."""
 
+FEW_DOCUMENTS = 20
+"""An interval over fewer documents is called approximate, since records of one document are alike.
+Measured with document effects of log sd 0.5: 20 records of 3, 8, 40, 170 documents cover 0.43,
+0.69, 0.87, 0.90; on Wikipedia under a trained CRATE 8 documents 0.90, 170 documents 0.92."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScoreJob:
@@ -116,6 +121,16 @@ def undefined(failure: str, chance: float | None) -> Row:
     if failure in UNSCORED:
         return {"value": None, "n_failures": 1, "failure": failure}
     return {"value": chance, "nan_fraction": 1.0, "failure": failure}
+
+
+def over_documents(method: str, n_documents: int) -> str:
+    """Return the name of an interval, which says so where few documents stand behind it.
+
+    >>> over_documents("Wilson", 8)
+    'Wilson; approximate: 8 documents'
+    """
+    few = n_documents < FEW_DOCUMENTS
+    return f"{method}; approximate: {n_documents} documents" if few else method
 
 
 def usage_columns(usage: Usage) -> Row:

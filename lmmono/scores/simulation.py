@@ -18,8 +18,8 @@ from lmmono.explanations.llm_simulation import Simulation
 from lmmono.explanations.protocols import Protocol, find_protocol
 from lmmono.explanations.stored_explanations import read_maxima
 from lmmono.records.sampler import Records
-from lmmono.scores.score_job import UNSCORED, Row, ScoreJob, usage_columns
-from lmmono.scores.simulators import predictions
+from lmmono.scores.score_job import UNSCORED, Row, ScoreJob, over_documents, usage_columns
+from lmmono.scores.simulators import UNCALIBRATED, predictions
 from lmmono.stats.agreement import AGREEMENTS, record_sums
 from lmmono.stats.intervals import unit_intervals, unit_method
 
@@ -135,6 +135,8 @@ def _rows(job: ScoreJob, scorer: str, kinds: tuple[str, ...]) -> list[Row]:
             metric = scorer if name == "pearson" else f"{scorer}_{name}"
             for i, answer in enumerate(series.answers):
                 numbers = _numbers(answer, float(value[i]), float(low[i]), float(high[i]))
+                if agreement.scale == "explained" and job.settings["simulator"] in UNCALIBRATED:
+                    numbers = {"value": None, "failure": "uncalibrated", "ci_method": None}
                 # what the answer took is said once, with the headline
                 took = _usage(answer) if name == "pearson" else {}
                 took["prompt_hash"] = None if isinstance(answer, str) else answer.prompt_hash
@@ -180,7 +182,9 @@ def _facts(records: Records, series: Series, of_kind: Int[ndarray, " records"]) 
             "n_documents": int(n_documents[i]),
             "n_tokens": int(n_tokens[i]),
             "n_failures": 0,
-            "ci_method": unit_method(int(fewest[i]), int(firing[i])),
+            "ci_method": over_documents(
+                unit_method(int(fewest[i]), int(firing[i])), int(n_documents[i])
+            ),
         }
         for i in range(len(series.places))
     ]

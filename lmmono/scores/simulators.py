@@ -119,6 +119,10 @@ SIMULATORS: dict[str, Simulator] = {
 }
 """By the name that setting `simulator` takes."""
 
+UNCALIBRATED = ("llm",)
+"""Simulators that do not predict in units of the hook: a squared error of theirs means nothing, at
+maxima near 1 an R2 is about -100."""
+
 
 def predictions(
     job: ScoreJob, explanations: Sequence[Explanation], ids: Int[ndarray, "units records window"]

@@ -16,7 +16,7 @@ from lmmono.clients.client import Prompt, Reading, Usage
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Class, Contrasts
-from lmmono.scores.judging import area_row, joined_hash, present_classes, shown_text
+from lmmono.scores.judging import area_row, failure_of, joined_hash, present_classes, shown_text
 from lmmono.scores.score_job import Row, ScoreJob, usage_columns
 
 WITH = "The following text has to do with this: {}\n\n"
@@ -60,16 +60,15 @@ def score_surprisal(job: ScoreJob) -> list[Row]:
     units, index = contrasts.units.tolist(), contrasts.of(CLASSES)
     texts = _texts(job, contrasts)
     used = sorted(texts)
-    plain = job.client.read([WITHOUT + texts[i] for i in used])
-    neutral = {i: mean_logprob(reading, WITHOUT) for i, reading in zip(used, plain, strict=True)}
+    plain = dict(zip(used, job.client.read([WITHOUT + texts[i] for i in used]), strict=True))
     rows: list[Row] = []
     for control, explanations in job.explanations(units).items():
         for i, (unit, explanation) in enumerate(zip(units, explanations, strict=True)):
-            gains, cost = _gains(job, explanation, index[i], texts, neutral)
+            gains, failure, cost = _gains(job, explanation, index[i], texts, plain)
             sides = present_classes(index[i], len(CLASSES))
             for metric, other in (("surprisal", 1), ("surprisal_near_miss", 2)):
                 both = gains[sides[0]], gains[sides[other]]
-                row = area_row(job, metric, unit, *both, explanation.failure)
+                row = area_row(job, metric, unit, *both, explanation.failure or failure)
                 rows.append(row | cost | {"control": control})
                 cost = {"prompt_hash": cost.get("prompt_hash")}  # what it took is told once
     return rows
@@ -86,17 +85,22 @@ def _gains(
     explanation: Explanation,
     index: ndarray,
     texts: dict[int, str],
-    neutral: dict[int, float],
-) -> tuple[Float[ndarray, " records"], Row]:
-    """Return the gain of each record, NaN where the model did not read it, and what it took."""
+    plain: dict[int, Reading],
+) -> tuple[Float[ndarray, " records"], str | None, Row]:
+    """Return the gain of each record, why there are none, and what asking took.
+
+    NaN where there is no record or the model did not read it.
+    """
     gains = np.full(len(index), np.nan)
     if explanation.text is None:
-        return gains, {}
+        return gains, None, {}
     assert job.client is not None
-    before, there = WITH.format(explanation.text), np.flatnonzero(index >= 0)
-    asked = [before + texts[int(index[i])] for i in there]
-    readings: Sequence[Reading] = job.client.read(asked)
-    for i, reading in zip(there, readings, strict=True):
-        gains[i] = mean_logprob(reading, before) - neutral[int(index[i])]
-    usage = sum((reading.usage for reading in readings), Usage())
-    return gains, usage_columns(usage) | {"prompt_hash": joined_hash([Prompt(text=before).sha256])}
+    before, present = WITH.format(explanation.text), np.flatnonzero(index >= 0)
+    readings: Sequence[Reading] = job.client.read([before + texts[int(index[i])] for i in present])
+    neutral = [plain[int(index[i])] for i in present]
+    for i, reading, other in zip(present, readings, neutral, strict=True):
+        gains[i] = mean_logprob(reading, before) - mean_logprob(other, WITHOUT)
+    failures = [reading.failure for reading in (*readings, *neutral)]
+    failure = failure_of(failures, bool(np.isnan(gains[present]).all()))
+    usage = usage_columns(sum((reading.usage for reading in readings), Usage()))
+    return gains, failure, usage | {"prompt_hash": joined_hash([Prompt(text=before).sha256])}
