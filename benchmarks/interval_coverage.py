@@ -1,20 +1,30 @@
-"""How often 95 % intervals of a simulation score cover the truth, by number of records and method.
+"""How often 95 % intervals of unit scores cover the truth.
 
-    python benchmarks/interval_coverage.py [--repeats 1000]
+    python benchmarks/interval_coverage.py [--repeats 1000] [--only shares]
+
+A simulation score, by number of records and method:
 
 A planted unit: each of its top records holds the concept, 15 in 100 random ones do. The simulator
 hears the concept in 70 of 100 records and imagines it in 15 of 100 without. The truth is the score
 of very many records in the same proportion. Methods: tokens as if independent (Fisher's z), the
 percentile bootstrap over records within kinds (1,000 resamples), and the jackknife of
-`lmmono.stats.unit_intervals`. Prints coverage and median width.
+`lmmono.stats.intervals`. Prints coverage and median width.
+
+`shares`: token selectivity of units that fire at random, half of the time on one token, or on one
+token alone, 6 to 1,000 times in 60 documents of unequal length; and shares of three items a
+document (`lmmono.stats.ratios`), alike within a document or not.
 """
 
 import argparse
 
 import numpy as np
 
+from lmmono.records.corpus_excerpts import TokenGrid
+from lmmono.scores.unit_statistics import Corpus, selectivity_columns
 from lmmono.stats.agreement import AGREEMENTS, Agreement, record_sums
+from lmmono.stats.formulas import entropies
 from lmmono.stats.intervals import unit_intervals
+from lmmono.stats.ratios import ratio_interval
 
 PEARSON = AGREEMENTS["pearson"]
 AT_ONCE = 50
@@ -83,10 +93,66 @@ def study(name: str, n_top: int, n_random: int, repeats: int) -> None:
         )
 
 
+def selectivity(n_firing: int, on_one: float, repeats: int) -> None:
+    """Print mean, coverage and width for a unit with a share of its firing on one token."""
+    rng, d_vocab = np.random.default_rng(0), 2000
+    text = 1 / np.arange(1, d_vocab + 1)
+    text /= text.sum()
+    unit = (1 - on_one) * text
+    unit[300] += on_one
+    truth = float(1 - entropies(unit) / entropies(text))
+    rows: list[tuple[float, float, float]] = []
+    for _ in range(repeats):
+        tokens = rng.choice(d_vocab, n_firing, p=unit).astype(np.int32)
+        length = rng.lognormal(0, 1, 60)
+        document = rng.choice(60, n_firing, p=length / length.sum())
+        grid = TokenGrid("score", np.zeros(1, np.int64), n_firing, tokens, document)
+        corpus = Corpus(grid, document, document % 10, 10, np.ones(10))
+        acts = rng.gamma(2, 1, n_firing).astype(np.float32)
+        row = selectivity_columns(np.arange(n_firing), acts, corpus, text)
+        if row["value"] is not None:
+            rows.append((row["value"], row["ci_low"], row["ci_high"]))
+    value, low, high = np.array(rows).T
+    covered = ((low <= truth) & (truth <= high)).mean()
+    print(
+        f"selectivity, {n_firing} firings, {on_one:.0%} on one token: truth {truth:.3f}, mean "
+        f"{value.mean():.3f}, coverage {covered:.3f}, width {np.median(high - low):.3f}"
+    )
+
+
+def shares(n_documents: int, share: float, alike: float, repeats: int) -> None:
+    """Print coverage and width of a share; `alike`: correlation of a document's items."""
+    rng, covered, widths = np.random.default_rng(0), 0, []
+    for _ in range(repeats):
+        n = np.maximum(rng.poisson(3, n_documents), 1)
+        own = np.full(n_documents, share)
+        if alike:
+            size = 1 / alike - 1
+            own = rng.beta(share * size, (1 - share) * size, n_documents)
+        low, high = ratio_interval(rng.binomial(n, own).astype(float), n.astype(float))
+        covered += low <= share <= high
+        widths.append(min(high, 1) - max(low, 0))
+    print(
+        f"share {share}, {n_documents} documents, alike {alike}: coverage "
+        f"{covered / repeats:.3f}, width {np.median(widths):.3f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=1000)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--only", choices=["shares"])
+    arguments = parser.parse_args()
+    repeats = arguments.repeats
+    for on_one in (0.0, 0.5, 1.0):
+        for n_firing in (6, 10, 80, 1000):
+            selectivity(n_firing, on_one, repeats)
+    for n_documents in (3, 10, 30, 100):
+        for share in (0.02, 0.5, 0.98):
+            for alike in (0.0, 0.3):
+                shares(n_documents, share, alike, repeats)
+    if arguments.only:
+        return
     for n_top, n_random in ((5, 5), (10, 10), (20, 20), (100, 100), (0, 20), (0, 100)):
         study("pearson", n_top, n_random, repeats)
     study("spearman", 20, 20, repeats)

@@ -215,7 +215,7 @@ def test_a_judge_out_of_reach_is_asked_again_and_one_that_answers_badly_is_not(s
     badly = lm.score(store, HOOK, client=Scripted(lambda _: "I cannot say"), **how)
     assert badly.n_units == len(KNOWN) - 1, "the silent unit was never asked about"
     assert lm.score(store, HOOK, client=Scripted(always), **how).n_units == 0
-    query = "SELECT DISTINCT failure FROM scores WHERE metric = 'detection' AND unit = $unit"
+    query = "SELECT DISTINCT failure FROM scores WHERE judge = 'scripted' AND unit = $unit"
     assert store.sql(query, unit=ON_CAT).fetchall() == [("unparsed",)]
 
 

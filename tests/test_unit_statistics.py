@@ -23,7 +23,7 @@ from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.decorrelation import tokens_apart, units_alike
 from lmmono.scores.score_job import ScoreJob
-from lmmono.scores.unit_statistics import Corpus, _selectivity, read_corpus
+from lmmono.scores.unit_statistics import Corpus, read_corpus, selectivity_columns
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,8 @@ def test_selectivity_covers_the_truth_however_rarely_a_unit_fires(kind, n_firing
         document = rng.integers(60, size=n_firing)
         grid = TokenGrid("score", np.zeros(1, np.int64), n_firing, tokens, document)
         corpus = Corpus(grid, document, document % 10, 10, np.ones(10))
-        row = _selectivity(np.arange(n_firing), np.ones(n_firing, np.float32), corpus, text)
+        acts = np.ones(n_firing, np.float32)
+        row = selectivity_columns(np.arange(n_firing), acts, corpus, text)
         values.append(row["value"])
         covered += row["ci_low"] <= truth <= row["ci_high"]
         assert row["ci_high"] - row["ci_low"] > 0.02, "no interval has width 0"
@@ -123,7 +124,7 @@ def test_six_firings_on_one_token_are_less_sure_than_sixty():
     for n in (6, 60):
         grid = TokenGrid("score", np.zeros(1, np.int64), n, np.full(n, 60, np.int32), np.arange(n))
         corpus = Corpus(grid, np.arange(n), np.arange(n) % 10, 10, np.ones(10))
-        row = _selectivity(np.arange(n), np.ones(n, np.float32), corpus, text)
+        row = selectivity_columns(np.arange(n), np.ones(n, np.float32), corpus, text)
         assert row["value"] > 0.95 and row["ci_high"] == 1.0
         lows.append(row["ci_low"])
     assert lows[0] < 0.5 < 0.85 < lows[1]
@@ -134,7 +135,7 @@ def test_a_unit_of_one_document_has_no_selectivity():
     tokens = np.arange(8, dtype=np.int32)
     grid = TokenGrid("score", np.zeros(1, np.int64), 8, tokens, np.zeros(8, np.int64))
     corpus = Corpus(grid, np.zeros(8, np.int64), np.zeros(8, np.int64), 1, np.ones(1))
-    row = _selectivity(np.arange(8), np.ones(8, np.float32), corpus, text)
+    row = selectivity_columns(np.arange(8), np.ones(8, np.float32), corpus, text)
     assert (row["value"], row["failure"]) == (None, "too_few_records")
 
 

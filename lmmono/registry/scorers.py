@@ -69,13 +69,21 @@ _PAPERS: dict[str, dict[str, Any]] = {
     "openai_crate": {"protocol": "openai_crate"},
 }
 
-_CLASSES: dict[str, Any] = {"n": 50, "window": 32, "ranked": False, "batch": 5}
+_CLASSES: dict[str, Any] = {
+    "n": 50,
+    "window": 32,
+    "ranked": False,
+    "batch": 5,
+    "max_tokens": None,
+}
 
 _RANKED: dict[str, dict[str, Any]] = {"ranked": {"ranked": True}}
 
 _TEXTS: dict[str, Any] = {"n": 50, "window": 32, "ranked": False}
 
 _TRIALS: dict[str, Any] = {"trials": 20, "size": 5, "window": 32, "ranked": False}
+
+_ASKED_TRIALS: dict[str, Any] = {**_TRIALS, "max_tokens": None}
 
 _STEERED: dict[str, Any] = {"prompts": 8, "prompt": 32, "kl": 0.5}
 
@@ -212,7 +220,7 @@ _ALL = (
         chance=0.2,
         citation="Paulo et al. 2024 (arXiv 2410.13928)",
         about="whether a language model finds the one record of five that has no true marks",
-        settings=_TRIALS,
+        settings=_ASKED_TRIALS,
         presets=_RANKED,
     ),
     Scorer(

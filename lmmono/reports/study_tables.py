@@ -20,7 +20,7 @@ from lmmono.registry.scorers import SCORERS, Scorer, find_scorer
 from lmmono.reports.table import ReportTable
 from lmmono.runs.folder import Run, find_runs, open_run
 from lmmono.stats.intervals import student_interval
-from lmmono.studies.differences import Difference, Estimate, compare
+from lmmono.studies.differences import Difference, MeanDifference, compare
 from lmmono.types import Progress, silent
 
 Key = tuple[str, str, str]
@@ -252,7 +252,7 @@ def _cells(found: Difference) -> tuple[str, ...]:
     )
 
 
-def _estimate(found: Estimate) -> str:
+def _estimate(found: MeanDifference) -> str:
     if np.isnan(found.difference):  # a model without a defined unit has no mean
         return "-"
     interval = "" if np.isnan(found.ci_low) else f" [{found.ci_low:+.3f}, {found.ci_high:+.3f}]"

@@ -173,7 +173,15 @@ class _Classification:
                 places if self._lacks(i) is None else places[:0]
                 for i, places in enumerate(self._order)
             ]
-            return judge_by_client(job.client, explanations, score.items, order, words, batch)
+            return judge_by_client(
+                job.client,
+                explanations,
+                score.items,
+                order,
+                words,
+                batch,
+                job.settings.get("max_tokens"),
+            )
         return [self._by_program(i, each) for i, each in enumerate(explanations)]
 
     def _by_program(self, i: int, explanation: Explanation) -> Judgement:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from lmmono.clients.client import Answer, Message, Prompt, Usage
+from lmmono.clients.client import Answer, Message, Prompt, Usage, final_answer
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Contrasts
@@ -129,7 +129,9 @@ def score_by_client(job: ScoreJob) -> list[Row]:
     units, trials = _read(job)
     words = read_vocabulary(job.store)
     prompts = [_prompts(each, words) for each in trials]
-    answers = iter(job.client.complete([one for each in prompts for one in each], max_tokens=8))
+    asked_all = [prompt for of_unit in prompts for prompt in of_unit]
+    max_tokens = job.settings.get("max_tokens") or 8  # one number, and a word or two before it
+    answers = iter(job.client.complete(asked_all, max_tokens=max_tokens))
     rows: list[Row] = []
     for unit, mine, asked in zip(units, trials, prompts, strict=True):
         heard = [next(answers) for _ in asked]
@@ -169,7 +171,7 @@ def _rows_of(
 
 def _number(answer: Answer, size: int) -> float:
     """Return the place that an answer names, from 0; NaN where it names none."""
-    said = re.findall(r"\d+", answer.text or "")
+    said = re.findall(r"\d+", final_answer(answer.text or ""))
     if len(said) != 1 or not 1 <= int(said[0]) <= size:
         return np.nan
     return int(said[0]) - 1.0

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from lmmono.clients.client import UNANSWERED, Answer, Client, Message, Prompt, Usage
+from lmmono.clients.client import UNANSWERED, Answer, Client, Message, Prompt, Usage, final_answer
 from lmmono.explanations.explanation import Explanation, Failure, Program
 from lmmono.scores.score_job import Row, ScoreJob, undefined
 from lmmono.stats.rates import AUROC_METHOD, auroc, auroc_interval
@@ -93,6 +93,7 @@ def judge_by_client(
     order: Sequence[ndarray],
     vocabulary: tuple[str, ...],
     batch: int,
+    max_tokens: int | None = None,
 ) -> list[Judgement]:
     """Ask a language model about every unit's items, `batch` at a time in the order given.
 
@@ -106,7 +107,9 @@ def judge_by_client(
                 chosen = places[first : first + batch]
                 prompts.append(_prompt(explanation.text, mine, chosen, vocabulary))
                 asked.append((i, chosen))
-    answers = client.complete(prompts, max_tokens=3 * batch + 8, n_alternatives=N_ALTERNATIVES)
+    # three tokens a label, such as " 1,", and a few words before the list
+    budget = 3 * batch + 8 if max_tokens is None else max_tokens
+    answers = client.complete(prompts, max_tokens=budget, n_alternatives=N_ALTERNATIVES)
     return _collected(items, prompts, asked, answers)
 
 
@@ -208,11 +211,10 @@ def shown_text(
 
 def _parsed(answer: Answer, n: int) -> tuple[Float[ndarray, " n"], Float[ndarray, " n"]] | None:
     """Return the labels and how sure each is, or None where the answer is no list of n labels."""
-    if answer.text is None:
-        return None
-    bracketed = re.search(r"\[([^\]]*)\]", answer.text)
-    said = re.fullmatch(r"\s*[01](\s*,?\s*[01])*\s*", bracketed[1] if bracketed else answer.text)
-    labels = np.array([float(digit) for digit in re.findall("[01]", said[0])]) if said else None
+    text = final_answer(answer.text or "")
+    bracketed = re.search(r"\[([^\]]*)\]", text)
+    digits = re.fullmatch(r"\s*[01](\s*,?\s*[01])*\s*", bracketed[1] if bracketed else text)
+    labels = np.array([float(digit) for digit in re.findall("[01]", digits[0])]) if digits else None
     if labels is None or len(labels) != n:
         return None
     sure = _probabilities(answer)

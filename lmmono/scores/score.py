@@ -9,7 +9,11 @@ import activation_store as astore
 from lmmono.clients.client import UNANSWERED, Client
 from lmmono.errors import ExplainError, nearest
 from lmmono.explanations.protocols import variant
-from lmmono.explanations.stored_explanations import explained_units, match_stored_hooks
+from lmmono.explanations.stored_explanations import (
+    explained_units,
+    match_stored_hooks,
+    stored_explainer,
+)
 from lmmono.records.record_reader import RecordReader
 from lmmono.records.units import Units, units_of
 from lmmono.registry.scorers import SCORERS, Scorer, find_scorer
@@ -196,9 +200,9 @@ class _ScorerPlan:
         if scorer.reads_explanations:
             protocol = self._settings.get("protocol")
             is_whole = protocol is None or ":" in request.explainer
-            self.explainer = request.explainer if is_whole else variant(
-                request.explainer, protocol, {}
-            )  # fmt: skip
+            name = request.explainer if is_whole else variant(request.explainer, protocol, {})
+            # with the language model that wrote them, which decides what is scored
+            self.explainer = stored_explainer(request.store, str(name))
         judge = None if request.client is None else request.client.name
         seed = request.seed if scorer.seeded else None
         self._key = ScoreKey(scorer.metrics, self.preset, self.explainer, judge, seed)

@@ -18,6 +18,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from lmmono.errors import ExplainError
+from lmmono.models.crate import CACHE_ARGUMENT
 from lmmono.models.hooks import attached, bare, hook_names
 from lmmono.records.corpus_excerpts import TokenGrid, read_grid
 from lmmono.records.unit_rows import read_unit_rows
@@ -106,7 +107,7 @@ class Steering:
         model = self._model
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         extra: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
-        extra |= {} if past is None else {"past_key_values": past, "use_cache": True}
+        extra |= {} if past is None else {CACHE_ARGUMENT: past, "use_cache": True}
         device = next(model.parameters()).device
         watches = {} if change is None else {self._hook: watch}
         with _at_rest(model), attached(model, watches):
@@ -175,7 +176,7 @@ class Steering:
         if self._past is None or self._past[0] != n_units:
             ids = self.prompts[:, :-1].to(next(self._model.parameters()).device)
             with _at_rest(self._model):
-                past = self._model(ids, use_cache=True).past_key_values
+                past = self._model(ids, use_cache=True)[CACHE_ARGUMENT]
             past.batch_repeat_interleave(n_units)
             self._past = n_units, past
         return self._past[1]

@@ -42,7 +42,7 @@ def consistency(
 
 
 def beyond_chance(
-    raw: Float[ndarray, "*shape"], chance: Float[ndarray, "*shape"]
+    raw: Float[ndarray, "*shape"], chance: Float[ndarray, "*#shape"]
 ) -> Float[ndarray, "*shape"]:
     """Return (SC - E) / (1 - E); NaN where E is 1, such as where all items have one concept.
 
