@@ -200,3 +200,9 @@ def test_rows_say_what_asking_took_and_what_was_asked(tmp_path: Path, monkeypatc
         query = """SELECT unit, value FROM scores WHERE metric = 'simulation_tar' AND unit < 2
             AND control IS NULL ORDER BY unit"""
         assert store.sql(query).fetchall() == [(0, pytest.approx(1.0)), (1, pytest.approx(1.0))]
+        query = """SELECT metric, value IS NULL, failure FROM scores
+            WHERE unit = 0 AND control IS NULL AND starts_with(metric, 'simulation_tar')"""
+        undefined = {row[0]: row[1:] for row in store.sql(query).fetchall()}
+        for name in ("r2", "uncentred_r2", "deviation"):  # 0 to 10 is no activation of the hook
+            assert undefined[f"simulation_tar_{name}"] == (True, "uncalibrated")
+        assert undefined["simulation_tar_spearman"] == (False, None)

@@ -280,3 +280,24 @@ def test_the_handle_shows_the_score_beside_its_controls(store):
     assert "0 units scored, 6 were there" in shown
     for control in ("random_explanation", "shuffled_pairing", "matched_density"):
         assert f"simulation_tar [{control}]" in shown
+
+
+def test_the_scores_of_a_control_run_become_rows_of_that_control(tmp_path):
+    stores = []
+    for seed in (0, 1):
+        store = astore.open(planted_store(tmp_path / str(seed), seed=seed).path, mode="a")
+        lm.explain(store, HOOK)
+        stores.append(store)
+    store, other = stores
+    with pytest.raises(ExplainError, match="'other_model' has no rows of simulation_tar .*first"):
+        lm.score(store, HOOK, controls={"other_model": other})
+    wanted = lm.score(other, HOOK, controls=False)
+    scores = lm.score(store, HOOK, controls={"other_model": astore.open(other.path)})
+    theirs = {unit: row["value"] for unit, row in unit_rows(other, "token_lookup").items()}
+    copied = unit_rows(store, "token_lookup", control="other_model")
+    assert {unit: row["value"] for unit, row in copied.items()} == theirs
+    mean = {(row["hook"], row["control"]): row["value"] for row in scores.summary[::-1]}
+    assert mean[HOOK, "other_model"] == pytest.approx(
+        next(row["value"] for row in wanted.summary if row["hook"] == HOOK)
+    )
+    assert {"random_explanation", "shuffled_pairing"} <= {row["control"] for row in scores.summary}

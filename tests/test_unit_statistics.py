@@ -18,6 +18,7 @@ from scipy import stats
 
 import activation_store as astore
 import lmmono as lm
+from lmmono.errors import ExplainError
 from lmmono.records.corpus_excerpts import TokenGrid
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorers import find_scorer
@@ -196,3 +197,29 @@ def test_a_hook_has_one_row_of_each_and_shuffled_units_are_less_alike(store):
     assert 0 < rows["feature_decorrelation", None, None]["value"] < 1
     lm.score(store, HOOK, scorer="feature_decorrelation")
     assert lm.score(store, HOOK, scorer="feature_decorrelation").n_units == 0
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.5}, {"threshold": -0.5}])
+def test_what_a_hook_leaves_out_does_not_change_density_and_kurtosis(tmp_path, settings):
+    rng = np.random.default_rng(0)
+    acts = rng.normal(0.2, 1.0, (40, 16, 4)).astype(np.float32)
+    ids, docs = rng.integers(1, 30, (40, 16)), np.repeat(np.arange(40), 16).reshape(40, 16)
+    with astore.open(tmp_path / "run", mode="w") as store:
+        hook = astore.Rows(HOOK, 4, max_density=1.0, **settings)
+        with store.writer(rows=[hook], n_ctx=16) as writer:
+            for split, part in (("explain", slice(0, 20)), ("score", slice(20, 40))):
+                seq = np.arange(40)[part]
+                writer.add(seq, ids[part], docs[part], split, {HOOK: acts[part]})
+        lm.score(store, HOOK, scorer="unit_statistics")
+        query = "SELECT metric, unit, value, failure FROM scores WHERE unit IS NOT NULL"
+        rows = {row[:2]: row[2:] for row in store.sql(query).fetchall()}
+        threshold = settings.get("threshold", 0.0)
+        for unit in range(4):
+            every = acts[..., unit].reshape(-1).astype(np.float64)
+            assert rows["unit_density", unit][0] == pytest.approx((every > threshold).mean())
+            wanted = stats.kurtosis(every, fisher=False)
+            assert rows["unit_kurtosis", unit][0] == pytest.approx(wanted, rel=1e-3)
+            assert rows["monosemanticity_scale", unit] == (None, "not_all_stored")
+        if "top_p" in settings:
+            with pytest.raises(ExplainError, match="top_p=0.5, so weak activations are missing"):
+                lm.score(store, HOOK, scorer="token_selectivity")

@@ -20,6 +20,7 @@ from numpy import ndarray
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Class, Contrasts
+from lmmono.records.seeds import stream
 from lmmono.scores.judging import (
     CHANCE,
     MIN_RECORDS,
@@ -79,7 +80,7 @@ def marked_tokens(contrasts: Contrasts, seed: int) -> Bool[ndarray, "units recor
     )
     fires = contrasts.acts[:, 3] > 0
     for i, unit in enumerate(contrasts.units):
-        rng = np.random.default_rng((seed, int(unit), 13))
+        rng = stream("marks in silence", seed, int(unit))
         like = true_marks[i][true_marks[i].any(axis=1)]
         if len(like):
             for marks, allowed in ((silent, ids[i, 0] >= 0), (wrong, (ids[i, 1] >= 0) & ~fires[i])):
@@ -110,8 +111,8 @@ class _Asked:
 
     def of(self, i: int, which: int) -> Int[ndarray, " items"]:
         """Return the items of a class that there are for a unit."""
-        here = np.arange(which * self.n, (which + 1) * self.n)
-        return here[self.present[i, here]]
+        places = np.arange(which * self.n, (which + 1) * self.n)
+        return places[self.present[i, places]]
 
 
 class _Classification:
@@ -125,10 +126,10 @@ class _Classification:
         self._learn = self._read("explain") if job.client is None else None
         units = [int(unit) for unit in self._score.contrasts.units]
         self._units, self._explanations = units, job.explanations(units)
-        rng = [np.random.default_rng((job.seed, *job.hook.encode(), unit, 17)) for unit in units]
+        rng = [stream("order of judged items", job.seed, job.hook, unit) for unit in units]
         self._order = [
-            each.permutation(np.flatnonzero(here))
-            for each, here in zip(rng, self._score.present, strict=True)
+            of_unit.permutation(np.flatnonzero(present))
+            for of_unit, present in zip(rng, self._score.present, strict=True)
         ]
 
     def _read(self, split: Any) -> _Asked:
@@ -151,16 +152,16 @@ class _Classification:
         rows: list[Row] = []
         for control, explanations in self._explanations.items():
             started = time.perf_counter()
-            verdicts = self._judged(explanations)
-            each_took = (time.perf_counter() - started) / max(len(verdicts), 1)
+            judgements = self._judged(explanations)
+            each_took = (time.perf_counter() - started) / max(len(judgements), 1)
             if self._job.client is None:
-                usage = [replace(verdict.usage, seconds=each_took) for verdict in verdicts]
-                pairs = zip(verdicts, usage, strict=True)
-                verdicts = [replace(verdict, usage=took) for verdict, took in pairs]
-            rows += self._rows(control, explanations, verdicts)
+                usage = [replace(judgement.usage, seconds=each_took) for judgement in judgements]
+                pairs = zip(judgements, usage, strict=True)
+                judgements = [replace(judgement, usage=took) for judgement, took in pairs]
+            rows += self._rows(control, explanations, judgements)
             if control is None and self._job.controls:
-                pairs = zip(verdicts, self._order, strict=True)
-                shuffled = [_shuffled(verdict, order) for verdict, order in pairs]
+                pairs = zip(judgements, self._order, strict=True)
+                shuffled = [_shuffled(judgement, order) for judgement, order in pairs]
                 rows += self._rows("shuffled_pairing", explanations, shuffled)
         return rows
 
@@ -191,9 +192,9 @@ class _Classification:
         if explanation.failure is not None or self._lacks(i) is not None:
             return Judgement(nothing, nothing)
         program = program_of(explanation)
-        known = predicted(program, learn.items[i])
+        scores = predicted(program, learn.items[i])
         others = np.concatenate([learn.of(i, 1), learn.of(i, 2)])
-        threshold = best_threshold(known[learn.of(i, 0)], known[others])
+        threshold = best_threshold(scores[learn.of(i, 0)], scores[others])
         return judge_by_program(program, self._score.items[i], threshold)
 
     def _lacks(self, i: int) -> str | None:
@@ -209,21 +210,21 @@ class _Classification:
         self,
         control: str | None,
         explanations: Sequence[Explanation],
-        verdicts: Sequence[Judgement],
+        judgements: Sequence[Judgement],
     ) -> list[Row]:
         rows: list[Row] = []
-        for i, (explanation, verdict) in enumerate(zip(explanations, verdicts, strict=True)):
-            cost = usage_columns(verdict.usage)
+        for i, (explanation, judgement) in enumerate(zip(explanations, judgements, strict=True)):
+            cost = usage_columns(judgement.usage)
             for which, name in enumerate(self._names.values(), start=1):
                 firing, other = self._score.of(i, 0), self._score.of(i, which)
-                failure = explanation.failure or self._lacks(i) or verdict.failure
+                failure = explanation.failure or self._lacks(i) or judgement.failure
                 if failure is None and min(len(firing), len(other)) < MIN_RECORDS:
                     failure = "too_few_records"
-                known = self._facts(i, firing, other) | {"control": control}
-                known["prompt_hash"] = verdict.prompt_hash
-                found = _measured(name, verdict, firing, other, failure)
-                for metric, columns in found.items():
-                    rows.append(self._job.row(metric, self._units[i], **known, **columns, **cost))
+                facts = self._facts(i, firing, other) | {"control": control}
+                facts["prompt_hash"] = judgement.prompt_hash
+                measures = _measured(name, judgement, firing, other, failure)
+                for metric, columns in measures.items():
+                    rows.append(self._job.row(metric, self._units[i], **facts, **columns, **cost))
                     cost = {}  # what asking took is told once
         return rows
 
@@ -240,16 +241,16 @@ class _Classification:
         }
 
 
-def _shuffled(verdict: Judgement, order: Int[ndarray, " items"]) -> Judgement:
-    """Return a verdict whose answers belong to other items: each is given the next one's."""
-    scores, fires = verdict.scores.copy(), verdict.fires.copy()
+def _shuffled(judgement: Judgement, order: Int[ndarray, " items"]) -> Judgement:
+    """Return a judgement whose answers belong to other items: each is given the next one's."""
+    scores, fires = judgement.scores.copy(), judgement.fires.copy()
     scores[order], fires[order] = np.roll(scores[order], 1), np.roll(fires[order], 1)
-    return Judgement(scores, fires, verdict.failure, prompt_hash=verdict.prompt_hash)
+    return Judgement(scores, fires, judgement.failure, prompt_hash=judgement.prompt_hash)
 
 
 def _measured(
     name: str,
-    verdict: Judgement,
+    judgement: Judgement,
     firing: Int[ndarray, " firing"],
     other: Int[ndarray, " other"],
     failure: str | None,
@@ -262,7 +263,7 @@ def _measured(
         return {
             each: undefined(failure, value) for each, value in zip(metrics, chances, strict=True)
         }
-    a, b = verdict.fires[firing], verdict.fires[other]
+    a, b = judgement.fires[firing], judgement.fires[other]
     counts = {
         "tp": int((a == 1).sum()),
         "tn": int((b == 0).sum()),
@@ -274,9 +275,9 @@ def _measured(
     right_b = counts["tn"] + np.isnan(b).sum() / 2
     n_a, n_b = len(firing), len(other)
     accuracy, low, high = balanced_accuracy(right_a, n_a, right_b, n_b)
-    area = auroc(verdict.scores[firing], verdict.scores[other])
-    precision = average_precision(verdict.scores[firing], verdict.scores[other])
-    found = (
+    area = auroc(judgement.scores[firing], judgement.scores[other])
+    precision = average_precision(judgement.scores[firing], judgement.scores[other])
+    measures = (
         (accuracy, (low, high), ACCURACY_METHOD),
         (area, auroc_interval(area, n_a, n_b), AUROC_METHOD),
         (precision, average_precision_interval(precision, n_a), PRECISION_METHOD),
@@ -285,5 +286,5 @@ def _measured(
     return {
         metric: {"value": value, "ci_low": ends[0], "ci_high": ends[1], "ci_method": method}
         | shared
-        for metric, (value, ends, method) in zip(metrics, found, strict=True)
+        for metric, (value, ends, method) in zip(metrics, measures, strict=True)
     }

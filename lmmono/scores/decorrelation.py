@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from lmmono.records.seeds import stream
 from lmmono.records.unit_rows import read_unit_rows
 from lmmono.records.units import checked_units
 from lmmono.scores.score_job import Row, ScoreJob
@@ -35,10 +36,9 @@ def read_dense(
     return dense
 
 
-def draw_cells(corpus: Corpus, n: int, seed: tuple[int, ...]) -> Int[ndarray, " tokens"]:
-    """Return up to n cells that hold a token, drawn by seed, ascending."""
+def draw_cells(corpus: Corpus, n: int, rng: np.random.Generator) -> Int[ndarray, " tokens"]:
+    """Return up to n cells that hold a token, ascending."""
     cells = np.flatnonzero(corpus.groups < corpus.n_groups)
-    rng = np.random.default_rng(seed)
     return np.sort(rng.choice(cells, min(n, len(cells)), replace=False))
 
 
@@ -46,10 +46,10 @@ def score_decorrelation(job: ScoreJob) -> list[Row]:
     """Score a hook by how little its tokens and its units have in common; two rows and controls."""
     corpus = read_corpus(job, "score")
     units = checked_units(job.store, job.hook, job.units)
-    seed = (job.seed, *job.hook.encode())
-    cells = draw_cells(corpus, int(job.settings["tokens"]), seed)
+    rng = stream("tokens of a hook", job.seed, job.hook)
+    cells = draw_cells(corpus, int(job.settings["tokens"]), rng)
     dense, groups = read_dense(job, corpus, cells, units), corpus.groups[cells]
-    rng, rows = np.random.default_rng((*seed, 1)), list[Row]()
+    rng, rows = stream("shuffled tokens", job.seed, job.hook), list[Row]()
     kinds: list[tuple[str | None, Dense]] = [(None, dense)]
     if job.controls:
         kinds.append(("shuffled", rng.permuted(dense, axis=0)))

@@ -14,6 +14,7 @@ from numpy import ndarray
 from lmmono.errors import ExplainError
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Class
+from lmmono.records.seeds import stream
 from lmmono.scores.judging import area_row, present_classes, shown_text
 from lmmono.scores.score_job import Row, ScoreJob
 
@@ -79,22 +80,22 @@ def score_embedding(job: ScoreJob) -> list[Row]:
     rows: list[Row] = []
     explained = job.explanations(units)
     queries = sorted({each.text for all_of in explained.values() for each in all_of if each.text})
-    placed = dict(zip(queries, _normal(encoder.encode([QUERY.format(q) for q in queries])),
+    vector_of = dict(zip(queries, _normal(encoder.encode([QUERY.format(q) for q in queries])),
                       strict=True))  # fmt: skip
     for control, explanations in explained.items():
         for i, (unit, explanation) in enumerate(zip(units, explanations, strict=True)):
             scores = np.full(len(index[i]), np.nan)
             if explanation.text is not None:
-                there = index[i] >= 0
-                at = np.searchsorted(used, index[i][there])
-                scores[there] = vectors[at] @ placed[explanation.text]
+                present = index[i] >= 0
+                at = np.searchsorted(used, index[i][present])
+                scores[present] = vectors[at] @ vector_of[explanation.text]
             sides = present_classes(index[i], len(CLASSES))
             for metric, other in (("embedding", 1), ("embedding_near_miss", 2)):
                 named = {"control": control, "details": {"encoder": encoder.name}}
                 both = scores[sides[0]], scores[sides[other]]
                 rows.append(area_row(job, metric, unit, *both, explanation.failure) | named)
             if control is None and job.controls:
-                order = np.random.default_rng((job.seed, unit, 61)).permutation(len(scores))
+                order = stream("embedding pairing", job.seed, unit).permutation(len(scores))
                 mixed = scores[order][~np.isnan(scores[order])]
                 n = len(sides[0])
                 both = mixed[:n], mixed[n : n + len(sides[1])]

@@ -18,6 +18,7 @@ from lmmono.clients.client import Answer, Message, Prompt, Usage, final_answer
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Contrasts
+from lmmono.records.seeds import stream
 from lmmono.scores.classification import marked_tokens
 from lmmono.scores.judging import MIN_RECORDS, Items, failure_of, joined_hash, predicted, shown_text
 from lmmono.scores.score_job import Row, ScoreJob, program_of, undefined, usage_columns
@@ -44,9 +45,9 @@ def draw_trials(contrasts: Contrasts, n: int, size: int, seed: int) -> list[Tria
     shape = (len(contrasts.units), 3, -1, contrasts.excerpts.window)
     marks = marked_tokens(contrasts, seed).reshape(shape)
     ids = contrasts.token_ids(("firing", "silent", "more_firing")).reshape(shape)
-    found: list[Trials] = []
+    trials: list[Trials] = []
     for i, unit in enumerate(contrasts.units.tolist()):
-        rng = np.random.default_rng((seed, unit, 37))
+        rng = stream("intruder places", seed, unit)
         firing = np.flatnonzero(contrasts.index[i, 0] >= 0)
         silent = np.flatnonzero((contrasts.index[i, 1] >= 0) & marks[i, 1].any(axis=1))
         k = min(n, len(firing) // (size - 1), len(silent))
@@ -61,7 +62,7 @@ def draw_trials(contrasts: Contrasts, n: int, size: int, seed: int) -> list[Tria
         used = np.concatenate(
             [contrasts.index[i, 0][rows].ravel(), contrasts.index[i, 1][silent[:k]]]
         )
-        found.append(
+        trials.append(
             Trials(
                 _inserted(own, other, places),
                 _inserted(own_marks, other_marks, places),
@@ -69,7 +70,7 @@ def draw_trials(contrasts: Contrasts, n: int, size: int, seed: int) -> list[Tria
                 len(np.unique(contrasts.excerpts.doc_ids[used])),
             )
         )
-    return found
+    return trials
 
 
 def _inserted(own: ndarray, other: ndarray, places: Int[ndarray, " trials"]) -> ndarray:
@@ -128,34 +129,33 @@ def score_by_client(job: ScoreJob) -> list[Row]:
     assert job.client is not None
     units, trials = _read(job)
     words = read_vocabulary(job.store)
-    prompts = [_prompts(each, words) for each in trials]
+    prompts = [_prompts(of_unit, words) for of_unit in trials]
     asked_all = [prompt for of_unit in prompts for prompt in of_unit]
     max_tokens = job.settings.get("max_tokens") or 8  # one number, and a word or two before it
     answers = iter(job.client.complete(asked_all, max_tokens=max_tokens))
     rows: list[Row] = []
-    for unit, mine, asked in zip(units, trials, prompts, strict=True):
-        heard = [next(answers) for _ in asked]
-        rows += _rows_of(job, unit, mine, asked, heard)
+    for unit, of_unit, asked in zip(units, trials, prompts, strict=True):
+        rows += _rows_of(job, unit, of_unit, asked, [next(answers) for _ in asked])
     return rows
 
 
 def _prompts(trials: Trials, words: tuple[str, ...]) -> list[Prompt]:
-    found: list[Prompt] = []
+    prompts: list[Prompt] = []
     for ids, marked in zip(trials.token_ids, trials.marked, strict=True):
         texts = [shown_text(ids[i], marked[i], words) for i in range(len(ids))]
         shown = "\n".join(f"Text {i}: {text}" for i, text in enumerate(texts, start=1))
-        found.append(Prompt((Message("system", _SYSTEM), Message("user", shown))))
-    return found
+        prompts.append(Prompt((Message("system", _SYSTEM), Message("user", shown))))
+    return prompts
 
 
 def _rows_of(
-    job: ScoreJob, unit: int, trials: Trials, asked: Sequence[Prompt], heard: Sequence[Answer]
+    job: ScoreJob, unit: int, trials: Trials, asked: Sequence[Prompt], answers: Sequence[Answer]
 ) -> list[Row]:
     size = trials.token_ids.shape[1]
-    said = np.array([_number(answer, size) for answer in heard], float).reshape(-1)
-    usage = sum((answer.usage for answer in heard), Usage())
-    has_no_answer = bool(len(heard) and np.isnan(said).all())
-    failure = failure_of([answer.failure for answer in heard], has_no_answer)
+    named = np.array([_number(answer, size) for answer in answers], float).reshape(-1)
+    usage = sum((answer.usage for answer in answers), Usage())
+    has_no_answer = bool(len(answers) and np.isnan(named).all())
+    failure = failure_of([answer.failure for answer in answers], has_no_answer)
     failure = failure or ("unparsed" if has_no_answer else None)
     extra = {"prompt_hash": joined_hash([prompt.sha256 for prompt in asked])}
     rows: list[Row] = []
@@ -163,7 +163,7 @@ def _rows_of(
     if job.controls:
         pairings.append(("shuffled_pairing", np.roll(trials.intruder, 1)))
     for control, places in pairings:
-        right = np.where(np.isnan(said), np.nan, said == places)
+        right = np.where(np.isnan(named), np.nan, named == places)
         row = _row(job, "intruder", unit, trials, right, failure, control)
         rows.append(row | extra | (usage_columns(usage) if control is None else {}))
     return rows
@@ -171,10 +171,10 @@ def _rows_of(
 
 def _number(answer: Answer, size: int) -> float:
     """Return the place that an answer names, from 0; NaN where it names none."""
-    said = re.findall(r"\d+", final_answer(answer.text or ""))
-    if len(said) != 1 or not 1 <= int(said[0]) <= size:
+    numbers = re.findall(r"\d+", final_answer(answer.text or ""))
+    if len(numbers) != 1 or not 1 <= int(numbers[0]) <= size:
         return np.nan
-    return int(said[0]) - 1.0
+    return int(numbers[0]) - 1.0
 
 
 def _row(

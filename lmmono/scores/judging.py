@@ -55,10 +55,10 @@ class Judgement:
 
 def predicted(program: Program, items: Items) -> Float[ndarray, " items"]:
     """Return a program's score of each item: its predicted maximum, or mean on marked tokens."""
-    acts, there = program.simulate(items.token_ids), items.token_ids >= 0
+    acts, is_token = program.simulate(items.token_ids), items.token_ids >= 0
     if items.marked is None:
-        return np.where(there, acts, -np.inf).max(axis=1)
-    marked = items.marked & there
+        return np.where(is_token, acts, -np.inf).max(axis=1)
+    marked = items.marked & is_token
     return (acts * marked).sum(axis=1) / np.maximum(marked.sum(axis=1), 1)
 
 
@@ -101,11 +101,13 @@ def judge_by_client(
     """
     prompts: list[Prompt] = []
     asked: list[tuple[int, ndarray]] = []
-    for i, (explanation, mine, places) in enumerate(zip(explanations, items, order, strict=True)):
+    for i, (explanation, of_unit, places) in enumerate(
+        zip(explanations, items, order, strict=True)
+    ):
         if explanation.text is not None:
             for first in range(0, len(places), batch):
                 chosen = places[first : first + batch]
-                prompts.append(_prompt(explanation.text, mine, chosen, vocabulary))
+                prompts.append(_prompt(explanation.text, of_unit, chosen, vocabulary))
                 asked.append((i, chosen))
     # three tokens a label, such as " 1,", and a few words before the list
     budget = 3 * batch + 8 if max_tokens is None else max_tokens
@@ -126,11 +128,11 @@ def _collected(
     for (i, chosen), prompt, answer in zip(asked, prompts, answers, strict=True):
         usages[i] = usages[i] + answer.usage
         hashes[i].append(prompt.sha256)
-        said = _parsed(answer, len(chosen))
-        if said is None:
+        parsed = _parsed(answer, len(chosen))
+        if parsed is None:
             failures[i].add(answer.failure or "unparsed")
         else:
-            fires[i][chosen], scores[i][chosen] = said
+            fires[i][chosen], scores[i][chosen] = parsed
     return [
         Judgement(
             scores[i],
@@ -199,10 +201,14 @@ def shown_text(
     >>> shown_text(np.array([0, 1, 0, -1]), np.array([False, True, False, False]), ("a", "b"))
     'a<<b>>a'
     """
-    there = token_ids >= 0
-    on = [False, *([False] * int(there.sum()) if marked is None else marked[there].tolist()), False]
+    is_token = token_ids >= 0
+    on = [
+        False,
+        *([False] * int(is_token.sum()) if marked is None else marked[is_token].tolist()),
+        False,
+    ]
     parts: list[str] = []
-    for i, token_id in enumerate(token_ids[there]):
+    for i, token_id in enumerate(token_ids[is_token]):
         word = vocabulary[token_id] if token_id < len(vocabulary) else f"[{token_id}]"
         parts.append(f"{'<<' * (on[i + 1] and not on[i])}{word}")
         parts.append(">>" * (on[i + 1] and not on[i + 2]))
@@ -223,7 +229,7 @@ def _parsed(answer: Answer, n: int) -> tuple[Float[ndarray, " n"], Float[ndarray
 
 def _probabilities(answer: Answer) -> Float[ndarray, " digits"]:
     """Return P(1) / (P(0) + P(1)) at each token of the answer that is a digit."""
-    found: list[float] = []
+    shares: list[float] = []
     for token, alternatives in zip(answer.tokens, answer.alternatives, strict=False):
         if token.strip(" [],") in ("0", "1"):
             mass = {"0": 0.0, "1": 0.0}
@@ -232,8 +238,8 @@ def _probabilities(answer: Answer) -> Float[ndarray, " digits"]:
                 if digit in mass:
                     mass[digit] += float(np.exp(logprob))
             total = mass["0"] + mass["1"]
-            found.append(mass["1"] / total if total > 0 else float(token.strip(" [],")))
-    return np.array(found)
+            shares.append(mass["1"] / total if total > 0 else float(token.strip(" [],")))
+    return np.array(shares)
 
 
 def present_classes(index: Int[ndarray, " records"], n_classes: int) -> list[ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
+from lmmono.records.seeds import stream
 from lmmono.scores.labelled_items import LabelledItems, read_labelled
 from lmmono.scores.score_job import Row, ScoreJob
 from lmmono.scores.unit_statistics import METHOD, N_GROUPS
@@ -70,7 +71,7 @@ def score_labelled(job: ScoreJob) -> list[Row]:
     known, learned = read_labelled(job, "score"), read_labelled(job, "explain")
     found: dict[str | None, _Measured] = {None: _measure(job, known, known.labels, learned)}
     if job.controls:
-        labels = known.shuffled(np.random.default_rng((job.seed, 19)))
+        labels = known.shuffled(stream("shuffled labels", job.seed))
         found["shuffled_labels"] = _measure(job, known, labels, learned)
     units = list(range(known.acts.shape[1])) if job.units is None else sorted(job.units)
     rows: list[Row] = []
@@ -115,7 +116,7 @@ def _measure(
     firing = fires(known.acts)
     support = {"class_selectivity": firing.sum(axis=0)}
     shuffles = [
-        known.shuffled(np.random.default_rng((job.seed, 23, i)))
+        known.shuffled(stream("shuffled classes", job.seed, i))
         for i in range(int(job.settings["permutations"]))
     ]
     tops = strongest(known.acts, float(job.settings["top_share"]))

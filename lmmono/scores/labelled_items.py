@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from lmmono.errors import ExplainError
+from lmmono.records.seeds import stream
 from lmmono.records.unit_rows import read_unit_rows
 from lmmono.records.units import checked_units
 from lmmono.scores.decorrelation import draw_cells, read_dense
@@ -108,8 +109,8 @@ def read_labelled(job: ScoreJob, split: Split) -> LabelledItems:
 def _of_tokens(job: ScoreJob, split: Split, labels: TokenLabels) -> LabelledItems:
     corpus = read_corpus(job, split)
     grid, units = corpus.grid, checked_units(job.store, job.hook, job.units)
-    seed = (job.seed, *job.hook.encode(), *split.encode())
-    cells = draw_cells(corpus, int(job.settings["items"]), seed)
+    rng = stream("labelled items", job.seed, job.hook, split)
+    cells = draw_cells(corpus, int(job.settings["items"]), rng)
     order = np.argsort(labels.seq_ids)
     known = labels.seq_ids[order]
     wanted = grid.seq_ids[cells // grid.n_ctx]
@@ -140,7 +141,7 @@ def _of_documents(job: ScoreJob, split: Split, labels: Mapping[int, str]) -> Lab
     names = tuple(sorted(set(labels.values())))
     number = {name: i for i, name in enumerate(names)}
     classes = np.array([number[labels[doc]] for doc in excerpts.doc_ids.tolist()])
-    rng = np.random.default_rng((job.seed, *split.encode()))
+    rng = stream("labelled items", job.seed, split)
     n = min(len(excerpts), int(job.settings["items"]))
     chosen = np.sort(rng.choice(len(excerpts), n, replace=False))
     truth = classes[chosen, None] == np.arange(len(names))

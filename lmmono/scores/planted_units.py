@@ -22,6 +22,7 @@ from lmmono.data.tokens import TokenRows
 from lmmono.data.truth import planted_language, row_truth
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.token_lookup import Lookup, lookup_text
+from lmmono.records.seeds import stream
 from lmmono.runs.folder import Run
 
 LEVELS: dict[str, tuple[float, float]] = {
@@ -156,7 +157,7 @@ def _write(
     """Write a hook per level, half of the rows for each split."""
     d = truth.shape[1]
     hooks = [_hook(level) for level in range(len(LEVELS))]
-    rng = np.random.default_rng((seed, 1))
+    rng = stream("known units", seed)
     other = rng.permutation(d)
     acts = [_fire(truth, other, *level, rng) for level in LEVELS.values()]
     rows = [astore.Rows(hook, d, max_density=1.0) for hook in hooks]
@@ -225,7 +226,7 @@ def add_explanations(
     """Add true and false explanations of every unit; return the F1 of each, NaN if not false."""
     counts, hits = truth.counts, truth.hits
     shares = hits / np.maximum(counts, 1)
-    rng, rows = np.random.default_rng((seed, 2)), list[dict[str, Any]]()
+    rng, rows = stream("false explanations", seed), list[dict[str, Any]]()
     quality = np.zeros((len(truth.units), 1 + len(FALSE)))
     for i, unit in enumerate(truth.units):
         share, others = shares[unit.feature], np.delete(shares, unit.feature, axis=0)

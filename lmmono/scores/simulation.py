@@ -18,6 +18,7 @@ from lmmono.explanations.llm_simulation import Simulation
 from lmmono.explanations.protocols import Protocol, find_protocol
 from lmmono.explanations.stored_explanations import read_maxima
 from lmmono.records.sampler import Records
+from lmmono.records.seeds import stream
 from lmmono.scores.score_job import UNSCORED, Row, ScoreJob, over_documents, usage_columns
 from lmmono.scores.simulators import UNCALIBRATED, predictions
 from lmmono.stats.agreement import AGREEMENTS, record_sums
@@ -113,7 +114,7 @@ def _partners(
     present = records.index[places] >= 0
     partner = np.broadcast_to(np.arange(present.shape[1]), present.shape).copy()
     for i, unit in enumerate(records.units[places]):
-        rng = np.random.default_rng((job.seed, *job.hook.encode(), int(unit), 11))
+        rng = stream("shuffled pairing", job.seed, job.hook, int(unit))
         for kind in sorted(set(records.kinds)):
             columns = records.columns(kind)
             filled = columns[present[i, columns]]

@@ -21,6 +21,7 @@ from lmmono.errors import ExplainError
 from lmmono.models.crate import CACHE_ARGUMENT
 from lmmono.models.hooks import attached, bare, hook_names
 from lmmono.records.corpus_excerpts import TokenGrid, read_grid
+from lmmono.records.seeds import stream
 from lmmono.records.unit_rows import read_unit_rows
 from lmmono.records.units import checked_units
 from lmmono.scores.score_job import ScoreJob
@@ -72,7 +73,7 @@ class Steering:
         self.max_act: dict[int, float] = dict(job.store.sql(query, hook=job.hook).fetchall())
         self.grid = read_grid(job.store, "score")
         self._ends = self._possible_ends(self.grid)
-        rng = np.random.default_rng((job.seed, *job.hook.encode(), 43))
+        rng = stream("steered contexts", job.seed, job.hook)
         ends = rng.choice(self._ends, min(self._n, len(self._ends)), replace=False)
         self.prompts = self._ids(ends)
         self.n_documents = len(np.unique(self.grid.doc_ids[ends]))
@@ -129,7 +130,7 @@ class Steering:
         found = torch.zeros((len(units), d))
         for i, unit in enumerate(units):
             if random:
-                rng = np.random.default_rng((self._job.seed, *self._hook.encode(), unit, 47))
+                rng = stream("random directions", self._job.seed, self._hook, unit)
                 drawn = rng.standard_normal(d)
                 found[i] = torch.from_numpy(drawn / np.linalg.norm(drawn)).float()
             else:
@@ -191,7 +192,7 @@ class Steering:
         can_end[self._ends] = True
         for rows in read_unit_rows(self._job.store, self._hook, self.units, self.grid):
             for i, unit in enumerate(rows.units.tolist()):
-                rng = np.random.default_rng((self._job.seed, *self._hook.encode(), unit, 53))
+                rng = stream("continuations", self._job.seed, self._hook, unit)
                 cells = rows.of(i)[0]
                 cells = rng.permutation(cells[can_end[cells]])[: self._n]
                 yield unit, self._ablate(unit, cells)

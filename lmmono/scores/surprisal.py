@@ -37,12 +37,12 @@ def mean_logprob(reading: Reading, before: str) -> float:
         return float("nan")
     ends = list(accumulate(len(token) for token in reading.tokens))
     starts = [0, *ends[:-1]]
-    found = [
+    logprobs = [
         logprob
         for start, logprob in zip(starts, reading.logprobs, strict=True)
         if start >= len(before) and logprob is not None
     ]
-    return float(np.mean(found)) if found else float("nan")
+    return float(np.mean(logprobs)) if logprobs else float("nan")
 
 
 def score_surprisal(job: ScoreJob) -> list[Row]:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from lmmono.errors import ExplainError
+from lmmono.records.seeds import stream
 from lmmono.scores.labelled import mean_differences
 from lmmono.scores.labelled_items import LabelledItems, read_labelled
 from lmmono.scores.score_job import Row, ScoreJob
@@ -90,7 +91,7 @@ def _with_control(
     """Return both sides, and for the control both with labels that are shuffled by documents."""
     found: list[tuple[str | None, LabelledItems, LabelledItems]] = [(None, learned, known)]
     if job.controls:
-        rng = np.random.default_rng((job.seed, 31))
+        rng = stream("probe controls", job.seed)
         sides = [replace(side, labels=side.shuffled(rng)) for side in (learned, known)]
         found.append(("shuffled_labels", sides[0], sides[1]))
     return found

@@ -325,8 +325,8 @@ def score_token_selectivity(job: ScoreJob) -> list[Row]:
     with the s of `SHARES_OF_TEXT` that predicts the others best (deleted interpolation, Jelinek and
     Mercer 1980). A cross-entropy is at least the entropy, so the value is too low if anything: for
     a unit on 50 tokens by 0.23 at 80 firings and by 0.01 at 1,000; nothing at both extremes. The
-    upper end of the interval therefore starts from the entropy of the sample. Coverage at 6 to 1,000
-    firings, random, half and all on one token: 0.935 to 1 (`benchmarks/interval_coverage.py`).
+    upper end of the interval therefore starts from the entropy of the sample. Coverage at 6 to
+    1,000 firings, random, half or all on one token: 0.935 to 1 (benchmarks/interval_coverage.py).
 
     A unit that fires in one document alone cannot be predicted: `too_few_records`.
     """
