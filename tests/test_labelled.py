@@ -142,7 +142,8 @@ def test_labels_that_do_not_fit_are_told(store, labels):
             rows_of(store, "labelled", wrong)
 
 
-def test_scores_under_other_labels_are_other_scores(store, labels):
+def test_scores_under_other_labels_are_other_scores(planted, labels):
+    store = astore.open(planted.path, mode="a")
     first = lm.score(store, HOOK, scorer="labelled", labels=labels, items=500)
     assert lm.score(store, HOOK, scorer="labelled", labels=labels, items=500).n_units == 0
     truth = labels.truth.copy()

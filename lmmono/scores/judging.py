@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
+from activation_store.read.characters import whole_characters
 from lmmono.clients.client import UNANSWERED, Answer, Client, Message, Prompt, Usage, final_answer
 from lmmono.explanations.explanation import Explanation, Failure, Program
 from lmmono.scores.score_job import Row, ScoreJob, undefined
@@ -208,8 +209,8 @@ def shown_text(
         False,
     ]
     parts: list[str] = []
-    for i, token_id in enumerate(token_ids[is_token]):
-        word = vocabulary[token_id] if token_id < len(vocabulary) else f"[{token_id}]"
+    words = [vocabulary[i] if i < len(vocabulary) else f"[{i}]" for i in token_ids[is_token]]
+    for i, word in enumerate(whole_characters(words)):
         parts.append(f"{'<<' * (on[i + 1] and not on[i])}{word}")
         parts.append(">>" * (on[i + 1] and not on[i + 2]))
     return "".join(parts).replace("\n", "\\n")
