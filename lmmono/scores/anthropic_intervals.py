@@ -88,24 +88,24 @@ def _rows(
     for i, unit in enumerate(records.units.tolist()):
         n = int(present[i].sum())
         documents = records.grid.doc_ids[records.cells[i][present[i]]]
-        known: Row = {
+        columns: Row = {
             "n": n,
             "n_records": n,
             "n_tokens": int(is_token[i].sum()),
             "control": control,
         }
-        known["n_documents"] = len(np.unique(documents))
+        columns["n_documents"] = len(np.unique(documents))
         failure = failures[i] or ("too_few_records" if firing[i] < MIN_FIRING else None)
         if failure is not None:
-            known |= undefined(failure, 0.0)
+            columns |= undefined(failure, 0.0)
         else:
             undefined_here = bool(np.isnan(value[i]))
-            known |= {"value": 0.0 if undefined_here else float(value[i])}
-            known |= {"nan_fraction": float(undefined_here), "n_failures": 0}
+            columns |= {"value": 0.0 if undefined_here else float(value[i])}
+            columns |= {"nan_fraction": float(undefined_here), "n_failures": 0}
             if not np.isnan(low[i]) and not undefined_here:
                 of_kind = [present[i][k == INTERVAL_KINDS] for k in np.unique(INTERVAL_KINDS)]
                 fewest = min(int(kind.sum()) for kind in of_kind)
-                known |= {"ci_low": float(low[i]), "ci_high": float(high[i])}
-                known["ci_method"] = unit_method(fewest, int(firing[i]))
-        rows.append(job.row("anthropic_intervals", unit, **known))
+                columns |= {"ci_low": float(low[i]), "ci_high": float(high[i])}
+                columns["ci_method"] = unit_method(fewest, int(firing[i]))
+        rows.append(job.row("anthropic_intervals", unit, **columns))
     return rows

@@ -64,9 +64,9 @@ def score_decorrelation(job: ScoreJob) -> list[Row]:
                 parts.append(measure(acts[left], groups[left]))
             low, high = jackknife_interval(np.array(parts[0]), np.array(parts[1:]))
             columns = columns_of(parts[0], float(low), float(high), METHOD)
-            known = {"n": len(cells), "n_tokens": len(cells), "control": control}
-            known["n_documents"] = len(np.unique(corpus.grid.doc_ids[cells]))
-            rows.append(job.row(metric, None, **known, **columns))
+            counts = {"n": len(cells), "n_tokens": len(cells), "control": control}
+            counts["n_documents"] = len(np.unique(corpus.grid.doc_ids[cells]))
+            rows.append(job.row(metric, None, **counts, **columns))
     return rows
 
 

@@ -81,12 +81,12 @@ def score_interventions(job: ScoreJob) -> list[Row]:
     sides: list[tuple[str | None, str | None, bool]] = [(name, name, False) for name in explained]
     if job.controls:
         sides.append((None, "random_direction", True))
-    found = {random: {each.unit: each for each in steering.steered(random)} for random in
+    steered_of = {random: {each.unit: each for each in steering.steered(random)} for random in
              {random for _, _, random in sides}}  # fmt: skip
     rows: list[Row] = []
     for of, control, random in sides:
         for unit, explanation in zip(units, explained[of], strict=True):
-            steered = found[random].get(unit)
+            steered = steered_of[random].get(unit)
             rows += _compared(job, unit, explanation, steered, predictions, control)
     return [row | {"n_documents": steering.n_documents} for row in rows]
 
@@ -140,18 +140,18 @@ def _compared(
     if steered is not None and np.isnan(steered.strength):
         failure = failure or "no_effect"
     metrics = ("intervention", "intervention_own")
-    known: Row = {"control": control, "n": predictions.n_prompts}
+    counts: Row = {"control": control, "n": predictions.n_prompts}
     if failure is not None or steered is None:
-        shared = known | undefined(str(failure), 0.0)
+        shared = counts | undefined(str(failure), 0.0)
         return [job.row(metric, unit, **shared) for metric in metrics]
-    known |= {"n_failures": 0, "details": {"strength": steered.strength}}
+    counts |= {"n_failures": 0, "details": {"strength": steered.strength}}
     rows: list[Row] = []
-    made = predictions.following(explanation), predictions.own(explanation)
-    for metric, predicted in zip(metrics, made, strict=True):
+    both = predictions.following(explanation), predictions.own(explanation)
+    for metric, predicted in zip(metrics, both, strict=True):
         value, low, high = correlation(
             steered.changes[:, predictions.known].astype(np.float64), predicted[predictions.known]
         )
-        row = job.row(metric, unit, value=value, nan_fraction=0.0, **known)
+        row = job.row(metric, unit, value=value, nan_fraction=0.0, **counts)
         if np.isnan(value):
             row |= {"value": 0.0, "nan_fraction": 1.0}
         elif not np.isnan(low):

@@ -37,11 +37,11 @@ def selectivity(
 
     Morcos et al. 2018 (arXiv 1803.06959). NaN where the unit is silent or the concept is missing.
     """
-    mine = labels[:, concepts].astype(np.float64)
-    n_with = mine.sum(axis=0)
-    n_without = len(mine) - n_with
-    with_it = (acts * mine).sum(axis=0) / np.maximum(n_with, 1)
-    without = (acts * (1 - mine)).sum(axis=0) / np.maximum(n_without, 1)
+    has_concept = labels[:, concepts].astype(np.float64)
+    n_with = has_concept.sum(axis=0)
+    n_without = len(has_concept) - n_with
+    with_it = (acts * has_concept).sum(axis=0) / np.maximum(n_with, 1)
+    without = (acts * (1 - has_concept)).sum(axis=0) / np.maximum(n_without, 1)
     total = with_it + without
     defined = (total > 0) & (n_with > 0) & (n_without > 0)
     return np.where(defined, (with_it - without) / np.where(defined, total, 1), np.nan)
@@ -51,9 +51,9 @@ def mean_differences(
     acts: Float[ndarray, "items units"], labels: Bool[ndarray, "items concepts"]
 ) -> Float[ndarray, "concepts units"]:
     """Return for each concept how much larger each unit's mean is on items that have it."""
-    mine = labels.T.astype(np.float32)
-    n = mine.sum(axis=1, keepdims=True)
-    sums = mine @ acts
+    has_concept = labels.T.astype(np.float32)
+    n = has_concept.sum(axis=1, keepdims=True)
+    sums = has_concept @ acts
     total = acts.sum(axis=0)
     return sums / np.maximum(n, 1) - (total - sums) / np.maximum(len(acts) - n, 1)
 
@@ -68,20 +68,20 @@ class _Measured:
 
 def score_labelled(job: ScoreJob) -> list[Row]:
     """Score units by selectivity and consistency, raw and corrected; control `shuffled_labels`."""
-    known, learned = read_labelled(job, "score"), read_labelled(job, "explain")
-    found: dict[str | None, _Measured] = {None: _measure(job, known, known.labels, learned)}
+    scored, learned = read_labelled(job, "score"), read_labelled(job, "explain")
+    by_control: dict[str | None, _Measured] = {None: _measure(job, scored, scored.labels, learned)}
     if job.controls:
-        labels = known.shuffled(stream("shuffled labels", job.seed))
-        found["shuffled_labels"] = _measure(job, known, labels, learned)
-    units = list(range(known.acts.shape[1])) if job.units is None else sorted(job.units)
+        labels = scored.shuffled(stream("shuffled labels", job.seed))
+        by_control["shuffled_labels"] = _measure(job, scored, labels, learned)
+    units = list(range(scored.acts.shape[1])) if job.units is None else sorted(job.units)
     rows: list[Row] = []
-    for control, measured in found.items():
+    for control, measured in by_control.items():
         for metric, parts in measured.parts.items():
             low, high = jackknife_interval(parts[:, 0], parts[:, 1:])
             for i, unit in enumerate(units):
                 support = int(measured.support[metric][i])
                 columns = _columns(metric, parts[i, 0], low[i], high[i], support)
-                counts = {"n": support, "n_documents": len(np.unique(known.doc_ids))}
+                counts = {"n": support, "n_documents": len(np.unique(scored.doc_ids))}
                 rows.append(job.row(metric, unit, control=control, **counts, **columns))
     return rows
 
@@ -90,36 +90,36 @@ def _columns(metric: str, value: float, low: float, high: float, support: int) -
     if support < MIN_SUPPORT or np.isnan(value):
         failure = "too_few_records" if support else "silent"
         return {"value": None, "n_failures": 1, "failure": failure}
-    known: Row = {"value": float(value), "n_failures": 0}
+    columns: Row = {"value": float(value), "n_failures": 0}
     if np.isnan(low):
-        return known
+        return columns
     least = 0.0 if metric.endswith("raw") else -1.0
     method = METHOD if metric != "semantic_consistency" else f"{METHOD}, shuffled labels held fast"
     ends = np.clip([low, high], least, 1.0)
-    return known | {"ci_low": float(ends[0]), "ci_high": float(ends[1]), "ci_method": method}
+    return columns | {"ci_low": float(ends[0]), "ci_high": float(ends[1]), "ci_method": method}
 
 
 def _measure(
     job: ScoreJob,
-    known: LabelledItems,
+    scored: LabelledItems,
     labels: Bool[ndarray, "items concepts"],
     learned: LabelledItems,
 ) -> _Measured:
     concepts = _best_concepts(learned)
-    groups = np.searchsorted(np.unique(known.doc_ids), known.doc_ids) % N_GROUPS
+    groups = np.searchsorted(np.unique(scored.doc_ids), scored.doc_ids) % N_GROUPS
     kept = [np.ones(len(groups), bool), *(groups != g for g in np.unique(groups))]
     parts = {
         "class_selectivity": np.stack(
-            [selectivity(known.acts[k], labels[k], concepts) for k in kept], axis=1
+            [selectivity(scored.acts[k], labels[k], concepts) for k in kept], axis=1
         )
     }
-    firing = fires(known.acts)
+    firing = fires(scored.acts)
     support = {"class_selectivity": firing.sum(axis=0)}
     shuffles = [
-        known.shuffled(stream("shuffled classes", job.seed, i))
+        scored.shuffled(stream("shuffled classes", job.seed, i))
         for i in range(int(job.settings["permutations"]))
     ]
-    tops = strongest(known.acts, float(job.settings["top_share"]))
+    tops = strongest(scored.acts, float(job.settings["top_share"]))
     for name, active in (("semantic_consistency", firing), ("semantic_consistency_top", tops)):
         raw = np.stack([consistency(active[k], labels[k]) for k in kept], axis=1)
         chance = np.mean([consistency(active, labels) for labels in shuffles], axis=0)[:, None]

@@ -112,10 +112,10 @@ def _of_tokens(job: ScoreJob, split: Split, labels: TokenLabels) -> LabelledItem
     rng = stream("labelled items", job.seed, job.hook, split)
     cells = draw_cells(corpus, int(job.settings["items"]), rng)
     order = np.argsort(labels.seq_ids)
-    known = labels.seq_ids[order]
+    labelled_rows = labels.seq_ids[order]
     wanted = grid.seq_ids[cells // grid.n_ctx]
-    at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-    missing = np.unique(wanted[known[at] != wanted])
+    at = np.minimum(np.searchsorted(labelled_rows, wanted), len(labelled_rows) - 1)
+    missing = np.unique(wanted[labelled_rows[at] != wanted])
     if len(missing):
         raise ExplainError(
             f"labels: {len(missing)} rows of split {split!r} have none, such as seq_id {missing[0]}"

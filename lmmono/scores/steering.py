@@ -127,16 +127,16 @@ class Steering:
                 "SELECT d FROM hooks WHERE hook = $hook", hook=self._hook
             ).fetchall()[0][0]
         )
-        found = torch.zeros((len(units), d))
+        directions = torch.zeros((len(units), d))
         for i, unit in enumerate(units):
             if random:
                 rng = stream("random directions", self._job.seed, self._hook, unit)
                 drawn = rng.standard_normal(d)
-                found[i] = torch.from_numpy(drawn / np.linalg.norm(drawn)).float()
+                directions[i] = torch.from_numpy(drawn / np.linalg.norm(drawn)).float()
             else:
-                found[i, unit] = 1.0
-            found[i] *= self.max_act[unit]
-        return found
+                directions[i, unit] = 1.0
+            directions[i] *= self.max_act[unit]
+        return directions
 
     def _some(self, units: list[int], random: bool) -> list[Steered]:
         directions = self.directions(units, random)

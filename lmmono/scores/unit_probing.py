@@ -34,20 +34,20 @@ def score_probes(job: ScoreJob) -> list[Row]:
     """Score a hook by the AUROC of logistic probes on the best units, the mean over concepts."""
     sides = read_labelled(job, "explain"), read_labelled(job, "score")
     rows: list[Row] = []
-    for control, learned, known in _with_control(job, *sides):
-        found: dict[int, dict[str, float]] = {k: {} for k in SIZES}
+    for control, learned, scored in _with_control(job, *sides):
+        areas_of: dict[int, dict[str, float]] = {k: {} for k in SIZES}
         differences = mean_differences(learned.acts, learned.labels)
-        for concept in _usable(learned, known):
+        for concept in _usable(learned, scored):
             order = np.argsort(-np.abs(differences[concept]), kind="stable")
             for k in SIZES:
-                found[k][known.names[concept]] = _probed(
+                areas_of[k][scored.names[concept]] = _probed(
                     learned.acts[:, order[:k]],
-                    known.acts[:, order[:k]],
+                    scored.acts[:, order[:k]],
                     learned.labels[:, concept],
-                    known.labels[:, concept],
+                    scored.labels[:, concept],
                 )
-        for k, areas in found.items():
-            row = _row(job, f"sparse_probing_auc_{k}", control, list(areas.values()), known)
+        for k, areas in areas_of.items():
+            row = _row(job, f"sparse_probing_auc_{k}", control, list(areas.values()), scored)
             rows.append(row | {"details": areas})
     return rows
 
@@ -56,21 +56,21 @@ def score_fms(job: ScoreJob) -> list[Row]:
     """Score a hook by FMS, the mean over concepts; details say its parts for each."""
     sides = read_labelled(job, "explain"), read_labelled(job, "score")
     rows: list[Row] = []
-    for control, learned, known in _with_control(job, *sides):
+    for control, learned, scored in _with_control(job, *sides):
         details: dict[str, dict[str, float]] = {}
-        for concept in _usable(learned, known):
+        for concept in _usable(learned, scored):
             rng = np.random.default_rng((job.seed, 29, int(concept)))
             most = int(job.settings["per_class"])
             train = _balanced(learned.labels[:, concept], most, rng)
-            test = _balanced(known.labels[:, concept], most, rng)
-            details[known.names[concept]] = _parts(
+            test = _balanced(scored.labels[:, concept], most, rng)
+            details[scored.names[concept]] = _parts(
                 (learned.acts[train], learned.labels[train, concept]),
-                (known.acts[test], known.labels[test, concept]),
+                (scored.acts[test], scored.labels[test, concept]),
                 int(job.settings["depth"]),
             )
         for metric in ("fms", "fms_corrected"):
             values = [each[metric] for each in details.values()]
-            rows.append(_row(job, metric, control, values, known) | {"details": details})
+            rows.append(_row(job, metric, control, values, scored) | {"details": details})
     return rows
 
 
@@ -86,25 +86,25 @@ def monosemanticity(best: float, without: float, deeper: Sequence[float]) -> flo
 
 
 def _with_control(
-    job: ScoreJob, learned: LabelledItems, known: LabelledItems
+    job: ScoreJob, learned: LabelledItems, scored: LabelledItems
 ) -> list[tuple[str | None, LabelledItems, LabelledItems]]:
     """Return both sides, and for the control both with labels that are shuffled by documents."""
-    found: list[tuple[str | None, LabelledItems, LabelledItems]] = [(None, learned, known)]
+    by_control: list[tuple[str | None, LabelledItems, LabelledItems]] = [(None, learned, scored)]
     if job.controls:
         rng = stream("probe controls", job.seed)
-        sides = [replace(side, labels=side.shuffled(rng)) for side in (learned, known)]
-        found.append(("shuffled_labels", sides[0], sides[1]))
-    return found
+        sides = [replace(side, labels=side.shuffled(rng)) for side in (learned, scored)]
+        by_control.append(("shuffled_labels", sides[0], sides[1]))
+    return by_control
 
 
-def _usable(learned: LabelledItems, known: LabelledItems) -> Int[ndarray, " concepts"]:
+def _usable(learned: LabelledItems, scored: LabelledItems) -> Int[ndarray, " concepts"]:
     """Return the concepts with enough items; of two classes the first.
 
     Raises:
         ExplainError: No concept has.
     """
-    enough = np.ones(len(known.names), bool)
-    for side in (learned, known):
+    enough = np.ones(len(scored.names), bool)
+    for side in (learned, scored):
         n = side.labels.sum(axis=0)
         enough &= (n >= MIN_ITEMS) & (len(side.labels) - n >= MIN_ITEMS)
     if not enough.any():
@@ -165,12 +165,12 @@ def _parts(
 
 
 def _row(
-    job: ScoreJob, metric: str, control: str | None, values: list[float], known: LabelledItems
+    job: ScoreJob, metric: str, control: str | None, values: list[float], scored: LabelledItems
 ) -> Row:
     mean, low, high = student_interval([np.array(values)])
-    columns: Row = {"value": mean, "n": len(values), "n_tokens": len(known.acts)}
-    columns |= {"n_documents": len(np.unique(known.doc_ids)), "control": control, "n_failures": 0}
-    columns["n_failures"] = len(known.names) - len(values)
+    columns: Row = {"value": mean, "n": len(values), "n_tokens": len(scored.acts)}
+    columns |= {"n_documents": len(np.unique(scored.doc_ids)), "control": control, "n_failures": 0}
+    columns["n_failures"] = len(scored.names) - len(values)
     if not np.isnan(low):
         columns |= {"ci_low": low, "ci_high": high, "ci_method": METHOD}
     return job.row(metric, None, **columns)
