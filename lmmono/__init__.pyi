@@ -34,8 +34,8 @@ from lmmono.models.hooks import run_with_cache as run_with_cache
 from lmmono.models.hooks import run_with_edit as run_with_edit
 from lmmono.models.storage import load_model as load_model
 from lmmono.models.untrained import untrained as untrained
-from lmmono.pipeline.loop import run_stages as run_stages
-from lmmono.pipeline.loop import train as train
+from lmmono.pipeline.stage_loop import run_stages as run_stages
+from lmmono.pipeline.stage_loop import train as train
 from lmmono.recipe import Recipe as Recipe
 from lmmono.runs.folder import Run as Run
 from lmmono.runs.folder import open_run as open_run

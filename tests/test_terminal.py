@@ -10,7 +10,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from lmmono.cli.output import Rows, table_lines, write_tables
+from lmmono.cli.output import OutputTable, table_lines, write_tables
 from lmmono.cli.terminal import LineProgress, shown_progress
 from lmmono.types import Progress
 
@@ -68,7 +68,7 @@ def test_progress_goes_to_stderr(capsys):
 
 TEXT = "word " * 60 + "[bold]not markup[/bold] \\[x]"
 LONG = "blocks.1.hook_resid_post.hook_sae_acts_post"
-WIDE = Rows(
+WIDE = OutputTable(
     ("run", "hook", "n", "selectivity", "excerpt"),
     [
         (
@@ -107,7 +107,7 @@ def test_a_table_fits_without_a_digit_cut_and_says_where_it_left_something_out(w
 
 def test_statistics_of_units_fit_any_terminal_as_blocks():
     columns = [f"column_{i}" for i in range(16)]
-    lines = table_lines(Rows(columns, [[float(i) for i in range(16)]]), 80)
+    lines = table_lines(OutputTable(columns, [[float(i) for i in range(16)]]), 80)
     assert max(map(len, lines)) <= 80
     assert all(
         any(line.split() == [name, f"{i}"] for line in lines) for i, name in enumerate(columns)
@@ -117,7 +117,7 @@ def test_statistics_of_units_fit_any_terminal_as_blocks():
 @pytest.mark.parametrize("format", ["table", "csv", "json"])
 def test_text_of_a_corpus_drives_no_terminal(capsys, format):
     hostile = "\x1b]0;title\x07 \x1b]52;c;aGk=\x07 \u202egnp.exe \x9b31m"
-    write_tables([Rows((hostile, "n"), [(hostile, 1)], title=hostile, note=hostile)], format)
+    write_tables([OutputTable((hostile, "n"), [(hostile, 1)], title=hostile, note=hostile)], format)
     out = capsys.readouterr().out
     assert not set(out) & set("\x1b\x07\x9b")
     if format != "json":  # JSON is for programs, and escapes control characters by itself
@@ -125,9 +125,11 @@ def test_text_of_a_corpus_drives_no_terminal(capsys, format):
 
 
 def test_json_holds_no_nan_and_several_tables_keep_their_titles(capsys):
-    write_tables([Rows(("x",), [(math.nan,), (math.inf,), (1.5,)])], "json")
+    write_tables([OutputTable(("x",), [(math.nan,), (math.inf,), (1.5,)])], "json")
     assert json.loads(capsys.readouterr().out) == [{"x": None}, {"x": None}, {"x": 1.5}]
-    write_tables([Rows(("x",), [(1,)], title="a"), Rows(("y",), [], title="b")], "json")
+    write_tables(
+        [OutputTable(("x",), [(1,)], title="a"), OutputTable(("y",), [], title="b")], "json"
+    )
     assert json.loads(capsys.readouterr().out) == [
         {"title": "a", "rows": [{"x": 1}]},
         {"title": "b", "rows": []},

@@ -107,7 +107,9 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(recipe_file: Path, w
     )
     assert forks.start("-c", code).wait() == -signal.SIGKILL
     recipe = Recipe.load(recipe_file, "name=killed", "train.checkpoint_every_steps=7")
-    assert json.loads((recipe.dir / "checkpoint" / "state.json").read_text())["step"] == 14
+    assert (
+        json.loads((recipe.dir / "checkpoint" / "state.json").read_text())["position"]["step"] == 14
+    )
     resumed = train(recipe)
     assert all(torch.equal(a, weights(whole)[name]) for name, a in weights(resumed).items())
 
@@ -198,11 +200,11 @@ def test_a_flipped_bit_of_a_checkpoint_is_found(recipe_file: Path) -> None:
         train(recipe)
 
 
-@pytest.mark.parametrize("state", ["[]", "{}", "[" * 10_000, '{"step": "x"}', "\x00"])
+@pytest.mark.parametrize("state", ["[]", "{}", "[" * 10_000, '{"position": {"step": "x"}}', "\x00"])
 def test_a_damaged_state_of_a_checkpoint_is_told(tmp_path: Path, state: str) -> None:
     (tmp_path / "state.json").write_text(state)
     model = tiny_model()
-    with pytest.raises(TrainError, match=r"cannot resume from this checkpoint \(state.json"):
+    with pytest.raises(TrainError, match=r"state.json: damaged: .*remove the folder"):
         load_checkpoint(tmp_path, model, build_optimizer(model, Train()), "digest")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmmono.cli.output import Format, Rows, prints_rows
+from lmmono.cli.output import Format, OutputTable, prints_rows
 from lmmono.cli.store_verbs import DataPath, store_app
 from lmmono.cli.toy_verbs import toy_app
 from lmmono.errors import LmmonoError, RecipeError, RunError, TrainingStopped
@@ -130,7 +130,7 @@ def list_(
     where: Annotated[
         Path | None, typer.Argument(help="A folder; a run for hooks and dictionaries.")
     ] = None,
-) -> Rows:
+) -> OutputTable:
     """List recipes, runs, stores; hooks, dictionaries of a run; explainers, scorers or tasks.
 
     Example: lmmono ls dictionaries runs/quickstart/crate
@@ -143,7 +143,7 @@ def list_(
 
 @app.command("run")
 @prints_rows
-def run_(recipe: RecipeFile, overrides: Overrides = None) -> Sequence[Rows]:
+def run_(recipe: RecipeFile, overrides: Overrides = None) -> Sequence[OutputTable]:
     """Do every stage of every run that is not done yet, then show the runs side by side.
 
     Example: lmmono run recipes/quickstart.yaml train.lr=1e-3 out=other
@@ -209,7 +209,7 @@ def robustness(
     every: Annotated[
         bool, typer.Option("--all", help="Every level and difference, not the areas alone.")
     ] = False,
-) -> Sequence[Rows]:
+) -> Sequence[OutputTable]:
     """Make tasks harder, and measure which codes of captured runs serve best then.
 
     Example: lmmono robustness recipes/robustness_planted.yaml --all
@@ -226,7 +226,7 @@ def compare(
     studies: Annotated[
         list[Path], typer.Argument(metavar="FOLDER...", help="Folders of a study's runs.")
     ],
-) -> Sequence[Rows]:
+) -> Sequence[OutputTable]:
     """Compare the arms of scored studies over training seeds, and twins with each other.
 
     Example: lmmono compare runs/study_layers
@@ -247,7 +247,7 @@ def audit_scorer(
     run: Annotated[
         Path | None, typer.Option(help="Ask about this run's neurons; of the planted language.")
     ] = None,
-) -> Rows:
+) -> OutputTable:
     """Say how often a scorer ranks true explanations of planted units above false ones.
 
     Example: lmmono audit-scorer simulation_tar
@@ -258,7 +258,7 @@ def audit_scorer(
     with shown_progress() as progress:
         audit = audit_scorer(name, run=run, n_documents=n_documents, seed=seed, progress=progress)
     rows = [tuple(row.values()) for row in audit.rows]
-    return Rows(tuple(audit.rows[0]), rows, title=audit.metric)
+    return OutputTable(tuple(audit.rows[0]), rows, title=audit.metric)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})  # a query may begin with a comment
@@ -418,5 +418,5 @@ def _recipes_of(target: Path, overrides: Sequence[str]) -> "list[tuple[Recipe, P
     return [(recipe, None if is_elsewhere else target)]
 
 
-def _reports(tables: "Iterable[ReportTable]") -> list[Rows]:
-    return [Rows(t.columns, t.rows, t.title, t.note, is_report=True) for t in tables]
+def _reports(tables: "Iterable[ReportTable]") -> list[OutputTable]:
+    return [OutputTable(t.columns, t.rows, t.title, t.note, is_report=True) for t in tables]

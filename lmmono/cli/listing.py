@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lmmono.cli.output import Rows
+from lmmono.cli.output import OutputTable
 from lmmono.errors import RecipeError, RunError
 from lmmono.files.json_files import read_json
 from lmmono.recipe import Recipe
@@ -10,7 +10,7 @@ from lmmono.runs.folder import find_runs, open_run
 from lmmono.runs.stages import STAGES
 
 
-def list_recipes(folder: Path) -> Rows:
+def list_recipes(folder: Path) -> OutputTable:
     """List the recipe files of a folder; one with faults says so in place of its runs."""
     rows: list[tuple[object, ...]] = []
     for path in sorted(folder.glob("*.yaml")):
@@ -20,10 +20,10 @@ def list_recipes(folder: Path) -> Rows:
             rows.append((str(path), runs, recipe.about))
         except RecipeError as error:
             rows.append((str(path), f"{len(error.faults)} faults; lmmono check {path}", ""))
-    return Rows(("recipe", "runs", "about"), tuple(rows))
+    return OutputTable(("recipe", "runs", "about"), tuple(rows))
 
 
-def list_runs(folder: Path) -> Rows:
+def list_runs(folder: Path) -> OutputTable:
     """List the run folders under a folder, with their stages; a damaged one says so."""
     rows: list[tuple[object, ...]] = []
     for path in find_runs(folder):
@@ -37,24 +37,24 @@ def list_runs(folder: Path) -> Rows:
         stages = ", ".join(f"{name} {records[name].state}" for name in begun)
         loss = records["train"].facts.get("val_loss") if "train" in records else None
         rows.append((str(path), stages, loss, _megabytes(path)))
-    return Rows(("run", "stages", "val loss", "MB"), tuple(rows))
+    return OutputTable(("run", "stages", "val loss", "MB"), tuple(rows))
 
 
-def list_stores(folder: Path) -> Rows:
+def list_stores(folder: Path) -> OutputTable:
     """List the activation stores under a folder, those of vectors alone too."""
     paths = sorted([*folder.rglob("store.duckdb"), *folder.rglob("vectors.duckdb")])
     rows = tuple((str(path), _megabytes(path) + _megabytes(path.with_suffix(""))) for path in paths)
-    return Rows(("store", "MB"), rows)
+    return OutputTable(("store", "MB"), rows)
 
 
-def list_hooks(path: Path) -> Rows:
+def list_hooks(path: Path) -> OutputTable:
     """List the hook names of a run's model, in the order they run."""
     from lmmono.models.hooks import hook_names
 
-    return Rows(("hook",), tuple((name,) for name in hook_names(open_run(path).model)))
+    return OutputTable(("hook",), tuple((name,) for name in hook_names(open_run(path).model)))
 
 
-def list_dictionaries(path: Path) -> Rows:
+def list_dictionaries(path: Path) -> OutputTable:
     """List the dictionaries in a run's folder, as they lie there: fitted, or begun."""
     folder = open_run(path).dir / "dictionaries"
     rows: list[tuple[object, ...]] = []
@@ -69,18 +69,18 @@ def list_dictionaries(path: Path) -> Rows:
             rows.append((hook, name, widths, facts["seed"], str(place)))
         except (RunError, KeyError) as fault:
             rows.append((hook, name, f"damaged: {type(fault).__name__}: {fault}", None, str(place)))
-    return Rows(("hook", "dictionary", "widths", "seed", "folder"), tuple(rows))
+    return OutputTable(("hook", "dictionary", "widths", "seed", "folder"), tuple(rows))
 
 
-def list_explainers(_: Path) -> Rows:
+def list_explainers(_: Path) -> OutputTable:
     """List what explains units, with what each needs besides a store."""
     from lmmono.registry.explainers import EXPLAINERS
 
     rows = ((each.name, ", ".join(each.needs), each.about) for each in EXPLAINERS.values())
-    return Rows(("explainer", "needs", "about"), tuple(rows))
+    return OutputTable(("explainer", "needs", "about"), tuple(rows))
 
 
-def list_scorers(_: Path) -> Rows:
+def list_scorers(_: Path) -> OutputTable:
     """List what scores units, with what each needs besides a store, and what guessing gets."""
     from lmmono.registry.scorers import SCORERS
 
@@ -88,10 +88,10 @@ def list_scorers(_: Path) -> Rows:
         (each.name, ", ".join(each.needs), each.chance, ", ".join(each.presets), each.about)
         for each in SCORERS.values()
     )
-    return Rows(("scorer", "needs", "chance", "presets", "about"), tuple(rows))
+    return OutputTable(("scorer", "needs", "chance", "presets", "about"), tuple(rows))
 
 
-def list_tasks(_: Path) -> Rows:
+def list_tasks(_: Path) -> OutputTable:
     """List the tasks of the robustness suites, with their other domains and where they lie."""
     from lmmono.data.tasks.planted_tasks import PLANTED_TASKS
     from lmmono.registry.tasks import TASK_NAMES, find_record
@@ -105,7 +105,7 @@ def list_tasks(_: Path) -> Rows:
             record = find_record(name)
             place = ", ".join(dict.fromkeys(t.place for t in (*record.files, *record.hub)))
             rows.append((name, len(record.label_names), ", ".join(record.ood), place, record.about))
-    return Rows(("task", "classes", "other domains", "place", "about"), tuple(rows))
+    return OutputTable(("task", "classes", "other domains", "place", "about"), tuple(rows))
 
 
 def _megabytes(path: Path) -> float:

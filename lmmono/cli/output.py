@@ -35,8 +35,8 @@ GAP = "  "
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows that a verb prints."""
+class OutputTable:
+    """OutputTable that a verb prints."""
 
     columns: Sequence[str]
     """Column heads."""
@@ -50,7 +50,9 @@ class Rows:
     """A pipe gets it in `REPORT_WIDTH` columns; else every row is one line there."""
 
 
-def prints_rows(verb: Callable[..., "Rows | Sequence[Rows] | None"]) -> Callable[..., None]:
+def prints_rows(
+    verb: Callable[..., "OutputTable | Sequence[OutputTable] | None"],
+) -> Callable[..., None]:
     """Give a verb that returns rows the options --csv, --json and --arrow.
 
     A verb with a parameter `format` is told which was chosen, and may write by itself.
@@ -67,7 +69,7 @@ def prints_rows(verb: Callable[..., "Rows | Sequence[Rows] | None"]) -> Callable
         format: Format = "csv" if csv else "json" if json else "arrow" if arrow else "table"
         result = verb(**arguments, **({"format": format} if is_told else {}))
         if result is not None:
-            write_tables([result] if isinstance(result, Rows) else list(result), format)
+            write_tables([result] if isinstance(result, OutputTable) else list(result), format)
 
     shown = [parameter for parameter in own if parameter.name != "format"]
     options = [
@@ -86,7 +88,7 @@ def _option(name: str, text: str) -> inspect.Parameter:
     )
 
 
-def write_tables(tables: Sequence[Rows], format: Format) -> None:
+def write_tables(tables: Sequence[OutputTable], format: Format) -> None:
     """Write tables; CSV of several is parted by empty lines, JSON of several lists their titles."""
     if format == "table":
         for table in tables:
@@ -140,7 +142,7 @@ def write_arrow(table: ArrowTable) -> None:
         stream.write_table(table)
 
 
-def _records(table: Rows) -> list[dict[str, object]]:
+def _records(table: OutputTable) -> list[dict[str, object]]:
     return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
 
 
@@ -165,7 +167,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def show_table(table: Rows, *, width: int | None = None) -> None:
+def show_table(table: OutputTable, *, width: int | None = None) -> None:
     """Print a table that fits `width` columns; by default those of the terminal."""
     if width is None and sys.stdout.isatty():
         import shutil
@@ -177,7 +179,7 @@ def show_table(table: Rows, *, width: int | None = None) -> None:
     sys.stdout.write("\n".join(line.rstrip() for line in lines) + "\n")
 
 
-def table_lines(table: Rows, width: int | None) -> list[str]:
+def table_lines(table: OutputTable, width: int | None) -> list[str]:
     """Return the lines of a table that is at most `width` wide; None is no limit."""
     head = [printable(name).replace("\n", " ") for name in table.columns]
     rows = [[cell_text(cell) for cell in row] for row in table.rows]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmmono.cli.output import Format, Rows, write_tables
+from lmmono.cli.output import Format, OutputTable, write_tables
 from lmmono.errors import RecipeError, RunError
 from lmmono.files.printable import printable
 from lmmono.recipe.tree import read_override
@@ -24,7 +24,7 @@ else:  # for annotations only
 LAKE = "ducklake:"
 """How the address of a lake begins."""
 MOST_SHOWN = 1000
-"""Rows of a table for people; CSV, JSON and Arrow give all."""
+"""OutputTable of a table for people; CSV, JSON and Arrow give all."""
 
 _NUMBERS = re.compile(r"U?(TINY|SMALL|BIG)?INT(EGER)?|FLOAT|DOUBLE|BOOLEAN")
 """Types that Arrow, CSV and JSON hold as they are."""
@@ -82,7 +82,7 @@ def write_answer(
             write_tables([_rows(relation, names, limit)], format)
 
 
-def _rows(relation: DuckDBPyRelation, names: Sequence[str], limit: int | None) -> Rows:
+def _rows(relation: DuckDBPyRelation, names: Sequence[str], limit: int | None) -> OutputTable:
     """Return the rows of a relation with nested values as lists and dictionaries."""
     import json
 
@@ -106,7 +106,7 @@ def _rows(relation: DuckDBPyRelation, names: Sequence[str], limit: int | None) -
     if limit is not None and len(cells) == limit:
         cells.pop()
         note = f"The first {limit - 1:,} rows; --csv, --json and --arrow give all."
-    return Rows(names, cells, note=note)
+    return OutputTable(names, cells, note=note)
 
 
 def _as_text(relation: DuckDBPyRelation, names: Sequence[str]) -> DuckDBPyRelation:

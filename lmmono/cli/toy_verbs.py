@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lmmono.cli.output import Rows, prints_rows
+from lmmono.cli.output import OutputTable, prints_rows
 
 toy_app = typer.Typer(help="Small studies whose every part is known.", no_args_is_help=True)
 
@@ -27,7 +27,7 @@ def toy_superposition(
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Steps in which codes are learned.")] = 2_000,
     store: Annotated[Path | None, typer.Option(help="Store to write the rows to.")] = None,
-) -> Sequence[Rows]:
+) -> Sequence[OutputTable]:
     """Ask whether codes that keep features apart learn better under noise; errors and moments.
 
     Example: lmmono toy superposition --p 0.05 --n-train 200 --n-train 1000
@@ -40,6 +40,6 @@ def toy_superposition(
     with shown_progress() as progress:
         study = superposition(settings, into=store, progress=progress)
     return [
-        Rows(t.columns, t.rows, t.title, t.note, is_report=True)
+        OutputTable(t.columns, t.rows, t.title, t.note, is_report=True)
         for t in superposition_tables(study)
     ]

@@ -1,5 +1,5 @@
 """The loop that does the stages of a run."""
 
-from lmmono.pipeline.loop import open_for, run_stages, train
+from lmmono.pipeline.stage_loop import open_for, run_stages, train
 
 __all__ = ["open_for", "run_stages", "train"]

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from lmmono.models.hooks import match_hooks
-from lmmono.pipeline.loop import run_stages
+from lmmono.pipeline.stage_loop import run_stages
 from lmmono.recipe import Recipe
 from lmmono.runs.folder import Run
 from lmmono.types import Progress, silent

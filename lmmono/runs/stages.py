@@ -1,7 +1,7 @@
 """The stages of a run, in their order: what each needs, what it makes, and which function does it.
 
 A new stage is one entry here and one function `(run, *, progress) -> facts`; the loop is
-`lmmono.pipeline.loop.run_stages`.
+`lmmono.pipeline.stage_loop.run_stages`.
 """
 
 from collections.abc import Callable

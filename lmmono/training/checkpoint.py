@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lmmono.errors import TrainError
 from lmmono.files.atomic import atomic_folder, recover_folder
 from lmmono.files.digests import damaged_files, folder_digests
+from lmmono.files.json_files import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,16 @@ class Position:
     """Losses of the last steps, not logged yet."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoredPosition:
+    """What `state.json` holds."""
+
+    position: Position
+    """Where the training stands."""
+    files: dict[str, str]
+    """SHA-256 of the other files."""
+
+
 def save_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position
 ) -> None:
@@ -44,7 +55,7 @@ def save_checkpoint(
     with atomic_folder(folder) as fresh:
         save_file(_weights(model), fresh / "weights.safetensors")
         save_file(_moments(model, optimizer), fresh / "optimizer.safetensors")
-        state = {**asdict(position), "files": folder_digests(fresh)}
+        state = {"position": asdict(position), "files": folder_digests(fresh)}
         (fresh / "state.json").write_text(json.dumps(state))
 
 
@@ -59,14 +70,9 @@ def load_checkpoint(
     recover_folder(folder)
     if not folder.exists():
         return None
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        files = dict[str, str](state.pop("files", {}))
-        position = Position(**state)
-        assert type(position.step) is int and position.step >= 0
-    # a hand-made or damaged file may hold anything that JSON can
-    except (OSError, ValueError, TypeError, AttributeError, AssertionError, RecursionError) as why:
-        raise _unusable(folder, f"state.json: {type(why).__name__}: {why}") from why
+    way_out = "remove the folder to start again from step 0"
+    state = read_json(folder / "state.json", StoredPosition, TrainError, way_out=way_out)
+    files, position = state.files, state.position
     if position.digest != digest:
         raise TrainError(
             f"{folder}: was made by other settings of seed, data, model or train; "
