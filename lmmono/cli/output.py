@@ -28,7 +28,7 @@ Format = Literal["table", "csv", "json", "arrow"]
 REPORT_WIDTH = 100
 """Columns of a report that goes to a file or a pipe."""
 READABLE = 24
-"""Columns that running text keeps while other ways to make a table fit are left."""
+"""Running text, which is wider than this, keeps so many columns while there are other ways."""
 SHORTEST_WORD = 12
 """A value of a row that is shown as a block has at least this many columns."""
 GAP = "  "
@@ -242,8 +242,9 @@ def _least_width(cells: Sequence[str], is_parted: bool, shortest: int | None) ->
     """Return how narrow a column may be; what holds digits is never shortened."""
     pieces = [piece for cell in cells for piece in (cell.split() if is_parted else _pieces(cell))]
     longest = max(map(_width, pieces), default=0)
-    if shortest is None:  # running text stays readable as long as it can
-        return max(longest, min(READABLE, max(map(_width, cells), default=0)))
+    if shortest is None:
+        is_text = max(map(_width, cells), default=0) > READABLE
+        return max(longest, READABLE) if is_text else longest
     is_numeric = any(piece[:1].isdigit() for piece in pieces)
     return longest if is_numeric else min(longest, shortest)
 
