@@ -250,12 +250,12 @@ def _least_width(cells: Sequence[str], is_parted: bool, shortest: int | None) ->
 
 
 def _pieces(text: str) -> list[str]:
-    """Return the words of a cell, an interval or a value with its error in one piece.
+    """Return the words of a cell, an interval or an error in one piece.
 
     >>> _pieces("0.266 [0.238, 0.296] 2.6 ± 0.1")
-    ['0.266', '[0.238, 0.296]', '2.6 ± 0.1']
+    ['0.266', '[0.238, 0.296]', '2.6', '± 0.1']
     """
-    return re.findall(r"\S+ ± \S+|\[[^\[\]]*\](?!\S)|\S+", text)
+    return re.findall(r"± \S+|\[[^\[\]]*\](?!\S)|\S+", text)
 
 
 def _side_by_side(
