@@ -1,6 +1,7 @@
 """Capture: what the store holds is what the model computed, on documents kept for it."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,43 @@ def test_all_settings_of_the_store_are_reachable(
         for wrong in ({"units": (5, 1)}, {"top_p": 0.5, "threshold": -1.0}, {"dtype": "float64"}):
             with pytest.raises(RunError, match=next(reversed(wrong))):
                 capture(model, tokens, into=store, **wrong)
+
+
+def test_a_second_capture_adds_what_is_new_and_refuses_other_tokens_of_a_sequence(
+    corpus: TokenCorpus, model: torch.nn.Module, tmp_path: Path
+) -> None:
+    rows, options = corpus.tokens("val"), {"hooks": HOOK, "max_density": 0.9}
+    path = tmp_path / "store.duckdb"
+    for mode, part in (("w", rows[:8]), ("a", rows[4:12]), ("a", corpus.tokens("score")[:3])):
+        with astore.open(path, mode) as store:
+            capture(model, part, into=store, **options)
+    with astore.open(path) as store:
+        found = {int(seq) for (seq,) in store.sql("SELECT DISTINCT seq_id FROM tokens").fetchall()}
+        n_acts = store.info().n_acts
+    wanted = [*rows.seq_ids[:12], *corpus.tokens("score").seq_ids[:3]]
+    assert found == set(map(int, wanted))
+    ids = np.concatenate([rows.ids[:12], corpus.tokens("score").ids[:3]]).astype(np.int64)
+    acts = run_with_cache(model, torch.from_numpy(ids), HOOK)[1][HOOK]
+    assert n_acts == int((acts > 0).sum()), "rows 4 to 8 are there once"
+    other = replace(rows[:8], ids=rows.ids[:8][:, ::-1].copy())
+    with astore.open(path, "a") as store, pytest.raises(astore.StoreError, match="other tokens"):
+        capture(model, other, into=store, **options)
+
+
+def test_left_out_tokens_count_nowhere_and_stay_in_the_text(
+    corpus: TokenCorpus, model: torch.nn.Module, tmp_path: Path
+) -> None:
+    rows, end = corpus.tokens("val"), corpus.tokenizer.eos_token_id
+    acts = run_with_cache(model, torch.from_numpy(rows.ids.astype(np.int64)), HOOK)[1][HOOK].numpy()
+    counts = (rows.ids != end) & (np.arange(rows.n_ctx) >= 2)
+    skip = {"special": True, "first": 2}
+    with astore.open(tmp_path / "store.duckdb", mode="w") as store:
+        capture(model, rows, hooks=HOOK, into=store, skip=skip, max_density=0.9)
+        facts = store.sql("SELECT n_active, n_tokens FROM unit_stats ORDER BY unit").fetchall()
+        n_tokens = store.sql("SELECT count(*) FROM tokens").fetchone()[0]
+    assert [n for n, _ in facts] == list((acts[counts] > 0).sum(axis=0))
+    assert {n for _, n in facts} == {counts.sum()}
+    assert n_tokens == rows.ids.size
 
 
 def test_wrong_names_and_settings_say_what_exists(
