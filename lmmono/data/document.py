@@ -32,9 +32,9 @@ def pieces(text: str) -> Iterator[str]:
     """
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
-        found = _BETWEEN_WORDS.search(text, start + PIECE_CHARACTERS)
-        if found is None:
+        blank = _BETWEEN_WORDS.search(text, start + PIECE_CHARACTERS)
+        if blank is None:
             break
-        yield text[start : found.start()]
-        start = found.start()
+        yield text[start : blank.start()]
+        start = blank.start()
     yield text[start:]

@@ -148,8 +148,10 @@ def pack(
             splits: list[Split] = [split_of(document.text, section.splits) for document in block]
             tokens = [np.append(ids, end) for ids in encode([document.text for document in block])]
             for split in SPLITS:
-                mine = [i for i, other in enumerate(splits) if other == split]
-                writers[split].append([n_documents + i for i in mine], [tokens[i] for i in mine])
+                of_split = [i for i, other in enumerate(splits) if other == split]
+                writers[split].append(
+                    [n_documents + i for i in of_split], [tokens[i] for i in of_split]
+                )
             blocks.append(_document_rows(n_documents, block, splits, tokens))
             n_documents += len(block)
             report(n_documents)

@@ -65,8 +65,8 @@ def source_files(paths: Iterable[str]) -> list[SourceFile]:
             is named has an unknown suffix.
     """
     files: dict[Path, SourceFile] = {}
-    for given in paths:
-        for file in _expand(given):
+    for pattern in paths:
+        for file in _expand(pattern):
             files.setdefault(file.path.resolve(), file)
     return _named_apart(list(files.values()))
 
@@ -131,16 +131,16 @@ def row_count(file: SourceFile) -> int | None:
         return parquet.metadata.num_rows
 
 
-def missing_column(where: str, wanted: str, known: Sequence[str]) -> DataError:
+def missing_column(where: str, wanted: str, columns: Sequence[str]) -> DataError:
     """Return the error for a column that is not there, with the way out."""
     return DataError(
-        f"{where}: no column {wanted!r}; it has {', '.join(map(repr, known)) or 'none'}; "
-        f"{nearest(wanted, known)}"
+        f"{where}: no column {wanted!r}; it has {', '.join(map(repr, columns)) or 'none'}; "
+        f"{nearest(wanted, columns)}"
     )
 
 
-def _expand(given: str) -> list[SourceFile]:
-    path = Path(given).expanduser()
+def _expand(pattern: str) -> list[SourceFile]:
+    path = Path(pattern).expanduser()
     if path.is_file():
         return [_source(path, path.name)]
     if path.is_dir():
@@ -149,11 +149,11 @@ def _expand(given: str) -> list[SourceFile]:
         if not files:
             raise DataError(f"folder {path} holds no file to read: {WANTED}")
         return files
-    if glob.has_magic(given):
-        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
-        files = [_source(p, p.name) for p in found if p.is_file()]
+    if glob.has_magic(pattern):
+        paths = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+        files = [_source(p, p.name) for p in paths if p.is_file()]
         if not files:
-            raise DataError(f"no file matches {given!r} from {Path.cwd()}: mind the working folder")
+            raise DataError(f"no file matches {pattern!r} in {Path.cwd()}: mind the working folder")
         return files
     raise _missing(path)
 
@@ -247,10 +247,10 @@ def _parquet_rows(
     file: SourceFile, columns: Sequence[str] | None
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with _parquet(file) as parquet:
-        known = list(parquet.schema_arrow.names)
+        columns = list(parquet.schema_arrow.names)
         for column in columns or ():
-            if column not in known:
-                raise missing_column(str(file.path), column, known)
+            if column not in columns:
+                raise missing_column(str(file.path), column, columns)
         row = 0
         for batch in parquet.iter_batches(PARQUET_ROWS, columns=columns):
             for values in _python_rows(file, row, batch):

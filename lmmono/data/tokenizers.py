@@ -62,8 +62,8 @@ def tokenizer_fingerprint(section: sections.Tokenizer) -> dict[str, Any]:
     if not isinstance(section, sections.FolderTokenizer):
         return section.model_dump(mode="json")
     folder = Path(section.path).expanduser()
-    known = {name for pair in GPT2_FILES for name in pair} | set(SAVED_FILES)
-    files = sorted(path for path in folder.glob("*") if path.name in known)
+    names = {name for pair in GPT2_FILES for name in pair} | set(SAVED_FILES)
+    files = sorted(path for path in folder.glob("*") if path.name in names)
     digests = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
     return {"kind": section.kind, "files": digests}
 
@@ -121,10 +121,10 @@ def _bpe(texts: Iterator[str], d_vocab: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    made = tokenizer.get_vocab_size() + 1
-    if made < d_vocab:
+    size = tokenizer.get_vocab_size() + 1
+    if size < d_vocab:
         raise DataError(
-            f"the training documents support a vocabulary of {made} tokens, "
+            f"the training documents support a vocabulary of {size} tokens, "
             f"data.tokenizer.d_vocab asks for {d_vocab}: lower it or use more text"
         )
     return _finished(tokenizer)
@@ -155,10 +155,10 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
         if (folder / vocabulary).is_file() and (folder / merges).is_file():
             model = models.BPE.from_file(str(folder / vocabulary), str(folder / merges))
             return _finished(_byte_level(model))
-    found = ", ".join(sorted(path.name for path in folder.glob("*"))[:10])
+    names = ", ".join(sorted(path.name for path in folder.glob("*"))[:10])
     raise DataError(
         f"{folder} is no tokenizer folder: want tokenizer.json, or "
-        f"{' or '.join(' and '.join(pair) for pair in GPT2_FILES)}; found {found or 'nothing'}"
+        f"{' or '.join(' and '.join(pair) for pair in GPT2_FILES)}; found {names or 'nothing'}"
     )
 
 

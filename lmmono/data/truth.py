@@ -47,8 +47,8 @@ def row_truth(corpus: TokenCorpus, rows: TokenRows) -> Bool[np.ndarray, "n_rows 
     # where each token stands in the split, documents end to end
     place = (places[:, None] * rows.n_ctx + np.arange(rows.n_ctx)).ravel()
     by_document = np.argsort(doc_ids, kind="stable")
-    known, starts = np.unique(doc_ids[by_document], return_index=True)
-    for doc_id, here in zip(known.tolist(), np.split(by_document, starts[1:]), strict=True):
+    documents, starts = np.unique(doc_ids[by_document], return_index=True)
+    for doc_id, here in zip(documents.tolist(), np.split(by_document, starts[1:]), strict=True):
         truth[here] = _document_truth(language, backend, doc_id)[place[here] - first_tokens[doc_id]]
     return truth.reshape(*rows.ids.shape, -1)
 

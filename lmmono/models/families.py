@@ -136,14 +136,14 @@ def points(model: nn.Module) -> dict[str, Point]:
         return {}
     base = getattr(model, "base_model_prefix", "")
     root = f"{base}." if base and hasattr(model, base) else ""
-    found: dict[str, Point] = {"hook_embed": OutputPoint(root + family.embed)}
+    by_name: dict[str, Point] = {"hook_embed": OutputPoint(root + family.embed)}
     if family.pos_embed is not None:
-        found["hook_pos_embed"] = PositionPoint(root + family.embed, root + family.pos_embed)
+        by_name["hook_pos_embed"] = PositionPoint(root + family.embed, root + family.pos_embed)
     for i in range(config.num_hidden_layers):
         block = f"{root}{family.blocks}.{i}"
-        found |= {f"blocks.{i}.{name}": point for name, point in _block(family, block, config)}
-    found |= dict(_norm("ln_final", root + family.ln_final, family))
-    return found
+        by_name |= {f"blocks.{i}.{name}": point for name, point in _block(family, block, config)}
+    by_name |= dict(_norm("ln_final", root + family.ln_final, family))
+    return by_name
 
 
 def _block(family: Family, block: str, config: Any) -> Iterator[tuple[str, Point]]:

@@ -66,16 +66,16 @@ def match_hooks(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
         ModelError: A pattern matches nothing; says the nearest names.
     """
     names, paths = hook_names(model), _module_paths(bare(model))
-    found: list[str] = []
+    matches: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hits = [n for n in names if fnmatchcase(n, pattern)]
         hits = hits or [p for p in paths if fnmatchcase(p, pattern)]
         if not hits:
             way_out = nearest(pattern, dict.fromkeys([*names, *paths]))
             raise ModelError(f"no hook {pattern!r} in {_kind(model)}: {way_out}")
-        found += hits
+        matches += hits
     order = {name: i for i, name in enumerate((*names, *paths))}
-    return sorted(set(found), key=order.__getitem__)
+    return sorted(set(matches), key=order.__getitem__)
 
 
 def hook_width(model: nn.Module, name: str) -> int:
@@ -287,14 +287,14 @@ class Edit:
 
     def _wide(self, value: float | Tensor | None, units: Tensor, flat: Tensor) -> Tensor:
         """Return the value for every unit, though it may be given for the chosen ones only."""
-        given = torch.as_tensor(value, dtype=flat.dtype, device=flat.device)
-        if given.ndim == 1 and len(given) == len(units) != flat.shape[2]:
-            return flat.new_zeros(flat.shape[2]).index_copy(0, units.to(flat.device), given)
+        values = torch.as_tensor(value, dtype=flat.dtype, device=flat.device)
+        if values.ndim == 1 and len(values) == len(units) != flat.shape[2]:
+            return flat.new_zeros(flat.shape[2]).index_copy(0, units.to(flat.device), values)
         try:
-            return given.expand(flat.shape)
+            return values.expand(flat.shape)
         except RuntimeError as fault:
             raise ModelError(
-                f"Edit({self.hook!r}, {self.kind!r}): got values of shape {list(given.shape)},"
+                f"Edit({self.hook!r}, {self.kind!r}): got values of shape {list(values.shape)},"
                 f" want a number or {len(units)} of them, one per unit"
             ) from fault
 
@@ -336,12 +336,12 @@ def run_with_edit(
 def attached(model: nn.Module, watches: Mapping[str, Watch]) -> Generator[None]:
     """Attach functions to hooks by exact name; all are detached at the end, whatever happens."""
     network = bare(model)
-    known = points(network)
+    by_name = points(network)
     with ExitStack() as stack:
         if _is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, watch in watches.items():
-            point: Point = known.get(name) or OutputPoint(name)
+            point: Point = by_name.get(name) or OutputPoint(name)
             stack.callback(point.attach(network, watch))
         yield
 

@@ -97,12 +97,12 @@ def _first_line(fault: BaseException) -> str:
 
 def _weights(path: Path, saved: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the weights without the prefixes that compiling and DDP put before their names."""
-    held: Any = saved.get("model", saved)
-    if not isinstance(held, Mapping):
-        raise ModelError(f"{path}: 'model' holds a {type(held).__name__}, want a dict of weights")
-    found = cast(Mapping[str, Any], held)
+    state: Any = saved.get("model", saved)
+    if not isinstance(state, Mapping):
+        raise ModelError(f"{path}: 'model' holds a {type(state).__name__}, want a dict of weights")
+    weights = cast(Mapping[str, Any], state)
     prefixes = {"_orig_mod.": "", "module.": ""}
-    return {rename(k, prefixes): v for k, v in found.items() if isinstance(v, Tensor)}
+    return {rename(k, prefixes): v for k, v in weights.items() if isinstance(v, Tensor)}
 
 
 def _build(path: Path, weights: Mapping[str, Tensor], n_heads: int) -> Any:

@@ -47,8 +47,8 @@ class PlantedDocument:
 
     def having(self, *names: str) -> Bool[np.ndarray, "n_words n_names"]:
         """Return which words have the features of these names, without working out the others."""
-        known = {feature.name: feature for feature in self._language.features}
-        return self._detect([known[name] for name in names])
+        by_name = {feature.name: feature for feature in self._language.features}
+        return self._detect([by_name[name] for name in names])
 
     def _detect(self, wanted: Sequence[Feature]) -> Bool[np.ndarray, "n_words n_wanted"]:
         reading = DocumentMarks(self._told, self._language.lexicon)
@@ -108,9 +108,9 @@ class Language:
         Two derivations of one text count as two, so the entropy of the text is at most this: a
         perfect model that sees whole documents has a loss no higher.
         """
-        told = [self._tell(i) for i in range(n_documents)]
-        n_tokens = sum(len(grammar.telling) + 1 for grammar in told)
-        return sum(grammar.draws.nats for grammar in told) / n_tokens
+        grammars = [self._tell(i) for i in range(n_documents)]
+        n_tokens = sum(len(grammar.telling) + 1 for grammar in grammars)
+        return sum(grammar.draws.nats for grammar in grammars) / n_tokens
 
     def _tell(self, index: int) -> Grammar:
         rng = np.random.default_rng([self.seed, _DOCUMENTS, index])

@@ -208,27 +208,27 @@ class Lexicon:
         return np.array([getattr(word, name) for word in self.words], np.int8)
 
     def _add(self, word: Word) -> None:
-        known = self._ids.get(word.form)
-        if known is None:
+        number = self._ids.get(word.form)
+        if number is None:
             self._ids[word.form] = len(self.words)
             self.words.append(word)
             return
-        first = self.words[known]
+        first = self.words[number]
         assert word.word_class == first.word_class == WordClass.NOUN, word
         both = Word(word.form, first.word_class, first.number, topics=first.topics + word.topics)
-        self.words[known] = both
+        self.words[number] = both
 
     def _add_all(self, forms: str, word_class: WordClass, polarity: int = 0) -> None:
         for form in forms.split():
             self._add(Word(form, word_class, polarity=polarity))
 
     def _add_pairs(self, forms: str, word_class: WordClass, topics: tuple[int, ...] = ()) -> None:
-        given, made = Number.SINGULAR, Number.PLURAL
+        stem_number, inflected_number = Number.SINGULAR, Number.PLURAL
         if word_class == WordClass.VERB:
-            given, made = made, given
+            stem_number, inflected_number = inflected_number, stem_number
         for form, inflected in _inflected(forms):
-            self._add(Word(form, word_class, given, topics=topics))
-            self._add(Word(inflected, word_class, made, topics=topics))
+            self._add(Word(form, word_class, stem_number, topics=topics))
+            self._add(Word(inflected, word_class, inflected_number, topics=topics))
 
     def _add_topics(self) -> None:
         for i, topic in enumerate(TOPICS):

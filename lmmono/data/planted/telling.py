@@ -91,5 +91,5 @@ class Telling:
 
     def text(self) -> str:
         """Return the words joined by single blanks."""
-        known = self._lexicon.words
-        return " ".join([known[word].form for word in self._words])
+        entries = self._lexicon.words
+        return " ".join([entries[word].form for word in self._words])
