@@ -247,10 +247,10 @@ def _parquet_rows(
     file: SourceFile, columns: Sequence[str] | None
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with _parquet(file) as parquet:
-        columns = list(parquet.schema_arrow.names)
+        names = list(parquet.schema_arrow.names)
         for column in columns or ():
-            if column not in columns:
-                raise missing_column(str(file.path), column, columns)
+            if column not in names:
+                raise missing_column(str(file.path), column, names)
         row = 0
         for batch in parquet.iter_batches(PARQUET_ROWS, columns=columns):
             for values in _python_rows(file, row, batch):
