@@ -305,3 +305,44 @@ def test_activations_that_are_not_finite_are_refused():
     with pytest.raises(DictionaryError, match="activations are NaN or infinite"):
         lm.evaluate(Given(64, 30, hook=POST), model, small_rows())
     assert not model.training
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "crate"])
+def test_padding_changes_no_measure(arch):
+    short = lm.data.TokenRows(small_rows().ids[:, :10], small_rows().doc_ids[:, :10], 0, "score")
+    ids, docs = np.zeros((len(short), 16), np.uint16), np.full((len(short), 16), -1, np.int32)
+    ids[:, 6:], docs[:, 6:] = short.ids, short.doc_ids
+    padded = lm.data.TokenRows(ids, docs, 0, "score")
+    model, given = tiny(arch), Given(64, 30, hook=POST)
+    options = {"batch_tokens": 48, "n_resamples": 20}
+    alone, report = (lm.evaluate(given, model, part, **options) for part in (short, padded))
+    assert (report.n_tokens, report.n_documents) == (alone.n_tokens, alone.n_documents)
+    for ours, theirs in zip(report.rows(), alone.rows(), strict=True):
+        assert ours["value"] == pytest.approx(theirs["value"], rel=1e-4, nan_ok=True), ours
+        assert ours["n"] == theirs["n"]
+
+
+def test_skipped_tokens_keep_their_activation_and_count_nowhere():
+    rows = small_rows()
+    model, ids, given = trained_to_predict(rows), as_ids(rows), Given(64, 30, hook=POST)
+    skip = astore.Skip(token_ids=(int(rows.ids[0, 3]),), first=2)
+    report = lm.evaluate(given, model, rows, skip=skip, n_resamples=20)
+    counts = torch.from_numpy(~skip.mask(rows.ids, rows.doc_ids))
+    _, cache = run_with_cache(model, ids, POST)
+    x = cache[POST][counts].double()
+    hat = given.reconstruct(cache[POST].flatten(0, 1)).view_as(cache[POST])
+    assert report.n_tokens == int(counts.sum()) < counts.numel()
+    fvu = (x - hat[counts].double()).square().sum() / (x - x.mean(0)).square().sum()
+    assert report.fvu.value == pytest.approx(fvu.item(), rel=1e-5)
+
+    def loss(value: torch.Tensor) -> float:
+        whole = torch.where(counts[..., None], value, cache[POST])
+        logits = run_with_edit(model, ids, Edit(POST, "set", whole))
+        each = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        return each.view(len(ids), -1)[counts[:, :-1]].mean().item()
+
+    assert report.loss_spliced.value == pytest.approx(loss(hat), rel=1e-5)
+    assert report.loss_zero.value == pytest.approx(loss(torch.zeros_like(hat)), rel=1e-5)
+    assert report.loss_mean.value == pytest.approx(loss(x.mean(0).float().expand_as(hat)), rel=1e-5)
+    assert report.loss_clean.value == pytest.approx(loss(cache[POST]), rel=1e-5)
+    assert report.loss_clean.n == int(counts[:, :-1].sum())

@@ -172,3 +172,33 @@ def test_wrong_names_and_numbers_say_what_to_change(model: nn.Module) -> None:
         model_vectors(model, rows(4), STREAM, batch_tokens=0)
     with pytest.raises(DictionaryError, match="several hooks|want one hook"):
         Classical("pca", d_sae=4).fit(model_vectors(model, rows(4), [STREAM, CODE]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("arch", ["gpt2", "crate", "llama"])
+def test_padding_and_skipped_tokens_have_no_vector(arch: str, side: str) -> None:
+    """Rows of 5 tokens in rows of 8; two ids and each row's first token are left out as well."""
+    model, short = small_models.tiny(arch), rows(12).ids[:, :5]
+    ids, docs = np.zeros((12, N_CTX), np.uint16), np.full((12, N_CTX), -1, np.int32)
+    here = slice(3, 8) if side == "left" else slice(0, 5)
+    ids[:, here], docs[:, here] = short, np.arange(12)[:, None]
+    part = TokenRows(ids=ids, doc_ids=docs, first_seq_id=0, split="explain")
+    _, acts = run_with_cache(model, torch.from_numpy(short.astype(np.int64)), CODE)
+    source = model_vectors(model, part, CODE, batch_tokens=7, buffer_tokens=20)
+    assert source.n_tokens == 60
+    epoch = torch.cat([batch[CODE] for batch in take(source, 9)])
+    assert len(epoch) == 60
+    assert matched(epoch, acts[CODE].flatten(0, 1))[0].max() < 1e-4
+    entered = torch.cat([batch[CODE] for batch in take(source, 5, start=4)])
+    assert torch.equal(entered, epoch[28:])
+    skip = astore.Skip(token_ids=(int(short[0, 2]), int(short[3, 4])), first=1)
+    kept = ~np.isin(short, skip.token_ids) & (np.arange(5) > 0)
+    fewer = model_vectors(model, part, CODE, batch_tokens=100, buffer_tokens=20, skip=skip)
+    (batch,) = take(fewer, 1)
+    assert fewer.n_tokens == len(batch[CODE]) == kept.sum() < 48
+    assert matched(batch[CODE], acts[CODE][torch.from_numpy(kept)])[0].max() < 1e-4
+    assert fewer.digest != source.digest
+    with pytest.raises(DictionaryError, match=r"skip: want a mask of bools \[12, 8\]"):
+        model_vectors(model, part, CODE, skip=kept)
+    with pytest.raises(DictionaryError, match="no token is left"):
+        model_vectors(model, part, CODE, skip=np.ones((12, N_CTX), bool))

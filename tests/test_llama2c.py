@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
 from lmmono.errors import ModelError
 from lmmono.interop.llama2c import load_llama2c, read_tokenizer
@@ -142,3 +143,18 @@ def test_a_tokenizer_of_another_model_is_refused(files, tmp_path):
     (tmp_path / "tok.bin").write_bytes(files[1].read_bytes()[:-3])
     with pytest.raises(ModelError, match="cut short"):
         load_llama2c(files[0], tmp_path / "tok.bin")
+
+
+def test_the_verb_writes_a_folder_that_loads_with_its_tokenizer(files, stories, tmp_path):
+    import lmmono as lm
+    from lmmono.interop.llama2c import import_llama2c
+
+    model, tokenizer = load_llama2c(*files)
+    out = import_llama2c(files[0], tmp_path / "stories", files[1])
+    ids = torch.tensor([tokenizer.encode(stories[0])[:40]])
+    with torch.no_grad():
+        assert torch.equal(lm.load_model(out)(ids).logits, model(ids).logits)
+    again = PreTrainedTokenizerFast.from_pretrained(out)
+    assert again.encode(stories[0]) == tokenizer.encode(stories[0])
+    with pytest.raises(ModelError, match="something is there already"):
+        import_llama2c(files[0], out)

@@ -339,6 +339,21 @@ def import_crate_lm(
     print(import_released(checkpoint, out, n_heads=n_heads))
 
 
+@import_app.command("llama2c")
+def import_llama2c(
+    checkpoint: Annotated[Path, typer.Argument(metavar="BIN", help="A .bin of version 0.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Its tok*.bin.")] = None,
+) -> None:
+    """Turn a model of karpathy/llama2.c into a Hugging Face folder.
+
+    Example: lmmono import llama2c stories260K.bin --tokenizer tok512.bin --out models/stories
+    """
+    from lmmono.interop.llama2c import import_llama2c
+
+    print(import_llama2c(checkpoint, out, tokenizer))
+
+
 def main() -> None:
     """Run the command line and leave with its exit code."""
     try:

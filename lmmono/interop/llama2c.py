@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lmmono.errors import ModelError
+from lmmono.files.atomic import atomic_folder
 
 HEADER = struct.Struct("<7i")
 MAGIC = 0x616B3432
@@ -25,6 +26,30 @@ MAGIC = 0x616B3432
 
 BOS, EOS = 1, 2
 """Sentencepiece's begin and end tokens; llama2.c starts every text with the first."""
+
+
+def import_llama2c(
+    bin_path: Path | str, out: Path | str, tok_path: Path | str | None = None
+) -> Path:
+    """Convert a llama2.c model to a folder that `lm.load_model` reads, atomically; return it.
+
+    Args:
+        bin_path: The `.bin` of version 0.
+        out: The folder to make.
+        tok_path: Its `tok*.bin`; the folder then holds the tokenizer too.
+
+    Raises:
+        ModelError: As `load_llama2c`, or `out` exists.
+    """
+    folder = Path(out)
+    if folder.exists():
+        raise ModelError(f"{folder}: something is there already; choose another folder")
+    model, tokenizer = load_llama2c(bin_path, tok_path)
+    with atomic_folder(folder) as partial:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    return folder
 
 
 def load_llama2c(
@@ -167,10 +192,13 @@ def _pieces(path: Path) -> Iterator[tuple[float, str]]:
         try:
             score, length = struct.unpack_from("<fi", content, offset)
             (piece,) = struct.unpack_from(f"<{length}s", content, offset + 8)
-        except struct.error as fault:
-            raise ModelError(f"{path}: cut short at byte {offset}; copy it again") from fault
+            text = piece.decode("utf-8")
+        except (struct.error, UnicodeDecodeError) as fault:
+            raise ModelError(
+                f"{path}: truncated or damaged at byte {offset}; copy it again"
+            ) from fault
         offset += 8 + length
-        yield score, piece.decode("utf-8").replace(" ", "▁")
+        yield score, text.replace(" ", "▁")
 
 
 def _bpe(pieces: list[tuple[float, str]]) -> models.BPE:
