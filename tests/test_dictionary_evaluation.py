@@ -318,7 +318,10 @@ def test_padding_changes_no_measure(arch):
     alone, report = (lm.evaluate(given, model, part, **options) for part in (short, padded))
     assert (report.n_tokens, report.n_documents) == (alone.n_tokens, alone.n_documents)
     for ours, theirs in zip(report.rows(), alone.rows(), strict=True):
-        assert ours["value"] == pytest.approx(theirs["value"], rel=1e-4, nan_ok=True), ours
+        if theirs["value"] is None:  # an untrained model, which an ablation does no clear harm
+            assert ours["value"] is None
+        else:
+            assert ours["value"] == pytest.approx(theirs["value"], rel=1e-4), ours
         assert ours["n"] == theirs["n"]
 
 
