@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from lmmono.data.planted import Habits
 from lmmono.data.planted.lexicon import NAMES, Lexicon
-from lmmono.data.tasks.leakage import leakage, text_key, without_leakage
+from lmmono.data.tasks.overlap import leakage, text_key, without_leakage
 from lmmono.data.tasks.planted_tasks import PLANTED_TASKS, planted_task
 from lmmono.data.tasks.reading import assemble, find_task, read_table, read_task
 from lmmono.data.tasks.task import NO_PARTNER, Labelled, Task

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import activation_store as astore
-from lmmono.data.tasks.leakage import leakage
+from lmmono.data.tasks.overlap import leakage
 from lmmono.data.tasks.reading import find_task
 from lmmono.dictionaries.estimator import load_dictionary
 from lmmono.errors import RobustnessError, nearest

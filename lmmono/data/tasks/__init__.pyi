@@ -1,4 +1,4 @@
-from lmmono.data.tasks.leakage import leakage as leakage
+from lmmono.data.tasks.overlap import leakage as leakage
 from lmmono.data.tasks.planted_tasks import planted_task as planted_task
 from lmmono.data.tasks.reading import find_task as find_task
 from lmmono.data.tasks.reading import read_task as read_task

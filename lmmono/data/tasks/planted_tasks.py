@@ -14,7 +14,7 @@ from jaxtyping import Int64
 
 from lmmono.data.planted import Habits, Language, PlantedDocument
 from lmmono.data.planted.lexicon import NAMES, TOPICS
-from lmmono.data.tasks.leakage import text_key
+from lmmono.data.tasks.overlap import text_key
 from lmmono.data.tasks.task import Labelled, Task
 from lmmono.errors import DataError, nearest
 from lmmono.registry.tasks import PLANTED, PlantedKind

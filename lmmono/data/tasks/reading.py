@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lmmono.data.hub_documents import labelled_rows
-from lmmono.data.tasks.leakage import text_key, without_leakage
+from lmmono.data.tasks.overlap import text_key, without_leakage
 from lmmono.data.tasks.planted_tasks import planted_task
 from lmmono.data.tasks.task import NO_PARTNER, OOD, Labelled, Task
 from lmmono.data.text_files import missing_column, read_rows, source_files
