@@ -25,6 +25,7 @@ from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.explanation_controls import Constant
 from lmmono.explanations.stored_explanations import kept_explanations
 from lmmono.explanations.token_lookup import Lookup
+from lmmono.records import record_reader
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.metrics import METRICS
 from lmmono.registry.scorers import SCORERS, find_scorer
@@ -248,11 +249,13 @@ def test_the_protocol_that_leaks_is_told_apart_and_shares_documents(store):
 
 
 def test_scorers_named_together_read_the_store_once(store, monkeypatch):
-    calls = []
-    real = RecordReader._read_excerpts
-    monkeypatch.setattr(
-        RecordReader, "_read_excerpts", lambda self, *a: calls.append(a) or real(self, *a)
-    )
+    calls, real = [], record_reader.read_excerpts
+
+    def counted(store, split, *, window):
+        calls.append((split, window))
+        return real(store, split, window=window)
+
+    monkeypatch.setattr(record_reader, "read_excerpts", counted)
     lm.score(store, HOOK, scorer=BOTH, overwrite=True)
     assert calls == [("score", 64)]
 
