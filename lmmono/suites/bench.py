@@ -12,12 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64
 
 from lmmono.data.tasks.task import Task
 from lmmono.recipe.robustness_settings import Robustness
 from lmmono.registry.metrics import METRICS
 from lmmono.registry.suites import Suite
+from lmmono.stats.consistency import (
+    MIN_SUPPORT,
+    N_SHUFFLES,
+    beyond_chance,
+    consistency,
+    fires,
+)
 from lmmono.stats.estimate import LEVEL
 from lmmono.stats.intervals import wilson
 from lmmono.suites.draws import SuiteDraw
@@ -28,15 +35,6 @@ CI_METHOD = "Wilson over texts"
 
 VERSION = 1
 """Part of every digest: raised whenever equal inputs would give other values."""
-
-MIN_SUPPORT = 20
-"""A coordinate that is active on fewer texts does not count: a share of few is high by chance."""
-
-N_SHUFFLES = 20
-"""Shuffles of the labels whose mean is the consistency of chance."""
-
-ACTIVE = 1e-5
-"""A coordinate is active where it is larger than this, whatever its sign: below is rounding."""
 
 Key = tuple[Any, ...]
 """Suite, task, feature, corruption, level, probe, n_shots, seed, split, metric of a row."""
@@ -283,37 +281,23 @@ def semantic_consistency(
     """Return the mean corrected consistency of a code's coordinates, and how many counted.
 
     Third comes the mean share of the texts on which these are active: near 1, the consistency says
-    nothing of the code.
-
-    Semantic consistency of a coordinate is the largest share of a class among the texts on which it
-    is active (arXiv 2410.21331). Raw, it is large by chance where few texts are, and for a dense
-    code it is the share of the commonest class; corrected it is (SC - E) / (1 - E), E its mean over
-    shuffled labels at the same support, so that a dense code has 0. NaN where none counted.
+    nothing of the code. The formula is that of `lmmono.stats.consistency`, items being texts. NaN
+    where no coordinate counted, or one class is all there is.
 
     >>> x = np.repeat(np.eye(2), 30, axis=0)  # each coordinate is active on one class alone
     >>> semantic_consistency(x, np.repeat([0, 1], 30), n_classes=2)
     (1.0, 2, 0.5)
     """
-    active = np.abs(x) > ACTIVE
+    active = fires(x)
     active = active[:, active.sum(axis=0) >= MIN_SUPPORT]
     if not active.shape[1]:
         return float("nan"), 0, float("nan")
     random = np.random.default_rng((seed, 29))  # 29: a stream of its own
-    shuffles = [random.permutation(labels) for _ in range(N_SHUFFLES)]
-    raw = _largest_share(active, labels, n_classes)
-    chance = np.mean([_largest_share(active, each, n_classes) for each in shuffles], axis=0)
-    room = 1.0 - chance  # none where one class is all there is
-    corrected = np.where(room > 1e-9, (raw - chance) / np.where(room > 1e-9, room, 1.0), 0.0)
+    is_of = np.eye(n_classes, dtype=bool)
+    shuffles = [is_of[random.permutation(labels)] for _ in range(N_SHUFFLES)]
+    chance = np.mean([consistency(active, shuffled) for shuffled in shuffles], axis=0)
+    corrected = beyond_chance(consistency(active, is_of[labels]), chance)
     return float(corrected.mean()), active.shape[1], float(active.mean())
-
-
-def _largest_share(
-    active: Bool[np.ndarray, "n d"], labels: Int64[np.ndarray, "n"], n_classes: int
-) -> Float[np.ndarray, " d"]:
-    """Return the largest share of a class among the active texts of each coordinate."""
-    member = np.eye(n_classes, dtype=np.float32)[labels]
-    counts = active.T.astype(np.float32) @ member
-    return counts.max(axis=1) / active.sum(axis=0)
 
 
 class CodesInMemory:
