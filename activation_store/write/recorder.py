@@ -17,7 +17,7 @@ from activation_store.errors import ContentError, StoreError
 from activation_store.hooks import Dtype, Rows, Skip, Vectors
 from activation_store.store import Store
 from activation_store.write.accumulator import as_tokens
-from activation_store.write.recording import OutputRecorder, first_tensor, padded_inputs
+from activation_store.write.recording import OutputRecorder, first_tensor, padded_inputs, per_token
 from activation_store.write.writer import COMMIT_TOKENS, Writer
 
 if TYPE_CHECKING:
@@ -210,19 +210,7 @@ def _run(module: "nn.Module", batch: Batch, recorder: OutputRecorder) -> "dict[s
                 f"{ids.max()} and {n_ctx} positions; give ids of its vocabulary, and sequences no "
                 "longer than its context."
             ) from fault
-    return {name: _per_token(name, x, n, n_ctx) for name, x in recorder.outputs.items()}
-
-
-def _per_token(name: str, output: "Tensor", n: int, n_ctx: int) -> "Tensor":
-    shape = tuple(output.shape)
-    if len(shape) >= 2 and shape[0] == n * n_ctx:  # mixtures of experts see a batch as one row
-        return output.reshape(n, n_ctx, -1)
-    if len(shape) >= 3 and shape[:2] == (n, n_ctx):
-        return output.flatten(2)
-    raise ContentError(
-        f"{name}: gives a tensor of shape {list(shape)}, want [batch, n_ctx, d] with batch = {n} "
-        f"and n_ctx = {n_ctx}; its output is not one vector per token."
-    )
+    return {name: per_token(name, x, n, n_ctx) for name, x in recorder.outputs.items()}
 
 
 def digest(module: "nn.Module") -> str:

@@ -74,6 +74,23 @@ def first_tensor(name: str, output: Any) -> "Tensor":
     return value
 
 
+def per_token(name: str, output: "Tensor", n: int, n_ctx: int) -> "Tensor":
+    """Return an output of a batch [n, n_ctx] as [n, n_ctx, d]; heads are flattened.
+
+    Raises:
+        ContentError: it is not one vector per token; names the module and the shape.
+    """
+    shape = tuple(output.shape)
+    if len(shape) >= 2 and shape[0] == n * n_ctx:  # routers of experts see a batch as one row
+        return output.reshape(n, n_ctx, -1)
+    if len(shape) >= 3 and shape[:2] == (n, n_ctx):
+        return output.flatten(2)
+    raise ContentError(
+        f"{name}: gives a tensor of shape {list(shape)}, want [batch, n_ctx, d] with batch = {n} "
+        f"and n_ctx = {n_ctx}; its output is not one vector per token."
+    )
+
+
 def padded_inputs(
     module: "nn.Module", is_token: Bool[np.ndarray, "batch n_ctx"]
 ) -> "dict[str, Tensor]":

@@ -14,6 +14,7 @@ from torch import nn
 
 import activation_store as astore
 from activation_store.write.recorder import digest as weights_digest
+from activation_store.write.recording import per_token
 from lmmono.captures.latents import Code, Latents, claim_all, rows_settings
 from lmmono.data.tokens import TokenRows
 from lmmono.errors import RunError
@@ -187,7 +188,9 @@ def _stream(
                     inputs = torch.from_numpy(ids.astype(np.int64))
                     is_token = torch.from_numpy(docs >= 0)  # padding belongs to no document
                     model(**token_inputs(model, inputs, is_token), use_cache=False)
-                    flat = {name: tensor.flatten(2) for name, tensor in acts.items()}  # heads too
+                    flat = {
+                        name: per_token(name, tensor, *ids.shape) for name, tensor in acts.items()
+                    }
                     coded = {each.hook: each.encode(flat[each.source]) for each in latents}
                     writer.add(seq_ids, ids, docs, part.split, flat | coded)
                 progress("capture", n_done, total)
