@@ -42,4 +42,4 @@ from lmmono.runs.folder import open_run as open_run
 from lmmono.runs.generation import generate as generate
 from lmmono.scores.score import score as score
 from lmmono.studies.differences import compare as compare
-from lmmono.suites.robustness import robustness as robustness
+from lmmono.suites.study import robustness as robustness

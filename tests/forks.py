@@ -24,7 +24,7 @@ from lake_servers import free_port
 SERVER = multiprocessing.get_context("forkserver")
 PRELOADED = (
     *("accelerate", "sae_lens", "lmmono.training.loop", "lmmono.captures.capture"),
-    *("lmmono.dictionaries.sae", "lmmono.scores.score", "lmmono.suites.robustness"),
+    *("lmmono.dictionaries.sae", "lmmono.scores.score", "lmmono.suites.study"),
     *("lmmono.reports.side_by_side", "lmmono.models.hooks"),
 )
 # the server passes over what it cannot import, and every process is then seconds slower

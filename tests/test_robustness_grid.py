@@ -17,8 +17,8 @@ from lmmono.recipe.robustness_settings import Robustness
 from lmmono.registry.suites import SUITES, find_suite
 from lmmono.studies.comparisons import compare_families
 from lmmono.suites.bench import semantic_consistency
-from lmmono.suites.draws import SuiteDraw
 from lmmono.suites.results import Outcomes
+from lmmono.suites.suite_draws import SuiteDraw
 
 BOTH = {"raw": None, "code": true_code}
 SMALL = {"n_train": None, "n_val": 100, "n_test": 400, "hook": HOOK}

@@ -65,31 +65,31 @@ _SUITES = (
     Suite(
         "noisy_labels",
         "flipped labels in training and validation",
-        "lmmono.suites.draws:noisy_label_draws",
+        "lmmono.suites.suite_draws:noisy_label_draws",
     ),
     Suite(
         "noisy_inputs",
         "clean probes, noise on test texts or in the model",
-        "lmmono.suites.draws:clean_draws",
+        "lmmono.suites.suite_draws:clean_draws",
         "noisy",
     ),
-    Suite("few_shot", "k labelled texts per class", "lmmono.suites.draws:few_shot_draws"),
+    Suite("few_shot", "k labelled texts per class", "lmmono.suites.suite_draws:few_shot_draws"),
     Suite(
         "ood",
         "probes judged on other domains",
-        "lmmono.suites.draws:other_domain_draws",
+        "lmmono.suites.suite_draws:other_domain_draws",
         elsewhere=True,
     ),
     Suite(
         "adversarial",
         "edits of test texts chosen against the probe",
-        "lmmono.suites.draws:clean_draws",
+        "lmmono.suites.suite_draws:clean_draws",
         "attacked",
     ),
     Suite(
         "fine_tuning",
         "the model tuned on flipped labels, next to probes",
-        "lmmono.suites.draws:tuning_draws",
+        "lmmono.suites.suite_draws:tuning_draws",
         "tuned",
     ),
 )

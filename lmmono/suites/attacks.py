@@ -28,9 +28,9 @@ from lmmono.errors import DataError, RobustnessError, nearest
 from lmmono.probes.probe_jobs import Solver
 from lmmono.registry.suites import Attack, Suite
 from lmmono.suites.bench import Bench, Condition, Key, Measurement, Rows, judged_texts
-from lmmono.suites.draws import drawn
 from lmmono.suites.grid import probe_facts
 from lmmono.suites.inputs import TEST, CleanProbes, learn, synonyms_for
+from lmmono.suites.suite_draws import drawn
 
 Predict = Callable[[list[str]], Float[np.ndarray, "n c"]]
 """Takes texts, returns a score of each class for each; the largest is the answer."""

@@ -27,7 +27,7 @@ from lmmono.stats.consistency import (
 )
 from lmmono.stats.estimate import LEVEL
 from lmmono.stats.intervals import wilson
-from lmmono.suites.draws import SuiteDraw
+from lmmono.suites.suite_draws import SuiteDraw
 from lmmono.suites.text_codes import ProbedCode, TextCodes, TextEncoder, origin_of
 
 METRIC = "accuracy"

@@ -26,7 +26,7 @@ from lmmono.suites.bench import (
     judged_texts,
     semantic_consistency,
 )
-from lmmono.suites.draws import SuiteDraw, drawn, judged_parts
+from lmmono.suites.suite_draws import SuiteDraw, drawn, judged_parts
 
 CHUNK = 64
 """Problems of a job, at most: what a kill costs, and what one process has in hand."""

@@ -30,8 +30,8 @@ from lmmono.suites.bench import (
     Rows,
     judged_texts,
 )
-from lmmono.suites.draws import SuiteDraw, drawn
 from lmmono.suites.grid import Ground, probe_facts
+from lmmono.suites.suite_draws import SuiteDraw, drawn
 from lmmono.suites.text_codes import InputNoise
 
 TEST = "test"

@@ -21,7 +21,7 @@ from lmmono.models.hooks import match_hooks
 from lmmono.recipe.dictionary_settings import TrainedControl
 from lmmono.runs.folder import Run
 from lmmono.suites.results import AskedRows, Result, read_results
-from lmmono.suites.robustness import Study
+from lmmono.suites.study import Study
 from lmmono.types import Progress, silent
 
 _CONTROLS = tuple(f"-{control}" for control in get_args(TrainedControl))

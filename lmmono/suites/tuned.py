@@ -21,10 +21,10 @@ from lmmono.probes.problems import NO_VALIDATION
 from lmmono.recipe.robustness_settings import Tuning
 from lmmono.registry.suites import Suite
 from lmmono.suites.bench import Bench, Condition, Key, Measurement, Rows, judged_texts
-from lmmono.suites.draws import SuiteDraw, drawn
 from lmmono.suites.grid import suite_rows
 from lmmono.suites.inputs import TEST
 from lmmono.suites.results import FINE_TUNING, FULL
+from lmmono.suites.suite_draws import SuiteDraw, drawn
 
 SCALE = 2
 """LoRA's alpha over its rank, the same for every rank: so ranks differ in nothing else."""

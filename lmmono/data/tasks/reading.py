@@ -24,7 +24,7 @@ from lmmono.data.tasks.planted_tasks import planted_task
 from lmmono.data.tasks.task import NO_PARTNER, OOD, Labelled, Task
 from lmmono.data.text_files import missing_column, read_rows, source_files
 from lmmono.errors import DataError, nearest
-from lmmono.registry.tasks import PLANTED, TaskRecord, TaskTable, find_record
+from lmmono.registry.tasks import PLANTED, Shift, TaskRecord, TaskTable, find_record
 
 VAL_SHARE, TEST_SHARE = 0.2, 0.2
 """Shares of training texts that are held out where a set has no such split."""
@@ -415,24 +415,31 @@ def _shifted(
     parts: dict[str, Labelled] = {}
     for key in keys:
         shift = record.ood[key]
-        other = find_record(shift.task)
         if ood is None and folder is not None:
-            files = [Path(folder) / table.place for table in other.files]
+            files = [Path(folder) / table.place for table in find_record(shift.task).files]
             if not files or not all(file.exists() for file in files):
                 continue
-        mapping = shift.labels or {label: label for label in record.label_names}
-        rows = [
-            Row(row.part, row.text, mapping[row.label], None, row.pair)
-            for table in _tables(other, folder)
-            for row in read_table(table, folder, required=ood is not None)
-            if row.part == shift.part and row.label in mapping
-        ]
-        if ood is not None and not rows:
-            raise DataError(
-                f"task {record.name}: {shift.task} has no text of part {shift.part} and the "
-                f"classes {', '.join(mapping)}"
-            )
+        rows = _shifted_rows(record, shift, folder, required=ood is not None)
         if rows:
             where = f"task {record.name}, {shift.task} {shift.part}"
             parts[f"{OOD}{key}"] = labelled(rows, record.label_names, where)
     return parts
+
+
+def _shifted_rows(
+    record: TaskRecord, shift: Shift, folder: str | Path | None, *, required: bool
+) -> list[Row]:
+    """Return the rows of another task's part, as classes of this one."""
+    mapping = shift.labels or {label: label for label in record.label_names}
+    rows = [
+        Row(row.part, row.text, mapping[row.label], None, row.pair)
+        for table in _tables(find_record(shift.task), folder)
+        for row in read_table(table, folder, required=required)
+        if row.part == shift.part and row.label in mapping
+    ]
+    if required and not rows:
+        raise DataError(
+            f"task {record.name}: {shift.task} has no text of part {shift.part} and the classes "
+            f"{', '.join(mapping)}"
+        )
+    return rows

@@ -34,12 +34,12 @@ from lmmono.suites.bench import (
     judged_texts,
     key_of,
 )
-from lmmono.suites.draws import SuiteDraw, drawn
 from lmmono.suites.feature_families import FeatureFamily, as_family
 from lmmono.suites.grid import Ground, suite_rows
 from lmmono.suites.inputs import noised_rows
 from lmmono.suites.results import FINE_TUNING, AskedRows, Outcomes
 from lmmono.suites.stored_codes import CodeStore
+from lmmono.suites.suite_draws import SuiteDraw, drawn
 from lmmono.suites.text_codes import ProbedCode, TextEncoder, probed_codes, streams
 from lmmono.suites.tuned import tuned_rows, tuners
 from lmmono.types import Progress, silent
