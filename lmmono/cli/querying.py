@@ -71,7 +71,8 @@ def write_answer(
         elif format == "csv":
             from pyarrow import csv
 
-            reader = _as_text(relation, names).to_arrow_reader()
+            heads = _told_apart([printable(name) for name in names])
+            reader = _as_text(relation, heads).to_arrow_reader()
             options = csv.WriteOptions(include_header=True)
             sys.stdout.flush()
             with csv.CSVWriter(sys.stdout.buffer, reader.schema, write_options=options) as writer:
