@@ -44,6 +44,13 @@ T = TypeVar("T", Answer, Reading)
 _READERS: dict[type, Any] = {outcome: TypeAdapter(outcome) for outcome in (Answer, Reading)}
 """What reads JSON as an answer, and refuses anything else."""
 
+_DETAIL = "replay has no such answer"
+_NOT_STORED: dict[type, Any] = {
+    Answer: Answer(None, "refused", _DETAIL),
+    Reading: Reading(failure="refused", detail=_DETAIL),
+}
+"""The answer where nothing may be asked."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Questions(Generic[T]):
@@ -170,7 +177,7 @@ class ReplayClient:
         new = [key for key in places if key not in stored]
         if isinstance(self._client, str):
             for key in new:
-                put(key, _not_stored(questions.outcome))
+                put(key, _NOT_STORED[questions.outcome])
         elif new:
             fresh = questions.ask(self._client, [places[key][0] for key in new], keep)
             for n, answer in enumerate(fresh):
@@ -223,13 +230,6 @@ class ReplayClient:
                 f"{self._path}: cannot be used ({fault}); want a file that ReplayClient made, or a "
                 "new one in a folder that can be written"
             ) from fault
-
-
-def _not_stored(outcome: type[T]) -> T:
-    detail = "replay has no such answer"
-    if outcome is Answer:
-        return outcome(None, failure="refused", detail=detail)
-    return outcome(failure="refused", detail=detail)
 
 
 def _free(answer: T) -> T:

@@ -32,7 +32,7 @@ class RecordReader:
 
     def __init__(self, store: astore.Store, *, seed: int = 0) -> None:
         self.store, self.seed = store, seed
-        self._excerpts = cache(lambda split, window: read_excerpts(store, split, window=window))
+        self._excerpts = cache(self._read_excerpts)
         self._hook = ""
         self._of_hook: dict[tuple[object, ...], Any] = {}
 
@@ -43,6 +43,9 @@ class RecordReader:
             ExplainError: The split has none.
         """
         return self._excerpts(split, window)
+
+    def _read_excerpts(self, split: Split, window: int) -> Excerpts:
+        return read_excerpts(self.store, split, window=window)
 
     def once(self, hook: str, key: tuple[object, ...], read: Callable[[], T]) -> T:
         """Return what `read` returns, read once per hook and key; another hook forgets the last."""
@@ -69,11 +72,12 @@ class RecordReader:
         """
 
         def read() -> Records:
-            excerpts, drawn = self.excerpts(split, window), {"units": units, "seed": self.seed}
+            excerpts, seed = self.excerpts(split, window), self.seed
             if not token_centred:
-                return read_records(self.store, hook, excerpts, counts, **drawn)
+                return read_records(self.store, hook, excerpts, counts, units=units, seed=seed)
+            grid = excerpts.grid
             return read_token_windows(
-                self.store, hook, excerpts.grid, counts, window=window, **drawn
+                self.store, hook, grid, counts, window=window, units=units, seed=seed
             )
 
         key = ("records", split, counts, window, None if units is None else tuple(units))

@@ -97,8 +97,12 @@ def unit_chunks(n_active: Sequence[int], units_at_once: int) -> Iterator[tuple[i
 def _in_order(table: pa.Table, units: Int[ndarray, " units"], grid: TokenGrid) -> UnitRows:
     slots = np.full(int(units[-1] - units[0]) + 1, -1, np.int32)
     slots[units - units[0]] = np.arange(len(units))
+    unit, seq, pos, act = (table[name].to_numpy() for name in ("unit", "seq_id", "pos", "act"))
     starts, cells, acts = _count_sorted(
-        *(table[name].to_numpy() for name in ("unit", "seq_id", "pos", "act")),
+        unit,
+        seq,
+        pos,
+        act,
         int(units[0]),
         slots,
         len(units),
