@@ -11,7 +11,7 @@ from pathlib import Path
 
 import duckdb
 import pytest
-from small_store import HOOK, HOSTILE, N_CTX, N_SEQ, D, small_store
+from small_store import HOOK, HOSTILE, N_CTX, N_SEQ, D, fill, make, small_store
 
 import activation_store as astore
 from activation_store.catalog import catalogue
@@ -185,7 +185,10 @@ def test_two_stores_join_when_one_is_attached(small, tmp_path):
         assert pair == alone.sql("FROM coactivation($h, 1, 2)", h=HOOK).fetchall()
 
 
-@pytest.mark.parametrize("name", ["main", "memory", "", "a b", 'x"; DROP', "b"])
+@pytest.mark.parametrize(
+    "name",
+    ["main", "MEMORY", "Temp", "pg_catalog", "", "a b", 'x"; DROP', "b", "B", "lake_catalogue"],
+)
 def test_an_attached_store_needs_a_new_plain_name(small, tmp_path, name):
     other = small_store(tmp_path / "other")
     with astore.open(small.path) as store:
@@ -195,6 +198,87 @@ def test_an_attached_store_needs_a_new_plain_name(small, tmp_path, name):
         with pytest.raises(astore.NotAStoreError):
             store.attach(tmp_path / "nowhere", "c")
         assert store.sql("SELECT count(*) FROM b.hooks").fetchall() == [(3,)]
+
+
+@pytest.mark.parametrize("name", ["_catalogue", "lake", "store", "é"])
+def test_other_names_attach(small, tmp_path, name):
+    other = small_store(tmp_path / "other", seed=1)
+    with astore.open(small.path) as store:
+        store.attach(other.path, name)
+        assert store.sql(f'SELECT count(*) FROM "{name}".acts').fetchall() == [(n_acts(other),)]
+
+
+MACROS = (
+    "exemplars($hook, 1)",
+    "exemplars('no hook', 1)",
+    "exemplar_tokens($hook, 1, 2, ['top'], 2, 1, 1)",
+    "excerpt(1, 1)",
+    "unit($hook, 1)",
+    "unit('no hook', 1)",
+    "coactivation($hook, 1, 2)",
+    "token_profile($hook, 1)",
+)
+
+
+def test_a_macro_in_plain_duckdb_never_answers_with_another_stores_rows(tmp_path):
+    mine = make(tmp_path / "mine", seed=0)
+    theirs = make(tmp_path / "theirs", seed=1)
+    with duckdb.connect() as con, astore.open(theirs.path) as store:
+        con.execute("SET file_search_path = $1", [f"{mine.path},{theirs.path}"])
+        for name, small in (("mine", mine), ("theirs", theirs)):
+            con.execute(f"ATTACH '{small.path}/store.duckdb' AS {name} (READ_ONLY)")
+        for macro in MACROS:
+            params = {"hook": HOOK} if "$hook" in macro else {}
+            con.execute("USE mine")
+            with pytest.raises(duckdb.Error, match="this macro is of store"):
+                con.execute(f"FROM theirs.{macro}", params).fetchall()
+            con.execute("USE theirs")
+            rows = con.execute(f"FROM {macro}", params).fetchall()
+            assert rows == store.sql(f"FROM {macro}", **params).fetchall()
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a,b", "c*d", "{x,y}", "back\\slash", "é ü"])
+def test_a_path_that_looks_like_a_pattern_is_a_path(small, tmp_path, name, monkeypatch):
+    (tmp_path / "run1").symlink_to(small.path)  # what the pattern run[1] would find
+    path = tmp_path / name
+    with astore.open(path, "w") as store:
+        fill(store, make(tmp_path / "copy", seed=1))
+    assert astore.verify(path).ok
+    assert astore.compact(path).merged == 4
+    with astore.open(path) as store, astore.open(tmp_path / "copy") as copy:
+        assert store.sql(COUNT).fetchall() == copy.sql(COUNT).fetchall()
+        assert store.vectors("resid", batch_tokens=4).n_tokens == N_SEQ * N_CTX
+        copy.attach(path, "odd")
+        assert copy.sql("SELECT count(*) FROM odd.acts").fetchall() == store.sql(COUNT).fetchall()
+        next((path / "store").glob("acts-*")).write_bytes(b"")
+        with pytest.raises(astore.StoreError) as told:
+            store.sql("SELECT sum(act) FROM acts").fetchall()
+        assert name in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["why?/store.duckdb", "x[1].duckdb", "a,b.duckdb"])
+def test_a_name_that_duckdb_cannot_keep_is_refused_at_once(tmp_path, name):
+    with pytest.raises(astore.StoreError, match="under this name"):
+        astore.open(tmp_path / name, "w")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_is_written_for_the_oldest_duckdb_that_may_read_it(small):
+    with astore.open(small.path, "a") as store:
+        store.append("scores", [{"metric": "m", "metric_version": 1}])
+    with duckdb.connect(small.path / "store.duckdb", read_only=True) as con:
+        query = "SELECT tags FROM duckdb_databases() WHERE database_name = 'store'"
+        assert con.execute(query).fetchall()[0][0]["storage_version"] == "v1.5.0+"
+
+
+def test_a_store_of_a_newer_duckdb_is_not_called_damaged(small):
+    file = small.path / "store.duckdb"
+    data = bytearray(file.read_bytes())
+    data[12:20] = (999).to_bytes(8, "little")  # the storage version behind checksum and magic bytes
+    file.write_bytes(data)
+    with pytest.raises(astore.SchemaError, match=r"newer DuckDB.*pip install -U duckdb") as told:
+        astore.open(small.path)
+    assert "damaged" not in str(told.value)
 
 
 def test_a_commit_that_fails_changes_nothing(small):

@@ -1,6 +1,9 @@
 """SQL of a caller who is not trusted can read the store, and do nothing else."""
 
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import duckdb
@@ -8,6 +11,7 @@ import pytest
 from small_store import HOOK, HOSTILE, small_store
 
 import activation_store as astore
+from activation_store.catalog import catalogue
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,9 @@ FUNCTIONS = [
     "FROM sniff_csv('{outside}')",
     "FROM glob('{folder}/*')",
     "FROM parquet_metadata('{shard}')",
+    "FROM histogram_values('me' || 'ta', key)",
+    "FROM histogram(concat('me', 'ta'), key)",
+    "FROM pragma_table_info((SELECT 'meta'))",
     "FROM duckdb_secrets()",
     "FROM which_secret('s3://x', 's3')",
 ]
@@ -222,12 +229,123 @@ def test_a_catalogue_cannot_point_outside_its_folder(tmp_path):
         astore.open(tmp_path / "a")
 
 
-def test_a_view_planted_in_a_catalogue_is_not_run(tmp_path):
-    small_store(tmp_path / "a")
-    with duckdb.connect(tmp_path / "a" / "store.duckdb") as con:
-        con.execute("CREATE OR REPLACE VIEW acts AS FROM read_text('/etc/passwd')")
-    with astore.open(tmp_path / "a") as store:
+OWN_VIEW = "CREATE OR REPLACE VIEW acts AS FROM read_text('/etc/passwd')"
+PROFILE = "SELECT count(*) FROM enable_profiling(save_location = '{loot}', format = 'json')"
+HOSTILE_CATALOGUES = {
+    "a view in place of meta": "ALTER TABLE meta RENAME TO kept;"
+    f" CREATE VIEW meta AS SELECT k.* FROM kept k, ({PROFILE}) t",
+    "a view in place of scores": f"DROP TABLE scores; CREATE VIEW scores AS {PROFILE}",
+    "a view in place of shards": "ALTER TABLE shards RENAME TO kept;"
+    " CREATE VIEW shards AS SELECT * FROM kept WHERE (SELECT sum(range) FROM range(10**13)) > 0",
+    "a view of its own": "CREATE VIEW mine AS FROM read_text('/etc/passwd')",
+    "a macro of its own": "CREATE MACRO count(x) AS 7",
+    "a table macro of its own": f"CREATE MACRO mine() AS TABLE {PROFILE}",
+}
+
+
+@pytest.mark.parametrize("statements", HOSTILE_CATALOGUES.values(), ids=HOSTILE_CATALOGUES)
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_store_of_a_stranger_runs_nothing_whatever_is_done_with_it(tmp_path, statements, trusted):
+    small = small_store(tmp_path / "a")
+    loot = tmp_path / "loot.json"
+    with duckdb.connect(small.path / "store.duckdb") as con:
+        con.execute(statements.format(loot=loot))
+    loot.unlink(missing_ok=True)
+    with astore.open(small_store(tmp_path / "b").path) as other:
+        for call in (
+            lambda: astore.open(small.path, trusted=trusted),
+            lambda: astore.open(small.path, "a", trusted=trusted),
+            lambda: astore.open(small.path, "w", overwrite=True),
+            lambda: astore.verify(small.path, repair=True),
+            lambda: astore.compact(small.path),
+            lambda: other.attach(small.path, "guest"),
+        ):
+            with pytest.raises(
+                astore.NotAStoreError, match=r"a\/store.duckdb: holds a view or macro"
+            ):
+                call()
+        assert other.sql("SELECT count(*) FROM meta").fetchall()[0][0] > 0
+    assert not loot.exists()
+
+
+def test_the_views_of_the_file_are_never_run(tmp_path):
+    small = small_store(tmp_path / "a")
+    with duckdb.connect(small.path / "store.duckdb") as con:
+        con.execute(OWN_VIEW)
+    with astore.open(small.path, "a") as store:
         assert store.sql("FROM acts").columns == ["hook", "unit", "seq_id", "pos", "act"]
+        assert store.append("scores", [{"metric": "m", "metric_version": 1}]) == 1
+    assert astore.verify(small.path).ok
+
+
+def test_every_connection_of_the_package_is_shut_before_its_first_query(tmp_path):
+    small = small_store(tmp_path / "a")
+    place = catalogue.place(small.path)
+    with catalogue.opened(place) as con, catalogue.commit(place) as draft:
+        for inside in (con, draft):
+            for query in ("FROM read_text('/etc/passwd')", "SET threads = 2", "LOAD httpfs"):
+                with pytest.raises(duckdb.Error):
+                    inside.execute(query)
+
+
+ENDLESS = {
+    "count": "SELECT count(*) FROM range(1000000000000)",
+    "join": "SELECT count(*) FROM acts a, acts b, acts c, acts d, acts e",
+    "recursion": "WITH RECURSIVE t AS (SELECT 1 AS a UNION ALL SELECT a + 1 FROM t)"
+    " SELECT max(a) FROM t",
+}
+
+
+@pytest.mark.parametrize("query", ENDLESS.values(), ids=ENDLESS)
+def test_a_query_ends_at_its_limit_of_time(store, query):
+    limits = astore.QueryLimits(seconds=0.3)
+    with astore.open(store.path, limits=limits) as limited:
+        began = time.monotonic()
+        with pytest.raises(astore.QueryError, match="took longer than 0.3 s"):
+            limited.sql(query).fetchall()
+        with pytest.raises(astore.QueryError, match="took longer than 0.3 s"):
+            limited.sql(f"SELECT * FROM ({query}) WHERE $x = 1", x=1)
+        assert time.monotonic() - began < 30
+        assert limited.sql("SELECT 1").fetchall() == [(1,)]
+
+
+@pytest.mark.parametrize("params", [{}, {"x": 1}])
+def test_ctrl_c_stops_a_query_and_the_store_stays_usable(store, params):
+    query = f"{ENDLESS['count']} WHERE {'$x' if params else '1'} = 1"
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        store.sql(query, **params).fetchall()
+    assert time.monotonic() - began < 30
+    assert store.sql("SELECT 1").fetchall() == [(1,)]
+
+
+def test_rows_memory_and_spill_have_limits(store):
+    limits = astore.QueryLimits(rows=3, memory_bytes=300_000_000, spill_bytes=1_000_000)
+    with astore.open(store.path, limits=limits) as limited:
+        assert len(limited.sql("FROM acts LIMIT 3").fetchall()) == 3
+        with pytest.raises(astore.QueryError, match="more than 3 rows"):
+            limited.sql("FROM acts").df()
+        shown = dict(limited.sql("SELECT name, value FROM duckdb_settings() LIMIT 0").fetchall())
+        assert shown == {}
+        query = "SELECT value FROM duckdb_settings() WHERE name = $name"
+        assert limited.sql(query, name="memory_limit").fetchall() == [("286.1 MiB",)]
+        (spill,) = limited.sql(query, name="max_temp_directory_size").fetchall()[0]
+        assert spill == "976.5 KiB"
+    with pytest.raises(astore.StoreError, match="seconds: want a number > 0, got -1"):
+        astore.QueryLimits(seconds=-1)
+
+
+def test_what_fails_while_it_runs_is_an_error_of_the_store(store):
+    for query in ("SELECT hook::INTEGER FROM hooks", "SELECT ln(-1)", "SELECT error('no')"):
+        with pytest.raises(astore.QueryError):
+            store.sql(query).fetchall()
+
+
+@pytest.mark.parametrize("query", ["SELECT sleep_ms(1)", "SELECT write_log('x')"])
+def test_functions_that_wait_or_write_are_refused(store, query):
+    with pytest.raises(astore.QueryError, match="is not allowed here"):
+        store.sql(query)
 
 
 def test_trusted_sql_may_do_anything(tmp_path):

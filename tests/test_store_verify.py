@@ -195,3 +195,34 @@ def test_a_shard_of_the_right_size_that_is_no_parquet_is_named_when_the_store_op
     shard.write_bytes(bytes(size))
     with pytest.raises(astore.ShardError, match=rf"{shard.name}.*repair"):
         astore.open(small.path)
+
+
+LIES = {
+    "no row for": "DELETE FROM hooks WHERE kind = 'rows'",
+    "table hooks: has 0 rows, the last commit left 3": "DELETE FROM hooks",
+    "width d of -5": "UPDATE hooks SET d = -5",
+    "shards hold unit 5": "UPDATE hooks SET d = 3 WHERE kind = 'rows'",
+    "name unit 9": "UPDATE exemplars SET unit = 9 WHERE unit = 1",
+    "tokens that no shard holds": "UPDATE exemplars SET seq_id = 999 WHERE unit = 1",
+    "such as seq_id 0, pos 77": "UPDATE exemplars SET pos = 77, seq_id = 0 WHERE unit = 1",
+    "table vocabulary: has 0 rows, the last commit left 10": "DELETE FROM vocabulary",
+    "column q999 is missing": "ALTER TABLE unit_stats DROP COLUMN q999",
+    "column act is VARCHAR, want FLOAT": "ALTER TABLE exemplars ALTER act TYPE VARCHAR",
+    "table robustness: is missing": "DROP TABLE robustness",
+    "the state of capture x cannot be read": "INSERT INTO writer_state VALUES ('capture x', 'garbage'::BLOB)",
+    "the state of y cannot be read": """INSERT INTO writer_state VALUES ('y', '{"file": 3}'::BLOB)""",
+}
+
+
+@pytest.mark.parametrize(("words", "lie"), LIES.items())
+def test_a_lie_in_the_rows_of_the_catalogue_is_found(small, words, lie):
+    with duckdb.connect(small.path / "store.duckdb") as con:
+        con.execute(lie)
+    faults = astore.verify(small.path).faults
+    assert any(words in fault for fault in faults), faults
+
+
+def test_exemplars_of_tokens_that_a_repair_dropped_are_no_fault(small):
+    shard_of(small, "tokens").unlink()
+    assert astore.verify(small.path, repair=True).ok
+    assert astore.verify(small.path).ok

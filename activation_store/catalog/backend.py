@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from zipfile import BadZipFile
 
 import duckdb
 
@@ -17,7 +18,14 @@ from activation_store.catalog.catalogue import Place, size_fault
 from activation_store.catalog.tables import expected_tables
 from activation_store.catalog.views import create_views, identifier
 from activation_store.errors import NotAStoreError, ShardError, StoreError, damaged_shard
-from activation_store.shards.names import Shard, listed_names, listed_states, unlisted
+from activation_store.shards.names import (
+    Shard,
+    listed_names,
+    listed_states,
+    load_state,
+    state_file,
+    unlisted,
+)
 from activation_store.shards.shard_folder import ShardFolder
 
 if TYPE_CHECKING:
@@ -217,14 +225,24 @@ class FolderBackend:
         return catalogue.opened(self._place)
 
     def state_faults(self, con: Connection) -> dict[LostState, str]:
+        from activation_store.write import state
+
         faults: dict[LostState, str] = {}
-        for key, file in listed_states(con).items():
-            if (fault := file.fault(self._place.folder)) is None:
+        rows = con.execute("SELECT key, value FROM writer_state ORDER BY key").fetchall()
+        for key, value in rows:
+            file, data = state_file(bytes(value)), bytes(value)
+            fault = None if file is None else file.fault(self._place.folder)
+            if fault is not None and file is not None:
+                # a writer removes its last state when it commits the next
+                with catalogue.opened(self._place) as now:
+                    if file in listed_states(now).values():
+                        faults[LostState(key, file.file)] = fault
                 continue
-            # a writer removes its last state when it commits the next
-            with catalogue.opened(self._place) as now:
-                if file in listed_states(now).values():
-                    faults[LostState(key, file.file)] = fault
+            try:
+                state.from_bytes(data if file is None else load_state(data, self._place.folder))
+            except (ValueError, KeyError, OSError, EOFError, BadZipFile) as garbage:
+                name = "table writer_state" if file is None else file.file
+                faults[LostState(key, name)] = f"the state of {key} cannot be read: {garbage}"
         return faults
 
     def left_over(self, con: Connection) -> tuple[str, ...]:

@@ -284,8 +284,13 @@ class _Watch:
         before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False) if by_signal else -1
         try:
             yield
-        except (duckdb.InterruptException, RuntimeError) as fault:
+        except (duckdb.InterruptException, RuntimeError, KeyboardInterrupt) as fault:
             if isinstance(fault, RuntimeError) and "interrupted" not in str(fault).lower():
+                raise
+            # where Python's handler came first, DuckDB left the call but not the query, and whoever
+            # lets go of the connection would wait for its end
+            con.interrupt()
+            if isinstance(fault, KeyboardInterrupt):
                 raise
             if number in self._overdue:
                 raise QueryError(

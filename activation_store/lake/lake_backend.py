@@ -40,7 +40,14 @@ from activation_store.errors import (
     interruptible,
 )
 from activation_store.lake.lake_files import LakeFiles
-from activation_store.lake.lake_place import LAKE, LakePlace, attach_lake, redacted, turn
+from activation_store.lake.lake_place import (
+    LAKE,
+    LakePlace,
+    attach_lake,
+    check_paths,
+    redacted,
+    turn,
+)
 from activation_store.shards.names import Shard, listed, next_number, shard_name
 from activation_store.shards.shard_folder import ShardFolder
 
@@ -104,6 +111,7 @@ class LakeBackend:
                 "a lake is not overwritten, for others use it; remove its catalogue and data "
                 "yourself."
             )
+        check_paths(self.address)
         self.lake_files.check(create=True)
 
         def work(con: Connection) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import duckdb
 
@@ -34,6 +34,7 @@ Kind = Literal["sqlite", "postgres", "duckdb"]
 
 _EXTENSIONS = {"sqlite": "sqlite_scanner", "postgres": "postgres_scanner", "duckdb": None}
 _PASSWORD = re.compile(r"\bpassword\s*=\s*('(?:\\.|[^'\\])*'|\S+)\s*", re.IGNORECASE)
+_OTHER_SECRET = re.compile(r"\b(sslpassword|passwd)\s*=", re.IGNORECASE)
 _ADVISORY = int.from_bytes(hashlib.sha256(b"activation_store lake").digest()[:7])
 _LONGEST_PAUSE = 1.0
 
@@ -78,8 +79,9 @@ def lake_place(address: str, data_path: str | os.PathLike[str] | None) -> LakePl
     'ducklake:postgres:dbname=acts host=db'
     """
     if not data_path:
+        shown = re.sub(r"(sslpassword|passwd)\s*=\s*\S+", r"\1=***", _without_password(address)[0])
         raise StoreError(
-            f"{_without_password(address)[0]}: say where the data of the lake lies: "
+            f"{shown}: say where the data of the lake lies: "
             'open(..., data_path="/shared/acts") or data_path="s3://bucket/prefix"; on the command '
             "line --data-path."
         )
@@ -91,19 +93,72 @@ def lake_place(address: str, data_path: str | os.PathLike[str] | None) -> LakePl
         )
     data = os.fspath(data_path)
     data = data.rstrip("/") if data.startswith("s3://") else str(Path(data).absolute())
-    if rest.startswith("postgres:"):
-        connection, password = _without_password(rest.removeprefix("postgres:"))
+    if rest.startswith(("postgres:", "postgresql://")):
+        connection, password = _without_password(_as_pairs(rest.removeprefix("postgres:")))
+        if (match := _OTHER_SECRET.search(connection)) is not None:
+            raise StoreError(
+                f"ducklake:postgres: {match[1]}=... would be shown to everyone who reads the lake; "
+                "write password=..., or put the connection into ~/.pg_service.conf and give "
+                "ducklake:postgres:service=NAME."
+            )
         return LakePlace("postgres", connection.strip(), data, password)
     kind: Kind = "sqlite" if rest.startswith("sqlite:") else "duckdb"
     return LakePlace(kind, str(Path(rest.removeprefix("sqlite:")).absolute()), data)
+
+
+def check_paths(place: LakePlace) -> None:
+    """Refuse paths of this machine that DuckDB reads as patterns, since others read them too.
+
+    Raises:
+        StoreError: names the path.
+    """
+    for path in ([] if place.kind == "postgres" else [place.catalogue]) + (
+        [] if place.is_remote else [place.data_path]
+    ):
+        if re.search(r"[?*\[\]{}]", path):
+            raise StoreError(
+                f"{path}: DuckDB reads this name as a pattern; use one without ?*[]{{}}."
+            )
+
+
+def _as_pairs(connection: str) -> str:
+    """Return a connection URI as `key=value ...`, the form that goes with a secret of DuckDB.
+
+    Raises:
+        StoreError: it has a port that is none.
+
+    >>> _as_pairs("postgresql://me:x%20y@db:5433/acts?sslmode=require")
+    "host='db' port='5433' dbname='acts' user='me' password='x y' sslmode='require'"
+    """
+    if not re.match(r"(postgres|postgresql):?//", connection):
+        return connection
+    parts = urlsplit(connection)
+    login, _, hosts = parts.netloc.rpartition("@")
+    user, _, password = login.partition(":")
+    # several servers stand as host:port,host:port; an IPv6 address stands in brackets
+    pairs = [re.fullmatch(r"\[?([^\]]*?)\]?(?::(\d+))?", host) for host in hosts.split(",")]
+    if not all(pairs):
+        raise StoreError("ducklake:postgresql://...: want host or host:port behind the @.")
+    values = {
+        "host": ",".join(pair[1] for pair in pairs if pair),
+        "port": ",".join(pair[2] or "5432" for pair in pairs if pair) if ":" in hosts else "",
+        "dbname": unquote(parts.path.lstrip("/")),
+        "user": unquote(user),
+        "password": unquote(password),
+        **dict(parse_qsl(parts.query)),
+    }
+    quoted_values = {
+        key: value.replace("\\", "\\\\").replace("'", "\\'") for key, value in values.items()
+    }
+    return " ".join(f"{key}='{value}'" for key, value in quoted_values.items() if value)
 
 
 def _without_password(connection: str) -> tuple[str, str | None]:
     """Split a connection string, `key=value ...` or a URI, into the rest and its password."""
     if "://" in connection and (secret := urlsplit(connection).password) is not None:
         return connection.replace(f":{secret}@", "@", 1), unquote(secret)
-    if (found := _PASSWORD.search(connection)) is not None:
-        value = found[1]
+    if (match := _PASSWORD.search(connection)) is not None:
+        value = match[1]
         if value.startswith("'"):
             value = re.sub(r"\\(.)", r"\1", value[1:-1])
         return _PASSWORD.sub("", connection), value

@@ -185,7 +185,12 @@ def write_state(folder: Path, store_id: str, number: int, data: bytes) -> StateF
 
 def state_file(value: bytes) -> StateFile | None:
     """Return the file that a value of `writer_state` names; None where it is the bytes."""
-    return StateFile(**json.loads(value)) if value.startswith(b"{") else None
+    try:
+        file = StateFile(**json.loads(value)) if value.startswith(b"{") else None
+    except (ValueError, TypeError):  # other JSON is garbage, as whoever reads it as bytes will find
+        return None
+    is_sound = file is None or (isinstance(file.file, str) and isinstance(file.n_bytes, int))
+    return file if is_sound else None
 
 
 def load_state(value: bytes, folder: Path) -> bytes:
