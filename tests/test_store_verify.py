@@ -209,8 +209,12 @@ LIES = {
     "column q999 is missing": "ALTER TABLE unit_stats DROP COLUMN q999",
     "column act is VARCHAR, want FLOAT": "ALTER TABLE exemplars ALTER act TYPE VARCHAR",
     "table robustness: is missing": "DROP TABLE robustness",
-    "the state of capture x cannot be read": "INSERT INTO writer_state VALUES ('capture x', 'garbage'::BLOB)",
-    "the state of y cannot be read": """INSERT INTO writer_state VALUES ('y', '{"file": 3}'::BLOB)""",
+    "the state of capture x cannot be read": (
+        "INSERT INTO writer_state VALUES ('capture x', 'garbage'::BLOB)"
+    ),
+    "the state of y cannot be read": (
+        "INSERT INTO writer_state VALUES ('y', '{\"file\": 3}'::BLOB)"
+    ),
 }
 
 

@@ -240,7 +240,7 @@ class FolderBackend:
                 continue
             try:
                 state.from_bytes(data if file is None else load_state(data, self._place.folder))
-            except (ValueError, KeyError, OSError, EOFError, BadZipFile) as garbage:
+            except (ValueError, TypeError, OSError, EOFError, BadZipFile) as garbage:
                 name = "table writer_state" if file is None else file.file
                 faults[LostState(key, name)] = f"the state of {key} cannot be read: {garbage}"
         return faults
