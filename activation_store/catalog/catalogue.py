@@ -231,11 +231,12 @@ def attach(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> dict[str,
         check_contents(con, where, name)
         rows = con.execute(f"SELECT key, value FROM {identifier(name)}.meta").fetchall()
     except duckdb.Error as fault:
-        raise _unreadable(where, fault) from fault
+        raise unreadable(where, fault) from fault
     return check_meta(str(where.file), dict(rows))
 
 
-def _unreadable(where: Place, fault: duckdb.Error) -> StoreError:
+def unreadable(where: Place, fault: duckdb.Error) -> StoreError:
+    """Return the error to raise where DuckDB cannot open a catalogue file."""
     text = str(fault)
     if "set lock on file" in text:
         return LockedError(f"{where.file}: another program has it open for writing: {fault}")
@@ -413,7 +414,7 @@ def _connected(draft: Path, where: Place, schema: str = "") -> Generator[duckdb.
             draft, config={**door.SETTINGS, "storage_compatibility_version": door.STORAGE_VERSION}
         )
     except duckdb.Error as fault:
-        raise _unreadable(where, fault) from fault
+        raise unreadable(where, fault) from fault
     try:
         with interruptible():
             # the views name the shards relative to the catalogue file

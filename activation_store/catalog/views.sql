@@ -121,6 +121,7 @@ SELECT
         CASE WHEN n.at_pos = n.pos THEN {at}peak(n.token) ELSE n.token END, '' ORDER BY n.at_pos
     )) AS excerpt
 FROM {at}exemplar_tokens(of_hook, of_unit, of_unit + 1, [of_kind], k, before, after) n
+WHERE {own}
 GROUP BY ALL
 ORDER BY n.rank;
 
