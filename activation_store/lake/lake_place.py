@@ -206,11 +206,17 @@ def attach_lake(
         options += [f"META_STORAGE_VERSION '{door.STORAGE_VERSION}'"]
     if place.kind == "postgres":
         options += ["META_SECRET 'lake_password'"]
+    attach = f"ATTACH {quoted(PREFIX + place.metadata)} AS {LAKE} ({', '.join(options)})"
     try:
+        # DuckDB attaches no PostgreSQL database once it is shut; DuckLake's own queries, which read
+        # nothing but its tables there, are all that runs before
+        if place.kind == "postgres":
+            con.execute(attach)
         if is_shut:
             own = [file for path in own for file in door.database_files(path)]
             door.shut(con, [*own, *files], [f"{place.data_path}/"], limits)
-        con.execute(f"ATTACH {quoted(PREFIX + place.metadata)} AS {LAKE} ({', '.join(options)})")
+        if place.kind != "postgres":
+            con.execute(attach)
     except duckdb.Error as fault:
         con.close()
         raise _unreachable(place, fault) from fault
