@@ -422,8 +422,8 @@ def test_small_shards_are_merged_into_blocks_and_old_ones_stay_for_their_readers
         files = {path.name for path in (Path(at.data) / "shards").iterdir()}
         done = lake.compact(sizes=sizes)
         assert done.removed == () and done.written < done.merged == len(done.kept)
-        sizes = lake.sql("SELECT n_rows FROM shards WHERE kind = 'acts'").fetchall()
-        assert len(sizes) > 2 and max(sizes)[0] < n_acts // 2
+        n_rows = lake.sql("SELECT n_rows FROM shards WHERE kind = 'acts'").fetchall()
+        assert len(n_rows) > 2 and max(n_rows)[0] < n_acts // 2
         assert files < {path.name for path in (Path(at.data) / "shards").iterdir()}
         assert_same(lake, stores.whole)
         assert len(lake.compact(keep_seconds=0.0, sizes=sizes).removed) >= len(done.kept)
