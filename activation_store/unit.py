@@ -136,7 +136,7 @@ _WINDOWS = """
 SELECT
     rank, act, bin, doc_id, seq_id, pos,
     min(at_pos) AS first_pos, list(token ORDER BY at_pos) AS tokens
-FROM exemplar_tokens($hook, $unit, $unit + 1, [$kind], $k, $before, $after)
+FROM exemplar_tokens($hook, $unit, $unit, $kind, $k, $before, $after)
 GROUP BY ALL
 ORDER BY rank
 """

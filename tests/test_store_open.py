@@ -212,7 +212,7 @@ def test_other_names_attach(small, tmp_path, name):
 MACROS = (
     "exemplars($hook, 1)",
     "exemplars('no hook', 1)",
-    "exemplar_tokens($hook, 1, 2, ['top'], 2, 1, 1)",
+    "exemplar_tokens($hook, 1, 1, 'top', 2, 1, 1)",
     "excerpt(1, 1)",
     "unit($hook, 1)",
     "unit('no hook', 1)",

@@ -19,9 +19,7 @@ SELECT
     count(*) FILTER (WHERE n.at_pos < n.pos) AS own,
     list(n.token ORDER BY n.at_pos) AS tokens,
     list(coalesce(f.act, 0)::DOUBLE ORDER BY n.at_pos) AS acts
-FROM exemplar_tokens(
-    $hook, $first, $stop, ['top', 'random', 'quantile'], 2147483647, $before, $after
-) n
+FROM exemplar_tokens($hook, $first, $stop - 1, NULL, 2147483647, $before, $after) n
 LEFT JOIN fired f ON f.unit = n.unit AND f.seq_id = n.seq_id AND f.pos = n.at_pos
 WHERE n.at_pos IS NOT NULL
 GROUP BY n.unit, n.kind, n.rank, n.bin, n.act
