@@ -39,6 +39,12 @@ class Stage:
     """Every process of `accelerate launch` takes part; other stages are the main process' alone."""
 
     @property
+    def below(self) -> tuple[str, ...]:
+        """All stages that come before it, the first one first."""
+        names = {name for need in self.needs for name in (*STAGES[need].below, need)}
+        return tuple(name for name in STAGES if name in names)
+
+    @property
     def sections(self) -> tuple[str, ...]:
         """Parts of the recipe that decide its result, those of the stages it needs included."""
         above = [part for name in self.needs for part in STAGES[name].sections]
