@@ -161,7 +161,7 @@ def test_several_dictionaries_share_the_clean_and_the_ablated_passes():
     handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
     together = lm.evaluate(given, model, rows, max_tokens=96, batch_tokens=32)
     handle.remove()
-    widths = 2  # one token through the model says how wide a hook is
+    widths = len(given)  # one token through the model says how wide a hook is
     assert len(passes) == widths + 3 * (1 + 2 * 2 + len(given))
     for one, other in zip(alone, together, strict=True):
         assert other.hook == one.hook

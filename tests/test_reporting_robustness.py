@@ -89,8 +89,9 @@ def test_a_store_tells_all_of_it_and_says_what_could_not_be_worked_out(tmp_path)
         store.append("robustness", stored_rows([*ROWS, *above]))
         tables = robustness_tables(store, hypotheses=["H1", "H3", "H4"])
     titles = [each.title for each in tables]
-    assert titles[-3:] == [
+    assert titles[-4:] == [
         "Area under the severity curve",
+        "Change under noise",
         "Effective robustness",
         "Hypotheses registered before the run",
     ]

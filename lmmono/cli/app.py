@@ -217,6 +217,9 @@ def robustness(
     from lmmono.reports.robustness_tables import suite_tables
 
     runs = _done(target, overrides, "robustness")
+    for run in runs:
+        for figure in sorted((run.dir / "robustness").glob("*.svg")):
+            _tell(str(figure))
     return _reports(table for run in runs for table in suite_tables(run, every=every))
 
 
