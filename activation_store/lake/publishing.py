@@ -82,7 +82,7 @@ class Source:
     tables: dict[str, pa.Table]
 
 
-class Capture(NamedTuple):
+class RankCapture(NamedTuple):
     """The state of one rank's capture, with the settings that decide whether it can be merged."""
 
     held: Held
@@ -165,7 +165,7 @@ def _fresh(con: duckdb.DuckDBPyConnection, source: Source) -> list[Shard]:
             raise ContentError(
                 f"{source.where.file}: its shards were rewritten after it was published, and the "
                 "lake has them in another form too; what is new cannot be told from what the lake "
-                "holds. Capture further sequences into a store of their own."
+                "holds. RankCapture further sequences into a store of their own."
             )
         for table in ("shards", "publications"):
             con.execute(
@@ -193,18 +193,18 @@ def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
         con.unregister("rows_to_insert")
 
 
-def _captures(held: Mapping[str, bytes]) -> list[Capture]:
+def _captures(held: Mapping[str, bytes]) -> list[RankCapture]:
     """Return the captures of all stores, by store and rank."""
-    found: list[Capture] = []
+    found: list[RankCapture] = []
     for key in sorted(held):
         if key.partition(" ")[2].startswith(_CAPTURE):
             arrays = state.from_bytes(bytes(held[key]))
-            found.append(Capture(arrays, json.loads(str(arrays["settings"]))))
+            found.append(RankCapture(arrays, json.loads(str(arrays["settings"]))))
     return found
 
 
 def _write_totals(
-    con: duckdb.DuckDBPyConnection, source: Source, captures: Sequence[Capture]
+    con: duckdb.DuckDBPyConnection, source: Source, captures: Sequence[RankCapture]
 ) -> None:
     """Replace the tables of every hook that the source captured by the totals over all stores."""
     ours = {
@@ -233,7 +233,7 @@ def _write_totals(
             write_tables(con, [], [_vectors_total(name, parts)], seed)
 
 
-def _agreed(source: Source, name: str, parts: Sequence[Capture]) -> int:
+def _agreed(source: Source, name: str, parts: Sequence[RankCapture]) -> int:
     """Check that captures of one hook can be merged, and return their seed.
 
     Raises:
@@ -261,7 +261,7 @@ def _agreed(source: Source, name: str, parts: Sequence[Capture]) -> int:
     return int(first["seed"])
 
 
-def _rows_total(name: str, parts: Sequence[Capture], seed: int) -> RowsTotal:
+def _rows_total(name: str, parts: Sequence[RankCapture], seed: int) -> RowsTotal:
     settings = dict(parts[0].settings[name])
     units = settings.pop("units")
     rows = Rows(**settings, units=None if units is None else tuple(units))
@@ -281,7 +281,7 @@ def _rows_total(name: str, parts: Sequence[Capture], seed: int) -> RowsTotal:
     return RowsTotal(rows, total, n_tokens, n_acts, _skip(parts[0]))
 
 
-def _vectors_total(name: str, parts: Sequence[Capture]) -> VectorsTotal:
+def _vectors_total(name: str, parts: Sequence[RankCapture]) -> VectorsTotal:
     odd = np.zeros(3, np.int64)
     counts = np.zeros(2, np.int64)
     for part in parts:
@@ -293,7 +293,7 @@ def _vectors_total(name: str, parts: Sequence[Capture]) -> VectorsTotal:
     return VectorsTotal(hook, n_tokens, n_vectors, odd, _skip(parts[0]))
 
 
-def _skip(part: Capture) -> Skip:
+def _skip(part: RankCapture) -> Skip:
     skip = part.settings["skip"]
     return Skip(tuple(skip["token_ids"]), skip["first"])
 
