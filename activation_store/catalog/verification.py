@@ -39,7 +39,7 @@ class Report:
     n_shards: int
     """Shards listed when the check began."""
     n_bytes: int
-    """Bytes of the shards that were read and found right."""
+    """Bytes of the shards that are whole; states of writers are checked and not counted."""
     faults: tuple[str, ...]
     """What is wrong, one line each."""
     dropped: tuple[str, ...] = ()
