@@ -166,8 +166,8 @@ def test_seeds_are_compared_and_planted_features_looked_for(learned):
         hook=HOOK,
     )
     assert alike == [(pytest.approx(lm.stability(codes).cosine.value),)]
-    rows = learned.tokens("score").limit(512, seed=learned.recipe.seed)
-    found = lm.recovery(codes[1], (learned.model, rows), max_tokens=512)
+    rows = learned.tokens("score").limit(1024, seed=learned.recipe.seed)
+    found = lm.recovery(codes[1], (learned.model, rows), max_tokens=512, seed=learned.recipe.seed)
     stored = query(
         learned,
         """SELECT coalesce(control, 'code'), value FROM scores
