@@ -330,8 +330,8 @@ def test_the_command_line_learns_and_lists_dictionaries(here, monkeypatch, capsy
     listed = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [row[1] for row in listed if len(row) > 1 and row[1] in ("begun", "raw", "pca-4")] == [
         "begun",
-        "raw",
         "pca-4",
+        "raw",
     ]
     assert call(monkeypatch, "ls", "runs", "runs") == 0
     assert "vectors finished, dictionary finished" in capsys.readouterr().out

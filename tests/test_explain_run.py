@@ -150,7 +150,7 @@ def test_the_verbs_do_one_stage_each_and_then_nothing(explained, monkeypatch, ca
     assert call("score", "runs/tiny") == 0
     assert call("explain", "runs/tiny") == 0
     assert call("score", "tiny.yaml", "name=other") == 2
-    assert "runs/other: not captured yet; run `lmmono capture" in capsys.readouterr().err
+    assert "runs/other: not trained yet; run `lmmono train" in capsys.readouterr().err
     assert call("explain", "tiny.yaml", "explain.explainers=[]", "score.scorers=[]") == 2
     assert "want an explainer; see `lmmono ls explainers`" in capsys.readouterr().err
 

@@ -192,7 +192,7 @@ def _around_peak(text: str, n_characters: int = 40) -> str:
     """Return an excerpt's part around its peak, which « and » mark.
 
     >>> _around_peak("one two three four «five» six seven eight nine ten", 20)
-    '…hree four «five» six …'
+    '…ree four «five» six…'
     """
     first, last = text.find("«"), text.find("»")
     room = max(0, n_characters - (last - first + 1))

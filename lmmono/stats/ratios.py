@@ -38,7 +38,7 @@ def ratio_interval(
 
     >>> low, high = ratio_interval(np.full(6, 1.0), np.full(6, 1.0))  # six of six
     >>> round(low, 2), round(high, 2)
-    (0.45, 1.15)
+    (0.5, 1.1)
     """
     if not len(below):
         return math.nan, math.nan
