@@ -25,37 +25,23 @@ WHERE s.kind = 'vectors';
 COMMENT ON VIEW {at}vector_shards IS 'Parquet files of the dense vectors';
 
 -- a text whose bytes are joined to characters, where a character is of several tokens: bytes of UTF-8
--- that a vocabulary shows as <0xE5>. U+FDD0 and U+FDD1, which no text holds, stand around the peak and
--- are moved out of its character. `read/characters.py` does the same for lists of tokens.
+-- that a vocabulary shows as <0xE5>. The marks of the peak, which can stand within the bytes of its
+-- character, are moved around it. `read/characters.py` does the same for lists of tokens.
 CREATE OR REPLACE MACRO {at}whole_text(text) AS
 CASE WHEN NOT contains(text, '<0x') THEN text ELSE array_to_string(list_transform(
-    regexp_extract_all(
-        text,
-        '<0x[0-7][0-9A-F]>'
-        || '|<0x[CD][0-9A-F]>[\x{FDD0}\x{FDD1}]*<0x[89AB][0-9A-F]>'
-        || '|<0xE[0-9A-F]>(?:[\x{FDD0}\x{FDD1}]*<0x[89AB][0-9A-F]>){2}'
-        || '|<0xF[0-4]>(?:[\x{FDD0}\x{FDD1}]*<0x[89AB][0-9A-F]>){3}'
-        || '|[^<]+|<'
-    ),
+    regexp_extract_all(text, '<0x[0-7C-F][0-9A-F]>(?:[«»]*<0x[89AB][0-9A-F]>)*|[^<]+|<'),
     lambda part: CASE WHEN starts_with(part, '<0x') THEN coalesce(
-        CASE WHEN contains(part, chr(64976)) THEN chr(64976) ELSE '' END
-        || TRY(decode(unhex(regexp_replace(part, '<0x|>|\x{FDD0}|\x{FDD1}', '', 'g'))))
-        || CASE WHEN contains(part, chr(64977)) THEN chr(64977) ELSE '' END,
+        regexp_extract(part, '«')
+        || TRY(decode(unhex(regexp_replace(part, '<0x|>|«|»', '', 'g'))))
+        || regexp_extract(part, '»'),
         part
     ) ELSE part END
 ), '') END;
 
--- the peak's token on its way to `marked`
-CREATE OR REPLACE MACRO {at}peak(token) AS chr(64976) || token || chr(64977);
-
--- a text with its peak within « »; spaces before it stay before them
-CREATE OR REPLACE MACRO {at}marked(text) AS
-regexp_replace(
-    regexp_replace(
-        {at}whole_text(text), '\x{FDD0}( *)([^ \x{FDD1}][^\x{FDD1}]*)\x{FDD1}', '\1«\2»'
-    ),
-    '\x{FDD0}( *)\x{FDD1}', '«\1»'
-);
+-- the peak's token within « »; spaces before it stay before them
+CREATE OR REPLACE MACRO {at}marked(token) AS
+    CASE WHEN trim(token) = '' THEN '«' || token || '»'
+    ELSE repeat(' ', length(token) - length(ltrim(token))) || '«' || ltrim(token) || '»' END;
 
 -- the token to show: its string, or its id in brackets where the vocabulary is not known
 CREATE OR REPLACE MACRO {at}shown(token, token_id) AS coalesce(token, '[' || token_id || ']');
@@ -78,8 +64,8 @@ named AS (
 )
 SELECT
     n.seq_id, n.peak AS pos, n.doc_id, min(n.pos) AS first_pos,
-    {at}marked(string_agg(
-        CASE WHEN n.pos = n.peak THEN {at}peak(n.token) ELSE n.token END, '' ORDER BY n.pos
+    {at}whole_text(string_agg(
+        CASE WHEN n.pos = n.peak THEN {at}marked(n.token) ELSE n.token END, '' ORDER BY n.pos
     )) AS text,
     list(n.token ORDER BY n.pos) AS tokens
 FROM named n
@@ -119,8 +105,8 @@ CREATE OR REPLACE MACRO {at}exemplars(
 SELECT
     n.rank, n.act, n.bin, n.doc_id, n.seq_id, n.pos,
     any_value(n.token) FILTER (n.at_pos = n.pos) AS token,
-    {at}marked(string_agg(
-        CASE WHEN n.at_pos = n.pos THEN {at}peak(n.token) ELSE n.token END, '' ORDER BY n.at_pos
+    {at}whole_text(string_agg(
+        CASE WHEN n.at_pos = n.pos THEN {at}marked(n.token) ELSE n.token END, '' ORDER BY n.at_pos
     )) AS excerpt
 FROM {at}exemplar_tokens(of_hook, of_unit, of_unit, of_kind, k, before, after) n
 WHERE {own}
