@@ -303,6 +303,8 @@ class Store:
         if "parameter" in text.lower():
             names = ", ".join(f"${name}" for name in params) or "none"
             return QueryError(f"{text}\nParameters given: {names}. Query: {query.strip()}")
+        if 'column "control" not found' in text and "scores" in query:
+            return QueryError(f"{text}\nscores holds no controls: those are rows of all_scores.")
         return QueryError(text)
 
     def attach(self, path: str | os.PathLike[str], name: str) -> None:
@@ -437,9 +439,11 @@ class Store:
         """
         self._check_writable()
         if table not in tables.APPENDABLE:
+            is_view = table in ("scores", "hook_scores")
+            hint = f"; {table} is a view of all_scores" if is_view else ""
             raise ContentError(
                 f"table {table!r} takes no rows from here; these do: "
-                f"{', '.join(tables.APPENDABLE)}."
+                f"{', '.join(tables.APPENDABLE)}{hint}."
             )
         incoming = tables.arrow_rows(table, rows)
         return self.backend.commit(lambda con: tables.replace(con, table, incoming), tables=[table])

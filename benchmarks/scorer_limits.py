@@ -21,7 +21,7 @@ from lmmono.scores.decorrelation import score_decorrelation
 from lmmono.scores.planted_units import add_explanations, explainer_of, write_planted
 from lmmono.scores.score_job import ScoreJob
 
-MEANS = """SELECT metric, hook, control, value, ci_low, ci_high, nan_fraction FROM scores
+MEANS = """SELECT metric, hook, control, value, ci_low, ci_high, nan_fraction FROM all_scores
     WHERE unit IS NULL AND metric IN ('anthropic_intervals', 'detection', 'detection_near_miss',
         'detection_defined', 'detection_near_miss_defined') ORDER BY ALL"""
 

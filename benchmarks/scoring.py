@@ -113,7 +113,7 @@ def run(path: Path) -> None:
         explained = time.perf_counter() - started
         scores = lm.score(store, scorer=["simulation_tar", "simulation_random"])
         total = time.perf_counter() - started
-        rows = store.sql("SELECT count(*) FROM scores").fetchone()
+        rows = store.sql("SELECT count(*) FROM all_scores").fetchone()
         n_acts = store.info().n_acts
     usage = resource.getrusage(resource.RUSAGE_SELF)
     kilobytes, processor = usage.ru_maxrss, usage.ru_utime + usage.ru_stime

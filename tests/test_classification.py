@@ -201,7 +201,9 @@ def test_rows_are_stored_and_summed_up_with_the_share_not_defined(store):
     found = lm.score(store, HOOK, scorer=["detection", "fuzz"], units=KNOWN, **SETTINGS)
     summary = {(row["metric"], row["control"]): row for row in found.summary}
     assert summary["detection", None]["nan_fraction"] == 0.25
-    query = "SELECT details FROM scores WHERE metric = 'fuzz' AND unit = $unit AND control IS NULL"
+    query = (
+        "SELECT details FROM all_scores WHERE metric = 'fuzz' AND unit = $unit AND control IS NULL"
+    )
     (details,) = store.sql(query, unit=ON_CAT).fetchall()[0]
     assert json.loads(details)["tp"] == 20
     again = lm.score(store, HOOK, scorer=["detection", "fuzz"], units=KNOWN, **SETTINGS)
@@ -215,7 +217,7 @@ def test_a_judge_out_of_reach_is_asked_again_and_one_that_answers_badly_is_not(s
     badly = lm.score(store, HOOK, client=Scripted(lambda _: "I cannot say"), **how)
     assert badly.n_units == len(KNOWN) - 1, "the silent unit was never asked about"
     assert lm.score(store, HOOK, client=Scripted(always), **how).n_units == 0
-    query = "SELECT DISTINCT failure FROM scores WHERE judge = 'scripted' AND unit = $unit"
+    query = "SELECT DISTINCT failure FROM all_scores WHERE judge = 'scripted' AND unit = $unit"
     assert store.sql(query, unit=ON_CAT).fetchall() == [("unparsed",)]
 
 

@@ -298,11 +298,11 @@ def test_doses_are_read_for_the_dictionaries_whose_latents_were_scored(tmp_path)
         rows = [about | {"name": "a", "d_sae": 8, "latents_hook": latents}]
         store.append("dictionaries", [*rows, about | {"name": "b", "d_sae": 8}])
         row = {"metric": "semantic_consistency", "metric_version": 1, "split": "score", "seed": 0}
-        store.append("scores", [row | {"hook": latents, "value": 0.3}])
-        store.append("scores", [row | {"hook": latents, "value": 0.9, "unit": 1}])
+        store.append("all_scores", [row | {"hook": latents, "value": 0.3}])
+        store.append("all_scores", [row | {"hook": latents, "value": 0.9, "unit": 1}])
         assert read_doses(store) == [Dose("a", 8, "semantic_consistency", 0.3)]
         named = {"hook": hook, "dictionary": "b", "metric": "mcc", "value": 0.7}
-        store.append("scores", [row | named, row | named | {"control": "shuffled"}])
+        store.append("all_scores", [row | named, row | named | {"control": "shuffled"}])
         both = [Dose("a", 8, "semantic_consistency", 0.3), Dose("b", 8, "mcc", 0.7)]
         assert read_doses(store, ["semantic_consistency", "mcc"], hook) == both
         assert read_doses(store, ["mcc"], "blocks.1.hook_resid_post") == []

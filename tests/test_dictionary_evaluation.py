@@ -267,9 +267,9 @@ def test_a_report_goes_into_a_store_and_keeps_what_the_store_knew(tmp_path):
         for _ in range(2):
             report.save_to(store, "given", path="dictionaries/given")
         row = store.sql("FROM dictionaries").df().iloc[0]
-        scores = store.sql("FROM scores").df()
+        scores = store.sql("FROM all_scores").df()
         joined = store.sql(
-            """SELECT s.value FROM scores s JOIN dictionaries d ON s.dictionary = d.name
+            """SELECT s.value FROM all_scores s JOIN dictionaries d ON s.dictionary = d.name
             WHERE metric = 'fvu' AND d.fvu = s.value"""
         ).fetchall()
     assert (row.l0, row.latents_hook, row.path) == (
@@ -292,10 +292,10 @@ def test_a_name_of_other_weights_is_refused_and_nothing_is_written(tmp_path):
     first, second = lm.evaluate([Given(64, 30, s, POST) for s in (0, 1)], model, rows)
     with astore.open(tmp_path / "run", "w") as store:
         first.save_to(store, "given")
-        before = store.sql("FROM scores ORDER BY ALL").fetchall()
+        before = store.sql("FROM all_scores ORDER BY ALL").fetchall()
         with pytest.raises(DictionaryError, match="with other weights; give another name"):
             second.save_to(store, "given")
-        assert store.sql("FROM scores ORDER BY ALL").fetchall() == before
+        assert store.sql("FROM all_scores ORDER BY ALL").fetchall() == before
 
 
 def test_activations_that_are_not_finite_are_refused():

@@ -148,7 +148,7 @@ def test_an_untrained_control_is_judged_at_the_untrained_model(learned):
     x = activations(learned, HOOK, "score", 1024, fresh)
     ((found, low, high, control),) = query(
         learned,
-        """SELECT value, ci_low, ci_high, control FROM scores
+        """SELECT value, ci_low, ci_high, control FROM all_scores
            WHERE metric = 'fvu' AND hook = $hook AND dictionary = 'topk-x2-k4-untrained'""",
         hook=HOOK,
     )
@@ -161,7 +161,7 @@ def test_seeds_are_compared_and_planted_features_looked_for(learned):
     codes = [lm.load_dictionary(place) for place in places]
     alike = query(
         learned,
-        """SELECT value FROM scores WHERE metric = 'stability_cosine' AND hook = $hook
+        """SELECT value FROM all_scores WHERE metric = 'stability_cosine' AND hook = $hook
            AND dictionary = 'topk-x2-k4' AND control IS NULL""",
         hook=HOOK,
     )
@@ -170,7 +170,7 @@ def test_seeds_are_compared_and_planted_features_looked_for(learned):
     found = lm.recovery(codes[1], (learned.model, rows), max_tokens=512, seed=learned.recipe.seed)
     stored = query(
         learned,
-        """SELECT coalesce(control, 'code'), value FROM scores
+        """SELECT coalesce(control, 'code'), value FROM all_scores
            WHERE metric = 'mcc' AND hook = $hook AND dictionary = 'topk-x2-k4-seed1'""",
         hook=HOOK,
     )
@@ -211,7 +211,7 @@ def test_latents_of_the_named_entry_are_a_hook_that_is_scored_like_neurons(learn
     assert np.abs(found - acts).max() < 2e-3 * np.abs(acts).max()
 
     lm.run_stages(learned, "score")
-    n = query(learned, "SELECT count(DISTINCT unit) FROM scores WHERE hook = $h", h=latents)
+    n = query(learned, "SELECT count(DISTINCT unit) FROM all_scores WHERE hook = $h", h=latents)
     assert n == [(32,)]
 
 
@@ -285,7 +285,7 @@ def test_a_fit_that_comes_to_nothing_is_told_after_the_others_are_judged(here):
     with pytest.raises(DictionaryError, match=f"{HOOK}/topk-x2-k4: after the fit FVU is"):
         run_dictionaries(run)
     assert query(run, "SELECT name FROM dictionaries") == [("raw",)]
-    text = "SELECT dictionary, control FROM scores WHERE metric = 'fvu' AND failure IS NOT NULL"
+    text = "SELECT dictionary, control FROM all_scores WHERE metric = 'fvu' AND failure IS NOT NULL"
     assert sorted(query(run, text)) == [("topk-x2-k4", None), ("topk-x2-k4-shuffled", "shuffled")]
     assert open_run(run.dir).manifest.stages["dictionary"].state == "begun"
 

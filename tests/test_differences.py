@@ -111,7 +111,7 @@ def test_units_without_a_value_are_undefined_and_stand_for_chance_only_where_the
                 }
                 for unit in range(6)
             ]  # fmt: skip
-            store.append("scores", rows)
+            store.append("all_scores", rows)
         stores.append(store)
     silent = lm.compare(*stores, scorer="token_selectivity", hooks=HOOK)
     assert silent.undefined == (0.0, 0.5)

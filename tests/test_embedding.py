@@ -91,7 +91,9 @@ def test_an_encoder_is_named_in_stored_rows_and_a_missing_one_is_told(store):
     encoder = SentenceEncoder("words-1", bag_of_words)
     given = {"scorer": "embedding", "units": UNITS, "window": 16, "n": 20}
     lm.score(store, HOOK, encoder=encoder, **given)
-    found = store.sql("SELECT DISTINCT preset FROM scores WHERE metric = 'embedding'").fetchall()
+    found = store.sql(
+        "SELECT DISTINCT preset FROM all_scores WHERE metric = 'embedding'"
+    ).fetchall()
     assert found == [("encoder=words-1,n=20,window=16",)]
     try:
         import sentence_transformers  # noqa: F401

@@ -101,7 +101,7 @@ def test_a_run_explains_and_scores_what_its_recipe_names(explained):
             GROUP BY explainer ORDER BY explainer"""
         ).fetchall()
         scored = store.sql(
-            """SELECT metric, explainer, control, count(*) FROM scores
+            """SELECT metric, explainer, control, count(*) FROM all_scores
             WHERE unit IS NOT NULL AND metric IN ('simulation_tar', 'detection',
                 'token_selectivity') GROUP BY ALL"""
         ).fetchall()
@@ -119,7 +119,7 @@ def test_the_untrained_control_is_what_the_untrained_model_scores(explained, tmp
     assert open_run(run.dir / "untrained").is_done("score")
     fresh = lm.untrained(run.model, run.recipe.seed)
     units = lm.records.sample(12, seed=run.recipe.seed)
-    query = """SELECT unit, value, details FROM scores WHERE metric = 'simulation_tar'
+    query = """SELECT unit, value, details FROM all_scores WHERE metric = 'simulation_tar'
         AND control IS NOT DISTINCT FROM $control AND unit IS NOT NULL
         AND explainer = 'token_lookup:window=32' AND hook = $hook ORDER BY unit"""
     with astore.open(tmp_path / "store", mode="w") as store:
@@ -135,7 +135,7 @@ def test_the_untrained_control_is_what_the_untrained_model_scores(explained, tmp
             controls=False,
         )
         wanted = store.sql(query, control=None, hook=HOOK).fetchall()
-    summary = """SELECT value, n FROM scores WHERE metric = 'simulation_tar' AND unit IS NULL
+    summary = """SELECT value, n FROM all_scores WHERE metric = 'simulation_tar' AND unit IS NULL
         AND control = 'untrained_model' AND hook = $hook
         AND explainer = 'token_lookup:window=32'"""
     with astore.open(run.store_path) as store:

@@ -110,7 +110,7 @@ def load(path) -> NeuronSimulationResults:
 def test_openai_reads_simulations_whose_scores_are_those_of_the_store(store, planted, tmp_path):
     out = lm.interop.export_simulations(store, tmp_path / "out", HOOK)
     assert sorted(int(path.stem) for path in (out / "0").iterdir()) == UNITS
-    query = """SELECT value, nan_fraction FROM scores WHERE explainer = 'token_lookup'
+    query = """SELECT value, nan_fraction FROM all_scores WHERE explainer = 'token_lookup'
         AND control IS NULL AND metric = $metric AND unit = $unit"""
     for unit in (ON_CAT, NOISE):
         found = load(out / "0" / f"{unit}.jsonl")
@@ -276,7 +276,7 @@ def test_neuronpedia_gets_every_score_with_its_interval_and_controls(store, tmp_
             s.jsonDetails FROM ExplanationScore s JOIN Explanation e ON e.id = s.explanationId""")
     found = {row[:3]: row[3:] for row in rows.fetchall()}
     query = """SELECT unit::VARCHAR, explainer, concat_ws(':', metric, preset), value, ci_low,
-            metric_version FROM scores s WHERE unit IS NOT NULL AND control IS NULL
+            metric_version FROM all_scores s WHERE unit IS NOT NULL AND control IS NULL
             AND explainer IS NOT NULL AND value IS NOT NULL AND EXISTS (FROM explanations x
             WHERE x.unit = s.unit AND x.explainer = s.explainer AND text IS NOT NULL)"""
     wanted = store.sql(query).fetchall()

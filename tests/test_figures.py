@@ -75,7 +75,7 @@ def test_measures_are_read_from_a_store_with_their_intervals(tmp_path):
             {"metric": "ce_loss_recovered", "preset": "mean", "dictionary": "x", "value": 0.5},
             {"metric": "l0", "dictionary": "y", "value": 1.0},
         ]
-        store.append("scores", [row | each for each in scores])
+        store.append("all_scores", [row | each for each in scores])
         x, y = measured(store)
     assert x.get("l0") == (3.0, 2.5, 3.5) and x.get("ce_loss_recovered (mean)")[0] == 0.5
     assert (x.control, y.control) == (None, "random")

@@ -205,7 +205,7 @@ def test_every_query_works_on_latents_as_on_neurons(store: astore.Store, tmp_pat
     profile = store.sql(query, h=LATENTS, u=unit).fetchall()
     assert profile == list(zip(*np.unique(ids[firing], return_counts=True), strict=True))
     lm.score(store, LATENTS, scorer="token_selectivity")
-    query = """SELECT count(*) FROM scores WHERE hook = $h AND control IS NULL
+    query = """SELECT count(*) FROM all_scores WHERE hook = $h AND control IS NULL
         AND unit IS NOT NULL AND failure IS DISTINCT FROM 'silent'"""
     assert store.sql(query, h=LATENTS).fetchall()[0] == (int((acts > 0).any(0).sum()),)
 

@@ -313,7 +313,7 @@ def test_true_explanations_score_one_by_the_simulator_that_reads(store) -> None:
         given = {"explainer": EXPLAINERS[0], "client": client_of(calls)}
         lm.explain(store, HOOK, units=[0, 1, 2, 3], **given)
         lm.score(store, HOOK, units=[0, 1, 2, 3], **given, simulator="llm")
-    rows = store.sql("""SELECT control, min(value), max(value) FROM scores
+    rows = store.sql("""SELECT control, min(value), max(value) FROM all_scores
         WHERE metric = 'simulation_tar' AND unit IS NOT NULL GROUP BY control""").fetchall()
     found = {control: (low, high) for control, low, high in rows}
     assert found[None] == pytest.approx((1.0, 1.0))

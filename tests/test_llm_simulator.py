@@ -186,7 +186,7 @@ def test_rows_say_what_asking_took_and_what_was_asked(tmp_path: Path, monkeypatc
                 store, HOOK, scorer=scorer, explainer="llm", simulator="llm", client=client, seed=0
             )
             query = """SELECT sum(n_calls), sum(n_prompt_tokens), sum(cost_usd), min(seconds),
-                count(DISTINCT prompt_hash), count(*) FILTER (prompt_hash IS NULL) FROM scores
+                count(DISTINCT prompt_hash), count(*) FILTER (prompt_hash IS NULL) FROM all_scores
                 WHERE starts_with(metric, $m) AND unit IS NOT NULL
                 AND coalesce(control, '') NOT IN ('shuffled_pairing', 'centre_token')"""
             n_calls, n_tokens, cost, seconds, n_asked, n_silent = store.sql(
@@ -197,10 +197,10 @@ def test_rows_say_what_asking_took_and_what_was_asked(tmp_path: Path, monkeypatc
             assert cost == pytest.approx(client.spent.cost_usd - (spent.cost_usd or 0.0))
             assert seconds > 0 and n_silent == 0
             assert n_asked == 4, "two units, each with its own explanation and the other's"
-        query = """SELECT unit, value FROM scores WHERE metric = 'simulation_tar' AND unit < 2
+        query = """SELECT unit, value FROM all_scores WHERE metric = 'simulation_tar' AND unit < 2
             AND control IS NULL ORDER BY unit"""
         assert store.sql(query).fetchall() == [(0, pytest.approx(1.0)), (1, pytest.approx(1.0))]
-        query = """SELECT metric, value IS NULL, failure FROM scores
+        query = """SELECT metric, value IS NULL, failure FROM all_scores
             WHERE unit = 0 AND control IS NULL AND starts_with(metric, 'simulation_tar')"""
         undefined = {row[0]: row[1:] for row in store.sql(query).fetchall()}
         for name in ("r2", "uncentred_r2", "deviation"):  # 0 to 10 is no activation of the hook

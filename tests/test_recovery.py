@@ -202,9 +202,9 @@ def test_a_dictionary_is_measured_on_the_planted_language(run, tmp_path):
     # even an untrained model's neurons know the word; shuffled truth tells nothing
     assert report.code.feature_auroc.low > report.controls["shuffled_truth"].feature_auroc.high
     with astore.open(tmp_path / "run", "w") as store:
-        assert store.append("scores", report.rows("raw")) == 12
+        assert store.append("all_scores", report.rows("raw")) == 12
         last = store.sql(
-            "SELECT control FROM scores WHERE metric = 'feature_auroc' ORDER BY value LIMIT 1"
+            "SELECT control FROM all_scores WHERE metric = 'feature_auroc' ORDER BY value LIMIT 1"
         ).fetchone()
     assert last == ("shuffled_truth",)
 

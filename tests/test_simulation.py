@@ -46,7 +46,7 @@ def store_programs(store, explainer, programs, hook=HOOK):
 
 
 def unit_rows(store, explainer, metric="simulation_tar", control=None):
-    query = """SELECT * FROM scores WHERE explainer = $explainer AND metric = $metric
+    query = """SELECT * FROM all_scores WHERE explainer = $explainer AND metric = $metric
         AND control IS NOT DISTINCT FROM $control AND unit IS NOT NULL AND preset IS NULL
         ORDER BY unit"""
     table = store.sql(query, explainer=explainer, metric=metric, control=control).to_arrow_table()
@@ -176,7 +176,7 @@ def test_means_count_what_is_not_defined_as_0_and_also_leave_it_out(store):
     units = unit_rows(store, "token_lookup")
     values = np.array([row["value"] for row in units.values()])
     defined = np.array([row["nan_fraction"] == 0 for row in units.values()])
-    query = """SELECT metric, value, ci_low, ci_high, n, nan_fraction, details, hook FROM scores
+    query = """SELECT metric, value, ci_low, ci_high, n, nan_fraction, details, hook FROM all_scores
         WHERE unit IS NULL AND control IS NULL AND explainer = 'token_lookup' AND preset IS NULL
             AND metric IN ('simulation_tar', 'simulation_tar_defined')"""
     rows = {(row[0], row[-1]): row[1:-1] for row in store.sql(query).fetchall()}
@@ -239,10 +239,10 @@ def test_the_protocol_that_leaks_is_told_apart_and_shares_documents(store):
         lm.explain(store, HOOK, preset=preset)
         scores = lm.score(store, HOOK, preset=preset)
         assert scores.explainer == f"token_lookup:{preset}"
-        query = "SELECT count(*), min(split), max(n_records) FROM scores WHERE preset = $preset"
+        query = "SELECT count(*), min(split), max(n_records) FROM all_scores WHERE preset = $preset"
         n, found, n_records = store.sql(query, preset=preset).fetchall()[0]
         assert n and found == split
-        per_unit = "SELECT max(n_records) FROM scores WHERE preset = $preset AND unit = $unit"
+        per_unit = "SELECT max(n_records) FROM all_scores WHERE preset = $preset AND unit = $unit"
         assert store.sql(per_unit, preset=preset, unit=DENSE).fetchall()[0] == (10,)
     changed = lm.score(store, HOOK, top=5, random=5, controls=False)
     assert changed.preset == "random=5,top=5"

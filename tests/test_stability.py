@@ -100,10 +100,10 @@ def test_the_sign_counts_unless_it_is_said_to_mean_nothing():
 def test_rows_go_into_a_store(tmp_path):
     rows = lm.stability([with_directions(unit(9, 4, s), s) for s in range(3)]).rows("topk_9")
     with astore.open(tmp_path / "run", "w") as store:
-        store.append("scores", rows)
-        assert store.append("scores", rows) == 4
+        store.append("all_scores", rows)
+        assert store.append("all_scores", rows) == 4
         found = store.sql(
-            "SELECT value, ci_low, n_tokens FROM scores WHERE metric = 'stability_cosine' "
+            "SELECT value, ci_low, n_tokens FROM all_scores WHERE metric = 'stability_cosine' "
             "AND control IS NULL"
         ).fetchall()
     assert found == [(rows[0]["value"], rows[0]["ci_low"], None)]

@@ -7,19 +7,19 @@ from kills import N_KILLS, Kills, remains
 import activation_store as astore
 
 N_UNITS, N_BATCHES = 200, 20
-EVERY = "SELECT * EXCLUDE (created_at) FROM scores ORDER BY ALL"
+EVERY = "SELECT * EXCLUDE (created_at) FROM all_scores ORDER BY ALL"
 
 PROGRAM = """
 import sys
 import activation_store as astore
 path, n_batches, n_units = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with astore.open(path, mode="a") as store:
-    done = store.sql("SELECT count(DISTINCT seed) FROM scores").fetchall()[0][0]
+    done = store.sql("SELECT count(DISTINCT seed) FROM all_scores").fetchall()[0][0]
     print("begin", flush=True)
     for seed in range(done, n_batches):
         rows = [{"metric": "m", "metric_version": 1, "hook": "h", "unit": unit, "seed": seed,
                  "value": unit + seed} for unit in range(n_units)]
-        store.append("scores", rows)
+        store.append("all_scores", rows)
 print("end", flush=True)
 """
 
@@ -40,7 +40,9 @@ def test_scores_killed_at_random_moments_are_whole_batches(tmp_path: Path) -> No
     for kill in range(N_KILLS):
         kills.kill(command, kills.seconds / 3)
         with astore.open(path) as store:
-            found = store.sql("SELECT seed, count(*), sum(value) FROM scores GROUP BY 1").fetchall()
+            found = store.sql(
+                "SELECT seed, count(*), sum(value) FROM all_scores GROUP BY 1"
+            ).fetchall()
             rows = store.sql(EVERY).fetchall()
         kills.saw((len(found), *remains(path, set())))
         assert astore.verify(path).ok

@@ -167,20 +167,20 @@ def test_a_lake_of_all_parts_equals_one_store_of_everything(at, stores):
         assert info.n_tokens == N_STORES * SEQS * N_CTX and info.hooks == tuple(
             sorted((*HOOKS, "resid"))
         )
-        assert lake.append("scores", [score(1, 0.5)]) == 1
-        assert lake.append("scores", [score(1, 0.7)]) == 1
+        assert lake.append("all_scores", [score(1, 0.5)]) == 1
+        assert lake.append("all_scores", [score(1, 0.7)]) == 1
         before = info.n_shards
         done = lake.compact(keep_seconds=0.0)
         assert before >= done.merged > done.written and done.removed
         assert_same(lake, stores.whole)
-        assert lake.sql("SELECT unit, value FROM scores").fetchall() == [(1, 0.7)]
+        assert lake.sql("SELECT unit, value FROM all_scores").fetchall() == [(1, 0.7)]
         assert lake.verify().ok
         again = lake.publish(stores.parts[0])
         assert (again.n_shards, again.n_bytes) == (0, 0)
     with at.open() as reader:
         assert_same(reader, stores.whole)
         with pytest.raises(astore.StoreError, match="mode='a'"):
-            reader.append("scores", [score(2, 0.1)])
+            reader.append("all_scores", [score(2, 0.1)])
 
 
 def score(unit: int, value: float) -> dict:
@@ -207,7 +207,7 @@ if stage == "transaction":
     lake_backend.write_views = stop_here
 for i in range(2 if stage == "none" else 0):
     row = {"metric": "m", "metric_version": 1, "unit": int(number), "seed": i, "value": 1.0}
-    lake.append("scores", [row, {**row, "unit": 99, "value": float(number)}])
+    lake.append("all_scores", [row, {**row, "unit": 99, "value": float(number)}])
 lake.publish(store)
 """
 
@@ -271,7 +271,9 @@ def test_four_processes_publish_at_once_one_is_killed_and_a_reader_looks_on(at, 
         assert polling.faults == [] and 4 * SEQS * N_CTX in polling.seen | {lake.info().n_tokens}
         assert_same(lake, stores.whole)
         # what each wrote is there; of what all wrote under one key, one row is
-        rows = lake.sql("SELECT unit, count(*) FROM scores GROUP BY unit ORDER BY unit").fetchall()
+        rows = lake.sql(
+            "SELECT unit, count(*) FROM all_scores GROUP BY unit ORDER BY unit"
+        ).fetchall()
         assert rows == [(0, 2), (1, 2), (2, 2), (3, 2), (99, 2)]
 
 
@@ -342,7 +344,7 @@ def test_what_does_not_belong_together_is_refused_and_changes_nothing(at, stores
         with pytest.raises(astore.ShardError, match="bytes were changed"):
             lake.publish(damaged)
         with pytest.raises(astore.ContentError, match="did you mean"):
-            lake.append("scores", [{"metrik": 1}])
+            lake.append("all_scores", [{"metrik": 1}])
         assert lake.info() == before
 
 
@@ -393,7 +395,7 @@ def test_sql_reads_the_lake_and_nothing_else(at, stores, tmp_path, mode):
         f"FROM read_csv('{secret}')",
         f"FROM '{secret}'",
         f"ATTACH '{secret}'",
-        "INSERT INTO scores (metric, metric_version) VALUES ('x', 1)",
+        "INSERT INTO all_scores (metric, metric_version) VALUES ('x', 1)",
         "DELETE FROM shards",
         f"DELETE FROM {LAKE}.shards",
         "CALL ducklake_expire_snapshots('lake_catalogue', older_than => now())",
@@ -501,8 +503,8 @@ def test_a_writer_whose_turn_never_comes_gives_up(at, monkeypatch):
     lake = at.open("w")
     monkeypatch.setattr(lake_place, "TURN_WAIT_SECONDS", 0.3)
     with lake_place.turn(lake.backend.address), pytest.raises(astore.LockedError):
-        lake.append("scores", [score(1, 0.5)])
-    assert lake.append("scores", [score(1, 0.5)]) == 1
+        lake.append("all_scores", [score(1, 0.5)])
+    assert lake.append("all_scores", [score(1, 0.5)]) == 1
 
 
 @pytest.mark.parametrize("at", ["postgres"], indirect=True)

@@ -82,9 +82,9 @@ def test_a_store_can_be_attached_to_a_lake_and_no_lake_to_anything(at, stores, t
     for query in (f"FROM '{secret}'", "DELETE FROM mine.shards", f"ATTACH '{secret}'"):
         with pytest.raises(astore.QueryError):
             lake.sql(query).fetchall()
-    lake.append("scores", [{"metric": "m", "metric_version": 1, "value": 1.0}])
+    lake.append("all_scores", [{"metric": "m", "metric_version": 1, "value": 1.0}])
     lake.publish(stores.parts[2])
-    assert lake.sql("SELECT count(*) FROM mine.scores").fetchall()[0] == (0,)
+    assert lake.sql("SELECT count(*) FROM mine.all_scores").fetchall()[0] == (0,)
     for name, path in (("mine", stores.parts[2]), ("lake_catalogue", stores.parts[2])):
         with pytest.raises(astore.StoreError, match="want a new name"):
             lake.attach(path, name)

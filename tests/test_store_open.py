@@ -107,7 +107,7 @@ def test_a_truncated_catalogue_is_an_error_that_names_it(small):
 def test_a_store_opened_for_reading_takes_no_rows(small):
     with astore.open(small.path) as store:
         with pytest.raises(astore.StoreError, match="mode='a'"):
-            store.append("scores", [])
+            store.append("all_scores", [])
         with pytest.raises(astore.StoreError, match="mode='a'"):
             store.writer(n_ctx=4)
         with pytest.raises(astore.StoreError, match="mode='a'"):
@@ -266,7 +266,7 @@ def test_a_name_that_duckdb_cannot_keep_is_refused_at_once(tmp_path, name):
 
 def test_a_store_is_written_for_the_oldest_duckdb_that_may_read_it(small):
     with astore.open(small.path, "a") as store:
-        store.append("scores", [{"metric": "m", "metric_version": 1}])
+        store.append("all_scores", [{"metric": "m", "metric_version": 1}])
     with duckdb.connect(small.path / "store.duckdb", read_only=True) as con:
         query = "SELECT tags FROM duckdb_databases() WHERE database_name = 'store'"
         assert con.execute(query).fetchall()[0][0]["storage_version"] == "v1.5.0+"
@@ -295,11 +295,11 @@ def test_a_commit_that_fails_changes_nothing(small):
 def test_a_reader_keeps_what_it_opened_and_sees_the_commit_after_a_refresh(small):
     with astore.open(small.path) as reader, astore.open(small.path, "a") as writer:
         rows = [{"metric": "m", "metric_version": 1, "value": 0.5}]
-        assert writer.append("scores", rows) == 1
-        assert writer.sql("SELECT value FROM scores").fetchall() == [(0.5,)]
-        assert reader.sql("SELECT value FROM scores").fetchall() == []
+        assert writer.append("all_scores", rows) == 1
+        assert writer.sql("SELECT value FROM all_scores").fetchall() == [(0.5,)]
+        assert reader.sql("SELECT value FROM all_scores").fetchall() == []
         reader.refresh()
-        assert reader.sql("SELECT value FROM scores").fetchall() == [(0.5,)]
+        assert reader.sql("SELECT value FROM all_scores").fetchall() == [(0.5,)]
 
 
 APPENDER = """
@@ -307,7 +307,7 @@ import sys, activation_store as astore
 with astore.open(sys.argv[1], "a") as store:
     for i in range(int(sys.argv[3])):
         row = {"metric": sys.argv[2], "metric_version": 1, "value": i, "seed": i}
-        store.append("scores", [row])
+        store.append("all_scores", [row])
 """
 
 
@@ -316,14 +316,14 @@ def test_two_processes_that_write_at_once_lose_nothing_and_a_reader_is_never_blo
     seen = []
     while any(writer.poll() is None for writer in writers):
         with astore.open(small.path) as store:
-            seen.append(store.sql("SELECT count(*) FROM scores").fetchall()[0][0])
+            seen.append(store.sql("SELECT count(*) FROM all_scores").fetchall()[0][0])
             assert store.sql(COUNT).fetchall() == [(n_acts(small),)]
     for writer in writers:
         assert writer.wait() == 0, writer.stderr.read()
         writer.communicate()
     assert seen == sorted(seen)
     with astore.open(small.path) as store:
-        assert store.sql("SELECT count(*), count(DISTINCT metric) FROM scores").fetchall() == [
+        assert store.sql("SELECT count(*), count(DISTINCT metric) FROM all_scores").fetchall() == [
             (10, 2)
         ]
 
@@ -358,7 +358,7 @@ def test_threads_of_one_process_take_turns_too(small):
     def append(metric: str) -> None:
         with astore.open(small.path, "a") as store:
             for i in range(3):
-                store.append("scores", [{"metric": metric, "metric_version": 1, "seed": i}])
+                store.append("all_scores", [{"metric": metric, "metric_version": 1, "seed": i}])
 
     threads = [threading.Thread(target=append, args=(name,)) for name in "abc"]
     for thread in threads:
@@ -366,7 +366,7 @@ def test_threads_of_one_process_take_turns_too(small):
     for thread in threads:
         thread.join()
     with astore.open(small.path) as store:
-        assert store.sql("SELECT count(*) FROM scores").fetchall() == [(9,)]
+        assert store.sql("SELECT count(*) FROM all_scores").fetchall() == [(9,)]
 
 
 def test_threads_may_share_a_store(small):
@@ -402,13 +402,13 @@ def test_killed_writers_leave_the_last_commit(small):
         assert seeds == list(range(len(seeds)))
         assert astore.verify(small.path).ok
     with astore.open(small.path, "a") as store:
-        store.append("scores", [{"metric": "after", "metric_version": 1}])
+        store.append("all_scores", [{"metric": "after", "metric_version": 1}])
     assert sorted(path.name for path in small.path.iterdir()) == ["store", "store.duckdb"]
 
 
 def rows_of(small, metric: str) -> list[int]:
     with astore.open(small.path) as store:
-        found = store.sql("SELECT seed FROM scores WHERE metric = $m ORDER BY seed", m=metric)
+        found = store.sql("SELECT seed FROM all_scores WHERE metric = $m ORDER BY seed", m=metric)
         return [seed for (seed,) in found.fetchall()]
 
 
@@ -471,12 +471,12 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(disk):
     rows = [{"metric": "m", "metric_version": 1, "seed": i} for i in range(10)]
     with astore.open(small.path, "a") as store:
         with pytest.raises(astore.WriteError, match=r"disk is full.*intact"):
-            store.append("scores", rows)
+            store.append("all_scores", rows)
         with pytest.raises(astore.WriteError, match="disk is full"):
             astore.open(disk / "second", "w")
         assert astore.verify(small.path).ok
         ballast.unlink()
-        assert store.append("scores", rows) == 10
+        assert store.append("all_scores", rows) == 10
         assert store.sql(COUNT).fetchall() == [(n_acts(small),)]
 
 
@@ -486,7 +486,7 @@ def test_a_read_only_folder_reads_and_refuses_to_be_written(disk):
     with astore.open(small.path, "a") as store:
         assert store.sql(COUNT).fetchall() == [(n_acts(small),)]
         with pytest.raises(astore.WriteError, match=r"no permission.*intact"):
-            store.append("scores", [{"metric": "m", "metric_version": 1}])
+            store.append("all_scores", [{"metric": "m", "metric_version": 1}])
     with pytest.raises(astore.WriteError, match="no permission"):
         astore.open(disk / "new", "w")
 

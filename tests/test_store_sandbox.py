@@ -275,7 +275,7 @@ def test_the_views_of_the_file_are_never_run(tmp_path):
         con.execute(OWN_VIEW)
     with astore.open(small.path, "a") as store:
         assert store.sql("FROM acts").columns == ["hook", "unit", "seq_id", "pos", "act"]
-        assert store.append("scores", [{"metric": "m", "metric_version": 1}]) == 1
+        assert store.append("all_scores", [{"metric": "m", "metric_version": 1}]) == 1
     assert astore.verify(small.path).ok
 
 

@@ -17,9 +17,22 @@ from activation_store.catalog.tables import SCHEMA_VERSION
 
 PROMISED = {
     *("runs", "documents", "tokens", "vocabulary", "hooks", "acts", "unit_stats", "exemplars"),
-    *("vector_shards", "dictionaries", "explanations", "scores", "robustness"),
+    *(
+        "vector_shards",
+        "dictionaries",
+        "explanations",
+        "scores",
+        "robustness",
+        "all_scores",
+        "hook_scores",
+    ),
     *("activations", "vectors", "shards", "meta", "writer_state", "token_ids"),
 }
+MEANS = (
+    "SELECT metric, avg(value) FROM scores GROUP BY metric ORDER BY metric",
+    "SELECT metric, avg(value) FROM hook_scores GROUP BY metric ORDER BY metric",
+    "SELECT count(*) FROM all_scores WHERE metric IN ('m', 'fvu')",
+)
 MACROS = {"exemplars", "excerpt", "unit", "coactivation", "token_profile"}
 
 
@@ -55,6 +68,28 @@ def test_every_table_and_column_says_what_it_holds(small):
     for name, comment in counts:
         if re.match(r"n_|d_|d$|density|.*_fraction$", name):
             assert re.search(r">= [01]|0 to|\(0, 1\]", comment), (name, comment)
+
+
+def test_a_mean_of_scores_takes_in_neither_controls_nor_means(small):
+    rows = [
+        {"hook": "h", "unit": 0, "value": 0.2},
+        {"hook": "h", "unit": 1, "value": 0.4},
+        {"hook": "h", "unit": 0, "value": 0.9, "control": "shuffled"},
+        {"hook": "h", "unit": None, "value": 0.3},
+        {"hook": "h", "unit": None, "value": 0.8, "control": "shuffled"},
+        {"unit": None, "value": 0.6, "dictionary": "pca", "metric": "fvu"},
+    ]
+    with astore.open(small.path, "a") as store:
+        store.append("all_scores", [SCORE | each for each in rows])
+        with pytest.raises(astore.QueryError, match="rows of all_scores"):
+            store.sql("FROM scores WHERE control IS NULL")
+        with pytest.raises(astore.ContentError, match="a view of all_scores"):
+            store.append("scores", rows)
+        ours = [store.sql(query).fetchall() for query in MEANS]
+    with duckdb.connect(small.path / "store.duckdb", read_only=True) as con:
+        plain = [con.execute(query).fetchall() for query in MEANS]
+    assert ours == plain
+    assert ours == [[("fvu", 0.6), ("m", pytest.approx(0.3))], [("m", 0.3)], [(6,)]]
 
 
 def test_every_table_has_a_key_made_of_its_columns():
@@ -102,12 +137,12 @@ SCORE = {"metric": "m", "metric_version": 1, "hook": "h", "unit": 3, "value": 0.
 
 def test_rows_come_as_dicts_arrow_polars_and_duckdb_relations(small):
     with astore.open(small.path, "a") as store:
-        store.append("scores", [SCORE])
-        store.append("scores", pa.Table.from_pylist([SCORE | {"unit": 4}]))
-        store.append("scores", pl.DataFrame([SCORE | {"unit": 5}]))
+        store.append("all_scores", [SCORE])
+        store.append("all_scores", pa.Table.from_pylist([SCORE | {"unit": 4}]))
+        store.append("all_scores", pl.DataFrame([SCORE | {"unit": 5}]))
         relation = duckdb.sql("SELECT 'm' AS metric, 1 AS metric_version, 'h' AS hook, 6 AS unit")
-        store.append("scores", relation)
-        found = store.sql("SELECT unit, value FROM scores ORDER BY unit").fetchall()
+        store.append("all_scores", relation)
+        found = store.sql("SELECT unit, value FROM all_scores ORDER BY unit").fetchall()
     assert found == [(3, 0.5), (4, 0.5), (5, 0.5), (6, None)]
 
 
@@ -116,10 +151,10 @@ def test_the_same_key_replaces_and_nulls_are_equal_in_keys(small):
         for value in (0.1, 0.2):
             row = SCORE | {"value": value}
             without = {"metric": "model", "metric_version": 1, "value": value}
-            store.append("scores", [row, without])
-        found = store.sql("SELECT metric, value FROM scores ORDER BY metric").fetchall()
-        store.append("scores", [SCORE | {"seed": 1, "value": 0.3}])
-        assert store.sql("SELECT count(*) FROM scores").fetchall()[0] == (3,)
+            store.append("all_scores", [row, without])
+        found = store.sql("SELECT metric, value FROM all_scores ORDER BY metric").fetchall()
+        store.append("all_scores", [SCORE | {"seed": 1, "value": 0.3}])
+        assert store.sql("SELECT count(*) FROM all_scores").fetchall()[0] == (3,)
     assert found == [("m", 0.2), ("model", 0.2)]
     assert astore.verify(small.path).ok
 
@@ -127,14 +162,14 @@ def test_the_same_key_replaces_and_nulls_are_equal_in_keys(small):
 @pytest.mark.parametrize(
     ("table", "rows", "told"),
     [
-        ("scores", [SCORE | {"valeu": 1}], "no column 'valeu'; did you mean value?"),
-        ("scores", [SCORE | {"unit": "three"}], "scores.unit: want INTEGER"),
-        ("scores", [SCORE | {"unit": 2**40}], "scores.unit: want INTEGER"),
-        ("scores", [SCORE | {"metric": None}], "scores.metric: 1 rows have no value"),
-        ("scores", [{"value": 1.0}], "scores.metric: 1 rows have no value"),
-        ("scores", [SCORE, SCORE], "2 of the rows have the same key: metric='m'"),
+        ("all_scores", [SCORE | {"valeu": 1}], "no column 'valeu'; did you mean value?"),
+        ("all_scores", [SCORE | {"unit": "three"}], "all_scores.unit: want INTEGER"),
+        ("all_scores", [SCORE | {"unit": 2**40}], "all_scores.unit: want INTEGER"),
+        ("all_scores", [SCORE | {"metric": None}], "all_scores.metric: 1 rows have no value"),
+        ("all_scores", [{"value": 1.0}], "all_scores.metric: 1 rows have no value"),
+        ("all_scores", [SCORE, SCORE], "2 of the rows have the same key: metric='m'"),
         ("runs", [{"run": "a", "recipe": "{not json"}], "Malformed JSON"),
-        ("shards", [], "takes no rows from here; these do: dictionaries, documents"),
+        ("shards", [], "takes no rows from here; these do: all_scores, dictionaries"),
         ("unit_stats", [], "takes no rows from here"),
         ("nothing", [], "takes no rows from here"),
     ],
@@ -163,7 +198,7 @@ def test_explanations_and_scores_join_activations(small):
         store.append(
             "explanations", [{"hook": hook, "unit": 1, "explainer": "token_lookup", "text": "t"}]
         )
-        store.append("scores", [SCORE | {"hook": hook, "unit": 1, "explainer": "token_lookup"}])
+        store.append("all_scores", [SCORE | {"hook": hook, "unit": 1, "explainer": "token_lookup"}])
         found = store.sql(
             "SELECT e.text, s.value, count(*) FROM activations a"
             " JOIN explanations e USING (hook, unit) JOIN scores s USING (hook, unit, explainer)"
@@ -193,6 +228,6 @@ def test_any_rows_come_back_as_they_went_in_however_often(rows, again):
             for metric, unit, value in rows
         ]
         for _ in range(again):
-            assert tables.replace(con, "scores", given_rows) == len(rows)
-        found = con.execute("SELECT metric, unit, value FROM scores").fetchall()
+            assert tables.replace(con, "all_scores", given_rows) == len(rows)
+        found = con.execute("SELECT metric, unit, value FROM all_scores").fetchall()
     assert sorted(found, key=repr) == sorted(rows, key=repr)

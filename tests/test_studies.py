@@ -42,7 +42,7 @@ def test_arms_are_means_over_seeds_and_twins_differ_in_the_architecture_alone(st
     stores = {
         arm: [astore.open(run.store_path) for run in runs if run.recipe.arm == arm] for arm in arms
     }
-    asked = """SELECT value, nan_fraction FROM scores WHERE metric = 'simulation_random'
+    asked = """SELECT value, nan_fraction FROM all_scores WHERE metric = 'simulation_random'
         AND hook = 'blocks.*.mlp.hook_post' AND control IS NULL"""
     values = [store.sql(asked).fetchall()[0] for store in stores["crate"]]
     scores = tables["simulation_random of token_lookup:window=32, neurons"]

@@ -211,7 +211,7 @@ def test_what_a_hook_leaves_out_does_not_change_density_and_kurtosis(tmp_path, s
                 seq = np.arange(40)[part]
                 writer.add(seq, ids[part], docs[part], split, {HOOK: acts[part]})
         lm.score(store, HOOK, scorer="unit_statistics")
-        query = "SELECT metric, unit, value, failure FROM scores WHERE unit IS NOT NULL"
+        query = "SELECT metric, unit, value, failure FROM all_scores WHERE unit IS NOT NULL"
         rows = {row[:2]: row[2:] for row in store.sql(query).fetchall()}
         threshold = settings.get("threshold", 0.0)
         for unit in range(4):

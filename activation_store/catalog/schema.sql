@@ -1,4 +1,4 @@
--- The contract of a store's catalogue, `store.duckdb`, schema version 2.
+-- The contract of a store's catalogue, `store.duckdb`, schema version 3.
 --
 -- The catalogue lists what exists; bulk data lies beside it in `store/*.parquet`. A shard that
 -- `shards` does not list does not exist. Views and macros are in `views.sql`. Rows are unique by the
@@ -274,7 +274,7 @@ COMMENT ON COLUMN explanations.cost_usd IS 'Money spent in US dollars, >= 0; NUL
 COMMENT ON COLUMN explanations.seconds IS 'Wall time in seconds, >= 0';
 COMMENT ON COLUMN explanations.created_at IS 'When the row was written, UTC';
 
-CREATE TABLE IF NOT EXISTS scores (
+CREATE TABLE IF NOT EXISTS all_scores (
     metric VARCHAR NOT NULL,
     metric_version INTEGER NOT NULL,
     preset VARCHAR,
@@ -307,38 +307,38 @@ CREATE TABLE IF NOT EXISTS scores (
     details JSON,
     created_at TIMESTAMP
 );
-COMMENT ON TABLE scores IS 'Numbers about units, hooks, dictionaries or the model, each with its interval and its origin';
-COMMENT ON COLUMN scores.metric IS 'Name of the formula; key with metric_version, preset, control, hook, unit, dictionary, seed, split, explainer, judge, prompt_hash';
-COMMENT ON COLUMN scores.metric_version IS 'Version of the formula, >= 1';
-COMMENT ON COLUMN scores.preset IS 'Named settings of the metric; NULL for its defaults';
-COMMENT ON COLUMN scores.control IS 'Kind of control, such as random_explanation; NULL for the score itself';
-COMMENT ON COLUMN scores.hook IS 'Hook; NULL for the whole model';
-COMMENT ON COLUMN scores.unit IS 'Index of the unit, 0 to d - 1; NULL for the whole hook';
-COMMENT ON COLUMN scores.dictionary IS 'Name of the dictionary; NULL where none';
-COMMENT ON COLUMN scores.value IS 'The score on the scale of the metric; NULL where it failed';
-COMMENT ON COLUMN scores.ci_low IS 'Lower end of the interval, on the scale of value';
-COMMENT ON COLUMN scores.ci_high IS 'Upper end of the interval, on the scale of value';
-COMMENT ON COLUMN scores.ci_level IS 'Coverage aimed at by the interval, in (0, 1)';
-COMMENT ON COLUMN scores.ci_method IS 'How the interval was made and what was resampled';
-COMMENT ON COLUMN scores.n IS 'Items that the value averages over, >= 0';
-COMMENT ON COLUMN scores.n_records IS 'Activation records used, >= 0';
-COMMENT ON COLUMN scores.n_documents IS 'Documents used, >= 0';
-COMMENT ON COLUMN scores.n_tokens IS 'Tokens used, >= 0';
-COMMENT ON COLUMN scores.seed IS 'Seed of the scorer; NULL where it has none';
-COMMENT ON COLUMN scores.split IS 'Split of the documents used';
-COMMENT ON COLUMN scores.explainer IS 'Explainer whose explanation was scored; NULL without one';
-COMMENT ON COLUMN scores.judge IS 'Model or program that judged; NULL without one';
-COMMENT ON COLUMN scores.prompt_hash IS 'sha256 of the prompt; NULL without one';
-COMMENT ON COLUMN scores.n_failures IS 'Items that failed and are not in the value, >= 0';
-COMMENT ON COLUMN scores.failure IS 'Type of the failure where there is no value';
-COMMENT ON COLUMN scores.nan_fraction IS 'Share of items whose score is not defined, 0 to 1';
-COMMENT ON COLUMN scores.n_calls IS 'Calls to the judge, >= 0';
-COMMENT ON COLUMN scores.n_prompt_tokens IS 'Tokens sent, >= 0';
-COMMENT ON COLUMN scores.n_completion_tokens IS 'Tokens received, >= 0';
-COMMENT ON COLUMN scores.cost_usd IS 'Money spent in US dollars, >= 0';
-COMMENT ON COLUMN scores.seconds IS 'Wall time in seconds, >= 0';
-COMMENT ON COLUMN scores.details IS 'Further facts of the metric as a JSON object';
-COMMENT ON COLUMN scores.created_at IS 'When the row was written, UTC';
+COMMENT ON TABLE all_scores IS 'Scores, their controls and their means, each with its interval and its origin; the views scores and hook_scores hold no controls';
+COMMENT ON COLUMN all_scores.metric IS 'Name of the formula; key with metric_version, preset, control, hook, unit, dictionary, seed, split, explainer, judge, prompt_hash';
+COMMENT ON COLUMN all_scores.metric_version IS 'Version of the formula, >= 1';
+COMMENT ON COLUMN all_scores.preset IS 'Named settings of the metric; NULL for its defaults';
+COMMENT ON COLUMN all_scores.control IS 'Kind of control, such as random_explanation; NULL for the score itself';
+COMMENT ON COLUMN all_scores.hook IS 'Hook, or blocks.*. ... for the mean over the hooks of all blocks; NULL for the whole model';
+COMMENT ON COLUMN all_scores.unit IS 'Index of the unit, 0 to d - 1; NULL for a hook, a dictionary or the model';
+COMMENT ON COLUMN all_scores.dictionary IS 'Name of the dictionary; NULL where none';
+COMMENT ON COLUMN all_scores.value IS 'The score on the scale of the metric; of a unit that has none chance (see lmmono ls scorers), with nan_fraction 1; NULL where it failed';
+COMMENT ON COLUMN all_scores.ci_low IS 'Lower end of the interval, on the scale of value';
+COMMENT ON COLUMN all_scores.ci_high IS 'Upper end of the interval, on the scale of value';
+COMMENT ON COLUMN all_scores.ci_level IS 'Coverage aimed at by the interval, in (0, 1)';
+COMMENT ON COLUMN all_scores.ci_method IS 'How the interval was made and what was resampled';
+COMMENT ON COLUMN all_scores.n IS 'Items that the value averages over, >= 0';
+COMMENT ON COLUMN all_scores.n_records IS 'Activation records used, >= 0';
+COMMENT ON COLUMN all_scores.n_documents IS 'Documents used, >= 0';
+COMMENT ON COLUMN all_scores.n_tokens IS 'Tokens used, >= 0';
+COMMENT ON COLUMN all_scores.seed IS 'Seed of the scorer; NULL where it has none';
+COMMENT ON COLUMN all_scores.split IS 'Split of the documents used';
+COMMENT ON COLUMN all_scores.explainer IS 'Explainer whose explanation was scored; NULL without one';
+COMMENT ON COLUMN all_scores.judge IS 'Model or program that judged; NULL without one';
+COMMENT ON COLUMN all_scores.prompt_hash IS 'sha256 of the prompt; NULL without one';
+COMMENT ON COLUMN all_scores.n_failures IS 'Items that failed and are not in the value, >= 0';
+COMMENT ON COLUMN all_scores.failure IS 'Type of the failure where there is no value';
+COMMENT ON COLUMN all_scores.nan_fraction IS 'Share of items whose score is not defined, 0 to 1; units and their means count them as chance, measures of dictionaries leave them out';
+COMMENT ON COLUMN all_scores.n_calls IS 'Calls to the judge, >= 0';
+COMMENT ON COLUMN all_scores.n_prompt_tokens IS 'Tokens sent, >= 0';
+COMMENT ON COLUMN all_scores.n_completion_tokens IS 'Tokens received, >= 0';
+COMMENT ON COLUMN all_scores.cost_usd IS 'Money spent in US dollars, >= 0';
+COMMENT ON COLUMN all_scores.seconds IS 'Wall time in seconds, >= 0';
+COMMENT ON COLUMN all_scores.details IS 'Further facts of the metric as a JSON object';
+COMMENT ON COLUMN all_scores.created_at IS 'When the row was written, UTC';
 
 CREATE TABLE IF NOT EXISTS robustness (
     suite VARCHAR NOT NULL,

@@ -71,7 +71,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "exemplars": ("hook", "unit", "kind", "rank"),
     "dictionaries": ("hook", "name"),
     "explanations": ("hook", "unit", "explainer", "seed", "rank", "prompt_hash"),
-    "scores": (
+    "all_scores": (
         "metric",
         "metric_version",
         "preset",
@@ -103,12 +103,12 @@ KEYS: dict[str, tuple[str, ...]] = {
 """Columns by which a row of each table is known; NULL equals NULL."""
 
 APPENDABLE = (
+    "all_scores",
     "dictionaries",
     "documents",
     "explanations",
     "robustness",
     "runs",
-    "scores",
     "vocabulary",
 )
 """Tables that callers add rows to; the others belong to the writer."""

@@ -62,6 +62,12 @@ def create_macros(con: duckdb.DuckDBPyConnection, at: str = "", own: str = "true
     con.execute(views_sql().replace("{at}", at).replace("{own}", own))
 
 
+def score_views() -> list[str]:
+    """Return the statements of `views.sql` that make views over tables alone, for any catalogue."""
+    text = views_sql().replace("{at}", "")
+    return re.findall(r"CREATE OR REPLACE VIEW \w*scores\b[^;]*", text)
+
+
 def views_sql() -> str:
     """Return the text of `views.sql`."""
     return files("activation_store").joinpath("catalog/views.sql").read_text("utf-8")

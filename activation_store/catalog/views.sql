@@ -5,6 +5,20 @@
 -- an error unless the tables found are those of this store. Parameters have names of their own (of_hook)
 -- because DuckDB refuses one that is also a column.
 
+-- A mean over rows of a metric must not take in its controls, nor means beside the units that they are of:
+-- so neither is in `scores`, and a query that asks there for a control fails instead of finding nothing.
+CREATE OR REPLACE VIEW {at}scores AS
+SELECT * EXCLUDE (control)
+FROM {at}all_scores
+WHERE control IS NULL AND (unit IS NOT NULL OR dictionary IS NOT NULL);
+COMMENT ON VIEW {at}scores IS 'Scores of units and of dictionaries, without controls and means; all_scores has those too';
+
+CREATE OR REPLACE VIEW {at}hook_scores AS
+SELECT * EXCLUDE (control, unit, dictionary)
+FROM {at}all_scores
+WHERE control IS NULL AND unit IS NULL AND dictionary IS NULL;
+COMMENT ON VIEW {at}hook_scores IS 'Means of hooks, and of all blocks (hook blocks.*. ...), over their units, and what only hooks have; without controls';
+
 CREATE OR REPLACE VIEW {at}tokens AS
 SELECT t.seq_id, t.pos, t.doc_id, t.split, t.token_id, v.token
 FROM {at}token_ids t

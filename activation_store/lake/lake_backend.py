@@ -30,7 +30,7 @@ from activation_store.catalog.backend import (
 )
 from activation_store.catalog.catalogue import Place
 from activation_store.catalog.tables import expected_tables, schema_sql
-from activation_store.catalog.views import bulk_queries, create_macros
+from activation_store.catalog.views import bulk_queries, create_macros, score_views
 from activation_store.errors import (
     LockedError,
     NotAStoreError,
@@ -398,7 +398,7 @@ def _tables(con: Connection, address: LakePlace) -> set[str]:
     """
     query = "SELECT table_name FROM duckdb_tables() WHERE database_name = $1"
     names = {name for (name,) in con.execute(query, [LAKE]).fetchall()}
-    if names and not names >= {*expected_tables(), "publications"}:
+    if names and not names >= {"meta", "hooks", "shards", "publications"}:
         raise NotAStoreError(
             f"{address.name}: a DuckLake with other tables ({', '.join(sorted(names)[:5])}), not "
             "one of activations; give the lake a catalogue of its own."
@@ -407,12 +407,14 @@ def _tables(con: Connection, address: LakePlace) -> set[str]:
 
 
 def write_views(con: Connection, shards: LakeFiles) -> None:
-    """Replace the views over the shards that the lake lists, for any DuckLake client.
+    """Replace the views over the shards that the lake lists and over scores, for any client.
 
     This also tells those who hold a copy that it is out of date: see `LakeBackend.version`.
     """
     for view, query in bulk_queries(con, shards.url, "").items():
         con.execute(f"CREATE OR REPLACE VIEW {view} AS {query}")
+    for statement in score_views():
+        con.execute(statement)
 
 
 def _roll_back(con: Connection) -> None:

@@ -26,6 +26,7 @@ from activation_store.read.excerpts import records
 from activation_store.store import Store
 
 _TABLES = (
+    "all_scores",
     "dictionaries",
     "documents",
     "exemplars",
@@ -34,7 +35,6 @@ _TABLES = (
     "meta",
     "robustness",
     "runs",
-    "scores",
     "unit_stats",
     "vocabulary",
 )

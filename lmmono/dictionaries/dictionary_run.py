@@ -2,7 +2,7 @@
 
     runs/x/vectors.duckdb, vectors/          vectors of the split `train`, captured once and kept
            dictionaries/<hook>/<name>/       one folder per dictionary, checkpoints on the way there
-           store.duckdb                      tables `dictionaries` and `scores`, latents as hooks
+           store.duckdb                      tables `dictionaries`, `all_scores`, latents as hooks
 
 Resumable: what is finished is skipped. Each dictionary is judged on documents of the split `score`,
 at the model that its vectors came from. Those of one hook are judged in one pass, so their
@@ -58,7 +58,7 @@ def dictionary_run(run: Run, *, progress: Progress = silent) -> dict[str, int]:
 
     Every entry is fitted on every hook with every seed. A fit that comes to nothing does not stop
     the others; they are judged first, and then it is raised. On shuffled vectors, or on those of an
-    untrained model, nothing is what there may be to find: there it is a row of `scores` instead.
+    untrained model, nothing is what there may be to find: there it is a row of `all_scores`.
 
     Raises:
         DictionaryError: Vectors are too few, or fits came to nothing; names all of them.
@@ -306,10 +306,10 @@ def _judge(
             planned = group[0].planned
             signed = planned.entry.arch not in SIGNED
             report = stability([fit.load() for fit in group], signed=signed, seed=run.recipe.seed)
-            store.append("scores", report.rows(planned.entry_name))
+            store.append("all_scores", report.rows(planned.entry_name))
     # a fit that came to nothing is a row too; the report of a later one replaces it
     store.append(
-        "scores",
+        "all_scores",
         [
             {
                 "metric": "fvu",
@@ -373,7 +373,7 @@ def _save(
         )
     control = fit.planned.control
     named = [{**each, "control": each.get("control") or control} for each in scores]
-    store.append("scores", named)  # first, so that a dictionary with measures has its scores
+    store.append("all_scores", named)  # first, so that a dictionary with measures has its scores
     store.append("dictionaries", [row])
 
 

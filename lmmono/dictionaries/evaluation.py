@@ -109,7 +109,7 @@ class SAEReport:
         return "\n".join(lines)
 
     def rows(self, name: str | None = None) -> list[dict[str, Any]]:
-        """Return rows of table `scores`, with `name` as the dictionary's.
+        """Return rows of table `all_scores`, with `name` as the dictionary's.
 
         `preset` says what a metric was taken of: the ablation of `ce_loss_recovered`, what was in
         place for `loss`; `nonzero` counts acts other than zero as active.
@@ -154,7 +154,7 @@ class SAEReport:
                 f"{row['hook']}: the store has a dictionary {name!r} with other weights; "
                 "give another name"
             )
-        store.append("scores", self.rows(name))
+        store.append("all_scores", self.rows(name))
         known = {key: value for key, value in row.items() if value is not None}
         store.append("dictionaries", [{**before, **known}])
 

@@ -94,7 +94,7 @@ class RecoveryReport:
         return "\n".join(lines)
 
     def rows(self, name: str | None = None) -> list[dict[str, Any]]:
-        """Return rows of table `scores`, with `name` as the dictionary's."""
+        """Return rows of table `all_scores`, with `name` as the dictionary's."""
         return [
             {
                 "metric": metric,

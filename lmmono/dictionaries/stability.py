@@ -59,7 +59,7 @@ class StabilityReport:
         return "\n".join(lines + (self.alive._lines("alive latents") if self.alive else []))
 
     def rows(self, name: str | None = None) -> list[dict[str, Any]]:
-        """Return rows of table `scores`, with `name` as the dictionary's; the floor is a control.
+        """Return rows of table `all_scores` under `name`, the dictionary's; the floor is a control.
 
         `preset` names what differs from all latents, signed, above 0.9.
         """

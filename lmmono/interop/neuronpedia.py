@@ -40,11 +40,11 @@ _SAID = """SELECT hook, unit, explainer, seed, rank, text, model, prompt_hash FR
 _SCORED = """SELECT unit, explainer, seed, metric, metric_version, preset, value, ci_low, ci_high,
         ci_level, ci_method, n, n_records, n_documents, n_tokens, nan_fraction, n_failures, split,
         judge, prompt_hash, n_calls, n_prompt_tokens, n_completion_tokens, cost_usd, seconds
-    FROM scores WHERE hook = $hook AND unit IS NOT NULL AND explainer IS NOT NULL
+    FROM all_scores WHERE hook = $hook AND unit IS NOT NULL AND explainer IS NOT NULL
         AND value IS NOT NULL AND control IS NULL
     ORDER BY unit, explainer, seed, metric, preset, judge"""
 
-_CONTROLS = """SELECT unit, explainer, seed, metric, preset, judge, control, value FROM scores
+_CONTROLS = """SELECT unit, explainer, seed, metric, preset, judge, control, value FROM all_scores
     WHERE hook = $hook AND unit IS NOT NULL AND explainer IS NOT NULL AND value IS NOT NULL
         AND control IS NOT NULL ORDER BY control"""
 

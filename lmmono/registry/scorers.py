@@ -23,7 +23,7 @@ class Scorer:
     metrics: tuple[str, ...]
     """Names in `lmmono.registry.metrics.METRICS` that it writes; the first is the headline."""
     home: str
-    """`module:function`; takes a `lmmono.scores` job, returns rows of table `scores`."""
+    """`module:function`; takes a `lmmono.scores` job, returns rows of table `all_scores`."""
     needs: tuple[Need, ...]
     """What must be there."""
     chance: float | None

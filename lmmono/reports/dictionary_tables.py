@@ -24,14 +24,14 @@ _ABOUT = ("hook", "name", "arch", "control")
 _MEASURES = """
 SELECT d.hook, d.name, d.arch, s.control, s.metric, s.preset, s.value, s.ci_low, s.ci_high
 FROM dictionaries d
-JOIN scores s ON s.hook = d.hook AND s.dictionary = d.name
+JOIN all_scores s ON s.hook = d.hook AND s.dictionary = d.name
 WHERE s.unit IS NULL AND s.split = 'score'
     AND (s.control IS NULL OR s.control IN ('shuffled', 'untrained'))
 ORDER BY ALL
 """
 
 _STABILITIES = """
-SELECT hook, dictionary, value, ci_low, ci_high FROM scores
+SELECT hook, dictionary, value, ci_low, ci_high FROM all_scores
 WHERE metric = 'stability_cosine' AND control IS NOT DISTINCT FROM $control
     AND (preset IS NULL OR preset = 'unsigned')
 """

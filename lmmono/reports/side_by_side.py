@@ -21,9 +21,9 @@ _UNITS = """
 SELECT s.unit, s.density, s.n_active, s.kurtosis, real.value AS selectivity,
     shuffled.value AS shuffled
 FROM unit_stats s
-LEFT JOIN scores real ON real.hook = s.hook AND real.unit = s.unit
+LEFT JOIN all_scores real ON real.hook = s.hook AND real.unit = s.unit
     AND real.metric = 'token_selectivity' AND real.control IS NULL
-LEFT JOIN scores shuffled ON shuffled.hook = s.hook AND shuffled.unit = s.unit
+LEFT JOIN all_scores shuffled ON shuffled.hook = s.hook AND shuffled.unit = s.unit
     AND shuffled.metric = 'token_selectivity' AND shuffled.control = 'shuffled'
 WHERE s.hook = $hook ORDER BY s.unit
 """
@@ -31,8 +31,8 @@ WHERE s.hook = $hook ORDER BY s.unit
 _MOST_SELECTIVE = """
 SELECT real.hook, real.unit, real.value, real.ci_low, real.ci_high, shuffled.value AS shuffled,
     real.n, s.density
-FROM scores real
-JOIN scores shuffled ON shuffled.hook = real.hook AND shuffled.unit = real.unit
+FROM all_scores real
+JOIN all_scores shuffled ON shuffled.hook = real.hook AND shuffled.unit = real.unit
     AND shuffled.metric = real.metric AND shuffled.control = 'shuffled'
 JOIN unit_stats s ON s.hook = real.hook AND s.unit = real.unit
 WHERE real.metric = 'token_selectivity' AND real.control IS NULL AND real.n >= $min_activations

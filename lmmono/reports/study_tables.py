@@ -41,7 +41,7 @@ FROM unit_stats WHERE hook LIKE 'blocks.%.mlp.hook_post'
 _SCORES = """
 SELECT DISTINCT ON (metric, explainer, control, hook)
     metric, explainer, control, hook, value, nan_fraction
-FROM scores WHERE unit IS NULL AND preset IS NULL AND judge IS NULL AND explainer IS NOT NULL
+FROM all_scores WHERE unit IS NULL AND preset IS NULL AND judge IS NULL AND explainer IS NOT NULL
     AND list_contains($metrics, metric) AND list_contains($hooks, hook)
 """
 

@@ -1,4 +1,4 @@
-"""Scores of units, kept as rows in table `scores` of the store they were measured on."""
+"""Scores of units, kept as rows in table `all_scores` of the store they were measured on."""
 
 from lmmono.exports import lazy_exports
 

@@ -96,7 +96,7 @@ def _scores(
 ) -> Float[ndarray, "units kinds"]:
     """Return the headline of every unit and explanation; 0 where it is not defined."""
     values = np.zeros((len(units), 1 + len(FALSE)))
-    query = """SELECT hook, unit, coalesce(value, 0) FROM scores WHERE metric = $metric
+    query = """SELECT hook, unit, coalesce(value, 0) FROM all_scores WHERE metric = $metric
         AND explainer = $explainer AND control IS NULL AND unit IS NOT NULL"""
     row_of = {(unit.hook, unit.unit): i for i, unit in enumerate(units)}
     hooks = sorted({unit.hook for unit in units})

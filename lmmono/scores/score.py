@@ -28,7 +28,7 @@ Controls = bool | Mapping[str, astore.Store]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What `score` measured: rows of table `scores` of a store."""
+    """What `score` measured: rows of table `all_scores` of a store."""
 
     store: astore.Store
     """The store that holds them."""
@@ -95,7 +95,7 @@ def score(
     progress: Progress = silent,
     **settings: Any,
 ) -> Scores:
-    """Score units, into table `scores`: a row per unit and measure, then means of hooks and models.
+    """Score units, into table `all_scores`: a row per unit and measure, then means of hooks.
 
     Resumable: units that have a row are skipped. The rows of a hook are added in one commit.
     Scorers named together share what they read.
@@ -260,7 +260,7 @@ class _ScorerPlan:
             labels=request.labels,
             progress=progress,
         )
-        request.store.append("scores", self._scorer.load()(job))
+        request.store.append("all_scores", self._scorer.load()(job))
         return len(left), n_found
 
     def _top_p(self, hook: str) -> float | None:
@@ -325,14 +325,14 @@ class _ScorerPlan:
                 f"({self._key}); score it first: lm.score(control_store, "
                 f"scorer={self._scorer.name!r}, controls=False)"
             )
-        self._request.store.append("scores", [row | {"control": name} for row in rows])
+        self._request.store.append("all_scores", [row | {"control": name} for row in rows])
 
     def sum_up(self, hooks: list[str]) -> list[Row]:
         """Write the rows of hooks and models; return those of the headline."""
         if self._scorer.per == "hook":
             return []
         rows = summary_rows(self._request.store, hooks, self._key)
-        self._request.store.append("scores", rows)
+        self._request.store.append("all_scores", rows)
         headline = self._scorer.metrics[0]
         shown = ("value", "ci_low", "ci_high", "nan_fraction", "control", "n_documents")
         empty = dict.fromkeys(shown)

@@ -16,7 +16,7 @@ from lmmono.stats.estimate import LEVEL
 from lmmono.types import Progress, Split, silent
 
 Row = dict[str, Any]
-"""A row of table `scores`; columns that are not named are NULL."""
+"""A row of table `all_scores`; columns that are not named are NULL."""
 
 UNSCORED: tuple[Failure, ...] = ("unparsed", "refused", "no_answer")
 """Failures of a judge or a writer. A unit that is silent or fires too rarely counts as chance."""
@@ -61,7 +61,7 @@ class ScoreJob:
     def row(
         self, metric: str, unit: int | None, split: Split | None = "score", **columns: Any
     ) -> Row:
-        """Return a row of table `scores` with what this job knows already filled in."""
+        """Return a row of table `all_scores` with what this job knows already filled in."""
         shared = {
             "metric": metric,
             "metric_version": METRICS[metric].version,
@@ -134,7 +134,7 @@ def over_documents(method: str, n_documents: int) -> str:
 
 
 def usage_columns(usage: Usage) -> Row:
-    """Return the columns of table `scores` that say what asking took."""
+    """Return the columns of table `all_scores` that say what asking took."""
     return {
         "n_calls": usage.n_calls,
         "n_prompt_tokens": usage.n_prompt_tokens,

@@ -13,7 +13,7 @@ from lmmono.scores.score import Controls, score
 from lmmono.types import Progress, silent
 
 UNTRAINED = "untrained_model"
-"""Name of the untrained control in table `scores`."""
+"""Name of the untrained control in table `all_scores`."""
 
 Round = tuple[str, str | None, list[str]]
 """Explainer, preset, and the scorers that share what they read; "" where nothing is explained."""

@@ -37,7 +37,7 @@ class ScoreKey:
     """Seed."""
 
     LATEST: ClassVar[str] = """(
-        FROM scores
+        FROM all_scores
         WHERE list_contains($formulas, metric || ' ' || metric_version)
             AND preset IS NOT DISTINCT FROM $preset AND explainer IS NOT DISTINCT FROM $explainer
             AND judge IS NOT DISTINCT FROM $judge AND seed IS NOT DISTINCT FROM $seed
@@ -47,7 +47,7 @@ class ScoreKey:
     and of several for one unit (asked again with other prompts) the latest."""
 
     def columns(self) -> dict[str, Any]:
-        """Return the columns of table `scores` that it names."""
+        """Return the columns of table `all_scores` that it names."""
         return {name: getattr(self, name) for name in ("preset", "explainer", "judge", "seed")}
 
     def parameters(self) -> dict[str, Any]:

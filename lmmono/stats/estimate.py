@@ -46,7 +46,7 @@ class Estimate:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
     def row(self) -> dict[str, object]:
-        """Return the columns of table `scores` that say this; what is not defined is left empty."""
+        """Return the columns of `all_scores` that say this; what is not defined is left empty."""
         numbers = {"value": self.value, "ci_low": self.low, "ci_high": self.high}
         return {
             **{name: None if math.isnan(value) else value for name, value in numbers.items()},

@@ -1,7 +1,7 @@
 """Is a more monosemantic code a more robust one: gain over dictionaries against a measure of them.
 
 Rows of table `robustness` say how monosemantic the code was that their probe read; scorers say more
-of dictionaries, in table `scores`. Only dictionaries of one width are held against each other:
+of dictionaries, in table `all_scores`. Only dictionaries of one width are held against each other:
 width alone changes both sides. A correlation over dictionaries that differ in how sparse they are
 is no cause either, so `l0` stands beside the measures.
 """
@@ -38,7 +38,7 @@ SCORED = ("semantic_consistency_top", "fms_corrected", "mcc")
 """What scorers say of latents or dictionaries, corrected for chance or held against the truth."""
 
 _DOSES = """SELECT d.name AS feature, d.d_sae AS width, s.metric AS measure, s.value
-    FROM scores s JOIN dictionaries d
+    FROM all_scores s JOIN dictionaries d
         ON s.hook = d.latents_hook OR (s.hook = d.hook AND s.dictionary = d.name)
     WHERE list_contains($measures::VARCHAR[], s.metric) AND s.unit IS NULL AND s.control IS NULL
         AND s.value IS NOT NULL AND (d.hook = $hook OR $hook IS NULL)
@@ -127,7 +127,7 @@ def read_doses(
 
     Args:
         store: Open store.
-        measures: Metrics of table `scores`.
+        measures: Metrics of table `all_scores`.
         hook: Hook of the dictionaries; None takes the first of each name.
     """
     rows = store.sql(_DOSES, measures=list(measures), hook=hook).to_arrow_table().to_pylist()
