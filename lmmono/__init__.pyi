@@ -10,6 +10,7 @@ from lmmono import scores as scores
 from lmmono import studies as studies
 from lmmono.captures.capture import capture as capture
 from lmmono.captures.latents import store_latents as store_latents
+from lmmono.cli.terminal import shown_progress as shown_progress
 from lmmono.clients.local import LocalClient as LocalClient
 from lmmono.clients.replayed import ReplayClient as ReplayClient
 from lmmono.clients.server import ServerClient as ServerClient

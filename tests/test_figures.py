@@ -54,6 +54,13 @@ def test_equal_input_gives_equal_bytes_and_every_kind_is_named(tmp_path, y):
     assert wanted | {"ce_loss_recovered (mean)" if y != "fvu" else y} <= texts
 
 
+@pytest.mark.parametrize(("name", "head"), [("a.png", b"\x89PNG"), ("a.PDF", b"%PDF")])
+def test_a_figure_is_what_its_suffix_says(tmp_path, name, head):
+    assert lm.reports.pareto(POINTS, path=tmp_path / name).read_bytes().startswith(head)
+    with pytest.raises(RunError, match="want a figure as .svg, .png or .pdf, got 'gif'"):
+        lm.reports.pareto(POINTS, path=tmp_path / "a.gif")
+
+
 def test_runs_and_hooks_have_panels_of_their_own(tmp_path):
     others = [Measured("gpt2", "other", "a", "topk", None, POINTS[0].measures), *POINTS]
     text = lm.reports.pareto(others, path=tmp_path / "a.svg").read_text()

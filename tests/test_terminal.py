@@ -49,6 +49,23 @@ def test_a_resumed_work_counts_its_rate_from_where_it_began(monkeypatch):
     assert written(console) == "train: 950 of 1000 (95%), 5/s, 10 s left\n"
 
 
+def test_work_of_one_name_in_the_next_run_has_a_rate_of_its_own(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    console = plain()
+    progress = LineProgress(console, every_seconds=5)
+    for done in (0, 50, 100, 0, 10, 20):
+        progress("capture", done, 100)
+        clock[0] += 10.0
+    assert written(console).splitlines() == [
+        "capture: 50 of 100 (50%), 5/s, 10 s left",
+        "capture: 100 of 100 (100%)",
+        "capture: 0 of 100 (0%)",
+        "capture: 10 of 100 (10%), 1/s, 90 s left",
+        "capture: 20 of 100 (20%), 1/s, 80 s left",
+    ]
+
+
 def test_on_a_terminal_progress_is_a_bar():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with shown_progress(console) as progress:

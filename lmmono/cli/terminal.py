@@ -1,5 +1,8 @@
 """Progress of long work, on stderr, so that stdout holds results only.
 
+    with lm.shown_progress() as progress:
+        run = lm.train(recipe, progress=progress)
+
 On a terminal it is a bar with rate and time left; elsewhere it is plain lines, one every few
 seconds at most.
 """
@@ -30,14 +33,16 @@ LINE_EVERY_SECONDS = 5.0
 def shown_progress(
     console: Console | None = None, every_seconds: float | int = LINE_EVERY_SECONDS
 ) -> Generator[Progress]:
-    """Yield a `Progress` that shows itself on stderr until the block ends.
+    """Yield a `Progress` that shows itself on stderr until the block ends, in notebooks too.
+
+    Every long function of `lmmono` takes one: `lm.train`, `lm.capture`, `lm.explain`, `lm.score`.
 
     Args:
         console: Where to show it; stderr by default.
         every_seconds: Least time between two plain lines, where it is no terminal.
     """
     console = console or Console(stderr=True)
-    if console.is_terminal:
+    if console.is_terminal or console.is_jupyter:
         with _bars(console) as bars:
             yield _BarProgress(bars)
     else:
@@ -52,10 +57,14 @@ class LineProgress:
         self._every = every_seconds
         self._last = time.monotonic()
         self._first: dict[str, tuple[float, int]] = {}
+        self._done: dict[str, int] = {}
 
     def __call__(self, what: str, done: int, total: int, **facts: float | int) -> None:
         """Write a line, if the last one is old enough or the work is done."""
         now = time.monotonic()
+        if done <= self._done.get(what, 0):  # the same work once more: of another run, or again
+            self._first.pop(what, None)
+        self._done[what] = done
         began, before = self._first.setdefault(what, (now, done))
         if now - self._last < self._every and done < total:
             return
@@ -77,7 +86,9 @@ class _BarProgress:
         self._tasks = {}
 
     def __call__(self, what: str, done: int, total: int, **facts: float | int) -> None:
-        if what not in self._tasks:
+        task = self._tasks.get(what)
+        if task is None or done < self._bars.tasks[self._bars.task_ids.index(task)].completed:
+            # work of one name begins anew with the next run: a bar of its own
             self._tasks[what] = self._bars.add_task(what, total=total, completed=done, facts="")
         self._bars.update(
             self._tasks[what], completed=done, total=total, facts=", ".join(_facts(facts))

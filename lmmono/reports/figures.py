@@ -1,4 +1,4 @@
-"""Figures of what runs measured, as SVG: equal input gives equal bytes; no display is needed."""
+"""Figures of what runs measured, as SVG, PNG or PDF: equal input gives equal bytes; no display is needed."""
 
 import math
 from collections.abc import Sequence
@@ -25,6 +25,12 @@ _CONTROL_MARKERS = {
     "shuffled": "v",
     "untrained": "^",
 }
+_METADATA: dict[str, dict[str, str | None]] = {
+    "svg": {"Date": None, "Creator": "lmmono"},
+    "png": {"Software": "lmmono"},
+    "pdf": {"CreationDate": None, "Creator": "lmmono"},
+}
+"""What each kind of file says of itself, without a date: equal input gives equal bytes."""
 
 
 def pareto(
@@ -47,18 +53,21 @@ def pareto(
         x: Measure along: a metric with its preset in brackets, such as `l0`.
         y: Measure upwards: `fvu`, `ce_loss_recovered (mean)`; without a preset, `(mean)` is taken.
         hooks: Hooks to draw; None draws all.
-        path: File to write.
+        path: File to write; its suffix says of which kind: `.svg`, `.png` or `.pdf`.
 
     Returns:
         The file.
 
     Raises:
-        RunError: A measure is unknown, or no dictionary has both.
+        RunError: A measure is unknown, no dictionary has both, or the suffix is another.
         StoreError: A store cannot be opened.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    kind = Path(path).suffix.removeprefix(".").lower()
+    if kind not in _METADATA:
+        raise RunError(f"{path}: want a figure as .svg, .png or .pdf, got {kind or 'no suffix'!r}")
     x, y = (_with_preset(measure) for measure in (x, y))
     points = [
         each
@@ -81,7 +90,7 @@ def pareto(
             axes.set_title(f"{run}: {hook}", fontsize=9)
         for axes in list(grid)[len(panels) :]:
             axes.set_axis_off()
-        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": "lmmono"})
+        figure.savefig(path, format=kind, metadata=_METADATA[kind])
     return Path(path)
 
 

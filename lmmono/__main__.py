@@ -1,0 +1,6 @@
+"""`python -m lmmono`: the command line."""
+
+from lmmono.cli.app import main
+
+if __name__ == "__main__":
+    main()
