@@ -1,4 +1,4 @@
-"""Figures of what runs measured, as SVG, PNG or PDF: equal input gives equal bytes; no display is needed."""
+"""Figures of what runs measured: equal input gives equal bytes; no display is needed."""
 
 import math
 from collections.abc import Sequence
