@@ -24,7 +24,8 @@ def jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if inspect.isfunction(thing):
             hints = inspect.get_annotations(thing).values()
             if not any(isinstance(hint, str) or "jaxtyping." in repr(hint) for hint in hints):
-                return typechecker(thing)
+                # a function within another is made anew, and would be checked anew, at every call
+                return thing if "<locals>" in thing.__qualname__ else typechecker(thing)
         return _jaxtyped(typechecker=typechecker)(thing)
 
     return decorate

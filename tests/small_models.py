@@ -44,6 +44,7 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 4}
 FAMILIES = {
     "crate": {},
@@ -59,12 +60,38 @@ FAMILIES = {
     "gemma2": {**GROUPED, "sliding_window": 3},
     "gemma3_text": {**GROUPED, "sliding_window": 3},
 }
+MIXTURE = {**GROUPED, "num_experts_per_tok": 2}
+NEW_FAMILIES = {
+    "bloom": {},
+    "falcon": {},
+    "falcon grouped": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon alibi": {"parallel_attn": False, "multi_query": False, "alibi": True, "bias": True},
+    "falcon_mamba": {"state_size": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_heads": 4, "window_size": 3},
+    "gpt_oss": {**MIXTURE, "num_local_experts": 4, "sliding_window": 3, "rope_parameters": PLAIN},
+    "gptj": {"rotary_dim": 4, "n_inner": 24},
+    "mamba": {"state_size": 4},
+    "mamba2": {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4},
+    "mixtral": {**MIXTURE, "num_local_experts": 4},
+    "olmo": GROUPED,
+    "olmo2": GROUPED,
+    "olmo3": {**GROUPED, "sliding_window": 3},
+    "olmoe": {**MIXTURE, "num_experts": 4},
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "phi": {"num_key_value_heads": 2},
+    "phi3": {"num_key_value_heads": 2},
+    "qwen3_moe": {**MIXTURE, "num_experts": 4, "moe_intermediate_size": 12, "mlp_only_layers": [0]},
+    "smollm3": GROUPED,
+}
+"""Families whose hooks the contract alone tests."""
+
 GATED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"]
 
 
-def tiny(family: str) -> PreTrainedModel:
+def tiny(family: str, **settings: object) -> PreTrainedModel:
     """Return a random two-layer model of a family, norms and biases random too."""
-    config = AutoConfig.for_model(family.split()[0], **SIZES, **FAMILIES[family])
+    options = {**FAMILIES, **NEW_FAMILIES}.get(family, {}) | settings
+    config = AutoConfig.for_model(family.split()[0], **{**SIZES, **options})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

@@ -68,44 +68,6 @@ def test_every_hook_is_recorded_in_transformer_lens_shape_and_changes_nothing(fa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_activation_replaced_by_itself_leaves_the_logits(family):
-    model, tokens = tiny(family), some_tokens(2, 6)
-    logits, acts = run_with_cache(model, tokens)
-    for name, value in acts.items():
-        again = run_with_edit(model, tokens, Edit(name, "set", flat(value, name)))
-        torch.testing.assert_close(again, logits, atol=2e-4, rtol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_edit_at_a_position_acts_there_and_never_before(family):
-    model, tokens = tiny(family), some_tokens(2, 6)
-    logits, acts = run_with_cache(model, tokens)
-    for name, value in acts.items():
-        # turned round, since norms undo a mere shift or scale
-        other = flat(value, name).nan_to_num(neginf=0.0).flip(-1) * 0.5 + 0.1
-        edited = run_with_edit(model, tokens, Edit(name, "set", other, positions=[3]))
-        change = (edited - logits).abs().amax((0, 2))
-        assert change[:3].max() < 1e-4, name
-        assert change[3:].max() > 1e-4, name
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_parts_of_the_stream_add_up(family):
-    _, acts = run_with_cache(tiny(family), some_tokens(2, 6))
-    for i in range(2):
-        pre, post, attn, mlp = (
-            acts[f"blocks.{i}.hook_{part}"]
-            for part in ("resid_pre", "resid_post", "attn_out", "mlp_out")
-        )
-        if family == "crate":
-            torch.testing.assert_close(post, mlp)
-        else:
-            torch.testing.assert_close(post, pre + attn + mlp, atol=1e-4, rtol=1e-4)
-        if f"blocks.{i}.hook_resid_mid" in acts:
-            torch.testing.assert_close(acts[f"blocks.{i}.hook_resid_mid"], pre + attn)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_heads_are_the_pattern_times_the_values_and_a_pattern_is_causal(family):
     _, acts = run_with_cache(tiny(family), some_tokens(2, 6))
     for i in range(2):

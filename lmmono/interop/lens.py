@@ -18,9 +18,19 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from lmmono.errors import ModelError
-from lmmono.models.families import FAMILIES, points
+from lmmono.models.families import (
+    Family,
+    decoder_path,
+    family_of,
+    no_names,
+    points,
+    text_config,
+)
 from lmmono.models.hooks import attached, bare, token_inputs
-from lmmono.models.points import NormPoint
+from lmmono.models.points import NormPoint, RowsPoint
+
+NO_LIMIT = 2**31 - 1
+"""Context of a model that has none."""
 
 ReturnType = Literal["logits", "loss", "both"]
 
@@ -37,10 +47,7 @@ def to_hooked(model: nn.Module, tokenizer: Any = None) -> Any:
     """
     network = bare(model)
     if not points(network):
-        raise ModelError(
-            f"{type(network).__name__} is in no family with TransformerLens names; use"
-            " lmmono.models.hooks with module paths"
-        )
+        raise ModelError(f"{no_names(network)}; use lmmono.models.hooks with module paths")
     return _hooked_class()(network, tokenizer or getattr(network, "tokenizer", None))
 
 
@@ -72,7 +79,7 @@ class _Hooked(nn.Module):
         self.ln_final = _Norm(network, "ln_final")
         for name in points(network):
             parent, _, leaf = name.rpartition(".")
-            self.get_submodule(parent).add_module(leaf, HookPoint())
+            _made(self, parent).add_module(leaf, HookPoint())
         root: Any = self
         root.setup()
         # last, because setup() renames every module it finds, and the network is not ours
@@ -223,8 +230,8 @@ class _Hooked(nn.Module):
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """Bias of the unembedding: zero, none of the families has one."""
-        return self.W_U.new_zeros(self.cfg.d_vocab)
+        """Bias of the unembedding; zeros where there is none."""
+        return _bias(self.network.get_output_embeddings())
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
@@ -251,6 +258,7 @@ class _Norm(nn.Module):
     def __init__(self, network: nn.Module, name: str) -> None:
         super().__init__()
         point = points(network)[f"{name}.hook_normalized"]
+        point = point.point if isinstance(point, RowsPoint) else point
         assert isinstance(point, NormPoint)
         # in a tuple, so that the network's modules do not become ours
         self._source = (network.get_submodule(point.path),)
@@ -260,15 +268,29 @@ class _Norm(nn.Module):
         return self._source[0].forward(x)
 
 
+def _made(root: nn.Module, path: str) -> nn.Module:
+    """Return a submodule, which is put there where there is none."""
+    module = root
+    for name in filter(None, path.split(".")):
+        if not isinstance(getattr(module, name, None), nn.Module):
+            module.add_module(name, nn.Module())
+        module = module.get_submodule(name)
+    return module
+
+
 class _Block(nn.Module):
     """Holds a block's hook points, and its weights in TransformerLens' shapes."""
 
     def __init__(self, network: Any, index: int) -> None:
         super().__init__()
-        self.ln1 = _Norm(network, f"blocks.{index}.ln1")
-        self.ln2 = _Norm(network, f"blocks.{index}.ln2")
-        self.attn = _Attention(network, index)
-        self.mlp = _Mlp(network, index)
+        names = points(network)
+        for norm in ("ln1", "ln2", "ln1_post", "ln2_post"):
+            name = f"blocks.{index}.{norm}"
+            if f"{name}.hook_normalized" in names:
+                self.add_module(norm, _Norm(network, name))
+        if _family(network).attn:
+            self.attn = _Attention(network, index)
+            self.mlp = _Mlp(network, index)
 
 
 class _Attention(nn.Module):
@@ -276,10 +298,10 @@ class _Attention(nn.Module):
 
     def __init__(self, network: Any, index: int) -> None:
         super().__init__()
-        family = FAMILIES[network.config.model_type]
+        family = _family(network)
         # in a tuple, so that the network's modules do not become ours
         self._source = (_block_module(network, index, f"{family.attn}.{family.o_proj}"),)
-        self._n_heads = network.config.num_attention_heads
+        self._n_heads = text_config(network).num_attention_heads
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
@@ -301,43 +323,67 @@ class _Mlp(nn.Module):
 
     def __init__(self, network: Any, index: int) -> None:
         super().__init__()
-        family = FAMILIES[network.config.model_type]
-        self._ista: Any = None
-        if family.mlp_out is None or family.mlp_in is None:
-            self._ista = (_block_module(network, index, "mlp"),)
+        family = _family(network)
+        mlp = _block_module(network, index, family.mlp)
+        self._ista = (mlp,) if hasattr(mlp, "dictionary") else None
+        self._source: tuple[Any, ...] = ()
+        # of experts there is a stack, which has no name in TransformerLens
+        if self._ista or not family.mlp_in or not hasattr(mlp, family.mlp_in):
             return
-        paths = (family.mlp_in, family.mlp_up or family.mlp_in, family.mlp_out)
-        self._source = tuple(_block_module(network, index, f"mlp.{path}") for path in paths)
+        paths = (family.mlp_in, family.mlp_up or family.mlp_in, family.mlp_out or "")
+        self._source = tuple(mlp.get_submodule(path) for path in paths)
         self._is_gated = family.mlp_up is not None
+        self._is_joint = family.mlp_up == family.mlp_in
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
         """Input weights."""
-        return self._ista[0].dictionary.T if self._ista else _weight(self._source[1])
+        if self._ista:
+            return self._ista[0].dictionary.T
+        weight = _weight(self._dense()[1])
+        return weight.chunk(2, 1)[1] if self._is_joint else weight
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"] | None:
         """Gate weights of a gated MLP, else None."""
-        return _weight(self._source[0]) if not self._ista and self._is_gated else None
+        if self._ista or not self._source or not self._is_gated:
+            return None
+        weight = _weight(self._source[0])
+        return weight.chunk(2, 1)[0] if self._is_joint else weight
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights."""
         if not self._ista:
-            return _weight(self._source[2])
+            return _weight(self._dense()[2])
         ista = self._ista[0]
         return ista.dictionary if ista.decoder is None else ista.decoder
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
         """Output bias; zeros where there is none, as in CRATE."""
-        return self.W_out.new_zeros(self.W_out.shape[1]) if self._ista else _bias(self._source[2])
+        if self._ista:
+            return self.W_out.new_zeros(self.W_out.shape[1])
+        return _bias(self._dense()[2])
+
+    def _dense(self) -> tuple[Any, ...]:
+        if not self._source:
+            raise ModelError(
+                "W_in, W_out, b_out: experts have a stack of weights each; read them from the "
+                "network's own modules"
+            )
+        return self._source
+
+
+def _family(network: Any) -> Family:
+    family = family_of(network)
+    assert family is not None, type(network)
+    return family
 
 
 def _block_module(network: Any, index: int, path: str) -> Any:
-    family, base = FAMILIES[network.config.model_type], network.base_model_prefix
-    root = getattr(network, base) if base and hasattr(network, base) else network
-    return root.get_submodule(f"{family.blocks}.{index}.{path}")
+    parts = (f"{decoder_path(network)}{_family(network).blocks}.{index}", path)
+    return network.get_submodule(".".join(filter(None, parts)))
 
 
 def _weight(module: Any) -> Float[Tensor, "d_from d_to"]:
@@ -369,14 +415,20 @@ def _cache_class() -> type:
 
     for name in ("decompose_resid", "get_full_resid_decomposition", "logit_attrs"):
         setattr(HookedCache, name, refusing(name, _replaces_stream))
-    for name in ("stack_head_results", "stack_neuron_results", "get_neuron_results"):
-        setattr(HookedCache, name, refusing(name, _norms_outputs))
+    for name in ("stack_neuron_results", "get_neuron_results"):
+        setattr(HookedCache, name, refusing(name, _no_neuron_results))
+    HookedCache.stack_head_results = refusing("stack_head_results", _norms_outputs)
     return HookedCache
 
 
 def _replaces_stream(network: Any) -> str | None:
     """Say why parts of this network's stream do not add up to it, if they do not."""
     config = network.config
+    if _family(network).mixer:
+        return (
+            f"{config.model_type} has neither attention nor MLPs; its stream is hook_embed and the "
+            "hook_mixer_out of every block"
+        )
     if config.model_type == "crate" and not config.ista_skip:
         return (
             "in CRATE without ista_skip every block replaces the stream, so embeddings, attention "
@@ -390,14 +442,23 @@ def _replaces_stream(network: Any) -> str | None:
 
 def _norms_outputs(network: Any) -> str | None:
     """Say why heads and neurons are no parts of what goes to the stream, if they are not."""
-    family = FAMILIES[network.config.model_type]
-    if family.attn_norm or family.mlp_norm:
+    family, kind = _family(network), text_config(network).model_type
+    if family.ln1_post or family.ln2_post:
         return (
-            f"in {network.config.model_type} a norm stands between attention or MLP and the "
-            "stream, so heads and neurons do not add up to what is added to it; take hook_attn_out "
-            "and hook_mlp_out, which decompose_resid stacks"
+            f"in {kind} a norm stands between attention or MLP and the stream, so heads and neurons"
+            " do not add up to what is added to it; take hook_attn_out and hook_mlp_out, which "
+            "decompose_resid stacks"
         )
-    return None
+    return _replaces_stream(network) if family.mixer else None
+
+
+def _no_neuron_results(network: Any) -> str | None:
+    if any(name.endswith("hook_expert_weights") for name in points(network)):
+        return (
+            f"in {text_config(network).model_type} each expert has weights of its own, so there is "
+            "no W_out that neurons are parts by; take hook_mlp_out"
+        )
+    return _norms_outputs(network)
 
 
 def token_losses(
@@ -421,19 +482,21 @@ def _through(point: Any) -> Any:
 def _config(network: Any, tokenizer: Any) -> Any:
     from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 
-    ours = network.config
-    d_head = getattr(ours, "head_dim", None) or ours.hidden_size // ours.num_attention_heads
-    is_gpt2 = ours.model_type == "gpt2"
-    d_mlp = (ours.n_inner or 4 * ours.hidden_size) if is_gpt2 else None
+    ours = text_config(network)
+    # a state space model has no heads, and some name the rest in their own way
+    n_heads = getattr(ours, "num_attention_heads", 1)
+    d_head = getattr(ours, "head_dim", None) or ours.hidden_size // n_heads
+    d_mlp = _first(ours, "d_mlp", "n_inner", "intermediate_size", "ffn_dim", "ffn_hidden_size")
+    act_fn = _first(ours, "activation_function", "hidden_act", "hidden_activation", "activation")
     return HookedTransformerConfig(
         n_layers=ours.num_hidden_layers,
         d_model=ours.hidden_size,
-        n_ctx=ours.max_position_embeddings,
+        n_ctx=_first(ours, "max_position_embeddings", "seq_length") or NO_LIMIT,
         d_head=d_head,
-        n_heads=ours.num_attention_heads,
-        d_mlp=d_mlp or getattr(ours, "d_mlp", None) or ours.intermediate_size,
+        n_heads=n_heads,
+        d_mlp=d_mlp or 4 * ours.hidden_size,
         d_vocab=ours.vocab_size,
-        act_fn=ours.activation_function if is_gpt2 else getattr(ours, "hidden_act", "relu"),
+        act_fn=act_fn or "relu",
         model_name=ours.model_type,
         original_architecture=type(network).__name__,
         normalization_type="RMS" if hasattr(ours, "rms_norm_eps") else "LN",
@@ -441,6 +504,12 @@ def _config(network: Any, tokenizer: Any) -> Any:
         tokenizer_name=getattr(tokenizer, "name_or_path", None),
         default_prepend_bos=_adds_bos(tokenizer),
     )
+
+
+def _first(config: Any, *names: str) -> Any:
+    """Return the first of several settings that there is, else None."""
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if value is not None), None)
 
 
 def _adds_bos(tokenizer: Any) -> bool:

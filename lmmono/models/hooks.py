@@ -4,13 +4,18 @@ Names follow TransformerLens (`blocks.3.mlp.hook_post`); every Hugging Face deco
 has them, and any module path (`transformer.h.0.mlp.act`) is a name too. Works on the bare model
 and on one wrapped by Accelerate, DDP or `torch.compile`; compiled code runs uncompiled while
 something is attached, because a compiled graph does not look for new hooks.
-In CRATE, `attn.hook_q`, `hook_k` and `hook_v` name one tensor, `attn.hook_u` (a separate query
-apart), and `hook_resid_post` is `hook_mlp_out` unless `ista_skip` is on.
+- Neurons of gated MLPs are signed: `mlp.hook_post_neg` is max(-act, 0), which a store of rows above
+  0 leaves out of `mlp.hook_post`. Their halves are `mlp.hook_pre` (gate) and `mlp.hook_pre_linear`.
+- Neurons of experts are one axis, unit `expert x d_mlp + index`, 0 where a token is not routed to
+  the expert; `mlp.hook_expert_weights` has the router's weight of each expert, 0 where not routed.
+- In CRATE, `attn.hook_q`, `hook_k` and `hook_v` name one tensor, `attn.hook_u` (a separate query
+  apart), and `hook_resid_post` is `hook_mlp_out` unless `ista_skip` is on.
 """
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,7 +26,7 @@ from torch import Tensor, nn
 from activation_store.errors import ContentError
 from activation_store.write.recording import OutputRecorder, padded_inputs
 from lmmono.errors import ModelError, nearest
-from lmmono.models.families import points
+from lmmono.models.families import no_names, points
 from lmmono.models.points import OutputPoint, Point, Watch
 
 ATTENTION = ("hook_attn_scores", "hook_pattern")
@@ -71,8 +76,7 @@ def match_hooks(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
         hits = [n for n in names if fnmatchcase(n, pattern)]
         hits = hits or [p for p in paths if fnmatchcase(p, pattern)]
         if not hits:
-            way_out = nearest(pattern, dict.fromkeys([*names, *paths]))
-            raise ModelError(f"no hook {pattern!r} in {_kind(model)}: {way_out}")
+            raise ModelError(f"no hook {pattern!r} in {_kind(model)}: {_way_out(model, pattern)}")
         matches += hits
     order = {name: i for i, name in enumerate((*names, *paths))}
     return sorted(set(matches), key=order.__getitem__)
@@ -344,6 +348,20 @@ def attached(model: nn.Module, watches: Mapping[str, Watch]) -> Generator[None]:
             point: Point = by_name.get(name) or OutputPoint(name)
             stack.callback(point.attach(network, watch))
         yield
+
+
+def _way_out(model: nn.Module, pattern: str) -> str:
+    """Say what there is in place of a hook that there is not."""
+    network = bare(model)
+    by_name = points(network)
+    if not by_name:
+        paths = _module_paths(network)
+        near = get_close_matches(pattern, paths, n=4, cutoff=0.0)
+        return f"{no_names(network)}; a module path is a name too: {', '.join(near)}"
+    near = get_close_matches(pattern, [*by_name, *_module_paths(network)], n=1, cutoff=0.8)
+    inside = [name.removeprefix("blocks.0.") for name in by_name if name.startswith("blocks.0.")]
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"{meant}its blocks have {', '.join(inside)}"
 
 
 def _then(first: Watch | None, edit: Edit, is_attention: bool) -> Watch:
