@@ -41,6 +41,9 @@ class Rows:
     """Units to keep; None keeps all."""
     top_p: float | None = None
     """Store only the smallest set of a token's activations that holds this share of their sum."""
+    cuts: tuple[float, ...] | None = None
+    """Store only a unit's activations of at least its cut, one for each unit kept, so that dense
+    hooks take few bytes; statistics and exemplars see all activations all the same."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be.
@@ -59,6 +62,10 @@ class Rows:
         if self.top_p is not None:
             _check(self.hook, "top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
             _check(self.hook, "threshold", self.threshold, self.threshold >= 0, ">= 0 with top_p")
+        if self.cuts is not None:
+            fits = len(self.cuts) == len(self.kept) and bool(np.isfinite(self.cuts).all())
+            want = f"{len(self.kept)} finite numbers"
+            _check(self.hook, "cuts", _shortened(self.cuts), fits, want)
         if self.units is not None:
             known = len(self.units) > 0 and 0 <= min(self.units) <= max(self.units) < self.d
             ascends = list(self.units) == sorted(set(self.units))
@@ -144,9 +151,9 @@ def _check(hook: str, name: str, got: object, holds: object, wanted: str) -> Non
         raise ContentError(f"{hook}: {name}: want {wanted}, got {got!r}.")
 
 
-def _shortened(units: tuple[int, ...]) -> str:
-    shown = ", ".join(str(unit) for unit in units[:6])
-    return f"[{shown}{', ...' if len(units) > 6 else ''}]"
+def _shortened(numbers: tuple[float, ...]) -> str:
+    shown = ", ".join(str(number) for number in numbers[:6])
+    return f"[{shown}{', ...' if len(numbers) > 6 else ''}]"
 
 
 NOTHING = Skip()

@@ -162,6 +162,37 @@ def test_all_settings_of_the_store_are_reachable(
                 capture(model, tokens, into=store, **wrong)
 
 
+def test_dense_units_store_their_strongest_activations_and_statistics_of_all(
+    corpus: TokenCorpus, tmp_path: Path
+) -> None:
+    section = Gpt2Model(arch="gpt2", n_layers=1, d_model=16, n_heads=2, activation="gelu_new")
+    gelu = build_model(section, d_vocab=len(corpus.tokenizer), n_ctx=32, seed=0)
+    tokens, hook = corpus.tokens("explain"), "blocks.0.mlp.hook_post"
+    ids = torch.from_numpy(tokens.ids.astype(np.int64))
+    acts = run_with_cache(gelu, ids, [hook])[1][hook].flatten(0, 1).numpy()
+    acts = acts[(tokens.doc_ids >= 0).reshape(-1)]
+    settings = {"hooks": hook, "max_density": 1.0}
+    with (
+        astore.open(tmp_path / "all.duckdb", mode="w") as whole,
+        astore.open(tmp_path / "few.duckdb", mode="w") as few,
+    ):
+        capture(gelu, tokens, into=whole, **settings)
+        capture(gelu, tokens[:4], into=few, acts_per_token=4, **settings)
+        capture(gelu, tokens, into=few, acts_per_token=4, **settings)  # keeps the first one's cuts
+        stats = "SELECT * EXCLUDE stored_from FROM unit_stats ORDER BY unit"
+        assert few.sql(stats).fetchall() == whole.sql(stats).fetchall()
+        exemplars = "FROM exemplars WHERE kind = 'top' ORDER BY ALL"
+        assert few.sql(exemplars).fetchall() == whole.sql(exemplars).fetchall()
+        query = "SELECT stored_from FROM unit_stats ORDER BY unit"
+        cuts = np.array(few.sql(query).fetchall(), np.float32)[:, 0]
+        first = acts[
+            : 4 * 32
+        ]  # cuts are of the first capture's rows: 4 of 64 units, 8 of 128 tokens
+        np.testing.assert_array_equal(cuts, np.sort(first, axis=0)[-8].clip(0))
+        stored = few.sql("SELECT unit, count(*) FROM acts GROUP BY unit ORDER BY unit").fetchall()
+        assert stored == list(enumerate(((acts > 0) & (acts >= cuts)).sum(0).tolist()))
+
+
 def test_a_second_capture_adds_what_is_new_and_refuses_other_tokens_of_a_sequence(
     corpus: TokenCorpus, model: torch.nn.Module, tmp_path: Path
 ) -> None:

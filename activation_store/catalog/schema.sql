@@ -137,6 +137,7 @@ CREATE TABLE IF NOT EXISTS unit_stats (
     unit INTEGER NOT NULL,
     n_tokens BIGINT NOT NULL,
     n_active BIGINT NOT NULL,
+    stored_from DOUBLE,
     density DOUBLE,
     mean DOUBLE,
     variance DOUBLE,
@@ -158,6 +159,7 @@ COMMENT ON COLUMN unit_stats.hook IS 'Hook of the unit; key with unit';
 COMMENT ON COLUMN unit_stats.unit IS 'Index of the unit, 0 to d - 1';
 COMMENT ON COLUMN unit_stats.n_tokens IS 'Finite activations counted, >= 0';
 COMMENT ON COLUMN unit_stats.n_active IS 'Tokens with act > threshold, 0 to n_tokens';
+COMMENT ON COLUMN unit_stats.stored_from IS 'Acts of at least this are stored; NULL stores all above hooks.threshold';
 COMMENT ON COLUMN unit_stats.density IS 'n_active / n_tokens, 0 to 1; NULL where n_tokens is 0';
 COMMENT ON COLUMN unit_stats.mean IS 'Mean activation, in units of the hook';
 COMMENT ON COLUMN unit_stats.variance IS 'Population variance m2 (divisor n_tokens), >= 0';

@@ -104,7 +104,7 @@ def tiles_of(
     n_ctx = doc.shape[1]
     no_cut = np.empty(0, np.float32)
     flat = doc.reshape(-1), token.reshape(-1)
-    return Tiles(row * n_ctx + pos, last + 1 - pos, seq[row], pos, *flat, n_ctx, no_cut)
+    return Tiles(row * n_ctx + pos, last + 1 - pos, seq[row], pos, *flat, n_ctx, no_cut, no_cut)
 
 
 def _begins(mask: np.ndarray) -> np.ndarray:
@@ -157,6 +157,7 @@ class Accumulator:
         self.n_acts = 0
         self._pool = pool
         self._seed = seed
+        self._floor = np.array(() if rows.cuts is None else rows.cuts, np.float32)
         self._bounds = _unit_ranges(len(rows.kept), n_parts)
         self._sets: list[list[Entries]] = []
         self._busy: list[Future[None] | None] = [None, None]
@@ -170,6 +171,7 @@ class Accumulator:
             x = np.ascontiguousarray(x[:, rows.kept])
         if rows.top_p is not None:
             tiles = tiles._replace(cut=top_p_cuts(x, rows.cutoff, rows.top_p))
+        tiles = tiles._replace(floor=self._floor)
         largest = np.float32(LARGEST[rows.dtype])
         sets = self._entries(len(x))
         jobs = [
@@ -243,8 +245,9 @@ class Accumulator:
                 f"{rows.hook}: density {density:.3f} above threshold {rows.threshold:g} over "
                 f"{self._n_buffered_tokens} tokens, want at most max_density={rows.max_density:g}: "
                 f"as rows it would take about {per_million:.1f} GB per million tokens. Raise the "
-                "threshold, keep a share of each token's sum with top_p, raise max_density to "
-                "store it anyway, or capture it as vectors."
+                "threshold, keep each unit's strongest activations (cuts; acts_per_token of "
+                "lmmono) or a share of each token's sum (top_p), raise max_density to store it "
+                "anyway, or capture it as vectors."
             )
 
     def dump(self) -> dict[str, np.ndarray]:

@@ -58,6 +58,8 @@ class Tiles(NamedTuple):
     """Rows per sequence of the block."""
     cut: Float32[np.ndarray, " rows"]
     """Smallest activation of the token that is kept; empty keeps all above the threshold."""
+    floor: Float32[np.ndarray, " units"]
+    """Smallest activation of the unit that is kept; empty keeps all above the threshold."""
 
 
 class Seen(NamedTuple):
@@ -452,11 +454,11 @@ def _append(
     end = np.uint64(entries.used[0])
     row, pos = tiles.row[tile], tiles.pos[tile]
     counts = entries.per_unit[entries.used[1] + tile]
-    whole = tiles.cut.shape[0] == 0
+    by_token, by_unit = tiles.cut.shape[0] > 0, tiles.floor.shape[0] > 0
     for u in range(np.uint64(width)):
         m = np.uint64(strip.n[u])
         begin = end
-        if whole and strip.high[u] <= largest:
+        if not by_token and not by_unit and strip.high[u] <= largest:
             for k in range(m):
                 entries.pos[end + k] = pos + strip.at[u, k]
                 entries.act[end + k] = strip.fired[u, k]
@@ -466,7 +468,9 @@ def _append(
                 v = strip.fired[u, k]
                 if v > largest:
                     odd[c + u, 2] += 1
-                elif whole or v >= tiles.cut[row + strip.at[u, k]]:
+                elif (not by_token or v >= tiles.cut[row + strip.at[u, k]]) and (
+                    not by_unit or v >= tiles.floor[c + u]
+                ):
                     entries.pos[end] = pos + strip.at[u, k]
                     entries.act[end] = v
                     end += np.uint64(1)

@@ -148,6 +148,7 @@ def unit_stats(hook: RowsTotal) -> pa.Table:
     """Return the rows of table `unit_stats` of one hook; NULL where a number is not defined."""
     moments = hook.seen.moments
     variance, skewness, kurtosis = shape_of(moments)
+    cuts = hook.rows.cuts
     seen = moments.n > 0
     with np.errstate(invalid="ignore"):
         density = moments.active / moments.n
@@ -167,6 +168,9 @@ def unit_stats(hook: RowsTotal) -> pa.Table:
             "unit": hook.rows.kept.astype(np.int32),
             "n_tokens": moments.n,
             "n_active": moments.active,
+            "stored_from": pa.nulls(len(moments.n), pa.float64())
+            if cuts is None
+            else pa.array(cuts),
             **{name: pa.array(values, from_pandas=True) for name, values in numbers.items()},
         }
     )

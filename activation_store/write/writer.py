@@ -8,6 +8,7 @@ capture that is stopped in any way resumes after its last commit, and its store 
 never stopped.
 """
 
+import hashlib
 import json
 import os
 import warnings
@@ -51,6 +52,14 @@ from activation_store.write.summary import write_tables
 
 COMMIT_TOKENS = 1_000_000
 """Tokens between commits unless asked otherwise."""
+
+
+def _settings_of(hook: Rows) -> dict[str, object]:
+    """Return a hook's settings as they are compared; thousands of cuts are their digest."""
+    settings = asdict(hook)
+    if hook.cuts is not None:
+        settings["cuts"] = hashlib.sha256(np.array(hook.cuts).tobytes()).hexdigest()[:16]
+    return settings
 
 
 class Writer:
@@ -125,7 +134,7 @@ class Writer:
             "world_size": self._rank.world_size,
             "commit_tokens": self._commit_seqs * self._n_ctx,
             "skip": asdict(self._skip),
-            **{f"rows {hook.hook}": asdict(hook) for hook in self._rows},
+            **{f"rows {hook.hook}": _settings_of(hook) for hook in self._rows},
             **{f"vectors {hook.hook}": asdict(hook) for hook in self._vectors},
         }
 

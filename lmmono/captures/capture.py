@@ -26,6 +26,8 @@ from lmmono.types import Progress, silent
 
 ALONE = Processes(0, 1)
 """A capture that shares its rows with nobody."""
+CUT_TOKENS = 16_384
+"""Tokens that cuts are measured on: at 64 of 8,192 units a unit's cut is its 128th largest."""
 
 
 def capture(
@@ -61,7 +63,8 @@ def capture(
         seed: Seed of the random exemplars.
         progress: Called with tokens done.
         **settings: Further fields of the recipe's section `capture`, such as threshold, top_k,
-            units, top_p, dtype, vectors_dtype or skip={"special": True, "first": 1}.
+            units, top_p, acts_per_token, dtype, vectors_dtype or
+            skip={"special": True, "first": 1}.
 
     Raises:
         ModelError: a hook name matches nothing.
@@ -149,8 +152,9 @@ def _stream(
     here: Processes = ALONE,
 ) -> None:
     """Run the model over this process' share of all parts, batch by batch, into the store."""
-    parts = [_share(part, here) for part in parts]
     names = match_hooks(model, settings.hooks) if settings.hooks else []
+    cuts = _stored_cuts(store, names) or measure_cuts(model, parts, names, settings)
+    parts = [_share(part, here) for part in parts]
     dense = match_hooks(model, settings.vectors) if settings.vectors else []
     n_ctx, total = parts[0].n_ctx, sum(part.ids.size for part in parts)
     batch_rows = max(1, settings.batch_tokens // n_ctx)
@@ -159,7 +163,10 @@ def _stream(
     n_done = 0
     with (
         store.writer(
-            rows=[rows_settings(n, hook_width(model, n), settings, settings.units) for n in names]
+            rows=[
+                rows_settings(n, hook_width(model, n), settings, settings.units, cuts.get(n))
+                for n in names
+            ]
             + [rows_settings(each.hook, each.n_units, settings) for each in latents],
             vectors=[
                 astore.Vectors(hook=name, d=hook_width(model, name), dtype=settings.vectors_dtype)
@@ -197,6 +204,66 @@ def _stream(
     model.train(was_training)
 
 
+def measure_cuts(
+    model: nn.Module, parts: Sequence[TokenRows], hooks: Sequence[str], settings: Capture
+) -> dict[str, tuple[float, ...]]:
+    """Return the cut of each unit of the hooks that would store more than `acts_per_token`.
+
+    A unit's cut is its own quantile over `CUT_TOKENS` tokens spread over all rows, so that every
+    unit stores the same share of its tokens and a unit of small scale is not lost. The same rows
+    give the same cuts, in every process of a capture.
+    """
+    if settings.acts_per_token is None or not hooks:
+        return {}
+    batch_rows = max(1, settings.batch_tokens // parts[0].n_ctx)
+    batches = _spread(parts, CUT_TOKENS)
+    skip = left_out_tokens(settings.skip, parts[0])
+    counted = [(rows.doc_ids >= 0) & ~skip.mask(rows.ids, rows.doc_ids) for rows in batches]
+    n_tokens = sum(int(mask.sum()) for mask in counted)
+    strongest: dict[str, torch.Tensor] = {}
+    n_active = dict.fromkeys(hooks, 0)
+    units = slice(None) if settings.units is None else list(settings.units)
+    was_training = model.training
+    model.eval()
+    with recording(model, list(hooks)) as acts, torch.no_grad():
+        for rows, mask in zip(batches, counted, strict=True):
+            for first in range(0, len(rows), batch_rows):
+                batch = rows[first : first + batch_rows]
+                is_token = torch.from_numpy(batch.doc_ids >= 0)
+                counts = torch.from_numpy(mask[first : first + batch_rows]).reshape(-1)
+                ids = torch.from_numpy(batch.ids.astype(np.int64))
+                model(**token_inputs(model, ids, is_token), use_cache=False)
+                for hook, tensor in acts.items():
+                    flat = per_token(hook, tensor, *ids.shape).reshape(counts.numel(), -1)
+                    flat = flat[counts.to(flat.device)][:, units].float()
+                    flat = torch.where(flat.isfinite(), flat, -torch.inf)
+                    n_active[hook] += int((flat > settings.threshold).sum())
+                    n_kept = max(1, round(settings.acts_per_token / flat.shape[1] * n_tokens))
+                    known = strongest.get(hook, flat[:0])
+                    both = torch.cat([known, flat])
+                    strongest[hook] = both.topk(min(n_kept, len(both)), dim=0).values
+    model.train(was_training)
+    return {
+        hook: tuple(values[-1].clamp(min=settings.threshold).tolist())
+        for hook, values in strongest.items()
+        if n_active[hook] > settings.acts_per_token * n_tokens
+    }
+
+
+def _spread(parts: Sequence[TokenRows], n_tokens: int) -> list[TokenRows]:
+    """Return rows of all parts, evenly spaced, that hold about so many tokens together."""
+    n_rows = sum(len(part) for part in parts)
+    step = max(1, n_rows * parts[0].n_ctx // n_tokens)
+    return [part[::step] for part in parts if len(part)]
+
+
+def _stored_cuts(store: astore.Store, hooks: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Return the cuts that an earlier capture into the store used, which a further one keeps."""
+    query = """SELECT hook, list(stored_from ORDER BY unit) FROM unit_stats
+        WHERE stored_from IS NOT NULL GROUP BY hook"""
+    return {hook: tuple(cuts) for hook, cuts in store.sql(query).fetchall() if hook in hooks}
+
+
 def left_out_tokens(section: SkippedTokens, rows: TokenRows) -> astore.Skip:
     """Return which tokens of some rows do not count, special ones by the ids of their tokenizer.
 
@@ -228,13 +295,3 @@ def _add_words(store: astore.Store, parts: Sequence[TokenRows]) -> None:
 def _names(patterns: str | Sequence[str]) -> tuple[str, ...]:
     """Return one or several names as a tuple."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _names(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """Return one or several names as a tuple."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _vectors(model: nn.Module, name: str, settings: Capture) -> astore.Vectors:
-    """Return the store's settings for one hook kept as dense vectors."""
-    return astore.Vectors(hook=name, d=hook_width(model, name), dtype=settings.vectors_dtype)

@@ -233,7 +233,11 @@ def claim_all(
 
 
 def rows_settings(
-    hook: str, d: int, settings: Capture, units: tuple[int, ...] | None = None
+    hook: str,
+    d: int,
+    settings: Capture,
+    units: tuple[int, ...] | None = None,
+    cuts: tuple[float, ...] | None = None,
 ) -> astore.Rows:
     """Return the store's settings for one hook kept as sparse rows."""
     return astore.Rows(
@@ -247,6 +251,7 @@ def rows_settings(
         dtype=settings.dtype,
         units=units,
         top_p=settings.top_p,
+        cuts=cuts,
     )
 
 

@@ -305,6 +305,9 @@ class Capture(Section):
     """Units of `hooks` whose rows are stored, ascending; null stores all."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Store only the smallest set of a token's activations that holds this share of their sum."""
+    acts_per_token: Count | None = None
+    """Store about this many activations per token and hook, each unit's strongest: for models whose
+    units fire on most tokens. Statistics and exemplars see all of them; null stores all."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type that rows are rounded to; statistics use the value before rounding."""
     vectors_dtype: Literal["float32", "float16"] = "float16"

@@ -153,35 +153,39 @@ def _row(job: ScoreJob, metric: str, chunk: UnitRows, i: int, corpus: Corpus, co
 class _WholeStatistics:
     """What table `unit_stats` says of units: every token counts there, whatever is stored as acts.
 
-    Acts are left out below the hook's threshold, negative ones where it is 0, and all but the
-    largest of a token under `top_p`. Moments of what is stored are then not those of the unit.
+    Acts are left out below the hook's threshold, negative ones where it is 0, below the unit's cut
+    and, under `top_p`, all but the largest of a token. Moments of what is stored are then not
+    those of the unit.
     """
 
-    top_p: float | None
+    is_cut: bool
+    """Whether not all acts above the threshold are stored."""
     threshold: float
     by_unit: dict[int, tuple[float | None, float | None, float | None]]
     """Density, kurtosis and least activation."""
 
     @classmethod
     def read(cls, job: ScoreJob) -> "_WholeStatistics":
-        query = """SELECT any_value(top_p), coalesce(any_value(threshold), 0.0) FROM hooks
-            WHERE hook = $hook AND kind = 'rows'"""
-        ((top_p, threshold),) = job.store.sql(query, hook=job.hook).fetchall()
+        query = """SELECT any_value(top_p) IS NOT NULL OR EXISTS (
+                FROM unit_stats u WHERE u.hook = $hook AND u.stored_from IS NOT NULL
+            ), coalesce(any_value(threshold), 0.0)
+            FROM hooks WHERE hook = $hook AND kind = 'rows'"""
+        ((is_cut, threshold),) = job.store.sql(query, hook=job.hook).fetchall()
         query = "SELECT unit, density, kurtosis, min_act FROM unit_stats WHERE hook = $hook"
         rows = job.store.sql(query, hook=job.hook).fetchall()
-        return cls(top_p, threshold, {row[0]: row[1:] for row in rows})
+        return cls(is_cut, threshold, {row[0]: row[1:] for row in rows})
 
     def is_zero_where_not_stored(self, unit: int) -> bool:
         """Return whether what is not stored of a unit is 0, so that moments follow from what is."""
         least = self.by_unit.get(unit, (None, None, None))[2]
-        is_stored = unit in self.by_unit and self.top_p is None and self.threshold == 0
+        is_stored = unit in self.by_unit and not self.is_cut and self.threshold == 0
         return is_stored and (least or 0.0) >= 0
 
     def columns(self, metric: str, unit: int) -> Row | None:
         """Return the columns of a metric that does not follow from what is stored; or None."""
         density, kurtosis_of_all, _ = self.by_unit.get(unit, (None, None, None))
         if metric == "unit_density":
-            follows, value = self.top_p is None and self.threshold >= 0, density
+            follows, value = not self.is_cut and self.threshold >= 0, density
         else:
             follows, value = self.is_zero_where_not_stored(unit), kurtosis_of_all
         if follows or not density:
