@@ -230,7 +230,7 @@ def dictionary_learning_forward(name: str, w: dict[str, Tensor], x: Tensor) -> t
     if name == "AutoEncoder":
         acts, decoder = acts * decoder.norm(dim=0), decoder / decoder.norm(dim=0)
     if name == "AutoEncoderTopK":
-        best = acts.topk(4)
+        best = acts.topk(int(w["k"]))
         acts = torch.zeros_like(acts).scatter(1, best.indices, best.values)
     if name == "BatchTopKSAE":
         acts = acts * (acts > 0.7)
@@ -261,6 +261,36 @@ def test_dictionaries_of_dictionary_learning_are_read(name: str, tmp_path: Path)
     assert_same(ours, sae_lens().SAE.load_from_disk(tmp_path / "out"))
 
 
+WRITTEN = ["AutoEncoderNew", "AutoEncoderTopK", "JumpReluAutoEncoder", "GatedAutoEncoder"]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_dictionary_learning_wrote_goes_back_as_it_was(name: str, tmp_path: Path) -> None:
+    ours = import_dictionary(dictionary_learning_folder(tmp_path / "theirs", name), hook=HOOK)
+    out = export_dictionary(ours, tmp_path / "out", to="dictionary_learning")
+    before, after = dictionary_learning_weights(name), torch.load(out / "ae.pt", weights_only=True)
+    before |= {"threshold": torch.tensor(-1.0)} if name == "AutoEncoderTopK" else {}
+    assert before.keys() == after.keys()
+    for key, weight in before.items():
+        torch.testing.assert_close(after[key], weight, rtol=1e-5, atol=1e-5)
+    trainer = json.loads((out / "config.json").read_text())["trainer"]
+    assert trainer["dict_class"] == name and trainer["submodule_name"] == HOOK
+    assert trainer.get("k") == (4 if name == "AutoEncoderTopK" else None)
+
+
+@pytest.mark.parametrize("kind", ["standard", "gated", "topk", "batchtopk", "jumprelu"])
+def test_dictionary_learning_codes_as_the_saes_that_we_give_it(kind: str, tmp_path: Path) -> None:
+    theirs(kind, tmp_path / "lens")
+    ours = import_dictionary(tmp_path / "lens")
+    out = export_dictionary(ours, tmp_path / "out", to="dictionary_learning")
+    name = json.loads((out / "config.json").read_text())["trainer"]["dict_class"]
+    weights, x = torch.load(out / "ae.pt", weights_only=True), some_vectors()
+    acts, recons = dictionary_learning_forward(name, weights, x)
+    torch.testing.assert_close(acts, ours.encode(x), **CLOSE)
+    torch.testing.assert_close(recons, ours.reconstruct(x), **CLOSE)
+    assert (acts != 0).any()
+
+
 class Code:
     """What a pickle could run."""
 
@@ -286,6 +316,10 @@ def test_what_a_layout_cannot_carry_is_refused(tmp_path: Path) -> None:
     theirs("jumprelu", tmp_path / "jump")
     with pytest.raises(DictionaryError, match="k largest latents.*jumprelu.*sae_lens"):
         export_dictionary(import_dictionary(tmp_path / "jump"), tmp_path / "out", to="sparsify")
+    theirs("matching_pursuit", tmp_path / "pursuit")
+    with pytest.raises(DictionaryError, match="no class for a matching_pursuit SAE"):
+        pursuit = import_dictionary(tmp_path / "pursuit")
+        export_dictionary(pursuit, tmp_path / "out2", to="dictionary_learning")
     identity = lm.Control("raw").fit(some_vectors())
     with pytest.raises(DictionaryError, match="no architecture for a raw dictionary"):
         export_dictionary(identity, tmp_path / "out")

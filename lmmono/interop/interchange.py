@@ -107,13 +107,15 @@ class Imported(Dictionary):
 def export_dictionary(
     dictionary: Dictionary,
     folder: str | Path,
-    to: Literal["sae_lens", "sparsify"] = "sae_lens",
+    to: Literal["sae_lens", "sparsify", "dictionary_learning"] = "sae_lens",
 ) -> Path:
     """Write a dictionary as another tool reads it.
 
     `sae_lens` takes every SAE, what was imported, and the dense control: `SAE.load_from_disk` reads
-    the folder, and its codes are those of the dictionary. `sparsify` takes topk SAEs. An input
-    scale and decoder norms are folded into the weights, so nothing is lost.
+    the folder, and its codes are those of the dictionary. `sparsify` takes topk SAEs.
+    `dictionary_learning` takes standard, topk, jumprelu (batchtopk and Matryoshka among them) and
+    gated ones; its `load_dictionary` reads the folder. An input scale, decoder norms and a bias
+    taken off the input are folded into the weights, so nothing is lost.
 
     Args:
         dictionary: A fitted dictionary.
@@ -128,18 +130,13 @@ def export_dictionary(
         RunError: The disk refuses.
     """
     folder = Path(folder)
-    if to not in ("sae_lens", "sparsify"):
-        raise DictionaryError(
-            f"export_dictionary: to: {nearest(str(to), ['sae_lens', 'sparsify'])}"
-        )
+    if to not in WRITERS:
+        raise DictionaryError(f"export_dictionary: to: {nearest(str(to), WRITERS)}")
     network = _network(dictionary, to)
     if folder.exists() and any(folder.iterdir()):
         raise DictionaryError(f"{folder}: holds something already; choose an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    if to == "sae_lens":
-        write_sae_lens(network, dictionary.hook, folder)
-    else:
-        write_sparsify(network, folder)
+    WRITERS[to](network, dictionary.hook, folder)
     return folder
 
 
@@ -344,8 +341,8 @@ _SPARSIFY_WANTS = {
 }
 
 
-def write_sparsify(network: Any, folder: Path) -> None:
-    """Write a topk SAE as a sparsify folder; `cfg.json` comes last.
+def write_sparsify(network: Any, hook: str | None, folder: Path) -> None:
+    """Write a topk SAE as a sparsify folder, which holds no hook; `cfg.json` comes last.
 
     Raises:
         DictionaryError: Its activation is another, which the layout cannot say.
@@ -356,13 +353,8 @@ def write_sparsify(network: Any, folder: Path) -> None:
             f"sparsify keeps the k largest latents of each vector and has no place for what a "
             f"{architecture} SAE needs (thresholds, gates or none at all); export it to sae_lens"
         )
-    w = {name: weight.detach().cpu() for name, weight in network.state_dict().items()}
-    if network.cfg.rescale_acts_by_decoder_norm:
-        norms = w["W_dec"].norm(dim=1).clamp_min(1e-8)
-        w["W_enc"], w["b_enc"] = w["W_enc"] * norms, w["b_enc"] * norms
-        w["W_dec"] = w["W_dec"] / norms[:, None]
-    if not network.cfg.apply_b_dec_to_input:
-        w["b_enc"] = w["b_enc"] + w["b_dec"] @ w["W_enc"]
+    del hook
+    w = _folded(network, is_centred=True)
     tensors = {
         "W_dec": w["W_dec"],
         "b_dec": w["b_dec"],
@@ -385,6 +377,67 @@ def write_sparsify(network: Any, folder: Path) -> None:
     with disk_faults(folder):
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "sae.safetensors")
     write_atomic(folder / "cfg.json", json.dumps(config))
+
+
+def _folded(network: Any, *, is_centred: bool) -> dict[str, Tensor]:
+    """Return weights on the CPU with decoder norms folded in, and b_dec taken off inputs or not."""
+    w = {name: weight.detach().cpu() for name, weight in network.state_dict().items()}
+    if getattr(network.cfg, "rescale_acts_by_decoder_norm", False):
+        norms = w["W_dec"].norm(dim=1).clamp_min(1e-8)
+        w["W_enc"], w["b_enc"] = w["W_enc"] * norms, w["b_enc"] * norms
+        w["W_dec"] = w["W_dec"] / norms[:, None]
+    shift = w["b_dec"] @ w["W_enc"] * (int(is_centred) - int(network.cfg.apply_b_dec_to_input))
+    for name in ("b_enc", "b_gate"):
+        if name in w:
+            w[name] = w[name] + shift
+    if "b_mag" in w:
+        w["b_mag"] = w["b_mag"] + w["r_mag"].exp() * shift
+    return w
+
+
+def write_dictionary_learning(network: Any, hook: str | None, folder: Path) -> None:
+    """Write an SAE as a dictionary_learning folder; `config.json` comes last.
+
+    Raises:
+        DictionaryError: None of its classes is this architecture.
+    """
+    architecture = network.cfg.architecture()
+    if architecture not in _CLASS_OF:
+        raise DictionaryError(
+            f"dictionary_learning has no class for a {architecture} SAE, only for "
+            f"{', '.join(_CLASS_OF)}; export it to sae_lens"
+        )
+    name, is_centred = _CLASS_OF[architecture]
+    w = _folded(network, is_centred=is_centred)
+    linear = {"encoder.weight": w["W_enc"].T, "decoder.weight": w["W_dec"].T}
+    k = getattr(network.cfg, "k", None)
+    match name:
+        case "AutoEncoderNew":
+            tensors = linear | {"encoder.bias": w["b_enc"], "decoder.bias": w["b_dec"]}
+        case "AutoEncoderTopK":
+            # -1 is what it has before training has found a threshold
+            buffers = {"k": torch.tensor(k, dtype=torch.int), "threshold": torch.tensor(-1.0)}
+            tensors = linear | {"encoder.bias": w["b_enc"], "b_dec": w["b_dec"]} | buffers
+        case "JumpReluAutoEncoder":
+            tensors = {key: w[key] for key in _PLAIN}
+        case _:
+            gates = {"r_mag": w["r_mag"], "gate_bias": w["b_gate"], "mag_bias": w["b_mag"]}
+            tensors = linear | gates | {"decoder_bias": w["b_dec"]}
+    d_sae, d_in = w["W_dec"].shape
+    trainer = {"dict_class": name, "activation_dim": d_in, "dict_size": d_sae}
+    trainer |= {"k": k} if k is not None else {}
+    with disk_faults(folder):
+        torch.save({key: t.contiguous() for key, t in tensors.items()}, folder / "ae.pt")
+    config = {"trainer": trainer | {"submodule_name": hook}, "buffer": {}}
+    write_atomic(folder / "config.json", json.dumps(config))
+
+
+WRITERS: dict[str, Callable[[Any, str | None, Path], None]] = {
+    "sae_lens": write_sae_lens,
+    "sparsify": write_sparsify,
+    "dictionary_learning": write_dictionary_learning,
+}
+"""How each tool's folder is written: a network, its hook and an empty folder."""
 
 
 def read_dictionary_learning(folder: Path) -> Any:
@@ -490,6 +543,13 @@ _CLASSES: dict[str, tuple[tuple[str, ...], Callable[[Weights], Converted]]] = {
     ),
 }
 """Tensors of each class, and how they become an architecture of sae-lens."""
+_CLASS_OF = {
+    "standard": ("AutoEncoderNew", False),
+    "topk": ("AutoEncoderTopK", True),
+    "jumprelu": ("JumpReluAutoEncoder", False),
+    "gated": ("GatedAutoEncoder", True),
+}
+"""Class that an architecture of sae-lens is written as, and whether it takes b_dec off inputs."""
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

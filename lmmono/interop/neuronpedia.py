@@ -95,7 +95,8 @@ def export_neuronpedia(
         <model>/<source>/explanations/batch-N.jsonl.gz   of every explainer, the best candidate
         <model>/<source>/scores/batch-N.jsonl.gz         of explanations; `jsonDetails` holds metric
                                                          version, interval, cost and controls
-        config/*.jsonl                                   the types that these name
+        config/*.jsonl                                   the types that these name: five
+                                                         files that the site reads, empty or not
 
     The source is `<layer>-<source_set>`. Failures have no place there and are left out; a score
     that is not defined is the 0 or chance of the store, with its `nan_fraction`. The same store
@@ -148,7 +149,7 @@ def _write_all(
             mine = [row for row in rows if row["_unit"] in units]
             _write(at / kind / f"batch-{batch}.jsonl.gz", mine)
     for kind, rows in _types(place, explanations, scores).items():
-        _write(folder / "config" / f"{kind}.jsonl", rows)
+        _write(folder / "config" / f"{kind}.jsonl", rows, if_empty=True)
 
 
 def _run(store: astore.Store) -> Row:
@@ -340,14 +341,15 @@ def _types(place: _Place, explanations: list[Row], scores: list[Row]) -> dict[st
         "explanation_model_type": named(explanations, "explanationModelName"),
         "explanation_score_type": named(scores, "explanationScoreTypeName", **owner),
         "explanation_score_model": named(scores, "explanationScoreModelName"),
+        "eval_type": [],
     }
 
 
-def _write(path: Path, rows: Iterable[Row]) -> None:
-    """Write a line per row; a file that has none is not made."""
+def _write(path: Path, rows: Iterable[Row], *, if_empty: bool = False) -> None:
+    """Write a line per row; a file that has none is not made unless asked for."""
     shown = ({k: v for k, v in row.items() if not k.startswith("_")} for row in rows)
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in shown)
-    if text:
+    if text or if_empty:
         path.parent.mkdir(parents=True, exist_ok=True)
         data = text.encode()
         path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
