@@ -151,7 +151,7 @@ def _check(hook: str, name: str, got: object, holds: object, wanted: str) -> Non
         raise ContentError(f"{hook}: {name}: want {wanted}, got {got!r}.")
 
 
-def _shortened(numbers: tuple[float, ...]) -> str:
+def _shortened(numbers: tuple[object, ...]) -> str:
     shown = ", ".join(str(number) for number in numbers[:6])
     return f"[{shown}{', ...' if len(numbers) > 6 else ''}]"
 

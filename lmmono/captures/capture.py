@@ -14,20 +14,21 @@ from torch import nn
 
 import activation_store as astore
 from activation_store.write.recorder import digest as weights_digest
-from activation_store.write.recording import per_token
+from activation_store.write.recording import OutputRecorder, per_token
 from lmmono.captures.latents import Code, Latents, claim_all, rows_settings
 from lmmono.data.tokens import TokenRows
 from lmmono.errors import RunError
 from lmmono.files.processes import Processes, best_device, this_process
-from lmmono.models.hooks import hook_width, match_hooks, recording, token_inputs
+from lmmono.models.hooks import hook_width, match_hooks, run_until
 from lmmono.recipe.sections import Capture, SkippedTokens
 from lmmono.runs.folder import Run
 from lmmono.types import Progress, silent
 
 ALONE = Processes(0, 1)
 """A capture that shares its rows with nobody."""
-CUT_TOKENS = 16_384
-"""Tokens that cuts are measured on: at 64 of 8,192 units a unit's cut is its 128th largest."""
+CUT_TOKENS = 8_192
+"""Tokens that cuts are measured on: at 64 of 8,192 units a unit's cut is its 64th largest, so what
+it stores of further tokens is known within about an eighth."""
 
 
 def capture(
@@ -158,7 +159,8 @@ def _stream(
     dense = match_hooks(model, settings.vectors) if settings.vectors else []
     n_ctx, total = parts[0].n_ctx, sum(part.ids.size for part in parts)
     batch_rows = max(1, settings.batch_tokens // n_ctx)
-    was_training = model.training
+    sources = [*names, *dense, *(each.source for each in latents)]
+    was_training, recorder = model.training, OutputRecorder()
     model.eval()
     n_done = 0
     with (
@@ -179,7 +181,6 @@ def _stream(
             world_size=here.n,
             skip=left_out_tokens(settings.skip, parts[0]),
         ) as writer,
-        recording(model, [*names, *dense, *(each.source for each in latents)]) as acts,
         torch.no_grad(),
     ):
         for part in parts:
@@ -194,7 +195,7 @@ def _stream(
                     )
                     inputs = torch.from_numpy(ids.astype(np.int64))
                     is_token = torch.from_numpy(docs >= 0)  # padding belongs to no document
-                    model(**token_inputs(model, inputs, is_token), use_cache=False)
+                    acts = run_until(model, inputs, sources, is_token, recorder)
                     flat = {
                         name: per_token(name, tensor, *ids.shape) for name, tensor in acts.items()
                     }
@@ -223,16 +224,16 @@ def measure_cuts(
     strongest: dict[str, torch.Tensor] = {}
     n_active = dict.fromkeys(hooks, 0)
     units = slice(None) if settings.units is None else list(settings.units)
-    was_training = model.training
+    was_training, recorder = model.training, OutputRecorder()
     model.eval()
-    with recording(model, list(hooks)) as acts, torch.no_grad():
+    with torch.no_grad():
         for rows, mask in zip(batches, counted, strict=True):
             for first in range(0, len(rows), batch_rows):
                 batch = rows[first : first + batch_rows]
                 is_token = torch.from_numpy(batch.doc_ids >= 0)
                 counts = torch.from_numpy(mask[first : first + batch_rows]).reshape(-1)
                 ids = torch.from_numpy(batch.ids.astype(np.int64))
-                model(**token_inputs(model, ids, is_token), use_cache=False)
+                acts = run_until(model, ids, hooks, is_token, recorder)
                 for hook, tensor in acts.items():
                     flat = per_token(hook, tensor, *ids.shape).reshape(counts.numel(), -1)
                     flat = flat[counts.to(flat.device)][:, units].float()

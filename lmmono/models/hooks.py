@@ -168,34 +168,39 @@ def run_until(
     ids: Int[Tensor, "batch pos"],
     hooks: Sequence[str],
     is_token: Bool[Tensor, "batch pos"] | None = None,
+    recorder: OutputRecorder | None = None,
 ) -> dict[str, Tensor]:
     """Return the activations of hooks by exact name; what comes after the last is not computed.
 
-    The model runs in the mode it is in; token ids are moved to it.
+    The head of a small model is a large part of its work: of GPT-2 small's weights that each token
+    meets, 38.6 of 123.5 million. The model runs in the mode it is in; token ids are moved to it.
+    One `recorder` for many passes remembers which tensors the model changes in place.
 
     Raises:
         ModelError: The tokens do not fit the model; see `token_inputs`.
     """
-    recorder, inputs = OutputRecorder(), token_inputs(model, ids, is_token)
+    recorder, inputs = recorder or OutputRecorder(), token_inputs(model, ids, is_token)
     seen: set[str] = set()
 
     def keep(name: str) -> Watch:
         def watch(tensor: Tensor) -> None:
             recorder.keep(name, tensor)
             seen.add(name)
-            if len(seen) == len(hooks):
+            if len(seen) == len(watches):
                 raise _Done
 
         return watch
 
-    with attached(model, {name: keep(name) for name in hooks}):
+    watches = {name: keep(name) for name in hooks}
+    with attached(model, watches):
         for _ in range(2):  # again where a tensor was changed in place after it was recorded
             seen.clear()
+            recorder.outputs.clear()
             with suppress(_Done):
                 model(**inputs, use_cache=False)
             if not recorder.changed():
                 break
-    return recorder.outputs
+    return dict(recorder.outputs)
 
 
 def token_inputs(
