@@ -197,7 +197,7 @@ def test_a_missing_setting_is_told_at_its_section(write):
     ]
     assert faults(write("name: a\nmodel: {n_layers: 2}\n")) == [
         "r.yaml:1: seed: want seed (an integer >= 0) or seeds (a list of them), got neither",
-        "r.yaml:2: model.arch: missing; want one of crate, gpt2",
+        "r.yaml:2: model.arch: missing; want one of crate, gpt2, pretrained",
     ]
 
 

@@ -124,20 +124,21 @@ def _opened(run: Run, parts: Sequence[TokenRows], here: Processes) -> astore.Sto
 
 def _run_row(run: Run) -> dict[str, Any]:
     """Return what table `runs` says of a run."""
-    config, recipe = run.model.config, run.recipe
+    recipe, config = run.recipe, run.model.config
+    config = config.get_text_config() if recipe.is_pretrained else config
     return {
         "run": run.name,
-        "arch": recipe.model.arch,
+        "arch": config.model_type if recipe.is_pretrained else recipe.model.arch,
         "model_digest": weights_digest(run.model),
         "corpus_digest": run.corpus.digest,
         "n_parameters": sum(p.numel() for p in run.model.parameters()),
-        "n_layers": recipe.model.n_layers,
-        "d_model": recipe.model.d_model,
+        "n_layers": config.num_hidden_layers,
+        "d_model": config.hidden_size,
         "d_vocab": config.vocab_size,
         "n_ctx": recipe.data.n_ctx,
         "seed": recipe.seed,
         "recipe": recipe.model_dump(mode="json"),
-        "git_commit": run.manifest.stages["train"].commit,
+        "git_commit": run.manifest.stages[run.model_stage].commit,
         "versions": run.manifest.versions,
     }
 

@@ -58,9 +58,14 @@ class Listed(StrEnum):
     tasks = "tasks"
 
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file.")]
+RecipeFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="[RECIPE]", help="A recipe: a file, or the name of one that `lmmono recipes` lists."
+    ),
+]
 RecipeOrRun = Annotated[
-    Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or a run folder.")
+    str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or a run folder.")
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -95,14 +100,14 @@ def check(
 
     overrides = [text for text in recipes if "=" in text and not os.path.exists(text)]
     faults: list[str] = []
-    for path in (text for text in recipes if text not in overrides):
+    for path in [text for text in recipes if text not in overrides] or [None]:
         try:
             runs = Recipe.check(path, *overrides) if files else Recipe.load(path, *overrides).runs()
         except RecipeError as error:
             faults += error.faults
             continue
         names = ", ".join(str(run.dir) for run in runs)
-        print(printable(f"{path}: ok, {len(runs)} run{'s' * (len(runs) > 1)}: {names}"))
+        print(printable(f"{path or 'pretrained'}: ok, {len(runs)} run{'s' * (len(runs) > 1)}: {names}"))
     if faults:
         raise RecipeError(dict.fromkeys(faults))
 
@@ -121,6 +126,25 @@ def schema(
         print(schema_text(), end="")
     else:
         out.write_text(schema_text(), encoding="utf-8")
+
+
+@app.command("recipes")
+@prints_rows
+def recipes_(
+    name: Annotated[str | None, typer.Argument(help="A recipe to copy.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder or file to copy it to.")] = Path(),
+) -> Sequence[OutputTable]:
+    """List the recipes that come with lmmono, or copy one, to be changed.
+
+    Example: lmmono recipes quickstart --out my_study.yaml
+    """
+    from lmmono.cli.listing import list_shipped
+    from lmmono.recipe.shipped import copy_recipe
+
+    if name is None:
+        return [list_shipped()]
+    print(printable(str(copy_recipe(name, out))))
+    return []
 
 
 @app.command("ls")
@@ -146,7 +170,11 @@ def list_(
 def run_(recipe: RecipeFile, overrides: Overrides = None) -> Sequence[OutputTable]:
     """Do every stage of every run that is not done yet, then show the runs side by side.
 
+    Without a recipe it takes a pretrained model and a text, and the defaults of `pretrained`.
+
     Example: lmmono run recipes/quickstart.yaml train.lr=1e-3 out=other
+
+    Example: lmmono run model.path=./my-model 'data.corpus.paths=[texts/*.txt]' out=runs/mine
     """
     runs = _done(recipe, overrides)
     if not this_process().is_main:
@@ -401,7 +429,7 @@ def _tell(message: str) -> None:
     print(printable(message), file=sys.stderr, flush=True)
 
 
-def _done(target: Path, overrides: Sequence[str] | None, *verbs: str) -> "list[Run]":
+def _done(target: str, overrides: Sequence[str] | None, *verbs: str) -> "list[Run]":
     """Do the stages of some verbs of every run of a recipe or folder, or all stages."""
     from lmmono.cli.terminal import shown_progress
     from lmmono.pipeline import open_for, run_stages
@@ -416,24 +444,36 @@ def _done(target: Path, overrides: Sequence[str] | None, *verbs: str) -> "list[R
             _tell("\n".join(f"  {line}" for line in before))
         with shown_progress() if this_process().is_main else nullcontext(silent) as progress:
             runs.append(run_stages(run, *verbs, progress=progress))
+        if this_process().is_main:
+            for warning in run.warnings:
+                _tell(f"{run.dir}: warning: {warning}")
         if verbs and this_process().is_main:
             print(run)
     return runs
 
 
-def _recipes_of(target: Path, overrides: Sequence[str]) -> "list[tuple[Recipe, Path | None]]":
+def _recipes_of(target: str, overrides: Sequence[str]) -> "list[tuple[Recipe, Path | None]]":
     """Return the recipe of every run, with the folder of a run that is named itself.
 
     A run folder may have been moved since its recipe was written, so it is worked on where it is,
-    unless an override says where else.
+    unless an override says where else. Settings alone are a pretrained model and its text.
     """
     from lmmono.recipe import Recipe
 
-    if not (target / "manifest.json").is_file():
+    folder = Path(target)
+    if "=" in target and not folder.exists():
+        recipe = Recipe.load(None, target, *overrides)
+        if this_process().is_main:
+            _tell(
+                f"no recipe, so the settings of `pretrained`; name {recipe.name}, seed "
+                f"{recipe.seed}; all are written to {recipe.dir / 'recipe.yaml'}"
+            )
+        return [(one, None) for one in recipe.runs()]
+    if not (folder / "manifest.json").is_file():
         return [(recipe, None) for recipe in Recipe.load(target, *overrides).runs()]
-    recipe = Recipe.load(target / "recipe.yaml", *overrides)
+    recipe = Recipe.load(folder / "recipe.yaml", *overrides)
     is_elsewhere = any(text.partition("=")[0].strip() in ("out", "name") for text in overrides)
-    return [(recipe, None if is_elsewhere else target)]
+    return [(recipe, None if is_elsewhere else folder)]
 
 
 def _reports(tables: "Iterable[ReportTable]") -> list[OutputTable]:

@@ -6,6 +6,7 @@ from lmmono.cli.output import OutputTable
 from lmmono.errors import RecipeError, RunError
 from lmmono.files.json_files import read_json
 from lmmono.recipe import Recipe
+from lmmono.recipe.shipped import shipped_recipes
 from lmmono.runs.folder import find_runs, open_run
 from lmmono.runs.stages import STAGES
 
@@ -23,6 +24,13 @@ def list_recipes(folder: Path) -> OutputTable:
     return OutputTable(("recipe", "runs", "about"), tuple(rows))
 
 
+def list_shipped() -> OutputTable:
+    """List the recipes that come with lmmono, by the names that `lmmono run` knows."""
+    recipes = {name: Recipe.load(path) for name, path in shipped_recipes().items()}
+    rows = ((name, len(one.runs()), one.about) for name, one in recipes.items())
+    return OutputTable(("recipe", "runs", "about"), tuple(rows))
+
+
 def list_runs(folder: Path) -> OutputTable:
     """List the run folders under a folder, with their stages; a damaged one says so."""
     rows: list[tuple[object, ...]] = []
@@ -35,7 +43,7 @@ def list_runs(folder: Path) -> OutputTable:
         records = run.manifest.stages
         begun = [name for name in STAGES if name in records]
         stages = ", ".join(f"{name} {records[name].state}" for name in begun)
-        loss = records["train"].facts.get("val_loss") if "train" in records else None
+        loss = run.model_facts.get("val_loss")
         rows.append((str(path), stages, loss, _megabytes(path)))
     return OutputTable(("run", "stages", "val loss", "MB"), tuple(rows))
 

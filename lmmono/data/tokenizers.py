@@ -55,6 +55,11 @@ def build_tokenizer(
             return _bpe(_training_texts(corpus, splits, progress), section.d_vocab)
         case sections.FolderTokenizer():
             return _from_folder(Path(section.path).expanduser())
+        case sections.ModelTokenizer():
+            raise DataError(
+                "data.tokenizer: model: rows of a model's own tokenizer are those of a run; "
+                "otherwise name its folder (kind: folder, path: ...)"
+            )
 
 
 def tokenizer_fingerprint(section: sections.Tokenizer) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
@@ -30,13 +31,16 @@ def save_model(model: PreTrainedModel, path: Path | str) -> Path:
     return folder
 
 
-def load_model(path: Path | str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    path: Path | str, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Return the causal language model that `save_pretrained` wrote to a folder, in eval mode.
 
     Reads safetensors only, from this machine only, and only when every weight is there.
 
     Args:
         path: The folder.
+        dtype: `auto` for the type that the weights are saved in, or the name of one.
         trust_remote_code: Run the Python files of the folder, where its configuration names some.
 
     Raises:
@@ -44,33 +48,70 @@ def load_model(path: Path | str, *, trust_remote_code: bool = False) -> PreTrain
             needs code of its own and that is not allowed.
     """
     folder = Path(path)
+    _require_config(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and list(folder.glob("*.bin")):
+        raise ModelError(
+            f"{folder}: holds weights as pickles (.bin), which can run code, and lmmono reads"
+            " safetensors only; where you trust them, load the model in transformers and"
+            " save_pretrained it to a new folder"
+        )
+    for file in files:
+        _check_whole(file)
+    with _told_as_model_errors(folder), no_progress_bars():
+        # never None, transformers' default, which asks on standard input and takes a "y"
+        foreign = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(folder, **foreign)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            **foreign,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    model, report = loaded
+    _check_complete(folder, model, report)
+    model.loss_type = model.loss_type or "ForCausalLM"
+    return model.eval()
+
+
+def initial_model(folder: Path, *, seed: int, dtype: str = "auto") -> PreTrainedModel:
+    """Return a model of a folder's configuration with new weights, in eval mode.
+
+    The weights depend on `seed` alone; other random states stay put.
+
+    Raises:
+        ModelError: The folder holds no configuration of a causal language model.
+    """
+    _require_config(folder)
+    with _told_as_model_errors(folder), torch.random.fork_rng(devices=[]):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        torch.manual_seed(seed)
+        # drawn in float32 whatever the type, so that the same seed gives the same numbers
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        saved = config.dtype if dtype == "auto" else getattr(torch, dtype)
+        model = model.to(saved or torch.float32)
+    model.loss_type = model.loss_type or "ForCausalLM"
+    return model.eval()
+
+
+def _require_config(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder}: no model here (want config.json and model.safetensors as save_pretrained"
             " writes them); `lmmono import crate-lm` makes a folder from a released checkpoint"
         )
-    for file in sorted(folder.glob("*.safetensors")):
-        _check_whole(file)
+
+
+@contextmanager
+def _told_as_model_errors(folder: Path) -> Generator[None]:
     try:
-        with no_progress_bars():
-            # never None, transformers' default, which asks on standard input and takes a "y"
-            foreign = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-            config = AutoConfig.from_pretrained(folder, **foreign)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                **foreign,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+        yield
     except Exception as fault:  # a foreign configuration makes transformers raise anything
         raise ModelError(
             f"{folder}: not a model lmmono can read: {type(fault).__name__}: {fault}"
         ) from fault
-    model, report = loaded
-    _check_complete(folder, model, report)
-    model.loss_type = model.loss_type or "ForCausalLM"
-    return model.eval()
 
 
 def _check_whole(file: Path) -> None:

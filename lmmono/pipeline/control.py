@@ -12,6 +12,7 @@ from typing import Any
 from lmmono.models.hooks import match_hooks
 from lmmono.pipeline.stage_loop import run_stages
 from lmmono.recipe import Recipe
+from lmmono.recipe.sections import PretrainedModel
 from lmmono.runs.folder import Run
 from lmmono.types import Progress, silent
 
@@ -36,8 +37,13 @@ def control_recipe(run: Run) -> Recipe:
     captured = match_hooks(run.model, recipe.capture.hooks) if recipe.capture.hooks else []
     asked = recipe.explain.hooks or ("*",)
     hooks = tuple(h for h in captured if any(fnmatchcase(h, pattern) for pattern in asked))
+    model, train = recipe.model, recipe.train.model_copy(update={"steps": 0, "warmup_steps": 0})
+    if isinstance(model, PretrainedModel):
+        # its own architecture, drawn anew: an adapter has nothing to be merged into
+        model, train = model.model_copy(update={"untrained": True, "adapter": None}), recipe.train
     changes = {
-        "train": recipe.train.model_copy(update={"steps": 0, "warmup_steps": 0}),
+        "model": model,
+        "train": train,
         "capture": recipe.capture.model_copy(
             update={"hooks": hooks, "vectors": (), "max_density": 1.0}
         ),

@@ -107,7 +107,12 @@ def _require(run: Run, stage: Stage) -> None:
     for name in stage.below:  # the first that is missing is the one to do first
         if STAGES[name].is_asked(run.recipe) and not run.is_done(name):
             verb = STAGES[name].verb or name
-            done = {"train": "trained", "capture": "captured", "explain": "explained"}
+            done = {
+                "train": "trained",
+                "open": "captured",
+                "capture": "captured",
+                "explain": "explained",
+            }
             what = f"not {done[name]}" if name in done else f"no {name}"
             raise RunError(f"{run.dir}: {what} yet; run `lmmono {verb} {run.dir}` first")
     for name in stage.needs:

@@ -1,17 +1,27 @@
 """From a recipe file and overrides to checked recipes, with every fault told at once."""
 
 import glob
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from lmmono.errors import RecipeError, nearest
 from lmmono.recipe.faults import clash_fault, faults_of, keys_of, shown
 from lmmono.recipe.recipe import SECTIONS, Recipe, recipe_schema, row_clash
-from lmmono.recipe.sections import Data, FilesCorpus, FolderTokenizer, HubCorpus, Section, Train
+from lmmono.recipe.sections import (
+    Data,
+    FilesCorpus,
+    FolderTokenizer,
+    HubCorpus,
+    PretrainedModel,
+    Section,
+    Train,
+)
+from lmmono.recipe.shipped import find_recipe, shipped_recipes
 from lmmono.recipe.tree import (
     MAX_BYTES,
     Fault,
@@ -27,8 +37,12 @@ MAX_RUNS = 1000
 """Runs of a study: each is checked by itself, in about two milliseconds, and gets a folder."""
 
 
+NO_RECIPE = "pretrained"
+"""The shipped recipe that a model and a text of one's own are put into, where no file is named."""
+
+
 def load_recipe(
-    path: str | FilePath, overrides: Sequence[str], *, with_files: bool = False
+    path: str | FilePath | None, overrides: Sequence[str], *, with_files: bool = False
 ) -> Recipe:
     """Read and check a recipe file, and with it the files that it names; see `Recipe.load`."""
     changes: list[Tree] = []
@@ -38,12 +52,18 @@ def load_recipe(
             changes.append(read_override(text))
         except RecipeError as error:
             unreadable += error.faults
+    file = shipped_recipes()[NO_RECIPE] if path is None else find_recipe(FilePath(path))
     try:
-        tree = read_tree(_read_text(FilePath(path)), str(path))
+        tree = read_tree(_read_text(file), str(path or file))
     except RecipeError as error:
         raise RecipeError([*error.faults, *unreadable]) from None
+    if path is None:
+        for placeholder in (("name",), ("model", "path"), ("data", "corpus")):
+            tree.remove(*placeholder)
     for change in changes:
         _override(tree, change)
+    if path is None:
+        _name_after_model(tree)
     tree.faults += _seed_faults(tree)
     tree.faults += _select(tree, changes)
     recipe, faults = _check(tree, with_files)
@@ -72,6 +92,22 @@ def runs_of(recipe: Recipe) -> tuple[Recipe, ...]:
     return tuple(runs)
 
 
+def _name_after_model(tree: Tree) -> None:
+    """Name the run of a model and a text that came without a recipe, if both came."""
+    model, data = (tree.values.get(key) for key in ("model", "data"))
+    is_given = isinstance(model, dict) and isinstance(data, dict) and "path" in model
+    if not is_given or "corpus" not in data:
+        raise RecipeError(
+            [
+                "no recipe: name one such as quickstart (`lmmono recipes` lists them), or give a "
+                "model and a text: model.path=FOLDER_OR_HUB_NAME data.corpus.paths=[texts/*.txt]"
+            ]
+        )
+    if "name" not in tree.values:
+        last = re.sub(r"[^A-Za-z0-9_.-]+", "-", FilePath(str(model["path"])).resolve().name)
+        tree.set(("name",), last.lstrip("_.-") or NO_RECIPE, {(): tree.top})
+
+
 def _read_text(path: FilePath) -> str:
     try:
         with path.open("rb") as file:
@@ -81,7 +117,8 @@ def _read_text(path: FilePath) -> str:
         return content.decode("utf-8")
     except FileNotFoundError:
         near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        hint = nearest(str(path), near) if near else "name a recipe such as recipes/quickstart.yaml"
+        near += shipped_recipes()
+        hint = nearest(str(path), near)
         raise RecipeError([f"{path}: no such file; {hint}"]) from None
     except IsADirectoryError:
         raise RecipeError([f"{path}: want a recipe file, got a folder"]) from None
@@ -260,6 +297,9 @@ def _missing_files(recipe: Recipe, tree: Tree) -> Iterator[Fault]:
         names["data", "corpus", "name"] = data.corpus.name
     if isinstance(data.tokenizer, FolderTokenizer):
         names["data", "tokenizer", "path"] = data.tokenizer.path
+    if isinstance(recipe.model, PretrainedModel):
+        local = {"path": recipe.model.path, "adapter": recipe.model.adapter}
+        names |= {("model", key): name for key, name in local.items() if name and not is_hub_name(name)}
     for path, name in names.items():
         if name is None or FilePath(name).exists() or next(glob.iglob(name, recursive=True), None):
             continue
@@ -273,9 +313,16 @@ def _missing_files(recipe: Recipe, tree: Tree) -> Iterator[Fault]:
         yield _fault(tree, path, f"{want}, got {shown(name)}{hint}")
 
 
+def is_hub_name(name: str) -> bool:
+    """Say whether a name can be one of the Hugging Face Hub: `gpt2`, `openai-community/gpt2`."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) is not None
+
+
 def _row_faults(values: Values, tree: Tree) -> list[Fault]:
     """Return the fault that the recipe's own check does not reach when other sections have some."""
-    data, train = values.get("data", {}), values.get("train", {})
+    data, train, model = (values.get(key, {}) for key in ("data", "train", "model"))
+    if isinstance(model, dict) and model.get("arch") == "pretrained":
+        return []
     clash = row_clash(Data.model_validate(data), Train.model_validate(train))
     if clash is None:
         return []
@@ -285,12 +332,24 @@ def _row_faults(values: Values, tree: Tree) -> list[Fault]:
 
 
 def _filled(values: Values, section: type[Section]) -> Values:
-    """Return the settings with the default kind where a section is given without its kind."""
+    """Return the settings with the kind where a section is given without it.
+
+    That is the default kind, or, where that lacks a key, the only kind that has them all: `paths`
+    makes a corpus of files, `path` a pretrained model.
+    """
     filled = dict(values)
     for key, field in section.model_fields.items():
         default, given = field.default, filled.get(key)
-        if isinstance(given, dict) and isinstance(default, Section):
+        if not isinstance(given, dict) or not (isinstance(default, Section) or field.discriminator):
+            continue
+        kind = type(default)
+        if field.discriminator:
             tag = str(field.discriminator)
-            kind = {tag: getattr(default, tag)} if field.discriminator else {}
-            filled[key] = _filled({**kind, **given}, type(default))
+            kinds = [k for k in get_args(field.annotation) if set(given) <= set(k.model_fields)]
+            if kind not in kinds and len(kinds) == 1:
+                kind = kinds[0]
+            if tag not in given and issubclass(kind, Section):
+                (name,) = get_args(kind.model_fields[tag].annotation)
+                given = {tag: name, **given}
+        filled[key] = _filled(given, kind) if issubclass(kind, Section) else given
     return filled

@@ -18,7 +18,16 @@ from lmmono.errors import RecipeError
 from lmmono.recipe.dictionary_settings import Dictionaries
 from lmmono.recipe.explain_settings import Explain, Score, unexplained_clash
 from lmmono.recipe.robustness_settings import Robustness
-from lmmono.recipe.sections import Capture, Data, Model, Section, Train, clash
+from lmmono.recipe.sections import (
+    Capture,
+    Data,
+    Model,
+    ModelTokenizer,
+    PretrainedModel,
+    Section,
+    Train,
+    clash,
+)
 from lmmono.registry.lookup import load
 
 Schema = dict[str, Any]
@@ -84,9 +93,41 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
             return {**values, "seed": seeds[0]}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_pretrained(cls, values: Any) -> Any:
+        """Let a pretrained model bring its tokenizer, and an arm of one leave out training."""
+        if not isinstance(values, dict) or not _is_pretrained(values.get("model")):
+            return values
+        data = values.get("data", {})
+        if isinstance(data, dict) and "tokenizer" not in data:
+            values = {**values, "data": {**data, "tokenizer": {"kind": "model"}}}
+        if values.get("arm"):  # the settings stand outside the arms, for those that are trained
+            values = {key: value for key, value in values.items() if key != "train"}
+        return values
+
+    @model_validator(mode="after")
+    def _fit_model(self) -> "Recipe":
+        kind = self.data.tokenizer.kind
+        if not self.is_pretrained:
+            if isinstance(self.data.tokenizer, ModelTokenizer):
+                message = "only a pretrained model has a tokenizer of its own; want words or bpe"
+                raise clash(message, "data.tokenizer", "model.arch")
+            return self
+        if kind in ("words", "bpe"):
+            message = (
+                f"a {kind} tokenizer is made from the text, and a pretrained model knows its own "
+                "tokens; leave data.tokenizer out, or name a folder"
+            )
+            raise clash(message, "data.tokenizer", "model.arch")
+        if "train" in self.model_fields_set:
+            message = "a pretrained model is not trained; leave train out"
+            raise clash(message, "train", "model.arch")
+        return self
+
     @model_validator(mode="after")
     def _fit_rows(self) -> "Recipe":
-        if fault := row_clash(self.data, self.train):
+        if not self.is_pretrained and (fault := row_clash(self.data, self.train)):
             raise fault
         if fault := unexplained_clash(self.explain, self.score):
             raise fault
@@ -95,8 +136,13 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
         return self
 
     @classmethod
-    def load(cls, path: str | Path, *overrides: str) -> "Recipe":
+    def load(cls, path: str | Path | None, *overrides: str) -> "Recipe":
         """Read a recipe file; an override `train.steps=500` changes one setting of it.
+
+        A bare name such as `quickstart` is a recipe that comes with lmmono, if there is no such
+        file. None takes the shipped recipe `pretrained`, to which overrides bring a model and a
+        text: `Recipe.load(None, "model.path=./my-model", "data.corpus.paths=[texts/*.txt]")`; its
+        name is the model's.
 
         Overrides win over arms. An arm that itself sets an overridden key to another value is not
         run: `model.arch=crate` leaves only the arms that are CRATE models; `arm=crate` leaves that
@@ -109,7 +155,7 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
         return load("lmmono.recipe.load:load_recipe")(path, overrides)
 
     @classmethod
-    def check(cls, path: str | Path, *overrides: str) -> tuple["Recipe", ...]:
+    def check(cls, path: str | Path | None, *overrides: str) -> tuple["Recipe", ...]:
         """Return the recipes of the runs of a file, as `load`, if the files that it names exist.
 
         Raises:
@@ -142,6 +188,18 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
         return runs[0]
 
     @property
+    def is_pretrained(self) -> bool:
+        """Whether the model comes as it is, and nothing is trained."""
+        return isinstance(self.model, PretrainedModel)
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether the model knows anything: it has taken a training step, here or elsewhere."""
+        if isinstance(self.model, PretrainedModel):
+            return not self.model.untrained
+        return self.train.steps > 0
+
+    @property
     def dir(self) -> Path:
         """The run folder: `out/name`, or `out/name/folder` in a study."""
         return Path(self.out, self.name, self.folder or "")
@@ -157,6 +215,11 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
         values = {part: reduce(getitem, part.split("."), whole) for part in ("seed", *parts)}
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _is_pretrained(model: Any) -> bool:
+    arch = model.get("arch") if isinstance(model, dict) else getattr(model, "arch", None)
+    return arch == "pretrained"
 
 
 def row_clash(data: Data, train: Train) -> PydanticCustomError | None:

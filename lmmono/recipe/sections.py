@@ -122,7 +122,15 @@ class FolderTokenizer(Section):
     """Folder with `tokenizer.json`, or with GPT-2's two files (`encoder.json`, `vocab.bpe`)."""
 
 
-Tokenizer = Annotated[WordTokenizer | BpeTokenizer | FolderTokenizer, Field(discriminator="kind")]
+class ModelTokenizer(Section):
+    """The tokenizer in a pretrained model's own folder; the default there."""
+
+    kind: Literal["model"]
+
+
+Tokenizer = Annotated[
+    WordTokenizer | BpeTokenizer | FolderTokenizer | ModelTokenizer, Field(discriminator="kind")
+]
 
 
 class Splits(Section):
@@ -213,7 +221,24 @@ class Gpt2Model(Section):
         return self
 
 
-Model = Annotated[CrateModel | Gpt2Model, Field(discriminator="arch")]
+class PretrainedModel(Section):
+    """A model that is trained already: any Hugging Face decoder; nothing is trained here."""
+
+    arch: Literal["pretrained"]
+    path: str = Field(min_length=1)
+    """Folder that `save_pretrained` wrote, or a name on the Hugging Face Hub, which is downloaded
+    once."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; null takes its main branch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights in memory; `auto` takes the one they are saved in."""
+    adapter: str | None = None
+    """Folder or Hub name of a PEFT adapter (LoRA and its kin), merged into the weights."""
+    untrained: bool = False
+    """Draw new weights from the model's configuration by the run's seed, as a control."""
+
+
+Model = Annotated[CrateModel | Gpt2Model | PretrainedModel, Field(discriminator="arch")]
 
 
 class Train(Section):

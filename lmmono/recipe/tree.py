@@ -120,10 +120,13 @@ class Tree:
         self._forget(path)
         self.origins.update({path + inner: origin for inner, origin in origins.items()})
 
-    def remove(self, key: str) -> None:
-        """Take a top-level key out, if it is there."""
-        self.values.pop(key, None)
-        self._forget((key,))
+    def remove(self, *path: str) -> None:
+        """Take a setting out, if it is there."""
+        node: Any = self.values
+        for key in path[:-1]:
+            node = node.get(key, {})
+        node.pop(path[-1], None)
+        self._forget(path)
 
     def _forget(self, path: Path) -> None:
         self.origins = {p: o for p, o in self.origins.items() if p[: len(path)] != path}

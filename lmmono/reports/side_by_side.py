@@ -164,7 +164,7 @@ def _layer_table(runs: Sequence[Run]) -> ReportTable:
 def _layer_row(run: Run, store: astore.Store, hook: str) -> tuple[str, ...]:
     """Return the cells of one hook of one run."""
     units = store.sql(_UNITS, hook=hook).to_arrow_table()
-    facts = run.manifest.stages["train"].facts
+    facts = run.model_facts
     silent = units["n_active"].to_numpy() == 0
     return (
         run.recipe.folder or run.recipe.name,

@@ -16,6 +16,7 @@ from numpy import ndarray
 import activation_store as astore
 from lmmono.errors import RunError
 from lmmono.recipe import Recipe
+from lmmono.recipe.sections import PretrainedModel
 from lmmono.registry.scorers import SCORERS, Scorer, find_scorer
 from lmmono.reports.table import ReportTable
 from lmmono.runs.folder import Run, find_runs, open_run
@@ -86,6 +87,8 @@ def are_twins(a: Sequence[Run], b: Sequence[Run]) -> bool:
 
 
 def _around_the_architecture(recipe: Recipe) -> tuple[object, ...]:
+    if isinstance(recipe.model, PretrainedModel):
+        return (recipe,)  # is no twin of any: it was trained elsewhere, on other text
     shape = tuple(getattr(recipe.model, name) for name in ("n_layers", "d_model", "n_heads"))
     return (*shape, recipe.data, recipe.train, recipe.capture, recipe.explain, recipe.score)
 
@@ -136,7 +139,7 @@ def _arm_table(arms: dict[str, list[Run]], stores: dict[str, list[astore.Store]]
     for name, runs in arms.items():
         facts = [store.sql(_DENSITIES).fetchall()[0] for store in stores[name]]
         density, kurtosis, never, always = np.array(facts, np.float64).T
-        n_parameters = runs[0].manifest.stages["train"].facts["n_parameters"]
+        n_parameters = runs[0].model_facts["n_parameters"]
         losses = np.array([run.val_loss for run in runs])
         numbers = [over_seeds(each) for each in (losses, density, kurtosis)]
         shares = (f"{never.mean():.1%}", f"{always.mean():.1%}")

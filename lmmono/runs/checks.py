@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lmmono.errors import RunError
+from lmmono.errors import LmmonoError, RunError
 from lmmono.files.digests import damaged_files
 from lmmono.recipe import SECTIONS
 from lmmono.runs.folder import Run, open_run
@@ -31,13 +31,16 @@ def run_faults(folder: Path) -> list[str]:
     for record in run.manifest.stages.values():
         if record.state == "finished":
             faults += damaged_files(run.dir, record.files)
-    trained = run.manifest.stages.get("train")
-    digest = trained.facts.get("data_digest") if trained else None
+    digest = run.model_facts.get("data_digest")
     corpus = run.cache_dir / "data" / str(digest)[:16]
     if digest and corpus.is_dir():
         from lmmono.data.tokens import TokenCorpus
 
         faults += TokenCorpus(corpus).verify()
+    try:
+        run.require_same_model(every_byte=True)
+    except LmmonoError as error:
+        faults.append(str(error))
     faults += _store_faults(run)
     for inner in sorted(folder.glob("*/manifest.json")):
         faults += run_faults(inner.parent)

@@ -3,7 +3,7 @@
     runs/x/recipe.yaml       the recipe with every default written out
            manifest.json     commit, versions, machine, and a record of every stage
            metrics.parquet   numbers of training
-           model/            weights and tokenizer
+           model/            weights and tokenizer; a pretrained model stays where it is
            store.duckdb      the activation store, with its shards in store/
            dictionaries/     <hook>/<name>/, learned from vectors.duckdb
            robustness/       figures of the robustness suites
@@ -29,6 +29,7 @@ from lmmono.files.atomic import atomic_folder, disk_faults, write_atomic
 from lmmono.files.digests import damaged_files, file_digest, folder_digests
 from lmmono.files.locks import lock_folder
 from lmmono.recipe import SECTIONS, Recipe
+from lmmono.recipe.sections import Data, FolderTokenizer, ModelTokenizer, PretrainedModel
 from lmmono.runs.manifest import Manifest, StageRecord
 from lmmono.runs.stages import STAGES
 from lmmono.types import Split
@@ -102,14 +103,14 @@ class Run:
 
     @property
     def val_loss(self) -> float:
-        """Loss on held-out documents after training, nats per token.
+        """Loss on held-out documents, after training where there is one, nats per token.
 
         Raises:
-            RunError: Training has not finished.
+            RunError: Training has not finished, or the pretrained model was not opened yet.
         """
-        record = self.manifest.stages.get("train")
+        record = self.manifest.stages.get(self.model_stage)
         if record is None or record.state != "finished":
-            raise RunError(f"{self.dir}: not trained yet; {self._train_first()}")
+            raise RunError(f"{self.dir}: no loss measured yet; {self._model_first()}")
         return float(record.facts["val_loss"])  # pyright: ignore[reportArgumentType]
 
     @cached_property
@@ -123,23 +124,28 @@ class Run:
 
         path = self.dir / "metrics.parquet"
         if not path.is_file():
-            raise RunError(f"{path}: no such file; {self._train_first()}")
+            raise RunError(f"{path}: no such file; {self._model_first()}")
         return pq.read_table(path)
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The trained model, in evaluation mode.
+        """The trained or pretrained model, in evaluation mode, with its tokenizer.
 
         Raises:
-            RunError: There is none yet.
+            RunError: There is none yet, or the pretrained one is another than it was.
             ModelError: It cannot be read.
         """
+        from lmmono.models.pretrained import open_section
         from lmmono.models.storage import load_model
 
-        if not (self.dir / "model").is_dir():
-            raise RunError(f"{self.dir}: holds no model yet; {self._train_first()}")
-        self.require_whole("train")
-        model = load_model(self.dir / "model")
+        if isinstance(self.recipe.model, PretrainedModel):
+            self.require_same_model()
+            model = open_section(self.recipe.model, self.recipe.seed)
+        elif not (self.dir / "model").is_dir():
+            raise RunError(f"{self.dir}: holds no model yet; {self._model_first()}")
+        else:
+            self.require_whole("train")
+            model = load_model(self.dir / "model")
         # so that hooks take text too; torch types attributes as tensors and modules only
         model.tokenizer = self.tokenizer  # pyright: ignore[reportArgumentType]
         return model
@@ -153,7 +159,36 @@ class Run:
         """
         from lmmono.data.tokens import prepare
 
-        return prepare(self.recipe.data, self.cache_dir / "data")
+        return prepare(self._data, self.cache_dir / "data")
+
+    @property
+    def _data(self) -> Data:
+        """The settings of the text, with the folder of the tokenizer where it is the model's."""
+        from lmmono.models.pretrained import model_folder
+
+        data, model = self.recipe.data, self.recipe.model
+        if not (isinstance(data.tokenizer, ModelTokenizer) and isinstance(model, PretrainedModel)):
+            return data
+        tokenizer = FolderTokenizer(
+            kind="folder", path=str(model_folder(model.path, model.revision))
+        )
+        return data.model_copy(update={"tokenizer": tokenizer})
+
+    @property
+    def model_stage(self) -> str:
+        """The stage that brings the model: `train`, or `open` for a pretrained one."""
+        return "open" if self.recipe.is_pretrained else "train"
+
+    @property
+    def model_facts(self) -> dict[str, Any]:
+        """What the manifest says of the model; nothing before the model is there."""
+        record = self.manifest.stages.get(self.model_stage)
+        return dict(record.facts) if record else {}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What suggests that a pretrained model, its tokenizer and the text do not fit."""
+        return [str(line) for line in self.model_facts.get("warnings", [])]
 
     @property
     def cache_dir(self) -> Path:
@@ -169,6 +204,11 @@ class Run:
         """The tokenizer: of the model, and before there is one, of the corpus."""
         from transformers import PreTrainedTokenizerFast
 
+        if self.recipe.is_pretrained:
+            from lmmono.data.tokenizers import build_tokenizer
+
+            data = self._data
+            return build_tokenizer(data.tokenizer, data.corpus, data.splits)
         if not (self.dir / "model" / "tokenizer.json").is_file():
             return self.corpus.tokenizer
         return PreTrainedTokenizerFast.from_pretrained(self.dir / "model")
@@ -257,6 +297,28 @@ class Run:
             raise RunError("\n".join([*faults, way_out]))
         self._whole.add(stage)
 
+    def require_same_model(self, *, every_byte: bool = False) -> None:
+        """Refuse a pretrained model whose files are not those that the run was begun with.
+
+        Files of the same size and time are taken as the same, unless `every_byte` is asked for.
+
+        Raises:
+            RunError: A file has changed, came or went; names each.
+            ModelError: The model is not there any more.
+        """
+        marks = self.model_facts.get("weights")
+        if not (isinstance(self.recipe.model, PretrainedModel) and marks):
+            return
+        from lmmono.models.pretrained import changed_files
+
+        faults = changed_files(self.recipe.model, marks, every_byte=every_byte)
+        if faults:
+            raise RunError(
+                f"{self.dir}: holds results of another model than {self.recipe.model.path} is now: "
+                f"{'; '.join(faults)}; give the new model's run another name or out, or bring the "
+                "old files back"
+            )
+
     def _record(self, name: str, record: StageRecord) -> None:
         stages = {**self.manifest.stages, name: record}
         self.manifest = self.manifest.model_copy(update={"stages": stages})
@@ -289,8 +351,9 @@ class Run:
         # last, because a folder counts as a run when it has a manifest
         self.manifest.write(self.dir)
 
-    def _train_first(self) -> str:
-        return f"run `lmmono train {self.dir / 'recipe.yaml'}` first"
+    def _model_first(self) -> str:
+        verb = STAGES[self.model_stage].verb or self.model_stage
+        return f"run `lmmono {verb} {self.dir / 'recipe.yaml'}` first"
 
 
 def open_run(path: str | Path) -> Run:
@@ -377,5 +440,6 @@ def _resolved_yaml(recipe: Recipe) -> str:
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     text = StringIO()
     unset = {"seeds", "arms"} | ({"arm", "folder"} if recipe.folder is None else set())
+    unset |= {"train"} if recipe.is_pretrained else set()
     yaml.dump(recipe.model_dump(mode="json", exclude=unset), text)
     return f"{_RECIPE_HEAD}\n{text.getvalue()}"

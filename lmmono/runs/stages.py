@@ -78,12 +78,22 @@ _LIST = (
             *("model", "metrics.parquet", "checkpoint", "checkpoint.old", "checkpoint.tmp"),
             *_files("features"),
         ),
+        is_asked=lambda recipe: not recipe.is_pretrained,
+        wants="model.arch: a pretrained model is not trained; go on with `lmmono capture`",
         is_shared=True,
+    ),
+    Stage(
+        "open",
+        "lmmono.training.pretrained_run:open_pretrained",
+        reads=("data", "model"),
+        makes=_files("features"),
+        verb="capture",
+        is_asked=lambda recipe: recipe.is_pretrained,
     ),
     Stage(
         "capture",
         "lmmono.captures.capture:capture_run",
-        needs=("train",),
+        needs=("train", "open"),
         reads=("capture",),
         makes=_files("store"),
         is_shared=True,
@@ -91,7 +101,7 @@ _LIST = (
     Stage(
         "vectors",
         "lmmono.dictionaries.dictionary_run:vectors_run",
-        needs=("train",),
+        needs=("train", "open"),
         reads=("dictionary.hooks", "dictionary.max_tokens", "dictionary.skip"),
         makes=_files("vectors"),
         verb="dictionary",
@@ -121,7 +131,7 @@ _LIST = (
         needs=("explain",),
         reads=("score",),
         verb="score",  # makes a run folder `untrained/`, which sets aside by itself
-        is_asked=lambda r: r.score.controls and _explains(r) and r.train.steps > 0,
+        is_asked=lambda r: r.score.controls and _explains(r) and r.has_learned,
     ),
     Stage(
         "score",

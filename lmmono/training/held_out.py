@@ -57,20 +57,25 @@ def token_losses(model: PreTrainedModel, ids: Int[Tensor, "batch pos"]) -> Float
     return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
 
 
-def evaluate(model: PreTrainedModel, rows: TokenRows, batch_rows: int) -> Evaluation:
-    """Return held-out loss and layer statistics of a model over packed rows."""
-    n_layers = model.config.num_hidden_layers
+def evaluate(
+    model: PreTrainedModel, rows: TokenRows, batch_rows: int, *, with_layers: bool = True
+) -> Evaluation:
+    """Return held-out loss and, with layers, statistics of a model's neurons over packed rows."""
+    n_layers = model.config.num_hidden_layers if with_layers else 0
     codes = [f"blocks.{i}.mlp.hook_post" for i in range(n_layers)]
     sums = [_CodeSums() for _ in codes]
     losses: list[Tensor] = []
+    was_training = model.training
     model.eval()
     with recording(model, codes) as acts:
         for ids in _batches(rows.ids, batch_rows, model.device):
             losses.append(token_losses(model, ids).double().cpu())
             for name, layer_sums in zip(codes, sums, strict=True):
                 layer_sums.add(acts[name])
-    ista = _ista_facts(model, next(_batches(rows.ids, batch_rows, model.device)))
-    model.train()
+    ista: list[tuple[float | None, float | None]] = []
+    if with_layers:
+        ista = _ista_facts(model, next(_batches(rows.ids, batch_rows, model.device)))
+    model.train(was_training)
     nats = torch.cat(losses).numpy()
     return Evaluation(
         loss=float(nats.mean()),
