@@ -21,6 +21,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = BLOCK.findall((ROOT / "README.md").read_text())
 GUIDE_BLOCKS = BLOCK.findall((ROOT / "docs" / "dictionaries.md").read_text())
 EXPLAINING_BLOCKS = BLOCK.findall((ROOT / "docs" / "explaining.md").read_text())
+YOUR_MODEL_BLOCKS = BLOCK.findall((ROOT / "docs" / "your_model.md").read_text())
 STORE_BLOCKS = BLOCK.findall((ROOT / "activation_store" / "README.md").read_text())
 RUNS = "runs/quickstart/crate"
 SMALL = {
@@ -75,8 +76,9 @@ def run_bash(block: str, folder: Path) -> Counter[str]:
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert set(words[1:]) <= set(targets), line
         elif words[0] == "accelerate":
-            assert words[1:5] == ["launch", "-m", "lmmono.cli", "train"], line
-            assert (ROOT / words[5]).is_file(), line
+            assert words[1:4] == ["launch", "-m", "lmmono.cli"], line
+            assert words[4] in ("run", "train"), line
+            assert "=" in words[5] or (ROOT / words[5]).is_file(), line
         else:
             raise AssertionError(f"no test runs this line of the README: {line}")
     return counted
@@ -137,6 +139,36 @@ def test_the_guide_to_explaining_does_what_it_says(folder):
     assert counted == {"lmmono": 3, "python": 1, "sql": 2}
     assert list((folder / "upload").glob("*/1-lmmono/scores/batch-0.jsonl.gz"))
     assert len(list((folder / "neurons" / "1").glob("*.jsonl"))) == 16
+
+
+def test_the_guide_to_a_model_of_ones_own_does_what_it_says(tmp_path):
+    from small_models import SIZES
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lmmono.data.planted import Language
+    from lmmono.data.tokenizers import build_tokenizer
+    from lmmono.recipe import sections
+
+    corpus = sections.PlantedCorpus(n_documents=400)
+    tokenizer = build_tokenizer(sections.WordTokenizer(), corpus, sections.Splits())
+    sizes = {**SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    config = AutoConfig.for_model("gpt2", **sizes | {"initializer_range": 0.02})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "my-model")
+    tokenizer.save_pretrained(tmp_path / "my-model")
+    planted = Language(corpus.language_seed)
+    (tmp_path / "texts").mkdir()
+    text = "\n\n".join(planted.text(i) for i in range(corpus.n_documents))
+    (tmp_path / "texts" / "all.txt").write_text(text)
+    counted: Counter[str] = Counter()
+    for language, block in YOUR_MODEL_BLOCKS:
+        if language == "yaml":
+            head = "name: guide\nseed: 0\nmodel: {arch: crate}\n"
+            (tmp_path / "guide.yaml").write_text(head + block)
+            counted += run_bash("lmmono check guide.yaml", tmp_path)
+        else:
+            counted += {"bash": run_bash, "python": run_python}[language](block, tmp_path)
+    assert counted == {"lmmono": 4, "python": 1, "accelerate": 1}
+    assert (tmp_path / "runs" / "mine" / "my-model" / "untrained" / "store.duckdb").is_file()
 
 
 def test_the_guide_to_explaining_names_every_explainer_scorer_and_kind():

@@ -107,7 +107,11 @@ def check(
             faults += error.faults
             continue
         names = ", ".join(str(run.dir) for run in runs)
-        print(printable(f"{path or 'pretrained'}: ok, {len(runs)} run{'s' * (len(runs) > 1)}: {names}"))
+        print(
+            printable(
+                f"{path or 'pretrained'}: ok, {len(runs)} run{'s' * (len(runs) > 1)}: {names}"
+            )
+        )
     if faults:
         raise RecipeError(dict.fromkeys(faults))
 
@@ -245,6 +249,8 @@ def robustness(
     from lmmono.reports.robustness_tables import suite_tables
 
     runs = _done(target, overrides, "robustness")
+    if not this_process().is_main:
+        return []
     for run in runs:
         for figure in sorted((run.dir / "robustness").glob("*.svg")):
             _tell(str(figure))

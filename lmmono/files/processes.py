@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -43,8 +44,23 @@ class Processes:
             self.wait()
 
 
+_IS_ALONE = ContextVar("_IS_ALONE", default=False)
+
+
+@contextmanager
+def alone() -> Generator[None]:
+    """Let this process be the only one in the block: others wait elsewhere, not for its work."""
+    before = _IS_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _IS_ALONE.reset(before)
+
+
 def this_process() -> Processes:
     """Return this process as its launcher names it in RANK and WORLD_SIZE."""
+    if _IS_ALONE.get():
+        return Processes(0, 1)
     return Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 

@@ -4,6 +4,7 @@ Nothing is written: a model stays where it is, and who builds on it keeps the di
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 else:  # for annotations only: a run that is done looks at its model's files and loads none
     PreTrainedModel = PreTrainedTokenizerFast = object
 
-FileMark = tuple[str, int, int]
+FileMark = list[str | int]
 """SHA-256 of a file, its size in bytes, and the time of its last change in nanoseconds."""
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
@@ -86,8 +87,13 @@ def open_section(section: PretrainedModel, seed: int) -> PreTrainedModel:
     return model if section.adapter is None else _merged(model, model_folder(section.adapter))
 
 
-def model_folder(path: Path | str, revision: str | None = None) -> Path:
+def model_folder(path: Path | str, revision: str | None = None, *, offline: bool = False) -> Path:
     """Return the folder of a model: the path itself, or where the Hub's cache has it.
+
+    Args:
+        path: Folder, or a name on the Hugging Face Hub, which is downloaded if it is not there.
+        revision: Branch, tag or commit on the Hub.
+        offline: Ask the cache alone.
 
     Raises:
         ModelError: There is no such folder, and no model of that name that can be reached.
@@ -104,8 +110,18 @@ def model_folder(path: Path | str, revision: str | None = None) -> Path:
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    from lmmono.models.storage import no_progress_bars
+
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=list(_WANTED)))
+        with no_progress_bars():
+            snapshot = snapshot_download(
+                str(path),
+                revision=revision,
+                allow_patterns=list(_WANTED),
+                local_files_only=offline,
+            )
+        return Path(snapshot)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -123,7 +139,7 @@ def file_marks(section: PretrainedModel) -> dict[str, FileMark]:
     marks: dict[str, FileMark] = {}
     for name, path in _files(section).items():
         stat = path.stat()
-        marks[name] = (file_digest(path), stat.st_size, stat.st_mtime_ns)
+        marks[name] = [file_digest(path), stat.st_size, stat.st_mtime_ns]
     return marks
 
 
@@ -140,7 +156,7 @@ def changed_files(
     Raises:
         ModelError: There is no such model any more.
     """
-    files, faults = _files(section), list[str]()
+    files, faults = _files(section, offline=True), list[str]()
     for name in sorted({*files, *marks}):
         if name not in files:
             faults.append(f"{name} is missing")
@@ -149,18 +165,18 @@ def changed_files(
         else:
             digest, size, changed = marks[name]
             stat = files[name].stat()
-            is_same = (stat.st_size, stat.st_mtime_ns) == (size, changed) and not every_byte
+            is_same = [stat.st_size, stat.st_mtime_ns] == [size, changed] and not every_byte
             if not is_same and file_digest(files[name]) != digest:
                 faults.append(f"{files[name]} has other bytes (sha256 differs)")
     return faults
 
 
-def _files(section: PretrainedModel) -> dict[str, Path]:
-    folder = model_folder(section.path, section.revision)
+def _files(section: PretrainedModel, *, offline: bool = False) -> dict[str, Path]:
+    folder = model_folder(section.path, section.revision, offline=offline)
     patterns = ["config.json"] if section.untrained else _WEIGHTS
     files = {path.name: path for pattern in patterns for path in folder.glob(pattern)}
     if section.adapter is not None and not section.untrained:
-        adapter = model_folder(section.adapter)
+        adapter = model_folder(section.adapter, offline=offline)
         names = [path for pattern in _WEIGHTS for path in adapter.glob(pattern)]
         files |= {f"adapter/{path.name}": path for path in names}
     return files
@@ -200,12 +216,12 @@ def fit_warnings(
         tokenizer: The one that is used.
         own: The one in the model's folder, where there is one.
     """
-    warnings: list[str] = []
+    lines: list[str] = []
     vocabulary = tokenizer.get_vocab()
     if own is not None and own.get_vocab() != vocabulary:
         theirs = own.get_vocab()
         n_other = sum(theirs.get(token) != i for token, i in vocabulary.items())
-        warnings.append(
+        lines.append(
             f"data.tokenizer is not the model's own: {n_other:,} of its {len(vocabulary):,} tokens "
             "have another id there, or none"
         )
@@ -213,12 +229,12 @@ def fit_warnings(
     # weights as they are drawn give chance and a few hundredths; real text under a wrong
     # vocabulary costs a trained model nats more than that
     if loss > chance + 0.5:
-        warnings.append(
+        lines.append(
             f"the loss on held-out text is {loss:.2f} nats per token, and guessing among "
             f"{len(vocabulary):,} tokens has {chance:.2f}: the tokenizer is another model's, the "
             "text of a kind that the model does not know, or the weights are not trained"
         )
-    return warnings
+    return lines
 
 
 def _merged(model: Any, adapter: Path) -> Any:
@@ -238,7 +254,9 @@ def _merged(model: Any, adapter: Path) -> Any:
                 f"{adapter}: adds tokens to every input ({config.peft_type}), which cannot be "
                 "merged into weights; use a LoRA adapter"
             )
-        merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        with warnings.catch_warnings():  # peft asks transformers 5 for a name it will drop
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as fault:
         raise ModelError(
             f"{adapter}: does not fit {type(model).__name__}: "

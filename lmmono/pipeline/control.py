@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from lmmono.models.hooks import match_hooks
-from lmmono.pipeline.stage_loop import run_stages
+from lmmono.pipeline.stage_loop import open_for, run_stages
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import PretrainedModel
 from lmmono.runs.folder import Run
@@ -22,7 +22,7 @@ def control_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
     recipe = control_recipe(run)
     if not recipe.capture.hooks:
         return {"hooks": []}
-    control = Run.create(recipe, run.dir / "untrained")
+    control = open_for(recipe, run.dir / "untrained")
     run_stages(control, progress=progress)
     return {"hooks": list(recipe.capture.hooks)}
 

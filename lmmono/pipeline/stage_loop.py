@@ -1,11 +1,12 @@
 """One loop over the stages of a run: what is finished is skipped, and imports nothing heavy."""
 
 import time
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
 from lmmono.errors import RecipeError, RunError
-from lmmono.files.processes import this_process
+from lmmono.files.processes import alone, this_process
 from lmmono.recipe import SECTIONS, Recipe
 from lmmono.runs.folder import Run, open_run
 from lmmono.runs.manifest import Manifest
@@ -20,7 +21,8 @@ def run_stages(run: Run, *verbs: str, progress: Progress = silent) -> Run:
 
     A stage is done once: the manifest says so by the hash of all settings that decide its result.
     What is finished stays when a later stage fails; the same call resumes there. Under
-    `accelerate launch` every process trains and captures, and the main one does the rest.
+    `accelerate launch` every process comes here: all train and capture, the main one does the rest
+    while the others wait, and all go on to the next stage together.
 
     Args:
         run: As `open_for` or `Run.create` returns it.
@@ -35,19 +37,22 @@ def run_stages(run: Run, *verbs: str, progress: Progress = silent) -> Run:
     here = this_process()
     for stage in STAGES.values():
         verb = stage.verb or stage.name
-        if (verbs and verb not in verbs) or not (here.is_main or stage.is_shared):
+        if verbs and verb not in verbs:
             continue
         if not stage.is_asked(run.recipe):
             if verbs and stage.wants:
                 raise RecipeError([f"{run.dir}: {stage.wants}"])
             continue
-        if run.is_done(stage.name):
+        if not here.is_main:
+            _follow(run, stage)
             continue
-        if not here.is_main:  # the main process checks, locks and writes the manifest for all
-            _function(stage)(run, progress=progress)
+        if run.is_done(stage.name):
+            if stage.name == run.model_stage:
+                run.require_same_model()
             continue
         _require(run, stage)
-        with run.stage(stage.name) as facts:
+        # what the main process does by itself must not share itself out, nor wait for the others
+        with run.stage(stage.name) as facts, nullcontext() if stage.is_shared else alone():
             facts |= _function(stage)(run, progress=progress)
     return run
 
@@ -93,6 +98,28 @@ def open_for(recipe: Recipe, folder: Path | None = None) -> Run:
     while not _is_ready(place, recipe):
         time.sleep(POLL_SECONDS)
     return open_run(place)
+
+
+def _follow(run: Run, stage: Stage) -> None:
+    """Take part in a stage of which the main process decides, and return when it is finished.
+
+    The main process checks, locks and writes the manifest for all, and the others read there what
+    it does: a barrier would time out in a collective of hours. If the main one fails, the launcher
+    ends the others.
+    """
+    digest = run.recipe.digest(*stage.sections)
+    has_done_its_share = False
+    while True:
+        run.manifest = Manifest.read(run.dir)
+        record = run.manifest.stages.get(stage.name)
+        if record is not None and record.digest == digest:
+            if record.state == "finished":
+                return
+            if stage.is_shared and not has_done_its_share:
+                _function(stage)(run, progress=silent)
+                has_done_its_share = True
+                continue
+        time.sleep(POLL_SECONDS)
 
 
 def _is_ready(folder: Path, recipe: Recipe) -> bool:

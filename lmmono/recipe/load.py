@@ -299,7 +299,9 @@ def _missing_files(recipe: Recipe, tree: Tree) -> Iterator[Fault]:
         names["data", "tokenizer", "path"] = data.tokenizer.path
     if isinstance(recipe.model, PretrainedModel):
         local = {"path": recipe.model.path, "adapter": recipe.model.adapter}
-        names |= {("model", key): name for key, name in local.items() if name and not is_hub_name(name)}
+        names |= {
+            ("model", key): name for key, name in local.items() if name and not is_hub_name(name)
+        }
     for path, name in names.items():
         if name is None or FilePath(name).exists() or next(glob.iglob(name, recursive=True), None):
             continue

@@ -102,6 +102,9 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
         data = values.get("data", {})
         if isinstance(data, dict) and "tokenizer" not in data:
             values = {**values, "data": {**data, "tokenizer": {"kind": "model"}}}
+        elif isinstance(data, Data) and "tokenizer" not in data.model_fields_set:
+            own = {"tokenizer": ModelTokenizer(kind="model")}
+            values = {**values, "data": data.model_copy(update=own)}
         if values.get("arm"):  # the settings stand outside the arms, for those that are trained
             values = {key: value for key, value in values.items() if key != "train"}
         return values

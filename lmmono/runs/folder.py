@@ -23,7 +23,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmmono.errors import RecipeError, RunError, nearest
+from lmmono.errors import ModelError, RecipeError, RunError, nearest
 from lmmono.files import provenance
 from lmmono.files.atomic import atomic_folder, disk_faults, write_atomic
 from lmmono.files.digests import damaged_files, file_digest, folder_digests
@@ -304,14 +304,19 @@ class Run:
 
         Raises:
             RunError: A file has changed, came or went; names each.
-            ModelError: The model is not there any more.
+            ModelError: The model is not there any more, and every byte is asked for.
         """
         marks = self.model_facts.get("weights")
         if not (isinstance(self.recipe.model, PretrainedModel) and marks):
             return
         from lmmono.models.pretrained import changed_files
 
-        faults = changed_files(self.recipe.model, marks, every_byte=every_byte)
+        try:
+            faults = changed_files(self.recipe.model, marks, every_byte=every_byte)
+        except ModelError:
+            if every_byte:
+                raise
+            return  # results stand without the model, and who needs it is told by opening it
         if faults:
             raise RunError(
                 f"{self.dir}: holds results of another model than {self.recipe.model.path} is now: "

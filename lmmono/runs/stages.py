@@ -131,6 +131,7 @@ _LIST = (
         needs=("explain",),
         reads=("score",),
         verb="score",  # makes a run folder `untrained/`, which sets aside by itself
+        is_shared=True,
         is_asked=lambda r: r.score.controls and _explains(r) and r.has_learned,
     ),
     Stage(

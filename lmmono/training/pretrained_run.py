@@ -48,7 +48,7 @@ def open_pretrained(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
         "val_tokens": result.n_tokens,
         "n_parameters": sum(p.numel() for p in model.parameters()),
         "arch": model.config.get_text_config().model_type,
-        "weights": {name: list(mark) for name, mark in file_marks(section).items()},
+        "weights": file_marks(section),
         "warnings": warnings,
         "data_digest": run.corpus.digest,
     }
