@@ -1,4 +1,4 @@
-"""A pretrained model of one's own: opened, run without a recipe, and refused where it cannot fit."""
+"""A pretrained model of one's own: opened, run without a recipe, refused where it cannot fit."""
 
 import json
 import math
@@ -138,10 +138,10 @@ def test_a_run_captures_explains_and_scores_what_transformers_own_model_does(run
         row, pos, unit = (acts > 0).nonzero(as_tuple=True)
         places = zip(rows.seq_ids[row.numpy()].tolist(), pos.tolist(), unit.tolist(), strict=True)
         assert [one[:3] for one in stored] == sorted(places)
-        by_place = sorted(zip(rows.seq_ids[row.numpy()], pos, unit, acts[row, pos, unit]))
-        np.testing.assert_allclose(
-            [one[3] for one in stored], [float(one[3]) for one in by_place], rtol=1e-4, atol=1e-7
-        )
+        numbers = acts[row, pos, unit].tolist()
+        places = zip(rows.seq_ids[row.numpy()], pos, unit, numbers, strict=True)
+        expected = [one[3] for one in sorted(places)]
+        np.testing.assert_allclose([one[3] for one in stored], expected, rtol=1e-4, atol=1e-7)
         about = "SELECT arch, n_layers, d_model, d_vocab FROM runs"
         width = (2, 16, len(run.tokenizer))
         assert store.sql(about).fetchall() == [("qwen3", *width)]
