@@ -16,6 +16,8 @@ from lmmono.clients.replayed import ReplayClient as ReplayClient
 from lmmono.clients.server import ServerClient as ServerClient
 from lmmono.data import planted as planted
 from lmmono.data import tasks as tasks
+from lmmono.data.sources import tokenize as tokenize
+from lmmono.data.tasks.reading import read_task as read_task
 from lmmono.dictionaries.classical import Classical as Classical
 from lmmono.dictionaries.controls import Control as Control
 from lmmono.dictionaries.estimator import load_dictionary as load_dictionary

@@ -210,7 +210,7 @@ def test_a_folder_that_is_no_prepared_corpus_is_an_error(
     shutil.copytree(corpus.dir, tmp_path / "other")
     facts = json.loads((corpus.dir / "corpus.json").read_text())
     (tmp_path / "other" / "corpus.json").write_text(json.dumps(facts | {"format": 0}))
-    with pytest.raises(DataError, match="want a corpus of format 2, got 0"):
+    with pytest.raises(DataError, match="want a corpus of format 3, got 0"):
         TokenCorpus(tmp_path / "other")
     (tmp_path / "other" / "corpus.json").write_text("{")
     with pytest.raises(DataError, match="corpus.json: damaged.*delete"):

@@ -4,6 +4,7 @@
 run folder as its recipe says, and resumes an interrupted capture after its last commit.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,13 +17,14 @@ import activation_store as astore
 from activation_store.write.recorder import digest as weights_digest
 from activation_store.write.recording import OutputRecorder, per_token
 from lmmono.captures.latents import Code, Latents, claim_all, rows_settings
-from lmmono.data.tokens import TokenRows
+from lmmono.data.sources import tokenize
+from lmmono.data.tokens import TokenCorpus, TokenRows
 from lmmono.errors import RunError
 from lmmono.files.processes import Processes, best_device, this_process
 from lmmono.models.hooks import hook_width, match_hooks, run_until
 from lmmono.recipe.sections import Capture, SkippedTokens
 from lmmono.runs.folder import Run
-from lmmono.types import Progress, silent
+from lmmono.types import SPLITS, Progress, silent
 
 ALONE = Processes(0, 1)
 """A capture that shares its rows with nobody."""
@@ -33,7 +35,7 @@ it stores of further tokens is known within about an eighth."""
 
 def capture(
     model: nn.Module,
-    tokens: TokenRows | Sequence[TokenRows],
+    texts: Any,
     *,
     hooks: str | Sequence[str] = "blocks.*.mlp.hook_post",
     vectors: str | Sequence[str] = (),
@@ -45,7 +47,7 @@ def capture(
     progress: Progress = silent,
     **settings: Any,
 ) -> astore.Store:
-    """Run a model over rows of tokens and write the activations of its hooks into a store.
+    """Run a model over texts and write the activations of its hooks into a store.
 
     What is committed stays: called again with the same arguments on a store opened with mode "a",
     the capture resumes after its last commit and ends with the same bytes. Called with further
@@ -53,37 +55,71 @@ def capture(
 
     Args:
         model: Any model of `lmmono.models.hooks`; run in evaluation mode without gradients.
-        tokens: Rows of one split, or of several.
+        texts: A text; a path, folder or glob of files; several of either; a dataset of `datasets`;
+            a corpus of `lmmono.tokenize`, which says what is read as what; or rows of tokens of one
+            split, or of several.
         hooks: Names or globs stored as sparse rows with statistics and exemplars.
         vectors: Names or globs stored as dense vectors.
         dictionaries: Fitted dictionaries, as a list or by hook, whose latents are stored as sparse
             rows; the names of their hooks are told in `lmmono.captures.latents`.
         halves: Store signed codes as two halves; see `lmmono.store_latents`.
-        max_tokens: Tokens per split, whole rows; None takes all.
+        max_tokens: Tokens per split, whole rows; None takes all. Texts are half of split `explain`
+            and half of `score`.
         into: A store opened with mode "w" or "a".
         seed: Seed of the random exemplars.
         progress: Called with tokens done.
         **settings: Further fields of the recipe's section `capture`, such as threshold, top_k,
             units, top_p, acts_per_token, dtype, vectors_dtype or
-            skip={"special": True, "first": 1}.
+            skip={"special": True, "first": 1}; for texts also those of `lmmono.tokenize`, such as
+            n_ctx, rows, bos, text_column or tokenizer.
 
     Raises:
         ModelError: a hook name matches nothing.
         RunError: a setting is unknown or out of range.
+        DataError: texts cannot be read, or are none.
         DictionaryError: a dictionary does not fit, or its code is negative without `halves`.
         StoreError: the store is read-only, full, of another model, or refuses a dense hook.
     """
+    of_text = {key: settings.pop(key) for key in _TEXT_SETTINGS if key in settings}
     given = {"hooks": _names(hooks), "vectors": _names(vectors), "max_tokens": max_tokens}
     try:
         chosen = Capture.model_validate({**given, **settings})
     except ValidationError as error:
         raise RunError(f"capture: {error}") from None
-    parts = [tokens] if isinstance(tokens, TokenRows) else list(tokens)
+    parts = _token_rows(model, texts, of_text, progress)
     latents = claim_all(into, dictionaries, halves, lambda hook: hook_width(model, hook))
     limited = [part.limit(max_tokens, seed=seed) for part in parts]
     _add_words(into, limited)
     _stream(model, limited, chosen, into, seed, progress, latents)
     return into
+
+
+_TEXT_SETTINGS = tuple(
+    name
+    for name, parameter in inspect.signature(tokenize).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "progress"
+)
+
+
+def _token_rows(
+    model: nn.Module, texts: Any, settings: dict[str, Any], progress: Progress
+) -> list[TokenRows]:
+    """Return rows of tokens as they are given, or those of each split of texts.
+
+    Raises:
+        RunError: Rows of tokens are given with settings of texts, or there is none.
+        DataError: As `tokenize`.
+    """
+    several = list(texts) if isinstance(texts, list | tuple) else [texts]
+    is_rows = bool(several) and all(isinstance(part, TokenRows) for part in several)
+    if settings and (is_rows or isinstance(texts, TokenCorpus)):
+        raise RunError(f"capture: {', '.join(settings)}: settings of texts; tokens are given")
+    if is_rows:
+        return several
+    if not isinstance(texts, TokenCorpus):
+        texts = tokenize(model, texts, **settings, progress=progress)
+    corpus: TokenCorpus = texts
+    return [corpus.tokens(split) for split in SPLITS if corpus.facts[split]["n_rows"]]
 
 
 def capture_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:

@@ -4,18 +4,37 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from lmmono.data.chat import Chat
 from lmmono.data.document import Document
 from lmmono.data.hub_documents import hub_documents, hub_fingerprint
 from lmmono.data.planted import VERSION, Language
-from lmmono.data.text_files import SourceFile, read_paragraphs, read_rows, row_count, source_files
+from lmmono.data.text_files import (
+    read_rows,
+    read_texts,
+    row_count,
+    source_files,
+    text_column,
+    text_split,
+)
 from lmmono.errors import DataError
 from lmmono.recipe.sections import Corpus, FilesCorpus, HubCorpus, PlantedCorpus
 
-__all__ = ["Document", "document_count", "documents", "fingerprint"]
+__all__ = [
+    "Document",
+    "checked_text",
+    "document_count",
+    "documents",
+    "fingerprint",
+    "reading_notes",
+]
 
 
-def documents(corpus: Corpus) -> Iterator[Document]:
+def documents(corpus: Corpus, chat: Chat | None = None) -> Iterator[Document]:
     """Yield the documents of a corpus in its own order, empty ones included, as they are read.
+
+    Args:
+        corpus: Where they come from.
+        chat: Column of messages to read in place of a text column.
 
     Raises:
         DataError: If a source is missing, cannot be read, or has no such text column.
@@ -24,9 +43,26 @@ def documents(corpus: Corpus) -> Iterator[Document]:
         case PlantedCorpus():
             return _planted(corpus)
         case FilesCorpus():
-            return islice(_from_files(corpus), corpus.max_documents)
+            return islice(_from_files(corpus, chat), corpus.max_documents)
         case HubCorpus():
-            return islice(hub_documents(corpus), corpus.max_documents)
+            return islice(hub_documents(corpus, chat), corpus.max_documents)
+
+
+def reading_notes(corpus: Corpus, chat: Chat | None = None) -> list[str]:
+    """Return what was chosen where the settings leave it open, a sentence each.
+
+    Raises:
+        DataError: As `documents`.
+    """
+    if not isinstance(corpus, FilesCorpus):
+        return []
+    files = source_files(corpus.paths)
+    notes = [text_split(files, corpus.split)[1]]
+    if corpus.text_column is None and chat is None:
+        with_rows = next((file for file in files if file.format != ".txt"), None)
+        if with_rows is not None and (column := text_column(with_rows, _COLUMN)) != "text":
+            notes.append(f"text is read from column {column!r}")
+    return [note for note in notes if note]
 
 
 def document_count(corpus: Corpus) -> int | None:
@@ -62,21 +98,37 @@ def _planted(corpus: PlantedCorpus) -> Iterator[Document]:
         yield Document(language.text(i), f"planted:{i}")
 
 
-def _from_files(corpus: FilesCorpus) -> Iterator[Document]:
-    for file in source_files(corpus.paths):
+def _from_files(corpus: FilesCorpus, chat: Chat | None) -> Iterator[Document]:
+    files = source_files(corpus.paths)
+    split, column = text_split(files, corpus.split)[0], corpus.text_column
+    for file in files:
         if file.format == ".txt":
-            for name, text in read_paragraphs(file):
+            if chat is not None:
+                raise DataError(f"{file.path}: data.chat wants rows with messages, not .txt")
+            for name, text in read_texts(file, split):
                 yield Document(text, name)
-        else:
-            yield from _from_rows(file, corpus.text_column)
+            continue
+        if chat is not None:
+            for name, row in read_rows(file, [chat.column]):
+                yield Document(chat.text(row[chat.column], name), name)
+            continue
+        column = column or text_column(file, _COLUMN)  # the first file's stands for all
+        for name, row in read_rows(file, [column]):
+            yield Document(checked_text(row[column], column, name), name)
 
 
-def _from_rows(file: SourceFile, column: str) -> Iterator[Document]:
-    for name, row in read_rows(file, [column]):
-        text = row[column]
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"{name}: want text in {column!r}, got {type(text).__name__}")
-        yield Document(_utf8(text or "", name), name)
+_COLUMN = "data.corpus.text_column"
+
+
+def checked_text(value: Any, column: str, where: str) -> str:
+    """Return the text of a row's column; None is an empty text.
+
+    Raises:
+        DataError: It is no text, or no whole characters.
+    """
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{where}: want text in {column!r}, got {type(value).__name__}")
+    return _utf8(value or "", where)
 
 
 def _utf8(text: str, name: str) -> str:

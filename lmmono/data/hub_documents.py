@@ -1,33 +1,81 @@
 """Documents of a Hugging Face dataset, by name or folder; imports `datasets` only when asked."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from lmmono.data.chat import Chat
 from lmmono.data.document import Document
-from lmmono.data.text_files import SourceFile, missing_column
-from lmmono.errors import DataError
+from lmmono.data.text_files import (
+    GUESS_ROWS,
+    SourceFile,
+    guessed_column,
+    missing_column,
+    saved_files,
+)
+from lmmono.errors import DataError, nearest
 from lmmono.recipe.sections import HubCorpus
 
 
-def hub_documents(corpus: HubCorpus) -> Iterator[Document]:
+def hub_documents(corpus: HubCorpus, chat: Chat | None = None) -> Iterator[Document]:
     """Yield the documents of a dataset in its own order.
 
     Raises:
         DataError: If the dataset, its configuration, split or text column is not there, or a
             value is no text.
     """
-    import datasets
-
     name = _short_name(corpus)
     with _told_as_data_errors(corpus), _without_progress_bars():
-        rows = datasets.load_dataset(
+        yield from row_documents(_rows(corpus), name, f"dataset {corpus.name}", corpus, chat)
+
+
+def row_documents(
+    rows: Iterable[Any], name: str, where: str, corpus: HubCorpus | None, chat: Chat | None
+) -> Iterator[Document]:
+    """Yield the documents of a dataset's rows, named by `name` and row.
+
+    Args:
+        rows: The rows, mappings.
+        name: What document names begin with.
+        where: The dataset as errors name it.
+        corpus: Names the text column, if it is named.
+        chat: Column of messages to read in its place.
+
+    Raises:
+        DataError: There is no such column, or a value is no text.
+    """
+    rest = iter(rows)
+    first: list[Any] = list(islice(rest, GUESS_ROWS))
+    if not first:
+        return
+    wanted = chat.column if chat is not None else corpus and corpus.text_column
+    column = wanted or guessed_column(first, where, "text_column")
+    if column not in first[0]:
+        raise missing_column(where, column, list(first[0]))
+    for i, row in enumerate(chain(first, rest)):
+        place = f"{name}:{i}"
+        text = chat.text(row[column], place) if chat else _text(row[column], place)
+        yield Document(text, place)
+
+
+def _rows(corpus: HubCorpus) -> Iterable[Any]:
+    """Return the rows of a dataset, which `save_to_disk` may have written to a folder."""
+    import datasets
+
+    if not saved_files(corpus.name):
+        return datasets.load_dataset(
             corpus.name, corpus.config, split=corpus.split, streaming=corpus.streaming
         )
-        for i, row in enumerate(_with_column(corpus, iter(rows))):
-            yield Document(_text(row[corpus.text_column], f"{name}:{i}"), f"{name}:{i}")
+    saved = datasets.load_from_disk(corpus.name)
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if corpus.split not in saved:
+        raise DataError(
+            f"dataset {corpus.name}: no split {corpus.split!r}; {nearest(corpus.split, saved)}"
+        )
+    return saved[corpus.split]
 
 
 def labelled_rows(
@@ -50,6 +98,8 @@ def hub_fingerprint(corpus: HubCorpus) -> dict[str, Any]:
     """Return what identifies the dataset's content: digests of local files, or the revision."""
     import datasets
 
+    if saved := saved_files(corpus.name):
+        return {"name": _short_name(corpus), "content": [[f.name, f.sha256()] for f in saved]}
     with _told_as_data_errors(corpus), _without_progress_bars():
         builder = datasets.load_dataset_builder(corpus.name, corpus.config)
     data_files: dict[str, list[str]] = dict(builder.config.data_files or {})
@@ -64,15 +114,6 @@ def hub_fingerprint(corpus: HubCorpus) -> dict[str, Any]:
 def _short_name(corpus: HubCorpus) -> str:
     path = Path(corpus.name)
     return path.name if path.is_dir() else corpus.name
-
-
-def _with_column(corpus: HubCorpus, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    first = next(rows, None)
-    if first is None:
-        return iter(())
-    if corpus.text_column not in first:
-        raise missing_column(f"dataset {corpus.name}", corpus.text_column, list(first))
-    return chain([first], rows)
 
 
 def _text(value: Any, where: str) -> str:

@@ -1,4 +1,4 @@
-"""Packing: documents end to end, an end-of-text token after each, cut into rows on disk."""
+"""Rows on disk: documents end to end, cut at the row's length, or each in rows of its own."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -12,13 +12,15 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerFast
 
 from lmmono.data.document import Document
+from lmmono.data.framing import Frame, frame_of
 from lmmono.data.splits import split_of
-from lmmono.data.tokenizers import end_of_text_id
 from lmmono.data.tokenizing import BLOCK_CHARACTERS, plain_encoder
 from lmmono.recipe.sections import Data
 from lmmono.types import SPLITS, Split
 
 BLOCK_DOCUMENTS = 2048
+NO_DOCUMENT = -1
+"""Stands where other tokens have their document: padding, which no store or statistic counts."""
 
 DOCUMENTS = pa.schema(
     [
@@ -29,7 +31,7 @@ DOCUMENTS = pa.schema(
         pa.field("n_tokens", pa.int32(), nullable=False),
     ]
 )
-"""Columns of `documents.parquet`; `n_tokens` counts the document's end-of-text token."""
+"""Columns of `documents.parquet`; `n_tokens` counts the tokens around the document too."""
 
 
 def id_dtype(d_vocab: int) -> np.dtype[Any]:
@@ -82,9 +84,15 @@ class RowFile:
 class SplitWriter:
     """The two row files of one split: token ids, and the document of every token."""
 
-    def __init__(self, folder: Path, split: Split, n_ctx: int, dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, folder: Path, split: Split, section: Data, frame: Frame, dtype: np.dtype[Any]
+    ) -> None:
         self.n_documents = 0
         self.n_tokens = 0
+        self.n_padding = 0
+        n_ctx = self._n_ctx = section.n_ctx
+        self._frame, self._apart = frame, section.rows == "documents"
+        self._place = 0  # of the next token in its row
         self._ids = RowFile(folder / f"{split}.ids.npy", n_ctx, dtype)
         self._doc_ids = RowFile(folder / f"{split}.doc_ids.npy", n_ctx, np.dtype(np.int32))
 
@@ -103,14 +111,37 @@ class SplitWriter:
                     file.finish()
 
     def append(self, doc_ids: Sequence[int], tokens: Sequence[np.ndarray]) -> None:
-        """Add documents, each with its end-of-text token already at its end."""
-        lengths = [len(ids) for ids in tokens]
-        if not lengths:
+        """Add documents, each with the tokens around it."""
+        if not tokens:
             return
-        self._ids.append(np.concatenate(tokens))
-        self._doc_ids.append(np.repeat(np.asarray(doc_ids, np.int32), lengths))
+        laid = [self._laid(doc_id, ids) for doc_id, ids in zip(doc_ids, tokens, strict=True)]
+        self._ids.append(np.concatenate([ids for ids, _ in laid]))
+        self._doc_ids.append(np.concatenate([docs for _, docs in laid]))
         self.n_documents += len(doc_ids)
-        self.n_tokens += sum(lengths)
+        self.n_tokens += sum(map(len, tokens))
+
+    def _laid(self, doc_id: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return a document's tokens as they go into rows, and the document of each."""
+        start = self._frame.row_start
+        if start is not None:
+            # where rows begin inside the document: each takes one token less of it
+            first = self._n_ctx - self._place if self._place else self._n_ctx
+            ids = np.insert(ids, np.arange(first, len(ids), self._n_ctx - 1), start)
+        docs = np.full(len(ids), doc_id, np.int32)
+        if self._apart:
+            n_padding = -len(ids) % self._n_ctx
+            ids = np.pad(ids, (0, n_padding), constant_values=self._frame.padding)
+            docs = np.pad(docs, (0, n_padding), constant_values=NO_DOCUMENT)
+            self.n_padding += n_padding
+        self._place = (self._place + len(ids)) % self._n_ctx
+        return ids, docs
+
+    def pad(self) -> None:
+        """Fill the last row up, so that no token is dropped."""
+        if self._ids.n_left:
+            self.n_padding += (n_padding := self._n_ctx - self._ids.n_left)
+            self._ids.append(np.full(n_padding, self._frame.padding))
+            self._doc_ids.append(np.full(n_padding, NO_DOCUMENT))
 
     def facts(self) -> dict[str, int]:
         """Return what went in and what the row length left out."""
@@ -119,6 +150,7 @@ class SplitWriter:
             "n_documents": self.n_documents,
             "n_tokens": self.n_tokens,
             "n_tokens_dropped": self._ids.n_left,
+            "n_padding": self.n_padding,
         }
 
 
@@ -128,25 +160,35 @@ def pack(
     section: Data,
     folder: Path,
     report: Callable[[int], None],
+    *,
+    keep_rest: bool = False,
 ) -> tuple[pa.Table, dict[str, dict[str, int]]]:
     """Write the row files of every split and return the documents' table and facts per split.
 
     The tokenizer reads a literal `<|endoftext|>` in a document as ordinary characters, so only
-    the packing itself puts an end-of-text token anywhere.
+    the packing itself puts an end-of-text token anywhere; in chats it is the template's to spell.
+
+    Args:
+        texts: Documents, none of them empty.
+        tokenizer: Makes token ids of them.
+        section: Row length, splits, and what stands around documents.
+        folder: Where the files go.
+        report: Called with the documents done.
+        keep_rest: Pad the last row of a split instead of dropping its tokens.
     """
-    encode = plain_encoder(tokenizer)
-    end = np.uint32(end_of_text_id(tokenizer))
+    encode = plain_encoder(tokenizer, special_tokens=section.chat is not None)
+    frame = frame_of(tokenizer, section)
     dtype = id_dtype(len(tokenizer))
     blocks: list[pa.RecordBatch] = []
     with ExitStack() as stack:
         writers = {
-            split: stack.enter_context(SplitWriter(folder, split, section.n_ctx, dtype))
+            split: stack.enter_context(SplitWriter(folder, split, section, frame, dtype))
             for split in SPLITS
         }
         n_documents = 0
         for block in _blocks(texts):
             splits: list[Split] = [split_of(document.text, section.splits) for document in block]
-            tokens = [np.append(ids, end) for ids in encode([document.text for document in block])]
+            tokens = [frame.around(ids) for ids in encode([document.text for document in block])]
             for split in SPLITS:
                 of_split = [i for i, other in enumerate(splits) if other == split]
                 writers[split].append(
@@ -155,6 +197,8 @@ def pack(
             blocks.append(_document_rows(n_documents, block, splits, tokens))
             n_documents += len(block)
             report(n_documents)
+        for writer in writers.values() if keep_rest else ():
+            writer.pad()
     facts = {split: writer.facts() for split, writer in writers.items()}
     return pa.Table.from_batches(blocks, schema=DOCUMENTS), facts
 

@@ -1,9 +1,11 @@
-"""Rows of local files: text, JSON lines and Parquet, plain or compressed, never read whole.
+"""Rows of local files: text, CSV, JSON, Parquet, plain or compressed; `.json` alone is read whole.
 
 It refuses what it cannot read exactly: an unknown suffix, a broken line, bytes that are no UTF-8
-and a truncated stream are errors that name the file and the place.
+and a truncated stream are errors that name the file and the place. Folders that `datasets` wrote
+with `save_to_disk` are read by it.
 """
 
+import csv
 import glob
 import hashlib
 import io
@@ -14,6 +16,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -22,9 +25,17 @@ import pyarrow.parquet as pq
 
 from lmmono.errors import DataError, nearest
 
-FORMATS = (".txt", ".jsonl", ".parquet")
+FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
+SAVED = "save_to_disk"
+"""Format of a folder that `datasets` wrote."""
+BESIDE = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+"""Names of files that `datasets` puts beside the data."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 WANTED = f"want {', '.join(FORMATS)}, each plain or with {' or '.join(COMPRESSIONS)}"
+GUESS_ROWS = 20
+"""Rows that tell which column holds text: `datasets` and people put odd ones first."""
+WRAPPED_CHARACTERS = 100
+"""Mean length up to which lines may be prose that an editor wrapped, mostly at 72 or 80."""
 PARQUET_ROWS = 256
 """Rows decoded at once: whole articles are tens of kB, so this stays in the tens of MB."""
 
@@ -38,7 +49,7 @@ class SourceFile:
     name: str
     """What it is called in document names and digests: its path below the folder asked for."""
     format: str
-    """One of `FORMATS`."""
+    """One of `FORMATS`, or `SAVED`."""
     compression: str | None
     """`gzip`, `zstd`, or None."""
 
@@ -49,6 +60,10 @@ class SourceFile:
             DataError: If it cannot be read.
         """
         try:
+            if self.path.is_dir():
+                parts = sorted(self.path.glob("*.arrow"))
+                inside = [SourceFile(part, part.name, "", None).sha256() for part in parts]
+                return hashlib.sha256(" ".join(inside).encode()).hexdigest()
             with self.path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
@@ -94,9 +109,9 @@ def _named_apart(files: list[SourceFile]) -> list[SourceFile]:
 def read_rows(
     file: SourceFile, columns: Sequence[str] | None = None
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield each row of a `.jsonl` or `.parquet` file as its name and its values.
+    """Yield each row of a file that is no `.txt` as its name and its values.
 
-    Names are `file:line`, from 1, for JSON lines and `file:row`, from 0, for Parquet.
+    Names are `file:line`, from 1, for CSV and JSON lines and `file:row`, from 0, for the others.
 
     Args:
         file: The file to read.
@@ -105,8 +120,107 @@ def read_rows(
     Raises:
         DataError: If the file or a line of it cannot be read, or a column is missing.
     """
-    reader = _json_rows if file.format == ".jsonl" else _parquet_rows
-    return reader(file, columns)
+    return _READERS[file.format](file, columns)
+
+
+def text_column(file: SourceFile, key: str) -> str:
+    """Return the column of a file's texts: `text`, or else the only one that holds text.
+
+    The first rows tell. Where several hold words parted by blanks, or none does and several hold
+    strings, nothing is guessed.
+
+    Args:
+        file: A file with rows.
+        key: The setting that names the column, for the error.
+
+    Raises:
+        DataError: There is not exactly one candidate; names the columns.
+    """
+    rows = (row for _, row in read_rows(file))
+    first = list(islice(rows, 1))
+    if first and "text" not in first[0]:
+        first += islice(rows, GUESS_ROWS - 1)
+    return guessed_column(first, str(file.path), key)
+
+
+def guessed_column(first: Sequence[Mapping[str, Any]], where: str, key: str) -> str:
+    """Return the column of text of some first rows; see `text_column`."""
+    columns = list(dict.fromkeys(name for row in first for name in row))
+    if not columns or "text" in columns:
+        return "text"
+    texts = {name: [row[name] for row in first if row.get(name)] for name in columns}
+    strings = {
+        name: [value for value in values if isinstance(value, str)]
+        for name, values in texts.items()
+        if any(isinstance(value, str) for value in values)
+    }
+    prose = [
+        name
+        for name, values in strings.items()
+        if 2 * sum(" " in value.strip() for value in values) > len(values)
+    ]
+    # text of languages without blanks is told apart only where it is alone
+    candidates = prose or list(strings)
+    if len(candidates) == 1:
+        return candidates[0]
+    among = f"{len(candidates)} columns of text" if candidates else "no column of text"
+    raise DataError(
+        f"{where}: {among} among {', '.join(map(repr, columns))}; name the one to read as {key}"
+    )
+
+
+def text_split(files: Sequence[SourceFile], asked: str) -> tuple[str, str]:
+    """Return how `.txt` files are split into documents, and a sentence that says so.
+
+    `auto` takes blank lines where there are any, else one document per line where lines are few
+    per file or long, and else one per file.
+
+    Args:
+        files: Files of any format.
+        asked: `auto`, `file`, `line` or `blank_line`.
+    """
+    texts = [file for file in files if file.format == ".txt"]
+    if not texts:
+        return asked, ""
+    n_lines = n_blocks = n_characters = 0
+    for file in texts:
+        is_inside = False
+        for _, line in _lines(file):
+            is_text = bool(line.strip())
+            n_lines += is_text
+            n_characters += len(line)
+            n_blocks += is_text and not is_inside
+            is_inside = is_text
+    n_files = len(texts)
+    counts = {"blank_line": n_blocks, "line": n_lines, "file": n_files}
+    chosen = asked
+    if asked == "auto":
+        chosen = "file"
+        if n_blocks > n_files:
+            chosen = "blank_line"
+        elif n_lines > n_files and n_characters > WRAPPED_CHARACTERS * n_lines:
+            chosen = "line"
+    others = ", ".join(f"{n:,} by {kind}" for kind, n in counts.items() if kind != chosen)
+    files_are = f"{n_files:,} .txt file{'s are' if n_files > 1 else ' is'}"
+    by = {"blank_line": "split at blank lines", "line": "split at lines", "file": "not split"}
+    return chosen, (
+        f"{files_are} {by[chosen]} (data.corpus.split: {asked}): {counts[chosen]:,} "
+        f"document{'s' * (counts[chosen] > 1)}; {others}"
+    )
+
+
+def read_texts(file: SourceFile, split: str) -> Iterator[tuple[str, str]]:
+    """Yield the documents of a text file as names and texts: whole, by line, or by blank line."""
+    match split:
+        case "file":
+            text = "\n".join(line for _, line in _lines(file))
+            yield file.name, text
+        case "line":
+            for number, line in _lines(file):
+                if line.strip():
+                    yield f"{file.name}:{number}", line
+        case _:
+            yield from read_paragraphs(file)
 
 
 def read_paragraphs(file: SourceFile) -> Iterator[tuple[str, str]]:
@@ -144,6 +258,8 @@ def _expand(pattern: str) -> list[SourceFile]:
     if path.is_file():
         return [_source(path, path.name)]
     if path.is_dir():
+        if saved := saved_files(path):
+            return saved
         inside = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
         files = [_source(p, p.relative_to(path).as_posix()) for p in inside if _is_readable(p)]
         if not files:
@@ -172,8 +288,24 @@ def _is_hidden(path: Path, below: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(below).parts)
 
 
+def has_readable_suffix(name: str) -> bool:
+    """Return whether a name ends as files do that can be read."""
+    return _suffixes(Path(name))[0] in FORMATS
+
+
 def _is_readable(path: Path) -> bool:
-    return _suffixes(path)[0] in FORMATS
+    return has_readable_suffix(path.name) and path.name not in BESIDE
+
+
+def saved_files(path: str | Path) -> list[SourceFile]:
+    """Return the data sets of a folder that `save_to_disk` wrote: itself, or one per split."""
+    folder = Path(path)
+    if (folder / "state.json").is_file():
+        return [SourceFile(folder, folder.name, SAVED, None)]
+    if not (folder / "dataset_dict.json").is_file():
+        return []
+    splits = sorted(path.parent for path in folder.glob("*/state.json"))
+    return [SourceFile(path, f"{folder.name}/{path.name}", SAVED, None) for path in splits]
 
 
 def _suffixes(path: Path) -> tuple[str, str | None]:
@@ -204,8 +336,8 @@ def _bytes(file: SourceFile) -> Generator[BinaryIO]:
         ) from error
 
 
-def _lines(file: SourceFile) -> Iterator[tuple[int, str]]:
-    """Yield each line's number, from 1, and its text without the line end."""
+def _lines(file: SourceFile, *, bare: bool = True) -> Iterator[tuple[int, str]]:
+    """Yield each line's number, from 1, and its text, `bare` without the line end."""
     offset = 0
     with _bytes(file) as stream:
         for number, raw in enumerate(stream, start=1):
@@ -218,7 +350,104 @@ def _lines(file: SourceFile) -> Iterator[tuple[int, str]]:
                     "convert the file to UTF-8"
                 ) from error
             offset += len(raw)
-            yield number, line.rstrip("\r\n")
+            yield number, line.rstrip("\r\n") if bare else line
+
+
+def _csv_rows(
+    file: SourceFile, columns: Sequence[str] | None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    limit = csv.field_size_limit()
+    try:
+        yield from _delimited(file, columns)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _delimited(
+    file: SourceFile, columns: Sequence[str] | None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)  # the module's own is 128 KiB, less than a book
+
+    def decoded() -> Iterator[str]:
+        for number, line in _lines(file, bare=False):
+            if "\0" in line:
+                raise DataError(
+                    f"{file.path}:{number}: a NUL character; want a text file, saved as UTF-8"
+                )
+            yield line
+
+    lines = decoded()
+    head = next(lines, "")
+    comma = "\t" if file.format == ".tsv" else ","
+    if comma == "," and "," not in head and ";" in head:  # where a comma is the decimal point
+        comma = ";"
+    reader = csv.reader(chain([head], lines), delimiter=comma, strict=True)
+    try:
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(
+                f"{file.path}:1: column {twice!r} stands twice; want names of their own"
+            )
+        for column in columns or ():
+            if column not in names:
+                raise missing_column(str(file.path), column, names)
+        line = reader.line_num + 1
+        for row in reader:
+            if row:  # a blank line is no row
+                if len(row) != len(names):
+                    raise DataError(
+                        f"{file.path}:{line}: want {len(names)} columns, got {len(row)}"
+                    )
+                yield f"{file.name}:{line}", dict(zip(names, row, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{file.path}:{reader.line_num}: no readable CSV: {error}") from error
+
+
+def _whole_json_rows(
+    file: SourceFile, columns: Sequence[str] | None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the objects of a list, alone or as the only list of an object, or of JSON lines."""
+    text = "".join(line for _, line in _lines(file, bare=False))
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # many call JSON lines .json
+            yield from _json_rows(file, columns)
+            return
+        raise DataError(f"{file.path}:{error.lineno}: no JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise DataError(f"{file.path}: no JSON: nested too deeply") from error
+    lists = [v for v in found.values() if isinstance(v, list)] if isinstance(found, dict) else []
+    rows: Any = lists[0] if len(lists) == 1 else found
+    if not isinstance(rows, list):
+        raise DataError(f"{file.path}: want a list of objects, got {type(found).__name__}")
+    for i, row in enumerate(cast(list[Any], rows)):
+        if not isinstance(row, dict):
+            raise DataError(f"{file.path}: item {i}: want an object, got {type(row).__name__}")
+        values = cast(dict[str, Any], row)
+        for column in columns or ():
+            if column not in values:
+                raise missing_column(f"{file.path}: item {i}", column, list(values))
+        yield f"{file.name}:{i}", values
+
+
+def _saved_rows(
+    file: SourceFile, columns: Sequence[str] | None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(file.path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{file.path}: no readable data set: {error}; save it again") from error
+    names = list(rows.column_names)
+    for column in columns or ():
+        if column not in names:
+            raise missing_column(str(file.path), column, names)
+    for i, row in enumerate(rows.select_columns(list(columns)) if columns else rows):
+        yield f"{file.name}:{i}", cast(Mapping[str, Any], row)
 
 
 def _json_rows(
@@ -282,3 +511,13 @@ def _parquet(file: SourceFile) -> Generator[pq.ParquetFile]:
                 yield parquet
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"{file.path}: no readable Parquet: {error}") from error
+
+
+_READERS = {
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".json": _whole_json_rows,
+    ".jsonl": _json_rows,
+    ".parquet": _parquet_rows,
+    SAVED: _saved_rows,
+}

@@ -24,7 +24,12 @@ END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 """Vocabulary and merges, as transformers and as OpenAI name them."""
-SAVED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+SAVED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 def build_tokenizer(
@@ -85,13 +90,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         if "os error" in str(error):
             raise OSError(str(error)) from error
         raise
-
-
-def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Return the id that ends a document."""
-    end = tokenizer.eos_token_id
-    assert isinstance(end, int), end  # build_tokenizer saw to it
-    return end
 
 
 def _training_texts(

@@ -20,18 +20,23 @@ BLOCK_CHARACTERS = 2_000_000
 Encoder = Callable[[list[str]], list[UInt32[np.ndarray, "n_tokens"]]]
 
 
-def exact_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """Return a copy that reads special tokens as ordinary text and neither cuts nor pads."""
+def exact_backend(tokenizer: PreTrainedTokenizerFast, *, special_tokens: bool = False) -> Tokenizer:
+    """Return a copy that neither cuts nor pads, and reads special tokens as such or as text."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = not special_tokens
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
-def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
-    """Return a batch encoder that adds no token and reads special tokens as ordinary text."""
-    backend = exact_backend(tokenizer)
+def plain_encoder(tokenizer: PreTrainedTokenizerFast, *, special_tokens: bool = False) -> Encoder:
+    """Return a batch encoder that adds no token.
+
+    Args:
+        tokenizer: The tokenizer.
+        special_tokens: Read special tokens as such, as in chats; else as ordinary text.
+    """
+    backend = exact_backend(tokenizer, special_tokens=special_tokens)
     cut = pieces if _breaks_at_blanks(backend) else _whole
 
     def encode(texts: list[str]) -> list[UInt32[np.ndarray, "n_tokens"]]:

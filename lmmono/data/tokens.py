@@ -7,7 +7,7 @@ name only when it is complete.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,18 +19,18 @@ from jaxtyping import Int32, Int64, UInt
 from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerFast
 
-from lmmono.data.corpora import document_count, documents, fingerprint
+from lmmono.data.chat import Chat
+from lmmono.data.corpora import document_count, documents, fingerprint, reading_notes
 from lmmono.data.document import Document
 from lmmono.data.packing import pack
 from lmmono.data.tokenizers import (
     build_tokenizer,
-    end_of_text_id,
     read_tokenizer,
     save_tokenizer,
     tokenizer_fingerprint,
 )
 from lmmono.data.vocabulary import shown_tokens
-from lmmono.errors import DataError, RunError
+from lmmono.errors import DataError, RunError, nearest
 from lmmono.files.atomic import atomic_folder
 from lmmono.files.digests import damaged_files, folder_digests
 from lmmono.files.json_files import read_json
@@ -38,7 +38,7 @@ from lmmono.files.locks import wait_for_lock
 from lmmono.recipe.sections import Data
 from lmmono.types import SPLITS, Progress, Split, silent
 
-FORMAT = 2
+FORMAT = 3
 """Part of every digest: raised whenever equal settings and text would give other files."""
 
 
@@ -46,13 +46,14 @@ FORMAT = 2
 class TokenRows:
     """Rows of one split in corpus order: all of them, or a sample.
 
-    Documents are packed end to end with an end-of-text token after each, and cut into rows.
+    Documents are packed end to end and cut into rows, or start in a row of their own each; what
+    stands around them is told in `lmmono.data.framing`.
     """
 
     ids: UInt[np.ndarray, "n_rows n_ctx"]
     """Token ids, uint16 or uint32, usually a memory map."""
     doc_ids: Int32[np.ndarray, "n_rows n_ctx"]
-    """Document of each token; an end-of-text token belongs to the document it ends."""
+    """Document of each token, BOS and end-of-text included; below 0 is padding."""
     first_seq_id: int
     """`seq_id` of the split's first row; its row r has `first_seq_id + r`, unique in a corpus."""
     split: Split
@@ -131,8 +132,13 @@ class TokenCorpus:
 
     @property
     def facts(self) -> dict[str, dict[str, int]]:
-        """Per split: `n_rows`, `n_documents`, `n_tokens` and `n_tokens_dropped` by packing."""
+        """Per split: `n_rows`, `n_documents`, `n_tokens`, `n_tokens_dropped` and `n_padding`."""
         return self._facts.splits
+
+    @property
+    def notes(self) -> list[str]:
+        """What was chosen or left out where the settings leave it open, a sentence each."""
+        return self._facts.notes
 
     def verify(self) -> list[str]:
         """Return one fault for each file whose bytes are not those that were written."""
@@ -157,11 +163,13 @@ class TokenCorpus:
         """Return the rows of a split as memory maps.
 
         Raises:
-            DataError: If the split has no whole row.
+            DataError: If there is no such split, or it has no whole row.
         """
+        if split not in self.facts:
+            raise DataError(f"no split {split!r}; {nearest(split, self.facts)}")
         facts = self.facts[split]
         if facts["n_rows"] == 0:
-            raise DataError(_no_rows(split, facts, self.n_ctx))
+            raise DataError(_no_rows(split, facts, self.n_ctx, self.notes))
         earlier = SPLITS[: SPLITS.index(split)]
         return TokenRows(
             ids=np.load(self.dir / f"{split}.ids.npy", mmap_mode="r"),
@@ -218,29 +226,70 @@ def prepare(section: Data, cache_dir: Path, progress: Progress = silent) -> Toke
 def _write(section: Data, digest: str, folder: Path, progress: Progress) -> None:
     corpus = section.corpus
     tokenizer = build_tokenizer(section.tokenizer, corpus, section.splits, progress)
+    chat = None if section.chat is None else Chat(section.chat, tokenizer)
+    texts, total = documents(corpus, chat), document_count(corpus)
+    notes = reading_notes(corpus, chat)
+    write_rows(texts, tokenizer, section, folder, progress, digest=digest, total=total, notes=notes)
+
+
+def write_rows(
+    texts: Iterable[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    section: Data,
+    folder: Path,
+    progress: Progress,
+    *,
+    digest: str = "",
+    total: int | None = None,
+    notes: Sequence[str] = (),
+    keep_rest: bool = False,
+) -> None:
+    """Write everything that a prepared folder holds.
+
+    Args:
+        texts: The documents; empty ones are left out and counted.
+        tokenizer: Makes token ids of them.
+        section: Row length, splits, and what stands around documents.
+        folder: An empty folder.
+        progress: Called with the documents done.
+        digest: Of the content, where the folder is to be found again; else of what is written.
+        total: How many documents there are, if that is known.
+        notes: What was chosen in reading them.
+        keep_rest: Pad the last row of a split instead of dropping its tokens.
+
+    Raises:
+        DataError: No document holds any text, or no split fills a row.
+    """
     save_tokenizer(tokenizer, folder / "tokenizer")
-    texts, total = _Counted(documents(corpus)), document_count(corpus)
+    counted = _Counted(texts)
 
     def report(n_packed: int) -> None:
-        done = n_packed + texts.n_empty
+        done = n_packed + counted.n_empty
         progress("documents", done, total or done)
 
-    table, splits = pack(texts, tokenizer, section, folder, report)
+    table, splits = pack(counted, tokenizer, section, folder, report, keep_rest=keep_rest)
     if table.num_rows == 0:
-        raise DataError(f"the corpus is empty: {texts.n_empty} documents read, none holds any text")
-    if splits["train"]["n_rows"] == 0:
-        raise DataError(_no_rows("train", splits["train"], section.n_ctx))
+        raise DataError(
+            f"the corpus is empty: {counted.n_empty} documents read, none holds any text"
+        )
+    if counted.n_empty:
+        notes = [*notes, f"{counted.n_empty:,} documents without text are left out"]
+    if not any(facts["n_rows"] for facts in splits.values()):
+        fullest = max(SPLITS, key=lambda split: splits[split]["n_tokens"])
+        raise DataError(_no_rows(fullest, splits[fullest], section.n_ctx, notes))
     pq.write_table(table, folder / "documents.parquet", compression="zstd")
+    written = folder_digests(folder)
     facts = {
         "format": FORMAT,
-        "digest": digest,
+        "digest": digest or hashlib.sha256(json.dumps(written).encode()).hexdigest(),
         "n_ctx": section.n_ctx,
         "d_vocab": len(tokenizer),
-        "end_of_text_id": end_of_text_id(tokenizer),
-        "empty_documents": texts.n_empty,
+        "end_of_text_id": tokenizer.eos_token_id,
+        "empty_documents": counted.n_empty,
+        "notes": list(notes),
         "splits": splits,
         "settings": section.model_dump(mode="json"),
-        "sha256": folder_digests(folder),
+        "sha256": written,
     }
     (folder / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -248,7 +297,7 @@ def _write(section: Data, digest: str, folder: Path, progress: Progress) -> None
 class _Counted:
     """Documents without the empty ones, which are counted."""
 
-    def __init__(self, texts: Iterator[Document]) -> None:
+    def __init__(self, texts: Iterable[Document]) -> None:
         self.n_empty = 0
         self._texts = texts
 
@@ -276,6 +325,7 @@ class CorpusFile(BaseModel):
     splits: dict[str, dict[str, int]]
     settings: Data
     sha256: dict[str, str]
+    notes: list[str] = []
 
 
 def _read_facts(folder: Path) -> CorpusFile:
@@ -289,10 +339,11 @@ def _read_facts(folder: Path) -> CorpusFile:
     return read_json(path, CorpusFile, DataError, way_out=way_out)
 
 
-def _no_rows(split: Split, facts: dict[str, int], n_ctx: int) -> str:
+def _no_rows(split: Split, facts: dict[str, int], n_ctx: int, notes: Sequence[str]) -> str:
+    told = "".join(f" ({note})" for note in notes)
     return (
         f"split {split!r} fills no row of {n_ctx} tokens: it has {facts['n_documents']} documents "
-        f"with {facts['n_tokens']} tokens in all; use more documents, a larger "
-        f"{'corpus' if split == 'train' else f'data.splits.{split}_fraction'} or a smaller "
-        "data.n_ctx"
+        f"with {facts['n_tokens']} tokens in all{told}; use more documents, a larger "
+        f"{'corpus' if split == 'train' else f'data.splits.{split}_fraction'}, a smaller "
+        "data.n_ctx, or data.rows: documents"
     )

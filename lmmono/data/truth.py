@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
+from lmmono.data.framing import frame_of
 from lmmono.data.planted import Language, PlantedDocument
 from lmmono.data.tokenizing import exact_backend
 from lmmono.data.tokens import TokenCorpus, TokenRows
@@ -34,12 +35,17 @@ def token_truth(
 def row_truth(corpus: TokenCorpus, rows: TokenRows) -> Bool[np.ndarray, "n_rows n_ctx n_features"]:
     """Return the features of every token of some rows of a planted corpus.
 
-    An end-of-text token has none. The features are those of `planted_language(corpus)`, in order.
+    BOS, end-of-text and padding have none. The features are those of `planted_language(corpus)`, in
+    order.
 
     Raises:
-        DataError: If the corpus is not a planted one.
+        DataError: If the corpus is not a planted one, or its rows start with a BOS of their own.
     """
     language = planted_language(corpus)
+    frame = frame_of(corpus.tokenizer, corpus.section)
+    if frame.row_start is not None:
+        raise DataError(f"{corpus.dir}: known features want data.bos: auto, always or never")
+    around = (int(frame.before is not None), int(frame.after is not None))
     backend = exact_backend(corpus.tokenizer)
     truth = np.zeros((rows.ids.size, len(language.features)), bool)
     first_tokens, doc_ids = _first_tokens(corpus, rows), rows.doc_ids.ravel()
@@ -49,7 +55,9 @@ def row_truth(corpus: TokenCorpus, rows: TokenRows) -> Bool[np.ndarray, "n_rows 
     by_document = np.argsort(doc_ids, kind="stable")
     documents, starts = np.unique(doc_ids[by_document], return_index=True)
     for doc_id, here in zip(documents.tolist(), np.split(by_document, starts[1:]), strict=True):
-        truth[here] = _document_truth(language, backend, doc_id)[place[here] - first_tokens[doc_id]]
+        if doc_id >= 0:  # padding has no features
+            own = _document_truth(language, backend, doc_id, around)
+            truth[here] = own[place[here] - first_tokens[doc_id]]
     return truth.reshape(*rows.ids.shape, -1)
 
 
@@ -74,13 +82,13 @@ def _language(seed: int) -> Language:
 
 
 def _document_truth(
-    language: Language, backend: Tokenizer, doc_id: int
+    language: Language, backend: Tokenizer, doc_id: int, around: tuple[int, int]
 ) -> Bool[np.ndarray, "n_tokens n_features"]:
     # no planted document is empty, so document i of the corpus is document i of the language
     document = language.document(doc_id)
     encoding = backend.encode(document.text, add_special_tokens=False)
     truth = token_truth(document, np.array(encoding.offsets, np.int64))
-    return np.pad(truth, ((0, 1), (0, 0)))  # the end-of-text token
+    return np.pad(truth, (around, (0, 0)))  # the tokens before and after it
 
 
 def _first_tokens(corpus: TokenCorpus, rows: TokenRows) -> dict[int, int]:
@@ -92,4 +100,6 @@ def _first_tokens(corpus: TokenCorpus, rows: TokenRows) -> dict[int, int]:
         if split == rows.split:
             places[doc_id] = place
             place += n_tokens
+            if corpus.section.rows == "documents":  # the next one starts in a row of its own
+                place += -place % corpus.n_ctx
     return places

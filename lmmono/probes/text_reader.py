@@ -1,4 +1,4 @@
-"""Texts to token ids as probes and tuned models read them: behind an end-of-text token, cut."""
+"""Texts to token ids as probes and tuned models read them: after a BOS or end-of-text, cut."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from lmmono.data.framing import text_start
 from lmmono.data.tokenizing import plain_encoder
 from lmmono.errors import RobustnessError
 
@@ -17,7 +18,8 @@ from lmmono.errors import RobustnessError
 class TextReader:
     """A tokenizer with the bounds of its model.
 
-    Documents stand after an end-of-text token in training, so a text does too.
+    A text stands after what documents stand after in training: the BOS that the tokenizer adds, or
+    else an end-of-text token.
 
     Attributes:
         tokenizer: The tokenizer.
@@ -37,9 +39,9 @@ class TextReader:
                 "texts need the model's tokenizer: pass tokenizer=, a fast one of transformers"
             )
         config: Any = getattr(model, "config", None)
-        end: Any = tokenizer.eos_token_id
+        start = text_start(tokenizer)
         self.tokenizer, self._tokenize = tokenizer, plain_encoder(tokenizer)
-        self.first = int(end if end is not None else 0)
+        self.first = 0 if start is None else start
         self.n_ctx: int | None = getattr(config, "max_position_embeddings", None)
         self._d_vocab: int | None = getattr(config, "vocab_size", None)
 

@@ -68,13 +68,18 @@ class PlantedCorpus(Section):
 
 
 class FilesCorpus(Section):
-    """Local `.txt`, `.jsonl` or `.parquet` files, plain or `.gz`/`.zst`."""
+    """Local `.txt`, `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet` files, plain or `.gz`/`.zst`.
+
+    A folder that `datasets` wrote with `save_to_disk` counts as a file.
+    """
 
     kind: Literal["files"]
     paths: tuple[str, ...] = Field(min_length=1)
     """Files, folders or globs; relative ones are relative to the working folder."""
-    text_column: str = "text"
-    """Column or JSON key that holds a document's text; a `.txt` file is split at blank lines."""
+    text_column: str | None = None
+    """Column or JSON key of a document's text; null takes `text`, or the only one of text."""
+    split: Literal["auto", "file", "line", "blank_line"] = "auto"
+    """What of a `.txt` file is a document; `auto` takes what fits the files, and says which."""
     max_documents: Count | None = None
     """Stop after this many documents; null reads all."""
 
@@ -89,8 +94,8 @@ class HubCorpus(Section):
     """Dataset configuration, where it has several."""
     split: str = "train"
     """The dataset's own split to read; lmmono makes its splits by document."""
-    text_column: str = "text"
-    """Column that holds a document's text."""
+    text_column: str | None = None
+    """Column that holds a document's text; null takes `text`, or the only one of text."""
     streaming: bool = True
     """Read as a stream instead of preparing the whole dataset on disk."""
     max_documents: Count | None = None
@@ -146,9 +151,9 @@ class Splits(Section):
     @model_validator(mode="after")
     def _leave_some_for_training(self) -> "Splits":
         held_out = self.val_fraction + self.explain_fraction + self.score_fraction
-        if held_out >= 1.0:
+        if held_out > 1.0:
             raise clash(
-                f"want val + explain + score fractions below 1, got {held_out:g}",
+                f"want val + explain + score fractions of 1 at most, got {held_out:g}",
                 "val_fraction",
                 "explain_fraction",
                 "score_fraction",
@@ -166,7 +171,25 @@ class Data(Section):
     splits: Splits = Splits()
     """How documents are divided."""
     n_ctx: Annotated[int, Field(ge=2)] = 128
-    """Tokens per row; documents are packed end to end with an end-of-text token."""
+    """Tokens per row."""
+    rows: Literal["packed", "documents"] = "packed"
+    """`packed` puts documents end to end; `documents` starts each in a row of its own, padded."""
+    bos: Literal["auto", "always", "rows", "never"] = "auto"
+    """BOS before each document (`always`), at the start of `rows` too, or as the tokenizer does."""
+    eos: Literal["auto", "always", "never"] = "auto"
+    """End-of-text after each document; `auto` where no BOS parts them or the tokenizer adds it."""
+    chat: str | None = None
+    """Column of chat messages, rendered by the tokenizer's template in place of a text column."""
+
+    @model_validator(mode="after")
+    def _check_ends(self) -> "Data":
+        if self.rows == "packed" and self.bos == self.eos == "never":
+            raise clash("want a BOS or an end-of-text between packed documents", "bos", "eos")
+        if self.chat is not None and self.tokenizer.kind in ("words", "bpe"):
+            raise clash("want a tokenizer with a chat template, kind: folder", "chat", "tokenizer")
+        if self.chat is not None and isinstance(self.corpus, PlantedCorpus):
+            raise clash("want a corpus with a column of messages: files or hub", "chat", "corpus")
+        return self
 
 
 class CrateModel(Section):

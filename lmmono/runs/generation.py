@@ -24,9 +24,13 @@ def generate(
     """
     import torch
 
+    from lmmono.data.framing import text_start
+
     model: Any = run.model  # transformers types `generate` as a tensor
     tokenizer, n_ctx = run.tokenizer, run.recipe.data.n_ctx
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    ids, start = tokenizer(prompt, add_special_tokens=False)["input_ids"], text_start(tokenizer)
+    if not ids or start != tokenizer.eos_token_id:  # a BOS that the model has learned to want
+        ids = [start, *ids]
     if len(ids) + max_tokens > n_ctx:
         raise ModelError(
             f"want prompt and continuation within {n_ctx} tokens, got {len(ids)} + {max_tokens}; "

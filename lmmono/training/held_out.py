@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lmmono.data.framing import text_start
 from lmmono.data.minimal_pairs import MinimalPair
 from lmmono.data.tokens import TokenRows
 from lmmono.models.crate import CrateForCausalLM
@@ -60,18 +61,20 @@ def token_losses(model: PreTrainedModel, ids: Int[Tensor, "batch pos"]) -> Float
 def evaluate(
     model: PreTrainedModel, rows: TokenRows, batch_rows: int, *, with_layers: bool = True
 ) -> Evaluation:
-    """Return held-out loss and, with layers, statistics of a model's neurons over packed rows."""
+    """Return held-out loss and, with layers, statistics of a model's neurons over tokens of rows."""
     n_layers = model.config.num_hidden_layers if with_layers else 0
     codes = [f"blocks.{i}.mlp.hook_post" for i in range(n_layers)]
     sums = [_CodeSums() for _ in codes]
     losses: list[Tensor] = []
     was_training = model.training
     model.eval()
+    is_token = np.asarray(rows.doc_ids) >= 0  # padding stands last, so that no token sees it
     with recording(model, codes) as acts:
-        for ids in _batches(rows.ids, batch_rows, model.device):
-            losses.append(token_losses(model, ids).double().cpu())
+        for i, ids in enumerate(_batches(rows.ids, batch_rows, model.device)):
+            real = torch.from_numpy(is_token[i * batch_rows : (i + 1) * batch_rows]).to(ids.device)
+            losses.append(token_losses(model, ids)[real[:, 1:].flatten()].double().cpu())
             for name, layer_sums in zip(codes, sums, strict=True):
-                layer_sums.add(acts[name])
+                layer_sums.add(acts[name][real])
     ista: list[tuple[float | None, float | None]] = []
     if with_layers:
         ista = _ista_facts(model, next(_batches(rows.ids, batch_rows, model.device)))
@@ -79,7 +82,7 @@ def evaluate(
     nats = torch.cat(losses).numpy()
     return Evaluation(
         loss=float(nats.mean()),
-        loss_se=cluster_error(nats, rows.doc_ids[:, 1:].ravel()),
+        loss_se=cluster_error(nats, rows.doc_ids[:, 1:][is_token[:, 1:]]),
         n_tokens=len(nats),
         layers=tuple(
             layer_sums.statistics(i, *facts)
@@ -110,9 +113,11 @@ def minimal_pair_accuracy(
 def _sentence_log_probs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, sentences: list[str]
 ) -> Float[Tensor, " batch"]:
-    """Return ln p of each sentence after an end-of-text token, padded on the right."""
-    start = tokenizer.eos_token_id
-    encoded = [[start, *ids] for ids in tokenizer(sentences)["input_ids"]]
+    """Return ln p of each sentence after a BOS or end-of-text token, padded on the right."""
+    start = text_start(tokenizer)
+    assert start is not None, "a tokenizer of a run names its end of text"
+    plain = tokenizer(sentences, add_special_tokens=False)["input_ids"]
+    encoded = [[start, *ids] for ids in plain]
     width = max(len(ids) for ids in encoded)
     padded = torch.tensor([ids + [start] * (width - len(ids)) for ids in encoded])
     lengths = torch.tensor([len(ids) for ids in encoded])
@@ -161,9 +166,9 @@ class _CodeSums:
         self.active: Int[Tensor, " units"] | None = None
 
     @torch.no_grad()
-    def add(self, acts: Float[Tensor, "batch pos units"]) -> None:
-        """Add a batch of activations."""
-        x = acts.flatten(0, 1).double()
+    def add(self, acts: Float[Tensor, "tokens units"]) -> None:
+        """Add the activations of some tokens."""
+        x = acts.double()
         powers = torch.stack([x.sum(0), (x2 := x * x).sum(0), (x2 * x).sum(0), (x2 * x2).sum(0)])
         active = (x > 0).sum(0)
         self.powers = powers if self.powers is None else self.powers + powers

@@ -201,11 +201,18 @@ class _Loop:
         micro_tokens = settings.micro_batch_tokens or settings.batch_tokens
         parts = ids.split(max(1, micro_tokens // ids.shape[1]))
         total = torch.zeros((), device=accelerator.device)
+        is_target = batch[first : first + share, 1:] >= 0  # padding is none; counted on the CPU
+        n_rows = len(parts[0])
+        n_targets = [int(is_target[i : i + n_rows].sum()) for i in range(0, share, n_rows)]
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
-                loss = self.model(input_ids=part, labels=part, use_cache=False).loss
-                loss = loss * (len(part) / share)
+                # padding stands last in its row, so no token sees what it is clamped to
+                inputs = part.clamp(min=0)
+                output = self.model(input_ids=inputs, labels=part, use_cache=False)
+                weight = n_targets[i] / max(1, sum(n_targets))
+                # the mean over no target is NaN
+                loss = output.loss * weight if weight else output.logits.sum() * 0.0
                 accelerator.backward(loss)
             total += loss.detach()
         accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
@@ -309,7 +316,8 @@ def _pairs_that_fit(run: Run) -> list[MinimalPair]:
     pairs = read_minimal_pairs(path)
     for pair in pairs:
         for sentence in (pair.good, pair.bad):
-            n_tokens = 1 + len(tokenizer(sentence)["input_ids"])  # after an end-of-text token
+            plain = tokenizer(sentence, add_special_tokens=False)["input_ids"]
+            n_tokens = 1 + len(plain)  # after a BOS or an end-of-text token
             if n_tokens > n_ctx:
                 raise DataError(
                     f"{path}: a sentence of {pair.group} has {n_tokens} tokens, the start token "
