@@ -61,7 +61,7 @@ def token_losses(model: PreTrainedModel, ids: Int[Tensor, "batch pos"]) -> Float
 def evaluate(
     model: PreTrainedModel, rows: TokenRows, batch_rows: int, *, with_layers: bool = True
 ) -> Evaluation:
-    """Return held-out loss and, with layers, statistics of a model's neurons over tokens of rows."""
+    """Return held-out loss and, with layers, statistics of a model's neurons over rows' tokens."""
     n_layers = model.config.num_hidden_layers if with_layers else 0
     codes = [f"blocks.{i}.mlp.hook_post" for i in range(n_layers)]
     sums = [_CodeSums() for _ in codes]
