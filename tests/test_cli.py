@@ -1,5 +1,6 @@
 """The command line: its verbs on a tiny study, its exit codes, and how fast it answers."""
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import forks
 import pyarrow as pa
 import pytest
 
+import activation_store as astore
 from lmmono.cli.app import app, main
 from lmmono.runs.folder import open_run
 
@@ -134,7 +136,8 @@ def test_run_finishes_every_run_and_compares_them_and_a_second_run_skips(study, 
     out, err = capsys.readouterr()
     assert "of tiny/crate" in out and "of tiny/gpt2" in out and HOOK in out
     assert max(map(len, out.splitlines())) <= 100
-    assert err == "", "nothing was left to do"
+    assert "train" not in err, "nothing was left to do"
+    assert f"next: lmmono show runs/tiny/crate {HOOK}:" in err
     assert [path.stat().st_mtime_ns for path in manifests] == times
 
 
@@ -142,12 +145,12 @@ def test_changed_settings_redo_what_depends_on_them_and_say_so(study, capsys):
     arguments = ("tiny.yaml", "arm=crate", "capture.top_k=2")
     assert call("capture", *arguments) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("Run(runs/tiny/crate, ")
+    assert "Captured of tiny/crate" in out and HOOK in out
     assert "other settings' results set aside in runs/tiny/crate/replaced/" in err
     assert "  capture.top_k: 4 before, 2 now\n" in err
     assert "train" not in err, "training had the same settings"
     assert call("capture", *arguments) == 0
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.startswith("results: runs/tiny/crate\nnext: lmmono score")
 
 
 @pytest.mark.parametrize("form", ["csv", "json", "arrow"])
@@ -176,6 +179,77 @@ def test_sql_prints_a_table_and_joins_runs_by_their_folders(study, capsys):
     assert "pairs" in out and "64" in out
     assert call("sql", "runs/tiny/crate", f"FROM exemplars('{HOOK}', 3, 1)", "--csv") == 0
     assert "«" in capsys.readouterr().out, "the excerpt marks the peak"
+
+
+def test_sql_reads_files_and_pipes_and_several_statements(study, capsys, monkeypatch):
+    text = (
+        "-- two questions\nSELECT 1 AS one;\nSELECT $n AS n, unit FROM unit_stats LIMIT 2; -- end\n"
+    )
+    Path("q.sql").write_text(text)
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    for question in (["--file", "q.sql"], ["-"]):
+        assert call("sql", "runs/tiny/crate", *question, "--param", "n=3", "--json") == 0
+        first, second = json.loads(capsys.readouterr().out)
+        assert first["rows"] == [{"one": 1}]
+        assert [row["n"] for row in second["rows"]] == [3, 3]
+    assert call("sql", "runs/tiny/crate", text) == 2
+    assert "give its value by --param n=" in capsys.readouterr().err
+    assert call("sql", "runs/tiny/crate", "SELECT 1; DROP TABLE hooks") == 2
+    assert capsys.readouterr().out == "", "nothing runs before all is known to be harmless"
+
+
+def test_sql_helps_and_limits_what_a_table_shows(study, capsys):
+    assert call("sql", "runs/tiny/crate", ".help") == 0
+    out = capsys.readouterr().out
+    assert "exemplars(of_hook, of_unit" in out and "hook_scores" in out
+    assert call("sql", "runs/tiny/crate", ".help", "scores", "--json") == 0
+    (table,) = json.loads(capsys.readouterr().out)
+    assert "control" not in {row["column"] for row in table["rows"]}
+    assert call("sql", "runs/tiny/crate", ".help score") == 2
+    assert "did you mean scores" in capsys.readouterr().err
+    assert call("sql", "runs/tiny/crate", "FROM range(250)") == 0
+    assert "The first 100 rows" in capsys.readouterr().out
+    assert call("sql", "runs/tiny/crate", "FROM range(250)", "--limit", 3, "--csv") == 0
+    assert len(capsys.readouterr().out.split()) == 4
+
+
+def test_runs_of_one_leaf_name_are_told_apart_by_the_folder_above(study, capsys):
+    shutil.copytree("runs/tiny/crate", "runs/other/crate")
+    query = (
+        "SELECT (SELECT count(*) FROM other_crate.hooks) = count(*) AS same FROM tiny_crate.hooks"
+    )
+    assert call("sql", "runs/tiny/crate", "runs/other/crate", query, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == [{"same": True}]
+
+
+def test_show_gives_one_unit_whole(study, capsys):
+    assert call("show", "runs/tiny/crate", "blocks.0:3", "--json") == 0
+    tables = {t["title"].partition(", ")[2]: t["rows"] for t in json.loads(capsys.readouterr().out)}
+    with astore.open("runs/tiny/crate") as store:
+        unit = store.unit(HOOK, 3)
+        ((value, shuffled),) = store.sql(
+            """SELECT max(value) FILTER (control IS NULL), max(value) FILTER (control = 'shuffled')
+            FROM all_scores WHERE hook = $hook AND unit = 3 AND metric = 'token_selectivity'""",
+            hook=HOOK,
+        ).fetchall()
+    stats = {row["statistic"]: row["value"] for row in tables["statistics"]}
+    assert stats["max_act"] == unit.max_act and stats["n_tokens"] == unit.n_tokens
+    assert [row["act"] for row in tables["strongest exemplars"]] == [
+        each.act for each in unit.exemplars(8)
+    ]
+    (score,) = (row for row in tables["scores"] if row["scorer"] == "token_selectivity")
+    assert score["score"]["value"] == value and score["controls"] == {"shuffled": shuffled}
+    assert call("show", "runs/tiny/crate", "blocks.7:3") == 2
+    assert HOOK in capsys.readouterr().err
+
+
+def test_every_verb_that_prints_rows_has_one_door(study, capsys):
+    for verb in ("train", "capture", "score", "run"):
+        target = "tiny.yaml" if verb == "run" else "runs/tiny/crate"
+        assert call(verb, target, "--json") == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed and all(printed), verb
+    assert call("ls", "runs", "--wide") == 0
 
 
 ODD = {

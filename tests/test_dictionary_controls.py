@@ -1,5 +1,6 @@
 """Controls: floors that learned nothing, and sources without what there was to learn."""
 
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from sklearn.linear_model import LinearRegression
 from torch import Tensor, nn
 
+import lmmono as lm
 from lmmono.dictionaries.controls import Control
 from lmmono.dictionaries.estimator import load_dictionary
 from lmmono.dictionaries.vector_source import ArrayVectors, shuffled
@@ -229,3 +231,9 @@ def test_an_untrained_crate_has_the_step_size_of_its_own_dictionary(how: str) ->
 def test_what_cannot_be_untrained_says_why() -> None:
     with pytest.raises(ModelError, match="Linear has no config.*shuffled_weights"):
         untrained(nn.Linear(2, 2))
+
+
+def test_help_lists_the_settings_of_classes_that_take_them_by_name():
+    for cls, key in ((lm.SAE, "target_l0"), (lm.Classical, "max_iterations"), (lm.Control, "k")):
+        assert re.search(rf"^    {key} \(.+\): [A-Z].+\.$", cls.__doc__ or "", re.MULTILINE), cls
+    assert "    kind: `set` to `value`, `scale` by it" in (lm.Edit.__doc__ or "")

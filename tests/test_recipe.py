@@ -1,6 +1,7 @@
 """Recipes: every fault at once with its line, overrides, arms and seeds, digests, JSON Schema."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ruamel.yaml import YAML
 from lmmono.errors import RecipeError
 from lmmono.recipe import SECTIONS, Recipe
 from lmmono.recipe.recipe import schema_text
+from lmmono.recipe.reference import settings_markdown
 from lmmono.recipe.sections import CrateModel, Data, Gpt2Model, PlantedCorpus, Train
 from lmmono.recipe.tree import read_override
 from lmmono.runs.stages import STAGES
@@ -555,3 +557,25 @@ def test_the_json_schema_agrees_with_loading_and_make_writes_it_where_recipes_lo
         wrong = TWINS.replace(old, new)
         assert not check.is_valid(yaml.load(wrong)), new
         assert faults(write(wrong))
+
+
+def test_the_page_of_settings_is_up_to_date_and_has_a_sentence_for_every_key():
+    page = (RECIPES.parent / "docs/settings.md").read_text(encoding="utf-8")
+    assert page == settings_markdown(), "lmmono schema --markdown --out docs/settings.md"
+    keys = [line for line in page.splitlines() if line.startswith("| `")]
+    assert len(keys) > 150
+    bare = [line for line in keys if line.endswith("|  |") and not re.search(r"kind`|arch`", line)]
+    assert bare == []
+    # by hand, from the class itself
+    assert (
+        "| `train.min_lr_fraction` | number >= 0, <= 1 | `0.1` | Learning rate at the end" in page
+    )
+    assert "| `capture.units` | list of integer >= 0, at least 1, or null | `null` |" in page
+
+
+def test_the_schema_tells_what_each_key_is_for():
+    text = json.loads(schema_text())
+    assert text["$defs"]["Train"]["properties"]["steps"]["description"].startswith(
+        "Optimizer steps"
+    )
+    assert text["properties"]["about"]["description"].startswith("What the recipe is for")

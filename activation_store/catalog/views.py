@@ -31,7 +31,12 @@ _COLUMNS = {
     },
     "vectors": {"seq_id": "INTEGER", "pos": "INTEGER", "vector": "FLOAT[]"},
 }
-_KIND = {"acts": "acts", "token_ids": "tokens", "vectors": "vectors"}
+BULK = {
+    "acts": ("acts", "Stored acts alone, above hooks.threshold: faster than activations"),
+    "token_ids": ("tokens", "Tokens in order, by id: faster than tokens"),
+    "vectors": ("vectors", "Dense vectors, one per token"),
+}
+"""Views over shards: the kind of the shards, and what the rows are."""
 _HOOKLESS = {"token_ids"}
 
 
@@ -53,6 +58,7 @@ def create_views(
     """
     for view, query in bulk_queries(con, lambda file: str(folder / file), source or at).items():
         con.execute(f"CREATE OR REPLACE VIEW {at}{view} AS {query}")
+        con.execute(f"COMMENT ON VIEW {at}{view} IS {quoted(BULK[view][1])}")
     own = "true" if store_id is None else _OWN.format(store_id=store_id)
     create_macros(con, at, own)
 
@@ -83,7 +89,7 @@ _OWN = """(
 
 VIEWS, MACROS = (
     frozenset(re.findall(rf"CREATE OR REPLACE {kind} \{{at\}}(\w+)", views_sql())) | names
-    for kind, names in (("VIEW", _KIND.keys()), ("MACRO", frozenset[str]()))
+    for kind, names in (("VIEW", BULK.keys()), ("MACRO", frozenset[str]()))
 )
 """Names of all views and macros that a catalogue file holds."""
 
@@ -93,7 +99,7 @@ def bulk_queries(
 ) -> dict[str, str]:
     """Return the query behind each bulk view, over the files that `<source>shards` lists."""
     queries: dict[str, str] = {}
-    for view, kind in _KIND.items():
+    for view, (kind, _) in BULK.items():
         rows = con.execute(
             f"SELECT hook, file FROM {source}shards WHERE kind = $1 AND n_rows > 0"
             " ORDER BY hook, file",

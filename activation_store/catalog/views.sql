@@ -60,7 +60,6 @@ CREATE OR REPLACE MACRO {at}marked(token) AS
 -- the token to show: its string, or its id in brackets where the vocabulary is not known
 CREATE OR REPLACE MACRO {at}shown(token, token_id) AS coalesce(token, '[' || token_id || ']');
 
--- one row: the tokens around a position, within its document
 CREATE OR REPLACE MACRO {at}excerpt(at_seq, at_pos, before := 16, after := 8) AS TABLE
 WITH peak AS MATERIALIZED (
     SELECT p.seq_id, p.pos, p.doc_id FROM {at}token_ids p WHERE p.seq_id = at_seq AND p.pos = at_pos
@@ -85,6 +84,7 @@ SELECT
 FROM named n
 WHERE {own}
 GROUP BY ALL;
+COMMENT ON MACRO TABLE {at}excerpt IS 'The tokens around a position, within its document: one row';
 
 -- a row per token of the windows around exemplars, within their documents: the one text that every
 -- reader of exemplars goes through. The exemplar's own token has at_pos = pos; at_pos is NULL where the
@@ -111,8 +111,8 @@ SELECT
     {at}shown(v.token, n.token_id) AS token
 FROM near n
 LEFT JOIN {at}vocabulary v ON v.token_id = n.token_id;
+COMMENT ON MACRO TABLE {at}exemplar_tokens IS 'The tokens around exemplars of units, a row each; at_pos = pos is the exemplar';
 
--- the exemplars of a unit with their text, best first
 CREATE OR REPLACE MACRO {at}exemplars(
     of_hook, of_unit, k := 8, of_kind := 'top', before := 16, after := 8
 ) AS TABLE
@@ -126,15 +126,15 @@ FROM {at}exemplar_tokens(of_hook, of_unit, of_unit, of_kind, k, before, after) n
 WHERE {own}
 GROUP BY ALL
 ORDER BY n.rank;
+COMMENT ON MACRO TABLE {at}exemplars IS 'The exemplars of a unit with their text, best first; of_kind is top, random or quantile';
 
--- one row: the statistics of a unit and the settings they depend on
 CREATE OR REPLACE MACRO {at}unit(of_hook, of_unit) AS TABLE
 SELECT s.*, h.threshold, h.dtype, h.quantile_error
 FROM {at}unit_stats s
 LEFT JOIN {at}hooks h ON h.hook = s.hook AND h.kind = 'rows'
 WHERE {own} AND s.hook = of_hook AND s.unit = of_unit;
+COMMENT ON MACRO TABLE {at}unit IS 'The statistics of a unit and the settings they depend on: one row';
 
--- one row: how often two units of a hook are stored at the same token, against chance
 CREATE OR REPLACE MACRO {at}coactivation(of_hook, a, b) AS TABLE
 WITH stored AS (
     -- a reader per unit: of `unit IN (a, b)` only the smallest and largest reach the row groups
@@ -163,8 +163,8 @@ SELECT
     coalesce(s.dot, 0) / s.norms AS cosine
 FROM sums s, {at}hooks h
 WHERE {own} AND h.hook = of_hook AND h.kind = 'rows';
+COMMENT ON MACRO TABLE {at}coactivation IS 'How often two units of a hook are stored at the same token, against chance: one row';
 
--- a row per token that the unit is stored at: how often, of how many, and how strongly
 CREATE OR REPLACE MACRO {at}token_profile(of_hook, of_unit) AS TABLE
 WITH counts AS (
     SELECT t.token_id, count(*) AS n_tokens FROM {at}token_ids t GROUP BY t.token_id
@@ -184,3 +184,4 @@ JOIN counts c ON c.token_id = f.token_id
 LEFT JOIN {at}vocabulary v ON v.token_id = f.token_id
 WHERE {own}
 ORDER BY f.mean_act DESC, f.token_id;
+COMMENT ON MACRO TABLE {at}token_profile IS 'The tokens that a unit is stored at: how often, of how many, how strongly; strongest first';

@@ -7,7 +7,7 @@ everything saved that was finished. Verbs import what they need themselves, so t
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmmono.cli.output import Format, OutputTable, prints_rows
+from lmmono.cli import outcome
+from lmmono.cli.output import Format, OutputTable, prints_rows, reports
 from lmmono.cli.store_verbs import DataPath, store_app
 from lmmono.cli.toy_verbs import toy_app
 from lmmono.errors import LmmonoError, RecipeError, RunError, TrainingStopped
@@ -25,10 +26,9 @@ from lmmono.types import silent
 
 if TYPE_CHECKING:
     from lmmono.recipe import Recipe
-    from lmmono.reports.table import ReportTable
     from lmmono.runs.folder import Run
 else:  # for annotations only
-    Recipe = Run = ReportTable = object
+    Recipe = Run = object
 
 app = typer.Typer(
     name="lmmono",
@@ -119,17 +119,22 @@ def check(
 @app.command()
 def schema(
     out: Annotated[Path | None, typer.Option(help="File to write instead of stdout.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="A page to read: docs/settings.md.")
+    ] = False,
 ) -> None:
-    """Print the JSON Schema of recipes, for editors.
+    """Print the JSON Schema of recipes, for editors, or every setting as a page.
 
     Example: lmmono schema --out recipe.schema.json
     """
     from lmmono.recipe.recipe import schema_text
+    from lmmono.recipe.reference import settings_markdown
 
+    text = settings_markdown() if markdown else schema_text()
     if out is None:
-        print(schema_text(), end="")
+        print(text, end="")
     else:
-        out.write_text(schema_text(), encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
 
 
 @app.command("recipes")
@@ -137,7 +142,7 @@ def schema(
 def recipes_(
     name: Annotated[str | None, typer.Argument(help="A recipe to copy.")] = None,
     out: Annotated[Path, typer.Option(help="Folder or file to copy it to.")] = Path(),
-) -> Sequence[OutputTable]:
+) -> OutputTable | None:
     """List the recipes that come with lmmono, or copy one, to be changed.
 
     Example: lmmono recipes quickstart --out my_study.yaml
@@ -146,9 +151,9 @@ def recipes_(
     from lmmono.recipe.shipped import copy_recipe
 
     if name is None:
-        return [list_shipped()]
+        return list_shipped()
     print(printable(str(copy_recipe(name, out))))
-    return []
+    return None
 
 
 @app.command("ls")
@@ -172,7 +177,7 @@ def list_(
 @app.command("run")
 @prints_rows
 def run_(recipe: RecipeFile, overrides: Overrides = None) -> Sequence[OutputTable]:
-    """Do every stage of every run that is not done yet, then show the runs side by side.
+    """Run every stage of a recipe that is not finished yet, then show the runs side by side.
 
     Without a recipe it takes a pretrained model and a text, and the defaults of `pretrained`.
 
@@ -180,57 +185,82 @@ def run_(recipe: RecipeFile, overrides: Overrides = None) -> Sequence[OutputTabl
 
     Example: lmmono run model.path=./my-model 'data.corpus.paths=[texts/*.txt]' out=runs/mine
     """
-    runs = _done(recipe, overrides)
-    if not this_process().is_main:
-        return []
-    from lmmono.reports.side_by_side import run_tables
-
-    return _reports(run_tables(runs))
+    return outcome.finished(_done(recipe, overrides))
 
 
 @app.command()
-def train(target: RecipeOrRun, overrides: Overrides = None) -> None:
+@prints_rows
+def train(target: RecipeOrRun, overrides: Overrides = None) -> OutputTable | None:
     """Train the models of a recipe, or resume an interrupted training.
 
     Example: lmmono train recipes/quickstart.yaml model.arch=crate train.steps=500
     """
-    _done(target, overrides, "train")
+    return outcome.trained(_done(target, overrides, "train"))
 
 
 @app.command()
-def capture(target: RecipeOrRun, overrides: Overrides = None) -> None:
+@prints_rows
+def capture(target: RecipeOrRun, overrides: Overrides = None) -> Sequence[OutputTable]:
     """Stream activations of trained models into their stores.
 
     Example: lmmono capture runs/quickstart/crate
     """
-    _done(target, overrides, "capture")
+    return outcome.captured(_done(target, overrides, "capture"))
 
 
 @app.command()
-def dictionary(target: RecipeOrRun, overrides: Overrides = None) -> None:
-    """Learn the dictionaries of captured runs, and judge them; resumable.
+@prints_rows
+def dictionary(target: RecipeOrRun, overrides: Overrides = None) -> Sequence[OutputTable]:
+    """Learn the dictionaries of captured runs, and measure them; resumable.
 
     Example: lmmono dictionary recipes/dictionaries.yaml
     """
-    _done(target, overrides, "dictionary")
+    return outcome.learned(_done(target, overrides, "dictionary"))
 
 
 @app.command()
-def explain(target: RecipeOrRun, overrides: Overrides = None) -> None:
+@prints_rows
+def explain(target: RecipeOrRun, overrides: Overrides = None) -> Sequence[OutputTable]:
     """Explain the units of captured runs, from documents that no score will see.
+
+    Explanations by other explainers or settings stay beside the new ones.
 
     Example: lmmono explain runs/mine explain.explainers=[token_lookup]
     """
-    _done(target, overrides, "explain")
+    return outcome.explained(_done(target, overrides, "explain"))
 
 
 @app.command()
-def score(target: RecipeOrRun, overrides: Overrides = None) -> None:
+@prints_rows
+def score(target: RecipeOrRun, overrides: Overrides = None) -> Sequence[OutputTable]:
     """Score the units of captured runs and their explanations, next to controls.
 
     Example: lmmono score runs/quickstart/crate
     """
-    _done(target, overrides, "score")
+    return outcome.scored(_done(target, overrides, "score"))
+
+
+@app.command()
+@prints_rows
+def show(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a store.")],
+    unit: Annotated[
+        str, typer.Argument(metavar="HOOK:UNIT", help="Such as blocks.1.mlp.hook_post:17.")
+    ],
+    exemplars: Annotated[int, typer.Option(min=1, help="Exemplars to show.")] = 8,
+) -> Sequence[OutputTable]:
+    """Show one unit whole: statistics, exemplars, tokens, explanations, scores with controls.
+
+    A part of the hook's name is enough where one hook has it, as in blocks.1.mlp:17.
+
+    Example: lmmono show runs/quickstart/crate blocks.1.mlp.hook_post:17
+    """
+    from lmmono.cli.querying import open_stores
+    from lmmono.reports.unit_tables import find_unit, unit_tables
+
+    with open_stores([run]) as store:
+        hook, index = find_unit(store, unit)
+        return reports(unit_tables(store, hook, index, k=exemplars))
 
 
 @app.command()
@@ -254,7 +284,7 @@ def robustness(
     for run in runs:
         for figure in sorted((run.dir / "robustness").glob("*.svg")):
             _tell(str(figure))
-    return _reports(table for run in runs for table in suite_tables(run, every=every))
+    return reports(table for run in runs for table in suite_tables(run, every=every))
 
 
 @app.command()
@@ -272,7 +302,7 @@ def compare(
     from lmmono.reports.study_tables import study_tables
 
     with shown_progress() as progress:
-        return _reports(study_tables(studies, progress))
+        return reports(study_tables(studies, progress))
 
 
 @app.command("audit-scorer")
@@ -303,24 +333,34 @@ def audit_scorer(
 def sql(
     words: Annotated[
         list[str],
-        typer.Argument(metavar="RUN... QUERY", help="Runs, stores or a lake, then the query."),
+        typer.Argument(
+            metavar="RUN... QUERY", help="Runs, stores or a lake, then SQL; - reads stdin."
+        ),
     ],
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read the query from a file.")
+    ] = None,
     param: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A value for $NAME in the query; repeatable."),
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Most rows; 100 in a table without it.")
+    ] = None,
     data_path: DataPath = None,
     format: Format = "table",
+    wide: bool = False,
 ) -> None:
-    """Query a store in SQL, read-only; several runs are schemas named by their folders.
+    """Query a store in SQL, read-only; `.help` lists tables and macros, `.help NAME` columns.
+
+    Several runs are schemas named by their folders. The query may be several statements.
 
     Example: lmmono sql runs/quickstart/crate "FROM exemplars('blocks.1.mlp.hook_post', 17, 4)"
     """
-    from lmmono.cli.querying import write_answer
+    from lmmono.cli.querying import read_question, write_answer
 
-    if len(words) < 2:
-        raise typer.BadParameter(f"want a run and a query, got {words[0]!r} alone")
-    write_answer(words[:-1], words[-1], param or [], data_path, format)
+    places, query = read_question(words, file)
+    write_answer(places, query, param or [], data_path, format, limit, wide)
 
 
 @app.command()
@@ -453,8 +493,6 @@ def _done(target: str, overrides: Sequence[str] | None, *verbs: str) -> "list[Ru
         if this_process().is_main:
             for warning in run.warnings:
                 _tell(f"{run.dir}: warning: {warning}")
-        if verbs and this_process().is_main:
-            print(run)
     return runs
 
 
@@ -480,7 +518,3 @@ def _recipes_of(target: str, overrides: Sequence[str]) -> "list[tuple[Recipe, Pa
     recipe = Recipe.load(folder / "recipe.yaml", *overrides)
     is_elsewhere = any(text.partition("=")[0].strip() in ("out", "name") for text in overrides)
     return [(recipe, None if is_elsewhere else folder)]
-
-
-def _reports(tables: "Iterable[ReportTable]") -> list[OutputTable]:
-    return [OutputTable(t.columns, t.rows, t.title, t.note, is_report=True) for t in tables]

@@ -8,16 +8,18 @@ block of lines. No digit is ever cut off.
 import inspect
 import json
 import math
+import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lmmono.files.printable import UNSAFE, printable
+from lmmono.reports.table import Interval, ReportTable
 
 if TYPE_CHECKING:
     from pyarrow import Table as ArrowTable
@@ -32,6 +34,8 @@ READABLE = 24
 SHORTEST_WORD = 12
 """A value of a row that is shown as a block has at least this many columns."""
 GAP = "  "
+_PEAK = re.compile("«[^«»]+»")
+"""The token of an excerpt that a unit fires on, which a terminal shows in bold yellow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +57,34 @@ class OutputTable:
 def prints_rows(
     verb: Callable[..., "OutputTable | Sequence[OutputTable] | None"],
 ) -> Callable[..., None]:
-    """Give a verb that returns rows the options --csv, --json and --arrow.
+    """Give a verb that returns rows the options --wide, --csv, --json and --arrow.
 
-    A verb with a parameter `format` is told which was chosen, and may write by itself.
+    A verb with parameters `format` and `wide` is told which was chosen, and may write by itself.
     """
     own = inspect.signature(verb, eval_str=True).parameters.values()
-    is_told = any(parameter.name == "format" for parameter in own)
+    told = {parameter.name for parameter in own} & {"format", "wide"}
 
     @wraps(verb)
     def print_rows(
-        *, csv: bool = False, json: bool = False, arrow: bool = False, **arguments: Any
+        *,
+        wide: bool = False,
+        csv: bool = False,
+        json: bool = False,
+        arrow: bool = False,
+        **arguments: Any,
     ) -> None:
         if csv + json + arrow > 1:
             raise typer.BadParameter("want at most one of --csv, --json, --arrow")
         format: Format = "csv" if csv else "json" if json else "arrow" if arrow else "table"
-        result = verb(**arguments, **({"format": format} if is_told else {}))
+        chosen = {"format": format, "wide": wide}
+        result = verb(**arguments, **{name: chosen[name] for name in told})
         if result is not None:
-            write_tables([result] if isinstance(result, OutputTable) else list(result), format)
+            is_one = isinstance(result, OutputTable)
+            write_tables([result] if is_one else list(result), format, wide=wide, is_one=is_one)
 
-    shown = [parameter for parameter in own if parameter.name != "format"]
+    shown = [parameter for parameter in own if parameter.name not in told]
     options = [
+        _option("wide", "One line per row, however long."),
         _option("csv", "CSV on stdout."),
         _option("json", "JSON on stdout."),
         _option("arrow", "An Arrow IPC stream on stdout."),
@@ -88,18 +100,33 @@ def _option(name: str, text: str) -> inspect.Parameter:
     )
 
 
-def write_tables(tables: Sequence[OutputTable], format: Format) -> None:
-    """Write tables; CSV of several is parted by empty lines, JSON of several lists their titles."""
+def write_tables(
+    tables: Sequence[OutputTable],
+    format: Format,
+    *,
+    wide: bool = False,
+    is_one: bool | None = None,
+) -> None:
+    """Write tables; CSV of several is parted by empty lines, JSON of several lists their titles.
+
+    Args:
+        tables: What to write.
+        format: In which form.
+        wide: Lines of a table may be longer than the terminal.
+        is_one: Whether JSON is the rows of one table alone; by default where there is one. A verb
+            that may print several says no, so that its JSON has one shape.
+    """
+    is_one = len(tables) == 1 if is_one is None else is_one
     if format == "table":
         for table in tables:
-            show_table(table)
+            show_table(table, wide=wide)
         return
     if format == "arrow" and len(tables) != 1:
         titles = ", ".join(table.title for table in tables)
         raise typer.BadParameter(
             f"--arrow takes one table, got {len(tables)}: {titles}; use --json"
         )
-    if format == "json" and len(tables) != 1:
+    if format == "json" and not is_one:
         listed = [{"title": table.title, "rows": _records(table)} for table in tables]
         _write_json(listed)
         return
@@ -160,6 +187,8 @@ def _finite(value: Any) -> Any:
     """Return a value without NaN and infinity, which JSON cannot hold: they become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, Interval):
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -167,16 +196,24 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def show_table(table: OutputTable, *, width: int | None = None) -> None:
-    """Print a table that fits `width` columns; by default those of the terminal."""
-    if width is None and sys.stdout.isatty():
+def show_table(table: OutputTable, *, wide: bool = False) -> None:
+    """Print a table that fits the terminal, or as wide as its rows are."""
+    width = None
+    if sys.stdout.isatty() and not wide:
         import shutil
 
         width = shutil.get_terminal_size().columns
-    elif width is None and table.is_report:
+    elif table.is_report and not wide:
         width = REPORT_WIDTH
-    lines = table_lines(table, width)
-    sys.stdout.write("\n".join(line.rstrip() for line in lines) + "\n")
+    lines = [line.rstrip() for line in table_lines(table, width)]
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        lines = [_PEAK.sub("\x1b[1;33m\\g<0>\x1b[0m", line) for line in lines]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def reports(tables: Iterable[ReportTable]) -> list[OutputTable]:
+    """Return tables of reports as a verb prints them."""
+    return [OutputTable(t.columns, t.rows, t.title, t.note, is_report=True) for t in tables]
 
 
 def table_lines(table: OutputTable, width: int | None) -> list[str]:
@@ -226,8 +263,14 @@ def _column_widths(columns: Sequence[Sequence[str]], limit: int | None) -> list[
         return widths
     room = limit - len(GAP) * (len(columns) - 1)
     # cells in several lines first, then names lose their middle, then intervals are parted
-    for is_parted, shortest in ((False, None), (False, 20), (True, 20), (True, 12)):
-        floors = [_least_width(cells, is_parted, shortest) for cells in columns]
+    for is_parted, shortest, text in (
+        (False, None, READABLE),
+        (False, None, READABLE * 2 // 3),
+        (False, 20, 0),
+        (True, 20, 0),
+        (True, 12, 0),
+    ):
+        floors = [_least_width(cells, is_parted, shortest, text) for cells in columns]
         while sum(widths) > room:
             givers = [i for i, floor in enumerate(floors) if widths[i] > floor]
             if not givers:
@@ -238,13 +281,13 @@ def _column_widths(columns: Sequence[Sequence[str]], limit: int | None) -> list[
     return None
 
 
-def _least_width(cells: Sequence[str], is_parted: bool, shortest: int | None) -> int:
+def _least_width(cells: Sequence[str], is_parted: bool, shortest: int | None, readable: int) -> int:
     """Return how narrow a column may be; what holds digits is never shortened."""
     pieces = [piece for cell in cells for piece in (cell.split() if is_parted else _pieces(cell))]
     longest = max(map(_width, pieces), default=0)
     if shortest is None:
         is_text = max(map(_width, cells), default=0) > READABLE
-        return max(longest, READABLE) if is_text else longest
+        return max(longest, readable) if is_text else longest
     is_numeric = any(piece[:1].isdigit() for piece in pieces)
     return longest if is_numeric else min(longest, shortest)
 

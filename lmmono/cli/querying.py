@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmmono.cli.output import Format, OutputTable, write_tables
-from lmmono.errors import RecipeError, RunError
+from lmmono.errors import RecipeError, RunError, nearest
 from lmmono.files.printable import printable
 from lmmono.recipe.tree import read_override
 from lmmono.runs.folder import open_run
@@ -23,12 +23,48 @@ else:  # for annotations only
 
 LAKE = "ducklake:"
 """How the address of a lake begins."""
-MOST_SHOWN = 1000
-"""OutputTable of a table for people; CSV, JSON and Arrow give all."""
+MOST_SHOWN = 100
+"""Rows of a table for people, without --limit; CSV, JSON and Arrow give all."""
 
 _NUMBERS = re.compile(r"U?(TINY|SMALL|BIG)?INT(EGER)?|FLOAT|DOUBLE|BOOLEAN")
 """Types that Arrow, CSV and JSON hold as they are."""
 _NESTED = re.compile(r".*\]|(STRUCT|MAP|UNION)\(.*", re.DOTALL)
+
+
+def read_question(words: Sequence[str], file: Path | None = None) -> tuple[list[str], str]:
+    """Return the places and the text of `lmmono sql RUN... QUERY`.
+
+    The text is the last word, or comes from `file`, from stdin where the last word is `-` or there
+    is no query among the words, or is `.help` with what to help about.
+
+    Raises:
+        RunError: There is no query.
+    """
+    if file is not None:
+        return list(words), file.read_text(encoding="utf-8")
+    if ".help" in words[1:]:
+        at = words.index(".help")
+        return list(words[:at]), " ".join(words[at:])
+    *places, last = words
+    if last == "-" and places:
+        return places, sys.stdin.read()
+    if not _is_place(last) and places:
+        return places, last
+    if _is_place(last) and not sys.stdin.isatty() and (text := sys.stdin.read()).strip():
+        return list(words), text
+    what = f"{words[0]!r} alone" if len(words) == 1 else "only runs"
+    raise RunError(
+        f"want a run and a query, got {what}; `lmmono sql {words[0]} .help` lists the tables, and "
+        "--file FILE or a pipe gives a query too"
+    )
+
+
+def _is_place(word: str) -> bool:
+    """Say whether a word names a run, a store or a lake, and is no query."""
+    try:
+        return word.startswith(LAKE) or Path(word).exists()
+    except OSError:  # too long for a name
+        return False
 
 
 def write_answer(
@@ -37,20 +73,25 @@ def write_answer(
     parameters: Sequence[str] = (),
     data_path: str | None = None,
     format: Format = "table",
+    limit: int | None = None,
+    wide: bool = False,
 ) -> None:
     """Write to stdout what a query gives over the stores at `places`, opened for reading.
 
     Args:
         places: Run folders, store folders or store files; the first may be a lake's address. Of
-            several, each store is a schema named after its folder, and the first place is found
+            several, each store is a schema named by `schema_names`, and the first place is found
             without a name too.
-        query: SQL; `$name` stands for a parameter.
+        query: SQL, one statement or several, none of which may write; `$name` stands for a
+            parameter. `.help` lists tables and macros, `.help NAME` the columns of a table.
         parameters: `name=value` each; the value as a recipe would hold it.
         data_path: Folder or s3:// prefix of the lake's data.
         format: `csv` and `arrow` stream; two columns of one name are told apart as `name_1`.
+        limit: Most rows of a result; by default `MOST_SHOWN` of a table, and all for programs.
+        wide: Show a table in lines as long as its rows.
 
     Raises:
-        RunError: A place holds no store, or a parameter is no `name=value`.
+        RunError: A place holds no store, or a parameter is no `name=value`, missing or not used.
         StoreError: A store cannot be opened, or the query fails, also while its rows are read.
     """
     try:
@@ -58,39 +99,123 @@ def write_answer(
     except UnicodeEncodeError:
         raise RunError("the query holds bytes that are no UTF-8 text; type it again") from None
     with open_stores(places, data_path) as store, _told_as_query_error():
-        relation = store.sql(query, **_values(parameters))
-        names = _told_apart(relation.columns)
+        if query.lstrip().startswith(".help"):
+            tables = help_tables(store, query.split()[1:])
+            write_tables(tables, format, wide=wide, is_one=False)
+            return
+        statements = _statements(query, _values(parameters))
+        # all are parsed and bound before the first is shown
+        relations = [store.sql(text, **values) for text, values in statements]
+        if format == "arrow" and len(relations) > 1:
+            raise RunError(f"--arrow takes one statement, got {len(relations)}; use --json")
         if format == "arrow":
-            from pyarrow import ipc
+            _write_arrow(relations[0], limit)
+            return
+        if format == "csv":
+            for i, relation in enumerate(relations):
+                sys.stdout.write("\n" * (i > 0))
+                _write_csv(relation, limit)
+            return
+        most = (limit or MOST_SHOWN) if format == "table" else limit
+        titles = [text.strip() for text, _ in statements] if len(statements) > 1 else [""]
+        tables = [
+            _rows(relation, most, title) for relation, title in zip(relations, titles, strict=True)
+        ]
+        write_tables(tables, format, wide=wide)
 
-            plain = [f"#{i} AS {_quoted(name)}" for i, name in enumerate(names, start=1)]
-            reader = relation.project(", ".join(plain)).to_arrow_reader()
-            with ipc.new_stream(sys.stdout.buffer, reader.schema) as stream:
-                for batch in reader:
-                    stream.write_batch(batch)
-        elif format == "csv":
-            from pyarrow import csv
 
-            heads = _told_apart([printable(name) for name in names])
-            reader = _as_text(relation, heads).to_arrow_reader()
-            options = csv.WriteOptions(include_header=True)
-            sys.stdout.flush()
-            with csv.CSVWriter(sys.stdout.buffer, reader.schema, write_options=options) as writer:
-                for batch in reader:
-                    writer.write_batch(_printable_batch(batch))
+def _statements(query: str, values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the statements of a text, each with the parameters that it names.
+
+    Raises:
+        RunError: There is none, or a parameter is missing or stands in no statement.
+    """
+    import duckdb
+
+    with duckdb.connect(":memory:") as con:
+        try:
+            parsed = con.extract_statements(query)
+        except duckdb.Error:
+            return [(query, values)]  # the store says what is wrong
+    if not parsed:
+        raise RunError("the query is empty; want SQL such as: FROM unit_stats")
+    wanted = {name: None for each in parsed for name in sorted(each.named_parameters)}
+    if missing := [name for name in wanted if name not in values]:
+        raise RunError(f"the query has ${missing[0]}: give its value by --param {missing[0]}=...")
+    if unused := [name for name in values if name not in wanted]:
+        raise RunError(f"--param {unused[0]}: the query has no ${unused[0]}")
+    if len(parsed) == 1 or re.search(r"\bpivot\b", query, re.IGNORECASE):
+        return [(query, values)]  # DuckDB makes several statements of one PIVOT
+    return [(each.query, {name: values[name] for name in each.named_parameters}) for each in parsed]
+
+
+def _write_arrow(relation: DuckDBPyRelation, limit: int | None) -> None:
+    from pyarrow import ipc
+
+    names = _told_apart(relation.columns)
+    plain = [f"#{i} AS {_quoted(name)}" for i, name in enumerate(names, start=1)]
+    rows = relation if limit is None else relation.limit(limit)
+    reader = rows.project(", ".join(plain)).to_arrow_reader()
+    with ipc.new_stream(sys.stdout.buffer, reader.schema) as stream:
+        for batch in reader:
+            stream.write_batch(batch)
+
+
+def _write_csv(relation: DuckDBPyRelation, limit: int | None) -> None:
+    from pyarrow import csv
+
+    heads = _told_apart([printable(name) for name in _told_apart(relation.columns)])
+    rows = relation if limit is None else relation.limit(limit)
+    reader = _as_text(rows, heads).to_arrow_reader()
+    options = csv.WriteOptions(include_header=True)
+    sys.stdout.flush()
+    with csv.CSVWriter(sys.stdout.buffer, reader.schema, write_options=options) as writer:
+        for batch in reader:
+            writer.write_batch(_printable_batch(batch))
+
+
+def help_tables(store: Store, names: Sequence[str] = ()) -> list[OutputTable]:
+    """Return what `.help` shows: tables, views and macros, or the columns of those named.
+
+    Raises:
+        RunError: The store has no such table or macro.
+    """
+    from activation_store.catalog.reference import column_comments, entries
+
+    known = {entry.name: entry for entry in entries()}
+    if not names:
+        rows = [(entry.call, entry.kind, entry.about) for entry in entries()]
+        note = (
+            "`.help NAME` lists the columns of one. A macro is read like a table: "
+            "FROM exemplars('blocks.1.mlp.hook_post', 17, 4). Of several runs each table has its "
+            "run before its name, as in crate.unit_stats."
+        )
+        return [OutputTable(("name", "kind", "what its rows are"), rows, note=note, is_report=True)]
+    tables: list[OutputTable] = []
+    for name in names:
+        if name not in known:
+            raise RunError(f".help {name}: no such table or macro; {nearest(name, known)}")
+        entry, comments = known[name], column_comments()
+        if entry.kind == "macro":
+            rows = [(entry.call, "macro", entry.about)]
+            heads = ("call", "kind", "what its rows are")
         else:
-            limit = MOST_SHOWN + 1 if format == "table" else None
-            write_tables([_rows(relation, names, limit)], format)
+            found = store.sql(f"DESCRIBE FROM {name}").fetchall()
+            rows = [(column, kind, comments.get((name, column), "")) for column, kind, *_ in found]
+            heads = ("column", "type", "what it holds")
+        tables.append(OutputTable(heads, rows, title=f"{name}: {entry.about}", is_report=True))
+    return tables
 
 
-def _rows(relation: DuckDBPyRelation, names: Sequence[str], limit: int | None) -> OutputTable:
+def _rows(relation: DuckDBPyRelation, limit: int | None, title: str = "") -> OutputTable:
     """Return the rows of a relation with nested values as lists and dictionaries."""
     import json
 
+    names = _told_apart(relation.columns)
     is_nested = [bool(_NESTED.fullmatch(str(kind))) for kind in relation.types]
     is_wide = [str(kind) in ("HUGEINT", "UHUGEINT") for kind in relation.types]
     text = _as_text(relation, names)
-    rows = (text if limit is None else text.limit(limit)).fetchall()
+    rows = (text if limit is None else text.limit(limit + 1)).fetchall()
     columns = range(len(names))
     cells = [
         [
@@ -101,13 +226,12 @@ def _rows(relation: DuckDBPyRelation, names: Sequence[str], limit: int | None) -
             else row[i]
             for i in columns
         ]
-        for row in rows
+        for row in rows[:limit]
     ]
     note = ""
-    if limit is not None and len(cells) == limit:
-        cells.pop()
-        note = f"The first {limit - 1:,} rows; --csv, --json and --arrow give all."
-    return OutputTable(names, cells, note=note)
+    if limit is not None and len(rows) > limit:
+        note = f"The first {limit:,} rows; --limit N shows more, --csv, --json and --arrow all."
+    return OutputTable(names, cells, title=title, note=note)
 
 
 def _as_text(relation: DuckDBPyRelation, names: Sequence[str]) -> DuckDBPyRelation:
@@ -196,11 +320,11 @@ def open_stores(places: Sequence[str | Path], data_path: str | None = None) -> S
     """
     import activation_store as astore
 
-    files = [store_address(place) for place in places]
+    files = list(dict.fromkeys(store_address(place) for place in places))
     store = astore.open(files[0], data_path=data_path)
-    for file in files if len(files) > 1 else ():
-        if file != files[0] or not file.startswith(LAKE):
-            store.attach(file, schema_name(Path(file)))
+    attached = [file for file in files if not file.startswith(LAKE)] if len(files) > 1 else []
+    for file, name in zip(attached, schema_names(attached), strict=True):
+        store.attach(file, name)
     return store
 
 
@@ -222,14 +346,25 @@ def store_address(place: str | Path) -> str:
     raise RunError(f"{run.dir}: holds no store yet; run `lmmono capture {run.dir}` first")
 
 
-def schema_name(file: Path) -> str:
-    """Return the name under which a store's tables are found: that of its folder.
+def schema_names(files: Sequence[str]) -> list[str]:
+    """Return the names under which the tables of stores are found: those of their folders.
 
-    >>> schema_name(Path("runs/sweep/crate-seed0/store.duckdb"))
-    'crate_seed0'
+    Where two folders have one name, the folders above are part of it, as far as they differ.
+
+    >>> schema_names(["runs/sweep/crate-seed0/store.duckdb", "runs/sweep/gpt2/store.duckdb"])
+    ['crate_seed0', 'gpt2']
+    >>> schema_names(["/runs/a/crate/store.duckdb", "/runs/b/crate/store.duckdb"])
+    ['a_crate', 'b_crate']
     """
-    name = re.sub(r"\W", "_", file.resolve().parent.name)
-    return name if name.isidentifier() else f"run_{name}"
+    folders = [Path(file).resolve().parent.parts[1:] for file in files]
+    names: list[str] = []
+    for folder in folders:
+        n = 1
+        while n < len(folder) and sum(other[-n:] == folder[-n:] for other in folders) > 1:
+            n += 1
+        name = re.sub(r"\W", "_", "_".join(folder[-n:]))
+        names.append(name if name.isidentifier() else f"run_{name}")
+    return names
 
 
 def _values(parameters: Sequence[str]) -> dict[str, Any]:

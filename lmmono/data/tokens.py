@@ -33,6 +33,7 @@ from lmmono.data.vocabulary import shown_tokens
 from lmmono.errors import DataError, RunError, nearest
 from lmmono.files.atomic import atomic_folder
 from lmmono.files.digests import damaged_files, folder_digests
+from lmmono.files.docstrings import with_fields
 from lmmono.files.json_files import read_json
 from lmmono.files.locks import wait_for_lock
 from lmmono.recipe.sections import Data
@@ -42,6 +43,7 @@ FORMAT = 3
 """Part of every digest: raised whenever equal settings and text would give other files."""
 
 
+@with_fields
 @dataclass(frozen=True, slots=True)
 class TokenRows:
     """Rows of one split in corpus order: all of them, or a sample.

@@ -19,6 +19,7 @@ from lmmono.dictionaries.estimator import PlainDictionary
 from lmmono.dictionaries.vector_source import VectorSource
 from lmmono.errors import DictionaryError
 from lmmono.recipe.dictionary_settings import Decomposition
+from lmmono.recipe.reference import settings_help
 from lmmono.types import Progress
 
 Array = np.ndarray
@@ -97,6 +98,9 @@ class Classical(PlainDictionary):
     def _decode(self, acts: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]:
         w = self._on(acts)
         return acts @ w["W_dec"] + w["b_dec"]
+
+
+Classical.__doc__ = settings_help(Classical.__doc__, Decomposition)
 
 
 def _pca(x: Array, d_sae: int, settings: Decomposition, seed: int) -> Fitted:

@@ -26,6 +26,7 @@ from lmmono.dictionaries.vector_source import VectorSource
 from lmmono.errors import DictionaryError
 from lmmono.files.processes import best_device
 from lmmono.recipe import dictionary_settings as dictionaries
+from lmmono.recipe.reference import settings_help
 from lmmono.types import Progress
 
 
@@ -111,6 +112,9 @@ class Control(PlainDictionary):
         result = fit_result(self.arch, self.settings, x, acts, reconstruction, dead_fraction)
         self.facts |= {"input_scale": scale, "n_tokens": fit.n_tokens, **result}
         return weights
+
+
+Control.__doc__ = settings_help(Control.__doc__, dictionaries.Control)
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ from lmmono.errors import DictionaryError, nearest
 from lmmono.files.locks import lock_folder
 from lmmono.files.processes import best_device, this_process
 from lmmono.recipe.dictionary_settings import Sae
+from lmmono.recipe.reference import settings_help
 from lmmono.types import Progress, silent
 
 
@@ -87,6 +88,9 @@ class SAE(Dictionary):
 
     def _load(self, folder: Path) -> None:
         self.network, self.history = read_inference(folder), read_curves(folder)
+
+
+SAE.__doc__ = settings_help(SAE.__doc__, Sae)
 
 
 def fit_together(

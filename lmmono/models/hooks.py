@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from activation_store.errors import ContentError
 from activation_store.write.recording import OutputRecorder, padded_inputs
 from lmmono.errors import ModelError, nearest
+from lmmono.files.docstrings import with_fields
 from lmmono.models.families import no_names, points
 from lmmono.models.points import OutputPoint, Point, Watch
 
@@ -241,6 +242,7 @@ def token_inputs(
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
+@with_fields
 @dataclass(frozen=True, slots=True, eq=False)
 class Edit:
     """A change of one activation; units and positions not named stay as they are.
@@ -253,7 +255,7 @@ class Edit:
     hook: str
     """Hook name or glob."""
     kind: str
-    """Set to `value`, multiply by `value`, set to zero or the mean `value`, or add `direction`."""
+    """`set` to `value`, `scale` by it, `ablate` to zero or the mean `value`, `add` `direction`."""
     value: float | Tensor | None = None
     """A number, or one per unit; for `add` the factor of the direction, 1 where not given."""
     units: Sequence[int] | None = None

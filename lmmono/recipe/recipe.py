@@ -3,6 +3,7 @@
 Reading one from a file stands on top of this, in `lmmono.recipe.load`.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from lmmono.errors import RecipeError
+from lmmono.files.docstrings import field_sentences
 from lmmono.recipe.dictionary_settings import Dictionaries
 from lmmono.recipe.explain_settings import Explain, Score, unexplained_clash
 from lmmono.recipe.robustness_settings import Robustness
@@ -243,13 +245,30 @@ def recipe_schema() -> Schema:
 
 def schema_text() -> str:
     """Return the schema for editors, `recipes/recipe.schema.json`: arms know every dotted key."""
-    root = recipe_schema()
+    root = _with_sentences(recipe_schema())
     properties = dict(root["properties"])
     arm = {"type": "object", "properties": _arm_keys(root), "additionalProperties": False}
     ((pattern, _),) = properties["arms"]["patternProperties"].items()
     properties["arms"] = {**properties["arms"], "patternProperties": {pattern: arm}}
     draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     return json.dumps({**draft, **root, "properties": properties}, indent=2) + "\n"
+
+
+def _with_sentences(root: Schema) -> Schema:
+    """Return the schema with the sentence of every field as its description."""
+    kinds: dict[str, type[Section]] = {}
+    left: list[type[Section]] = [Section]
+    while left:
+        kind = left.pop()
+        kinds[kind.__name__] = kind
+        left += kind.__subclasses__()
+    whole = copy.deepcopy(root)
+    for name, schema in {**whole["$defs"], "Recipe": whole}.items():
+        sentences = field_sentences(kinds[name]) if name in kinds else {}
+        for key, value in schema.get("properties", {}).items():
+            if key in sentences and "description" not in value:
+                value["description"] = sentences[key]
+    return whole
 
 
 def resolve(schema: Schema, root: Schema) -> Schema:

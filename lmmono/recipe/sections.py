@@ -17,14 +17,17 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """Base of all settings: strict types, unknown keys refused, never changed after loading."""
+    """Base of all settings: strict types, unknown keys refused, never changed after loading.
+
+    Sentences under fields are read from the source where they are shown, by
+    `lmmono.recipe.reference`: pydantic would parse every class at every start.
+    """
 
     model_config = ConfigDict(
         strict=True,
         frozen=True,
         extra="forbid",
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
         defer_build=True,  # only what is used is built: `lmmono check` answers a tenth sooner
     )
 

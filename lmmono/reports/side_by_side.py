@@ -10,6 +10,7 @@ from numpy import ndarray
 import activation_store as astore
 from lmmono.reports.dictionary_tables import Interval, measured, stabilities
 from lmmono.reports.table import ReportTable
+from lmmono.reports.unit_tables import excerpts
 from lmmono.runs.folder import Run
 
 N_NEURONS = 6
@@ -46,7 +47,7 @@ def run_tables(runs: Sequence[Run]) -> tuple[ReportTable, ...]:
     tested = [run for run in runs if run.recipe.robustness.suites]
     return (
         _layer_table(runs),
-        *(table for run in learned for table in _dictionary_tables(run)),
+        *(table for run in learned for table in dictionary_tables(run)),
         *(_neuron_table(run) for run in runs),
         *(table for run in tested for table in _suite_tables(run)),
     )
@@ -59,7 +60,7 @@ def _suite_tables(run: Run) -> list[ReportTable]:
     return suite_tables(run)
 
 
-def _dictionary_tables(run: Run) -> list[ReportTable]:
+def dictionary_tables(run: Run) -> list[ReportTable]:
     """Return a table for each hook that the run has dictionaries of, results before controls."""
     entries = {planned.name: planned.entry_name for planned in run.recipe.dictionary.planned}
     dictionaries = [one for one in measured(run) if one.name in entries]
@@ -207,6 +208,7 @@ def _neuron_table(run: Run) -> ReportTable:
         found = store.sql(
             _MOST_SELECTIVE, min_activations=MIN_ACTIVATIONS, n_neurons=N_NEURONS
         ).fetchall()
+        texts = excerpts(store, [row[:2] for row in found], before=16, after=8)
         rows = tuple(
             (
                 hook,
@@ -215,9 +217,11 @@ def _neuron_table(run: Run) -> ReportTable:
                 f"{shuffled:.3f}",
                 f"{n:,}",
                 f"{density:.4f}",
-                _around_peak(store.exemplars(hook, unit, 1)[0].text),
+                _around_peak(text),
             )
-            for hook, unit, value, low, high, shuffled, n, density in found
+            for (hook, unit, value, low, high, shuffled, n, density), text in zip(
+                found, texts, strict=True
+            )
         )
     return ReportTable(
         title=f"Most selective units of {run.name}",
