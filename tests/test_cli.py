@@ -227,6 +227,7 @@ def test_show_gives_one_unit_whole(study, capsys):
     tables = {t["title"].partition(", ")[2]: t["rows"] for t in json.loads(capsys.readouterr().out)}
     with astore.open("runs/tiny/crate") as store:
         unit = store.unit(HOOK, 3)
+        acts = [each.act for each in unit.exemplars(8)]
         ((value, shuffled),) = store.sql(
             """SELECT max(value) FILTER (control IS NULL), max(value) FILTER (control = 'shuffled')
             FROM all_scores WHERE hook = $hook AND unit = 3 AND metric = 'token_selectivity'""",
@@ -234,9 +235,7 @@ def test_show_gives_one_unit_whole(study, capsys):
         ).fetchall()
     stats = {row["statistic"]: row["value"] for row in tables["statistics"]}
     assert stats["max_act"] == unit.max_act and stats["n_tokens"] == unit.n_tokens
-    assert [row["act"] for row in tables["strongest exemplars"]] == [
-        each.act for each in unit.exemplars(8)
-    ]
+    assert [row["act"] for row in tables["strongest exemplars"]] == acts
     (score,) = (row for row in tables["scores"] if row["scorer"] == "token_selectivity")
     assert score["score"]["value"] == value and score["controls"] == {"shuffled": shuffled}
     assert call("show", "runs/tiny/crate", "blocks.7:3") == 2
