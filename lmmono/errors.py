@@ -14,23 +14,28 @@
     │   └── RunError           run folders
     └── activation_store.StoreError    the store's own root: it is usable alone; exit 2 as well
 
-A message says what is wrong, where, what was found, what was wanted, and the way out. Our own
-mistakes are asserts.
+A message says what is wrong, where, what was found, what was wanted, and the way out. It quotes
+files, so control characters in it are shown and never sent. Our own mistakes are asserts.
 """
 
 import difflib
 from collections.abc import Iterable
 
+from lmmono.printable import printable
+
 
 class LmmonoError(Exception):
     """Root of every error that a user's input, file or machine can cause."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class RecipeError(LmmonoError):
     """A recipe that cannot be used; holds every fault found, one line each."""
 
     def __init__(self, faults: Iterable[str]) -> None:
-        self.faults = tuple(faults)
+        self.faults = tuple(map(printable, faults))
         super().__init__("\n".join(self.faults))
 
 

@@ -33,7 +33,7 @@ class Scripted:
         return Answer(text, usage=Usage(1, 10, 5))
 
     def read(self, texts, **settings):
-        return [Reading(failure="no_answer") for _ in texts]
+        return [Reading(failure="no_answer", detail=self.detail) for _ in texts]
 
 
 def texts_of(question: str) -> list[str]:

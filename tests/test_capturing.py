@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -106,19 +107,31 @@ def test_vectors_are_whole_to_half_precision(
 
 
 def test_an_interrupted_capture_ends_with_the_same_bytes(
-    corpus: TokenCorpus, model: torch.nn.Module, tmp_path: Path
+    corpus: TokenCorpus, model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Commits every 10 rows cut batches of 7, which run whole again: their bits must be equal."""
+    monkeypatch.setattr("activation_store.write.writer.GROUP_TOKENS", 5 * 32)
+    often = partialmethod(astore.Store.writer, commit_tokens=10 * 32)
+    monkeypatch.setattr(astore.Store, "writer", often)
+    n_run: list[int] = []
+
     def interrupt(what: str, done: int, total: int, **facts: float) -> None:
         if done > total // 2:
             raise KeyboardInterrupt
 
-    rows, small = corpus.tokens("explain"), {"batch_tokens": 128, "max_density": 0.9}
+    rows, small = corpus.tokens("explain"), {"batch_tokens": 7 * 32, "max_density": 0.9}
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda _, inputs: n_run.append(len(inputs[0])))
     for name in ("whole", "stopped"):
         with astore.open(tmp_path / name / "store.duckdb", mode="w") as store:
             if name == "stopped":
                 with pytest.raises(KeyboardInterrupt):
                     capture(model, rows, into=store, progress=interrupt, **small)
+                n_kept = len(store.sql("SELECT DISTINCT seq_id FROM token_ids").fetchall())
+                assert 0 < n_kept < len(rows) and n_kept % 7, "a commit has cut a batch"
             capture(model, rows, into=store, **small)
+    handle.remove()
+    assert set(n_run) - {0, 1} == {7, len(rows) % 7} - {0, 1}, "one row asks for the widths"
     digests = []
     for name in ("whole", "stopped"):
         with astore.open(tmp_path / name / "store.duckdb") as store:

@@ -86,8 +86,18 @@ def test_an_unparsable_answer_is_counted_and_neither_right_nor_wrong(store):
     assert row["value"] == pytest.approx(1 - unanswered / 80)
     nothing = rows_of(store, "detection", Scripted(lambda _: "[1]"))["detection", ON_CAT, None]
     assert (nothing["value"], nothing["failure"]) == (None, "unparsed")
-    dead = rows_of(store, "detection", Scripted(lambda _: None))["detection", ON_CAT, None]
-    assert (dead["value"], dead["failure"]) == (None, "no_answer")
+    assert nothing["reason"] == "want a list of 5 labels, got '[1]'"
+
+
+@pytest.mark.parametrize("scorer", ["detection", "intruder", "surprisal", "simulation_tar"])
+def test_why_a_judge_was_out_of_reach_stands_in_the_row(store, scorer):
+    dead = Scripted(lambda _: None, name="dead", detail="HTTP 503: down")
+    how = {"units": [ON_CAT, ON_PAIR], "controls": False}
+    how |= {"simulator": "llm"} if scorer == "simulation_tar" else {}
+    lm.score(store, HOOK, scorer=scorer, client=dead, **how)
+    query = "SELECT value, failure, reason FROM scores WHERE metric = $metric AND unit = $unit"
+    rows = store.sql(query, metric=scorer, unit=ON_CAT).fetchall()
+    assert rows == [(None, "no_answer", "HTTP 503: down")]
 
 
 def test_calls_and_tokens_of_a_unit_are_told_once(store):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,11 +12,13 @@ import time
 from pathlib import Path
 
 import forks
+import numpy as np
 import pyarrow as pa
 import pytest
 
 import activation_store as astore
 from lmmono.cli.app import app, main
+from lmmono.dictionaries.classical import Classical
 from lmmono.runs.folder import open_run
 
 TINY = """\
@@ -305,16 +308,26 @@ def test_generate_goes_on_from_a_prompt_and_repeats_itself(study, capsys):
 
 def test_verify_names_each_damaged_file_of_a_run(study, capsys):
     run = study / "runs/tiny/crate"
+    pca = Classical("pca", d_sae=2).fit(np.eye(4, dtype=np.float32))
+    pca.save(run / "dictionaries/hook/pca")  # no stage is finished that would know it
     assert call("verify", "runs/tiny/crate") == 0
-    assert capsys.readouterr().out == "runs/tiny/crate: whole\n"
-    for name in ("model/model.safetensors", "metrics.parquet", next((run / "store").iterdir())):
+    told = re.fullmatch(
+        r"runs/tiny/crate: whole; read (\d+) files of stages, 1 stores, 1 dictionaries, .*\n",
+        capsys.readouterr().out,
+    )
+    n_model = len(list((run / "model").iterdir()))
+    assert told is not None and int(told[1]) == n_model + 1, "the model's files and metrics.parquet"
+    weights = "dictionaries/hook/pca/weights.safetensors"
+    shard = next((run / "store").iterdir())
+    for name in ("model/model.safetensors", "metrics.parquet", shard, weights):
         content = bytearray((run / name).read_bytes())
         content[len(content) // 2] ^= 1
         (run / name).write_bytes(content)
     (run / "model/config.json").unlink()
     assert call("verify", "runs/tiny/crate") == 2
     err = capsys.readouterr().err
-    for name in ("model.safetensors: other bytes", "config.json: missing", "metrics.parquet"):
+    damaged = ("model.safetensors: other bytes", "config.json: missing", f"{weights}: other bytes")
+    for name in (*damaged, "metrics.parquet"):
         assert name in err
     assert "store" in err and "Traceback" not in err
 

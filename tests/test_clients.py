@@ -1,6 +1,8 @@
 """Servers and replay: real HTTP on loopback, limits kept, failures typed, nothing paid twice."""
 
 import asyncio
+import gzip
+import json
 import logging
 import sqlite3
 import subprocess
@@ -290,6 +292,24 @@ def test_a_call_ends_at_its_deadline_however_slowly_bytes_come(n_retries: int) -
         took = time.monotonic() - began
     assert (answer.failure, answer.detail) == ("no_answer", "no answer within 1 s")
     assert 1.0 <= took < 1.0 + 1.5 * n_retries + 2.0
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_an_answer_without_end_is_read_up_to_a_bound(is_packed: bool, monkeypatch) -> None:
+    """A packed one counts unpacked: a thousand bytes may stand for a million."""
+    monkeypatch.setattr("lmmono.clients.server.MAX_BODY_BYTES", 100_000)
+    headers = {"Content-Encoding": "gzip"} if is_packed else {}
+
+    def script(path: str, body: dict[str, Any]) -> Any:
+        raw = json.dumps(said("x" * (1_000_000 if asked(body) == "long" else 1_000))).encode()
+        return Refusal(200, gzip.compress(raw) if is_packed else raw, headers)
+
+    with serving(script) as calls:
+        client = at(calls, n_retries=0)
+        long, short = client.complete(chats("long", "short"), max_tokens=5)
+    assert (long.failure, long.text) == ("unparsed", None)
+    assert long.detail == "the server sent more than 100,000 bytes; read no further"
+    assert short.text == "x" * 1_000
 
 
 def test_a_redirect_takes_the_prompt_nowhere() -> None:

@@ -100,6 +100,28 @@ def test_silence_and_rare_units_are_failures_of_their_own_type(explained):
         assert f"{name}: {said}" in repr(handle)
 
 
+def test_explanations_stand_when_documents_are_added_and_are_counted_as_outdated(tmp_path):
+    planted = planted_store(tmp_path / "run", n_rows=10)
+    mine = planted.rows("explain")
+    with astore.open(planted.path, mode="a") as store:
+        made = lm.explain(store, HOOK, units=[ON_CAT, DENSE])
+        assert (made.n_found, made.n_outdated) == (0, 0)
+        query = "SELECT DISTINCT n_tokens FROM explanations"
+        assert store.sql(query).fetchall() == [(planted.token_ids[mine].size,)]
+        again = lm.explain(store, HOOK, units=[ON_CAT, DENSE])
+        assert (again.n_found, again.n_outdated) == (2, 0)
+        rows = [astore.Rows(hook, 6, max_density=1.0) for hook in (HOOK, OTHER)]
+        with store.writer(rows=rows, n_ctx=planted.token_ids.shape[1]) as writer:
+            new = np.arange(2) + len(planted.token_ids)
+            acts = {hook: planted.acts[:2] for hook in (HOOK, OTHER)}
+            writer.add(new, planted.token_ids[:2], planted.doc_ids[:2], "explain", acts)
+        later = lm.explain(store, HOOK, units=[ON_CAT, DENSE, NOISE])
+        assert (later.n_found, later.n_outdated) == (2, 2)
+        assert "2 were stored already, 2 from other documents than now" in repr(later)
+        assert lm.explain(store, HOOK, units=[ON_CAT, DENSE], overwrite=True).n_outdated == 0
+        assert lm.explain(store, HOOK, units=[ON_CAT, DENSE]).n_outdated == 0
+
+
 def test_programs_come_back_from_json_as_they_were(planted, explained):
     ids = planted.token_ids[planted.rows("score")]
     kinds = set()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -299,6 +300,21 @@ def test_neuronpedia_gets_every_score_with_its_interval_and_controls(store, tmp_
         "matched_density",
         "shuffled_pairing",
     }
+
+
+@pytest.mark.parametrize("to", ["neuronpedia", "openai-simulations"])
+def test_damaged_shards_are_not_exported(planted, tmp_path, to):
+    shutil.copytree(planted.path, tmp_path / "copy")
+    shard = next((tmp_path / "copy" / "store").glob("tokens-*.parquet"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 1
+    shard.write_bytes(data)
+    with (
+        astore.open(tmp_path / "copy") as damaged,
+        pytest.raises(astore.ShardError, match=f"{shard.name}: .*verify --repair"),
+    ):
+        export_store(damaged, to, tmp_path / "out", [HOOK])
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_store_exports_to_the_same_bytes(store, tmp_path):

@@ -462,3 +462,21 @@ def test_damaged_bytes_of_any_file_are_found_when_a_dictionary_is_loaded(tmp_pat
                 lm.load_dictionary(folder)
         index.write_text(json.dumps(whole))
         lm.load_dictionary(folder)
+
+
+def test_a_dictionary_from_before_digests_says_so_and_its_weights_can_be_taken(tmp_path) -> None:
+    x = some_vectors()
+    pca = lm.Classical("pca", d_sae=4).fit(x).save(tmp_path / "pca")
+    sae = lm.SAE("topk", d_sae=16, k=3, steps=20, lr=0.01).fit(x)
+    folder = sae.save(tmp_path / "sae")
+    for each in (pca, folder):
+        whole = json.loads((each / "dictionary.json").read_text())
+        del whole["sha256"]
+        (each / "dictionary.json").write_text(json.dumps(whole))
+    with pytest.raises(DictionaryError, match=r"no sha256 of its weights.*fit it again$"):
+        lm.load_dictionary(pca)
+    with pytest.raises(DictionaryError, match=r"no sha256.*fit it again, or take.*\(") as told:
+        lm.load_dictionary(folder)
+    way_out = str(told.value).rpartition("as they are: ")[2]
+    taken = eval(way_out, {"lm": lm})  # what the message says to type
+    torch.testing.assert_close(taken.encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)

@@ -1,5 +1,9 @@
 """Steering and ablation on a tiny model, against passes made by hand."""
 
+import copy
+import shutil
+
+import duckdb
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,8 @@ from explained_store import D_VOCAB
 from small_models import tiny
 
 import activation_store as astore
+import lmmono as lm
+from activation_store.write.recorder import digest
 from lmmono.errors import ExplainError
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.token_lookup import Lookup
@@ -130,6 +136,30 @@ def test_interventions_have_rows_for_both_predictions_and_for_random_directions(
     assert controls == {None, "random_explanation", "matched_density", "random_direction"}
     assert len(rows) == 4 * 2 * 4
     assert all(-1 <= row["value"] <= 1 for row in rows)
+
+
+def test_scores_of_another_model_are_rows_of_their_own(path, model, tmp_path):
+    shutil.copytree(path, tmp_path / "run")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.transformer.h[0].mlp.c_proj.weight.mul_(3)
+    digests = {digest(each)[:12]: each for each in (model, other)}
+    with astore.open(tmp_path / "run", mode="a") as store:
+        for again in (False, True):
+            for name, each in digests.items():
+                how = {"units": [0], "controls": False, "prompt": 8}
+                made = lm.score(store, HOOK, scorer="effect", model=each, **how)
+                assert made.preset is not None and f"model={name}" in made.preset
+                assert made.n_found == again
+        query = """SELECT preset, value FROM scores
+            WHERE metric = 'ablation_kl' AND unit = 0"""
+        rows = dict(store.sql(query).fetchall())
+    assert len(rows) == 2 and len(set(rows.values())) == 2
+    with duckdb.connect(tmp_path / "run" / "store.duckdb") as con:  # as lm.capture pins it
+        con.execute("INSERT INTO meta VALUES ('model_digest', $1)", [digest(model)])
+    with astore.open(tmp_path / "run", mode="a") as store:
+        made = lm.score(store, HOOK, scorer="effect", model=model, **how)
+    assert made.preset == "prompt=8"
 
 
 def test_a_hook_that_the_model_lacks_is_told(store, model):

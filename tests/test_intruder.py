@@ -66,6 +66,7 @@ def test_answers_without_one_number_count_as_guesses_and_none_at_all_as_a_failur
     assert row["value"] == pytest.approx((5 + 5 * 0.2) / 10)
     row = rows_of(store, "intruder", Scripted(lambda _: "none"))[ON_CAT, None]
     assert (row["value"], row["failure"]) == (None, "unparsed")
+    assert row["reason"] == "want one number of 1 to 5, got 'none'"
 
 
 def test_a_program_of_the_truth_finds_intruders_and_one_that_ties_gets_its_share(store):

@@ -212,6 +212,10 @@ def test_units_without_an_answer_are_asked_about_again_and_others_are_not(store,
     made = lm.explain(store, HOOK, **settings, client=down)
     assert made.failures == {failure: 1, "unparsed": 1}
     assert "HTTP 503: down" in repr(made) and "no explanation" in repr(made)
+    query = "SELECT reason FROM explanations WHERE failure = $failure"
+    assert store.sql(query, failure=failure).fetchall() == [("HTTP 503: down",)]
+    ((why,),) = store.sql(query, failure="unparsed").fetchall()
+    assert "no line begins with" in why and made.of(HOOK)[2].reason == why
     back = Scripted(lambda _: "Explanation: back")
     made = lm.explain(store, HOOK, **settings, client=back)
     assert (len(back.prompts), made.n_found, made.failures) == (1, 2, {"unparsed": 1})

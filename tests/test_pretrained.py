@@ -22,9 +22,9 @@ from lmmono.data.tokenizers import build_tokenizer, read_tokenizer
 from lmmono.errors import DataError, ModelError, RecipeError, RunError
 from lmmono.models.pretrained import fit_warnings, model_folder, require_fit
 from lmmono.pipeline import open_for
+from lmmono.pipeline.whole_run import check_run
 from lmmono.recipe import sections
 from lmmono.recipe.shipped import copy_recipe, shipped_recipes
-from lmmono.runs.checks import run_faults
 
 PLANTED = sections.PlantedCorpus(n_documents=150)
 
@@ -177,7 +177,7 @@ def test_a_changed_model_is_refused_and_another_name_is_another_run(run, qwen, t
     weights = copy / "model.safetensors"
     os.utime(weights, (1, 1))  # another time, the same bytes
     assert lm.run_stages(open_for(recipe), "capture").val_loss == run.val_loss
-    assert run_faults(made.dir) == []
+    assert check_run(made.dir).faults == []
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
@@ -186,7 +186,7 @@ def test_a_changed_model_is_refused_and_another_name_is_another_run(run, qwen, t
         lm.run_stages(open_for(recipe), "capture")
     with pytest.raises(RunError, match=way_out):
         _ = lm.open_run(made.dir).model
-    assert any("has other bytes" in line for line in run_faults(made.dir))
+    assert any("has other bytes" in line for line in check_run(made.dir).faults)
     other = lm.Recipe.load(None, *arguments, "name=other")
     assert lm.run_stages(open_for(other), "capture").is_done("capture")
     shutil.rmtree(copy)

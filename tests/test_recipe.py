@@ -60,6 +60,15 @@ def single(path: str, *overrides: str) -> Recipe:
     return Recipe.load(path, "arm=crate", *overrides)
 
 
+def test_a_faulty_recipe_drives_no_terminal_from_python_either(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text('name: x\nseed: 0\n"\\e]0;title\\a\\u202e": 1\n')
+    with pytest.raises(RecipeError, match="unknown key") as told:
+        Recipe.load(path)
+    for text in (str(told.value), "".join(told.value.faults)):
+        assert "<U+001B>]0;title<U+0007><U+202E>" in text and "\x1b" not in text
+
+
 def test_every_fault_of_a_file_is_told_at_once_with_its_line(write):
     path = write(
         """\

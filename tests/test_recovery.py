@@ -1,5 +1,7 @@
 """True features found in codes: against scikit-learn, planted copies, and chance."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -207,6 +209,25 @@ def test_a_dictionary_is_measured_on_the_planted_language(run, tmp_path):
             "SELECT control FROM all_scores WHERE metric = 'feature_auroc' ORDER BY value LIMIT 1"
         ).fetchone()
     assert last == ("shuffled_truth",)
+
+
+def test_skipped_tokens_and_padding_do_not_count(run):
+    rows = run.tokens("train").limit(1500)
+    doc_ids = np.array(rows.doc_ids)
+    doc_ids[:, -3:] = -1  # as padding on the right
+    rows = replace(rows, doc_ids=doc_ids)
+    skip = astore.Skip((int(np.bincount(rows.ids.ravel()).argmax()),), 1)
+    report = lm.recovery(identity(), (run.model, rows), skip=skip, max_tokens=None)
+    _, acts = run_with_cache(run.model, torch.from_numpy(rows.ids.astype(np.int64)), POST)
+    counts = ((doc_ids >= 0) & (rows.ids != skip.token_ids[0])).ravel()
+    counts[:: rows.n_ctx] = False
+    by_hand = recovery_of(
+        acts[POST].flatten(0, 1).numpy()[counts],
+        row_truth(run.corpus, rows).reshape(rows.ids.size, -1)[counts],
+        doc_ids.ravel()[counts],
+    )
+    assert report.code.mcc.value == pytest.approx(by_hand.code.mcc.value, rel=1e-3)
+    assert report.code.mcc.value != lm.recovery(identity(), (run.model, rows)).code.mcc.value
 
 
 def test_a_run_is_taken_as_a_whole(run):

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -324,6 +326,56 @@ def test_ctrl_c_stops_a_query_and_the_store_stays_usable(store, params):
         store.sql(query, **params).fetchall()
     assert time.monotonic() - began < 30
     assert store.sql("SELECT 1").fetchall() == [(1,)]
+
+
+QUERYING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits none
+from lmmono.cli import main
+sys.argv = ["lmmono", "sql", sys.argv[1], sys.argv[2]]
+print("begin", flush=True)
+main()
+"""
+WRITING = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import activation_store as astore
+with astore.open(sys.argv[1], "a") as store:
+    print("begin", flush=True)
+    for n in range(10**9):
+        row = {"metric": "m", "metric_version": 1, "unit": 0, "value": float(n)}
+        store.append("all_scores", [row | {"unit": unit} for unit in range(n, n + 20_000)])
+"""
+
+
+@pytest.mark.parametrize(("program", "code"), [(QUERYING, 130), (WRITING, -signal.SIGINT)])
+def test_ctrl_c_ends_a_process_that_is_inside_duckdb(tmp_path, program, code):
+    """Python itself dies of SIGINT where nobody handles the KeyboardInterrupt: code -2."""
+    small = small_store(tmp_path / "run")
+    command = [sys.executable, "-c", program, str(small.path), ENDLESS["count"]]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child:
+        assert child.stdout is not None and child.stderr is not None
+        child.stdout.readline()
+        before, deadline = busy_seconds(child.pid), time.monotonic() + 60
+        while busy_seconds(child.pid) < before + 1.5 and time.monotonic() < deadline:
+            time.sleep(0.05)  # opening a store takes less; then it is DuckDB that works
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    assert child.returncode == code, err
+    assert "RuntimeError: Query interrupted" not in err.split("The above exception")[-1]
+    if code == 130:
+        assert "stopped; what was finished is kept" in err and "Traceback" not in err
+    assert astore.verify(small.path).ok
+    with astore.open(small.path) as store:
+        n_acts = sum(int((acts > 0).sum()) for acts in small.acts.values())
+        assert len(store.sql("FROM acts").fetchall()) == n_acts
+
+
+def busy_seconds(pid: int) -> float:
+    """Return the processor time that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_rows_memory_and_spill_have_limits(store):

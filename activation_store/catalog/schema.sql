@@ -1,4 +1,4 @@
--- The contract of a store's catalogue, `store.duckdb`, schema version 3.
+-- The contract of a store's catalogue, `store.duckdb`, schema version 4.
 --
 -- The catalogue lists what exists; bulk data lies beside it in `store/*.parquet`. A shard that
 -- `shards` does not list does not exist. Views and macros are in `views.sql`. Rows are unique by the
@@ -243,8 +243,10 @@ CREATE TABLE IF NOT EXISTS explanations (
     text VARCHAR,
     program JSON,
     failure VARCHAR,
+    reason VARCHAR,
     split VARCHAR,
     n_records INTEGER,
+    n_tokens BIGINT,
     complexity DOUBLE,
     model VARCHAR,
     prompt_hash VARCHAR,
@@ -264,8 +266,10 @@ COMMENT ON COLUMN explanations.rank IS 'Order among the candidates of one explai
 COMMENT ON COLUMN explanations.text IS 'The explanation for people; NULL where it failed';
 COMMENT ON COLUMN explanations.program IS 'What simulates the unit, as JSON; NULL where there is none';
 COMMENT ON COLUMN explanations.failure IS 'Type of the failure; NULL where it worked';
+COMMENT ON COLUMN explanations.reason IS 'What went wrong, in words; NULL where failure says all';
 COMMENT ON COLUMN explanations.split IS 'Split that the excerpts shown came from';
 COMMENT ON COLUMN explanations.n_records IS 'Activation records shown, >= 0';
+COMMENT ON COLUMN explanations.n_tokens IS 'Tokens that the split held when it was made, >= 0; the store may hold more by now';
 COMMENT ON COLUMN explanations.complexity IS 'Size of the program in terms, >= 0';
 COMMENT ON COLUMN explanations.model IS 'Language model that wrote it; NULL without one';
 COMMENT ON COLUMN explanations.prompt_hash IS 'sha256 of the prompt; NULL without one';
@@ -300,6 +304,7 @@ CREATE TABLE IF NOT EXISTS all_scores (
     prompt_hash VARCHAR,
     n_failures BIGINT,
     failure VARCHAR,
+    reason VARCHAR,
     nan_fraction DOUBLE,
     n_calls BIGINT,
     n_prompt_tokens BIGINT,
@@ -333,6 +338,7 @@ COMMENT ON COLUMN all_scores.judge IS 'Model or program that judged; NULL withou
 COMMENT ON COLUMN all_scores.prompt_hash IS 'sha256 of the prompt; NULL without one';
 COMMENT ON COLUMN all_scores.n_failures IS 'Items that failed and are not in the value, >= 0';
 COMMENT ON COLUMN all_scores.failure IS 'Type of the failure where there is no value';
+COMMENT ON COLUMN all_scores.reason IS 'What went wrong, in words; NULL where failure says all';
 COMMENT ON COLUMN all_scores.nan_fraction IS 'Share of items whose score is not defined, 0 to 1; units and their means count them as chance, measures of dictionaries leave them out';
 COMMENT ON COLUMN all_scores.n_calls IS 'Calls to the judge, >= 0';
 COMMENT ON COLUMN all_scores.n_prompt_tokens IS 'Tokens sent, >= 0';

@@ -51,7 +51,9 @@ def capture(
 
     What is committed stays: called again with the same arguments on a store opened with mode "a",
     the capture resumes after its last commit and ends with the same bytes. Called with further
-    rows, it adds those; a sequence id that the store holds with other tokens is refused.
+    rows, it adds those; a sequence id that the store holds with other tokens is refused. In other
+    batches (further rows, another `batch_tokens`) a row's activations may differ in their last
+    bits.
 
     Args:
         model: Any model of `lmmono.models.hooks`; run in evaluation mode without gradients.
@@ -227,17 +229,26 @@ def _stream(
                 # by sequence, not by count: a second capture adds the rows that are new
                 is_new = writer.pending(batch.seq_ids, batch.ids, batch.doc_ids)
                 if is_new.any():
-                    seq_ids, ids, docs = (
-                        array[is_new] for array in (batch.seq_ids, batch.ids, batch.doc_ids)
-                    )
-                    inputs = torch.from_numpy(ids.astype(np.int64))
-                    is_token = torch.from_numpy(docs >= 0)  # padding belongs to no document
+                    # the batch runs whole, though a commit may have cut it: the last bits of a
+                    # matrix product depend on how many rows it has
+                    inputs = torch.from_numpy(batch.ids.astype(np.int64))
+                    is_token = torch.from_numpy(batch.doc_ids >= 0)  # padding has no document
                     acts = run_until(model, inputs, sources, is_token, recorder)
                     flat = {
-                        name: per_token(name, tensor, *ids.shape) for name, tensor in acts.items()
+                        name: per_token(name, tensor, *inputs.shape)
+                        for name, tensor in acts.items()
                     }
-                    coded = {each.hook: each.encode(flat[each.source]) for each in latents}
-                    writer.add(seq_ids, ids, docs, part.split, flat | coded)
+                    flat |= {each.hook: each.encode(flat[each.source]) for each in latents}
+                    if not is_new.all():
+                        keep = torch.from_numpy(is_new)
+                        flat = {name: x[keep.to(x.device)] for name, x in flat.items()}
+                    writer.add(
+                        batch.seq_ids[is_new],
+                        batch.ids[is_new],
+                        batch.doc_ids[is_new],
+                        part.split,
+                        flat,
+                    )
                 progress("capture", n_done, total)
     model.train(was_training)
 

@@ -20,8 +20,8 @@ from lmmono.cli.output import Format, OutputTable, prints_rows, reports
 from lmmono.cli.store_verbs import DataPath, store_app
 from lmmono.cli.toy_verbs import toy_app
 from lmmono.errors import LmmonoError, RecipeError, RunError, TrainingStopped
-from lmmono.files.printable import printable
 from lmmono.files.processes import this_process
+from lmmono.printable import printable
 from lmmono.types import silent
 
 if TYPE_CHECKING:
@@ -371,12 +371,12 @@ def verify(
 
     Example: lmmono verify runs/quickstart/crate
     """
-    from lmmono.runs.checks import run_faults
+    from lmmono.pipeline.whole_run import check_run
 
-    faults = run_faults(target)
-    if faults:
-        raise RunError("\n".join(faults))
-    print(f"{target}: whole")
+    report = check_run(target)
+    if report.faults:
+        raise RunError("\n".join(report.faults))
+    print(printable(str(report)))
 
 
 @app.command()

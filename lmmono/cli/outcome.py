@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lmmono.cli.output import OutputTable, reports
-from lmmono.files.printable import printable
 from lmmono.files.processes import this_process
+from lmmono.printable import printable
 
 if TYPE_CHECKING:
     from activation_store import Store

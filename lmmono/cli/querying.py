@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmmono.cli.output import Format, OutputTable, write_tables
 from lmmono.errors import RecipeError, RunError, nearest
-from lmmono.files.printable import printable
+from lmmono.printable import printable
 from lmmono.recipe.tree import read_override
 from lmmono.runs.folder import open_run
 

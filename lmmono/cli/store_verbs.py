@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lmmono.files.printable import printable
+from lmmono.printable import printable
 
 store_app = typer.Typer(help="Look after activation stores.", no_args_is_help=True)
 

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 AnswerFailure = Literal["unparsed", "refused", "no_answer"]
 """Why there is no answer.
@@ -22,6 +22,15 @@ has not the form that it must have.
 UNANSWERED: tuple[AnswerFailure, ...] = ("no_answer", "refused")
 """Failures of the connection: asking again may help, so that what failed so is not done. Failures
 of the answer (`unparsed`) are results: asking again would be paid for and give the same."""
+
+
+class Failed(NamedTuple):
+    """Why there is nothing: what stands in columns `failure` and `reason` of a row."""
+
+    failure: str
+    """Type of the failure."""
+    reason: str | None = None
+    """What went wrong, in words; None where the type says all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +101,11 @@ class Answer:
     usage: Usage = field(default_factory=Usage)
     """What it took."""
 
+    @property
+    def failed(self) -> Failed | None:
+        """Failure and detail; None where it worked."""
+        return self.failure and Failed(self.failure, self.detail or None)
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -109,6 +123,11 @@ class Reading:
     """What went wrong, for people; never holds a key."""
     usage: Usage = field(default_factory=Usage)
     """What it took."""
+
+    @property
+    def failed(self) -> Failed | None:
+        """Failure and detail; None where it worked."""
+        return self.failure and Failed(self.failure, self.detail or None)
 
 
 def final_answer(text: str) -> str:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Annotated, Any, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -40,6 +41,10 @@ NO_KEY = "none"
 
 MAX_TOKENS_COUNTED = 2**53
 """A usage beyond this is a lie, and overflows the floats that costs are counted in."""
+
+MAX_BODY_BYTES = 64_000_000
+"""Most bytes of one answer, unpacked: 15 alternatives at each of 100,000 tokens. Without a bound a
+server fills the memory before the deadline ends the call."""
 
 MAX_ROUNDING = 1e-3
 """A log-probability may be this much above 0: servers round in half precision."""
@@ -131,6 +136,10 @@ class Account:
 
 
 # ---- what a server sends ----------------------------------------------------------------------
+
+
+class BodyTooLong(Exception):
+    """The server sends more than `MAX_BODY_BYTES`."""
 
 
 class MissingLogprobs(Exception):
@@ -501,9 +510,13 @@ class ServerClient:
                 self._length_name = "max_completion_tokens"
                 return await self._sent(server, call)
             detail = f"HTTP {error.status_code}: {self._masked(error.message)[:200]}"
+        except BodyTooLong as error:
+            return call.failed("unparsed", str(error), Usage(1))
         except (openai.APITimeoutError, TimeoutError):
             detail = f"no answer within {self._timeout:g} s"
         except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, BodyTooLong):  # as older versions of openai tell it
+                return call.failed("unparsed", str(error.__cause__), Usage(1))
             detail = f"no connection: {type(error.__cause__).__name__}"
             if not self._was_reached:
                 raise ClientError(
@@ -530,7 +543,7 @@ class ServerClient:
 
     def _connection(self) -> Any:
         try:
-            from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+            from openai import AsyncOpenAI
         except ImportError:
             raise ClientError("servers need one package more: pip install 'lmmono[llm]'") from None
         return AsyncOpenAI(
@@ -539,7 +552,7 @@ class ServerClient:
             timeout=self._timeout,
             max_retries=self._n_retries,
             # a redirect would send the prompt to an address that nobody named
-            http_client=DefaultAsyncHttpxClient(follow_redirects=False, timeout=self._timeout),
+            http_client=_bounded_http()(follow_redirects=False, timeout=self._timeout),
         )
 
     def _key(self) -> str:
@@ -571,6 +584,38 @@ class ServerClient:
         return replace(
             outcome, text=text, detail=self._masked(outcome.detail), tokens=(), alternatives=()
         )
+
+
+@cache
+def _bounded_http() -> Any:
+    """Return the class of connections that read an answer up to `MAX_BODY_BYTES`."""
+    import httpx
+    from openai import DefaultAsyncHttpxClient
+
+    class BoundedHttpClient(DefaultAsyncHttpxClient):
+        async def send(self, request: Any, **options: Any) -> Any:
+            options["stream"] = True
+            response = await super().send(request, **options)
+            body = bytearray()
+            try:
+                async for part in response.aiter_bytes():  # unpacked, where it was packed
+                    body += part
+                    if len(body) > MAX_BODY_BYTES:
+                        raise BodyTooLong(
+                            f"the server sent more than {MAX_BODY_BYTES:,} bytes; read no further"
+                        )
+            finally:
+                await response.aclose()
+            headers = [
+                (name, value)
+                for name, value in response.headers.multi_items()
+                if name not in ("content-encoding", "content-length", "transfer-encoding")
+            ]
+            return httpx.Response(
+                response.status_code, headers=headers, content=bytes(body), request=request
+            )
+
+    return BoundedHttpClient
 
 
 def _completion(prompt: Prompt, shared: dict[str, Any], n_alternatives: int) -> _Call[Answer]:

@@ -301,10 +301,22 @@ def read_about(folder: Path) -> DictionaryFile:
     path = folder / "dictionary.json"
     if not path.exists():
         raise DictionaryError(f"{folder}: no dictionary (it has no dictionary.json)")
-    version = read_json(path, dict, DictionaryError, way_out=_WAY_OUT).get("format", 0)
+    values = read_json(path, dict, DictionaryError, way_out=_WAY_OUT)
+    version = values.get("format", 0)
     if isinstance(version, int) and version > FORMAT:
         raise DictionaryError(f"{path}: written by a newer lmmono; update lmmono")
+    if "sha256" not in values:
+        as_is = f"lm.import_dictionary({str(folder)!r}, format='sae_lens')"
+        raise DictionaryError(
+            f"{path}: holds no sha256 of its weights, as lmmono wrote it before dictionaries had "
+            "digests, so damage could not be told; fit it again"
+            + (f", or take its weights as they are: {as_is}" if _is_sae_lens(folder) else "")
+        )
     return read_json(path, DictionaryFile, DictionaryError, way_out=_WAY_OUT)
+
+
+def _is_sae_lens(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("cfg.json", "sae_weights.safetensors"))
 
 
 def load_dictionary(folder: str | Path) -> Dictionary:

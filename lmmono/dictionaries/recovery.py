@@ -25,6 +25,7 @@ from lmmono.dictionaries.coding import keep_largest, on_host, random_directions
 from lmmono.dictionaries.estimator import Dictionary
 from lmmono.dictionaries.evaluation import DocumentRows
 from lmmono.dictionaries.splicing import coded, hook_of
+from lmmono.dictionaries.vector_source import LeftOut
 from lmmono.errors import DictionaryError
 from lmmono.models.hooks import run_with_cache
 from lmmono.registry.metrics import METRICS
@@ -118,11 +119,14 @@ def recovery(
     *,
     split: Split = "val",
     max_tokens: int | None = 20_000,
+    skip: LeftOut | None = None,
     seed: int = 0,
     n_resamples: int = 1000,
     level: float = 0.95,
 ) -> RecoveryReport:
     """Say how well a dictionary's latents tell the features of the planted language.
+
+    Padding does not count, nor what `skip` names; the model reads both as it always does.
 
     Codes of all tokens are held in memory, 4 bytes per token and latent.
 
@@ -132,6 +136,8 @@ def recovery(
         hook: Hook of the vectors; that of the fit where not given.
         split: Rows of a run to take.
         max_tokens: Use whole rows with at most so many tokens, drawn by the seed.
+        skip: Which tokens do not count: `astore.Skip(token_ids, first)`, a mask of the rows in
+            use, or a function that gives one.
         seed: Seed of the rows, the halves, the random directions and the intervals.
         n_resamples: Redraws of the documents.
         level: Coverage that the intervals aim at.
@@ -147,13 +153,15 @@ def recovery(
         raise DictionaryError("recovery: these rows know no corpus; take them of TokenCorpus")
     features = [feature.name for feature in planted_language(rows.corpus).features]
     truth = row_truth(rows.corpus, rows).reshape(rows.ids.size, -1)
-    text = DocumentRows(rows, model, RUN_TOKENS)
+    text = DocumentRows(rows, model, RUN_TOKENS, skip)
     parts: list[tuple[ndarray, ndarray]] = []
     for batch in text.batches():
-        _, acts = run_with_cache(model, batch.ids, hook)
+        mask = None if bool(batch.is_token.all()) else batch.is_token.long()
+        _, acts = run_with_cache(model, batch.ids, hook, attention_mask=mask)
         vectors, latents, _ = coded(dictionary, acts[hook])
         parts.append((on_host(vectors), on_host(latents)))
-    vectors, codes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    counted = text.counted.ravel()
+    vectors, codes = (np.concatenate(arrays)[counted] for arrays in zip(*parts, strict=True))
     n_active = round(float(np.count_nonzero(codes)) / len(codes))
     directions = random_directions(dictionary.d_sae, vectors.shape[1], seed)
     centred = torch.from_numpy(vectors - vectors.mean(axis=0))
@@ -161,8 +169,8 @@ def recovery(
     random = on_host(keep_largest(centred @ directions.T, k))
     return recovery_of(
         codes,
-        truth,
-        text.documents.ravel(),
+        truth[counted],
+        text.documents.ravel()[counted],
         features=features,
         controls={"random_directions": random, "raw": vectors},
         hook=hook,

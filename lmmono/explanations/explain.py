@@ -14,11 +14,13 @@ from lmmono.explanations.protocols import Protocol, find_protocol, variant
 from lmmono.explanations.stored_explanations import (
     answered_units,
     count_failures,
+    count_outdated,
     match_stored_hooks,
     read_explanations,
     read_vocabulary,
     stored_explainer,
 )
+from lmmono.records.corpus_excerpts import PADDING
 from lmmono.records.record_reader import RecordReader
 from lmmono.records.sampler import KINDS, Counts, Records
 from lmmono.records.units import Units, sample, units_of
@@ -43,22 +45,26 @@ class Explanations:
     """Units with an explanation."""
     failures: dict[str, int]
     """Units without one, by type of failure."""
-    details: dict[str, str]
-    """What went wrong in words, by type of failure: the first of this call."""
+    reasons: dict[str, str]
+    """What went wrong in words, by type of failure: the first unit's; all stand in the table."""
     n_found: int
     """How many of all these were stored already."""
+    n_outdated: int
+    """How many of those were made when the split held other tokens; `overwrite=True` makes them
+    anew."""
     seconds: float
     """Wall time."""
 
     def __repr__(self) -> str:
         failed = [
-            f"{n:,} {kind}" + (f" ({self.details[kind]})" if kind in self.details else "")
+            f"{n:,} {kind}" + (f" ({self.reasons[kind]})" if kind in self.reasons else "")
             for kind, n in sorted(self.failures.items())
         ]
+        outdated = f", {self.n_outdated:,} from other documents than now" if self.n_outdated else ""
         return (
             f"Explanations({self.store.path}, {self.explainer}: {self.n_explained:,} units of "
             f"{len(self.hooks)} hooks explained, failed: {', '.join(failed) or 'none'}; "
-            f"{self.n_found:,} were stored already; {self.seconds:.1f} s)"
+            f"{self.n_found:,} were stored already{outdated}; {self.seconds:.1f} s)"
         )
 
     def of(self, hook: str) -> dict[int, Explanation]:
@@ -87,7 +93,9 @@ def explain(
     failure is a row too; units that a language model was asked about in vain (no answer came, or a
     limit was reached) are asked about again by the next call. Whatever decides the answer is part
     of the name in the table: settings other than the explainer's defaults, as in
-    `token_lookup:top=5`, and the language model, as in `llm_max_act:model=judge@host`.
+    `token_lookup:top=5`, and the language model, as in `llm_max_act:model=judge@host`. Documents
+    are not: an explanation stands when the store gets more of them, since asking again may cost
+    money. Column `n_tokens` says of how many tokens each is, and the handle how many are outdated.
 
     Args:
         store: A store opened with mode "a".
@@ -114,22 +122,30 @@ def explain(
     )
     matching = match_stored_hooks(store, hooks)
     wanted = {hook: units_of(store, hook, units) for hook in matching}
-    n_found, details = 0, dict[str, str]()
+    n_found = n_outdated = 0
     for done, hook in enumerate(matching, start=1):
         stored = set[int]() if overwrite else answered_units(store, hook, plan.name, seed)
         left = [unit for unit in wanted[hook] if unit not in stored]
         n_found += len(wanted[hook]) - len(left)
+        found = sorted(stored.intersection(wanted[hook]))
+        n_outdated += count_outdated(store, hook, plan.name, seed, found) if found else 0
         if left:
             whole_hook = units is None and len(left) == len(wanted[hook])
-            for explanation in plan.explain(hook, None if whole_hook else left, progress):
-                if explanation.failure is not None and explanation.detail:
-                    details.setdefault(explanation.failure, explanation.detail)
+            plan.explain(hook, None if whole_hook else left, progress)
         progress(f"explain {plan.name}", done, len(matching))
-    failures = count_failures(store, plan.name, seed, wanted)
-    n_explained, seconds = failures.pop(None, 0), time.perf_counter() - started
-    by_name = {str(failure): n for failure, n in failures.items()}
+    failures, reasons = count_failures(store, plan.name, seed, wanted)
+    n_explained, seconds = failures.pop("", 0), time.perf_counter() - started
     return Explanations(
-        store, plan.name, seed, tuple(matching), n_explained, by_name, details, n_found, seconds
+        store,
+        plan.name,
+        seed,
+        tuple(matching),
+        n_explained,
+        failures,
+        reasons,
+        n_found,
+        n_outdated,
+        seconds,
     )
 
 
@@ -182,9 +198,7 @@ class _ExplainPlan:
             changes["model"] = self._client.name
         return str(variant(self._explainer.name, preset, changes))
 
-    def explain(
-        self, hook: str, units: list[int] | None, progress: Progress
-    ) -> Sequence[Explanation]:
+    def explain(self, hook: str, units: list[int] | None, progress: Progress) -> None:
         """Explain units of one hook, None for all, and store what is said of them."""
         started = time.perf_counter()
         task = ExplainTask(
@@ -200,9 +214,9 @@ class _ExplainPlan:
         explanations = self._explainer.load()(task)
         per_unit = (time.perf_counter() - started) / max(len(task.records.units), 1)
         rows = [explanation.row() for explanation in explanations]
-        rows = [row | {"seconds": row["seconds"] or per_unit} for row in rows]
+        n_tokens = int((task.records.excerpts.grid.token_ids != PADDING).sum())
+        rows = [row | {"seconds": row["seconds"] or per_unit, "n_tokens": n_tokens} for row in rows]
         self._store.append("explanations", rows)
-        return explanations
 
     def _records(self, hook: str, units: list[int] | None) -> Records:
         protocol: Protocol | None = self._protocol

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from lmmono.clients.client import Usage
+from lmmono.clients.client import Failed, Usage
 from lmmono.errors import ExplainError
 from lmmono.registry.lookup import find, load
 from lmmono.types import Split
@@ -88,6 +88,8 @@ class Explanation:
     """What simulates the unit; None for text alone."""
     failure: Failure | None = None
     """Why there is no text; None where there is."""
+    reason: str | None = None
+    """What went wrong, in words; None where the failure says all."""
     split: Split = "explain"
     """Split that the records came from."""
     n_records: int = 0
@@ -104,16 +106,18 @@ class Explanation:
     """sha256 of the prompt."""
     usage: Usage = field(default_factory=Usage)
     """What it took."""
-    detail: str = ""
-    """What went wrong, for people; not stored."""
 
     def __post_init__(self) -> None:
         assert (self.text is None) == (self.failure is not None), "a text, or a failure"
 
+    @property
+    def failed(self) -> Failed | None:
+        """Failure and reason; None where there is a text."""
+        return self.failure and Failed(self.failure, self.reason)
+
     def row(self) -> dict[str, Any]:
         """Return the row of table `explanations`."""
         values = {key: getattr(self, key) for key in self.__slots__}
-        del values["detail"]
         usage = asdict(values.pop("usage"))
         program = values.pop("program")
         described = None if program is None else {"kind": program.kind, **program.to_json()}

@@ -162,15 +162,15 @@ def explain_by(task: ExplainTask, prompt_of: Callable[[int], Prompt]) -> list[Ex
 def _explanation(task: ExplainTask, i: int, prompt: Prompt, answer: Answer) -> Explanation:
     facts: dict[str, Any] = {"prompt_hash": prompt.sha256, "usage": answer.usage}
     if answer.text is None:
-        return task.failed(i, answer.failure or "no_answer", detail=answer.detail, **facts)
+        return task.failed(i, answer.failure or "no_answer", reason=answer.detail or None, **facts)
     text = parse_explanation(answer.text)
     if text is not None:
         return task.explained(i, text, None, **facts)
     last = final_answer(answer.text)
-    detail = f"no line begins with {ANSWER!r} in {last[:80]!r}"
+    reason = f"no line begins with {ANSWER!r} in {last[:80]!r}"
     if not last:
-        detail = "it was still thinking when its tokens ended; give it more (max_tokens=)"
-    return task.failed(i, "unparsed", detail=detail, **facts)
+        reason = "it was still thinking when its tokens ended; give it more (max_tokens=)"
+    return task.failed(i, "unparsed", reason=reason, **facts)
 
 
 def _rank(
@@ -287,6 +287,6 @@ def _correlation(simulation: Simulation, own: HeldOut) -> float:
     """Return Pearson's correlation of expected and true activations; NaN where there is none."""
     is_token = own.token_ids >= 0
     expected, true = simulation.acts[is_token], own.acts[is_token].astype(np.float64)
-    if simulation.failure or not (np.ptp(expected) > 0 and np.ptp(true) > 0):
+    if simulation.failed or not (np.ptp(expected) > 0 and np.ptp(true) > 0):
         return float("nan")
     return float(np.corrcoef(expected, true)[0, 1])

@@ -22,9 +22,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from lmmono.clients.client import Client, Reading, Usage
+from lmmono.clients.client import Client, Failed, Reading, Usage
 from lmmono.errors import ExplainError
-from lmmono.explanations.explanation import Failure
 from lmmono.explanations.llm_prompts import INVENTED_UNITS, LEVELS, characters_of, visible
 
 N_ALTERNATIVES = 15
@@ -55,7 +54,7 @@ class Simulation:
     """Tokens, or characters of several tokens, that were asked."""
     n_fallback: int = 0
     """Slots without any number among the alternatives; their value is 0."""
-    failure: Failure | None = None
+    failed: Failed | None = None
     """Why a text could not be read; then all activations are 0 and stand for nothing."""
     usage: Usage = field(default_factory=Usage)
     """What it took."""
@@ -146,12 +145,12 @@ def simulate(
                 simulation,
                 n_slots=simulation.n_slots + len(slots),
                 n_fallback=simulation.n_fallback + sum(not slot.shares.any() for slot in slots),
-                failure=simulation.failure or reading.failure,
+                failed=simulation.failed or reading.failed,
                 usage=simulation.usage + reading.usage,
                 prompt_hash=digests[i].hexdigest(),
             )
     return [
-        replace(one, acts=np.zeros(one.acts.shape)) if one.failure else one for one in simulations
+        replace(one, acts=np.zeros(one.acts.shape)) if one.failed else one for one in simulations
     ]
 
 
@@ -192,8 +191,8 @@ def _read(client: Client, texts: list[_Text]) -> Iterator[tuple[_Text, Reading, 
     ]
     for i, slot, after_one in _read_on(client, texts, readings, slots):
         usage = readings[i].usage + after_one.usage
-        failure = readings[i].failure or after_one.failure
-        readings[i] = replace(readings[i], usage=usage, failure=failure)
+        first = after_one if readings[i].failure is None else readings[i]
+        readings[i] = replace(readings[i], usage=usage, failure=first.failure, detail=first.detail)
         if not after_one.failure:
             _split_one(slot, after_one)
     for text, reading, own in zip(texts, readings, slots, strict=True):

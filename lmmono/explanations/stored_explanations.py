@@ -13,6 +13,7 @@ from lmmono.records.record_reader import RecordReader
 _COLUMNS = (
     "text",
     "failure",
+    "reason",
     "split",
     "n_records",
     "complexity",
@@ -101,17 +102,40 @@ def answered_units(store: astore.Store, hook: str, explainer: str, seed: int | N
 
 def count_failures(
     store: astore.Store, explainer: str, seed: int, units: Mapping[str, Sequence[int]]
-) -> dict[str | None, int]:
-    """Return how many units of each hook's list have each type of failure; None for explained."""
-    query = """SELECT failure, count(DISTINCT unit) FROM explanations WHERE hook = $hook
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Return how many units have each type of failure ("" for none), and the first unit's reason.
+
+    Args:
+        store: An open store.
+        explainer: Name as stored.
+        seed: Seed of the explanations.
+        units: Units that count, by hook.
+    """
+    query = """SELECT coalesce(failure, ''), count(DISTINCT unit), arg_min(reason, unit)
+        FROM explanations WHERE hook = $hook
         AND explainer = $explainer AND seed = $seed AND unit IN (SELECT unnest($units))
-        GROUP BY failure"""
-    counts: dict[str | None, int] = {}
+        GROUP BY ALL ORDER BY 1"""
+    counts, reasons = dict[str, int](), dict[str, str]()
     for hook, wanted in units.items():
         rows = store.sql(query, hook=hook, explainer=explainer, seed=seed, units=list(wanted))
-        for failure, n in rows.fetchall():
+        for failure, n, reason in rows.fetchall():
             counts[failure] = counts.get(failure, 0) + n
-    return counts
+            if reason is not None:
+                reasons.setdefault(failure, reason)
+    return counts, reasons
+
+
+def count_outdated(
+    store: astore.Store, hook: str, explainer: str, seed: int, units: Sequence[int]
+) -> int:
+    """Return how many units are explained by other tokens of their split than it holds now."""
+    query = """WITH held AS (SELECT split, count(*) AS n FROM token_ids GROUP BY split)
+        SELECT count(DISTINCT unit) FROM explanations LEFT JOIN held USING (split)
+        WHERE hook = $hook AND explainer = $explainer AND seed = $seed
+            AND unit IN (SELECT unnest($units)) AND n_tokens IS DISTINCT FROM n"""
+    rows = store.sql(query, hook=hook, explainer=explainer, seed=seed, units=list(units))
+    ((n_outdated,),) = rows.fetchall()
+    return int(n_outdated)
 
 
 def explained_units(store: astore.Store, hook: str, explainer: str, seed: int | None) -> list[int]:

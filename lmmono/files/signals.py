@@ -2,10 +2,12 @@
 
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from lmmono.errors import TrainingStopped
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,13 +42,39 @@ class StopRequest:
 def stop_requests() -> Generator[StopRequest]:
     """Catch SIGINT and SIGTERM inside the block; outside the main thread nothing is caught."""
     request = StopRequest()
+    with _handled(request.receive, signal.SIGINT, signal.SIGTERM):
+        yield request
+
+
+@contextmanager
+def ended_by_sigterm(what: str) -> Generator[None]:
+    """Let SIGTERM end the block at once, as Ctrl-C does: for work that is written atomically.
+
+    Raises:
+        TrainingStopped: SIGTERM arrived in the main thread.
+    """
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise TrainingStopped(
+            f"{what}: stopped by SIGTERM; what was finished is kept, the same command resumes from "
+            "there"
+        )
+
+    with _handled(stop, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _handled(
+    handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals
+) -> Generator[None]:
+    """Handle signals inside the block; outside the main thread Python allows it to nobody."""
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, request.receive) for number in numbers}
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
-        yield request
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handled_before in before.items():
+            signal.signal(number, handled_before)

@@ -18,7 +18,7 @@ import numpy as np
 
 import activation_store as astore
 from activation_store.read.excerpts import records
-from activation_store.read.exporting import layer_of, whole_folder
+from activation_store.read.exporting import check_shards, layer_of, whole_folder
 from lmmono.errors import ExplainError
 
 BATCH_UNITS = 256
@@ -116,7 +116,8 @@ def export_neuronpedia(
 
     Raises:
         ExplainError: The hook is not stored as rows.
-        StoreError: `out` holds something already, or the hook's name has no layer.
+        StoreError: `out` holds something already, the hook's name has no layer, or a shard is
+            damaged.
     """
     number = layer_of(hook) if layer is None else layer
     run = _run(store)
@@ -127,6 +128,7 @@ def export_neuronpedia(
     found = store.sql(_UNITS, hook=hook).fetchall()
     if not found:
         raise ExplainError(f"{store.path}: no hook {hook!r} stored as rows")
+    check_shards(store, [hook])
     with whole_folder(out) as folder:
         for file, row in _about(place, run, *found[0]).items():
             _write(folder / name / place.source / f"{file}.jsonl", [row])

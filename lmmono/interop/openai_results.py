@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 import activation_store as astore
-from activation_store.read.exporting import layer_of, whole_folder
-from lmmono.clients.client import Client
+from activation_store.read.exporting import check_shards, layer_of, whole_folder
+from lmmono.clients.client import Client, Failed
 from lmmono.errors import ExplainError
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import kept_explanations, read_vocabulary
@@ -75,8 +75,10 @@ def export_simulations(
 
     Raises:
         ExplainError: No such explanations, or no program where one is wanted.
-        StoreError: `out` holds something already, or the hook's name has no layer.
+        StoreError: `out` holds something already, the hook's name has no layer, or a shard is
+            damaged.
     """
+    check_shards(store, [hook])  # first: what is simulated is read from them
     scorer, reader = find_scorer("simulation_tar"), RecordReader(store, seed=seed)
     settings = {**scorer.settings, **scorer.presets.get(preset or "", {}), "simulator": simulator}
     names = list(explainers or _explainers(store, hook, simulator))
@@ -126,7 +128,7 @@ def _scored(
             predicted, answers = predictions(job, explanations, ids[rows])
             sums = record_sums(records.acts[mine][rows], predicted, ids[rows] >= 0)
             for k, (i, explanation) in enumerate(zip(rows, explanations, strict=True)):
-                if explanation.text is not None and not isinstance(answers[k], str):
+                if explanation.text is not None and not isinstance(answers[k], Failed):
                     truth = records.acts[mine[i]]
                     parts = _sequences(job, ids[i], truth, predicted[k], sums[k], words)
                     told[units[i]].append(_explanation(explanation.text, parts, sums[k]))

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from lmmono.clients.client import Failed
 from lmmono.explanations.llm_simulation import Simulation
 from lmmono.records.corpus_excerpts import PADDING
 from lmmono.records.sampler import (
@@ -39,7 +40,7 @@ def score_intervals(job: ScoreJob) -> list[Row]:
     rows: list[Row] = []
     for control, explanations in job.explanations(units).items():
         predicted, answers = predictions(job, explanations, records.token_ids)
-        failures = [answer if isinstance(answer, str) else None for answer in answers]
+        failures = [answer if isinstance(answer, Failed) else None for answer in answers]
         scored = _rows(job, records, predicted, failures, control)
         rows += [row | _usage(answer) for row, answer in zip(scored, answers, strict=True)]
         if control is None and job.controls:
@@ -47,13 +48,13 @@ def score_intervals(job: ScoreJob) -> list[Row]:
             rows += _rows(job, moved, predicted, failures, "shuffled_pairing")
             centre = np.zeros(predicted.shape)
             centre[..., HALF] = 1.0
-            no_failures: list[str | None] = [None] * len(units)
+            no_failures: list[Failed | None] = [None] * len(units)
             rows += _rows(job, records, centre, no_failures, "centre_token")
     return rows
 
 
-def _usage(answer: Simulation | str) -> Row:
-    if isinstance(answer, str) or answer.prompt_hash is None:
+def _usage(answer: Simulation | Failed) -> Row:
+    if isinstance(answer, Failed) or answer.prompt_hash is None:
         return {}
     return {**usage_columns(answer.usage), "prompt_hash": answer.prompt_hash}
 
@@ -76,7 +77,7 @@ def _rows(
     job: ScoreJob,
     records: IntervalRecords,
     predicted: Float[ndarray, "units records window"],
-    failures: list[str | None],
+    failures: list[Failed | None],
     control: str | None,
 ) -> list[Row]:
     present, is_token = records.cells >= 0, records.token_ids != PADDING
@@ -95,9 +96,11 @@ def _rows(
             "control": control,
         }
         columns["n_documents"] = len(np.unique(documents))
-        failure = failures[i] or ("too_few_records" if firing[i] < MIN_FIRING else None)
-        if failure is not None:
-            columns |= undefined(failure, 0.0)
+        failed = failures[i]
+        if failed is None and firing[i] < MIN_FIRING:
+            failed = Failed("too_few_records")
+        if failed is not None:
+            columns |= undefined(failed, 0.0)
         else:
             undefined_here = bool(np.isnan(value[i]))
             columns |= {"value": 0.0 if undefined_here else float(value[i])}

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from numpy import ndarray
 
+from lmmono.clients.client import Failed
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Class, Contrasts
@@ -197,13 +198,13 @@ class _Classification:
         threshold = best_threshold(scores[learn.of(i, 0)], scores[others])
         return judge_by_program(program, self._score.items[i], threshold)
 
-    def _lacks(self, i: int) -> str | None:
+    def _lacks(self, i: int) -> Failed | None:
         """Return why a unit cannot be scored at all, or None."""
         for asked in (self._score, self._learn):
             if asked is not None:
                 n_others = max(len(asked.of(i, 1)), len(asked.of(i, 2)))
                 if min(len(asked.of(i, 0)), n_others) < MIN_RECORDS:
-                    return "too_few_records"
+                    return Failed("too_few_records")
         return None
 
     def _rows(
@@ -217,12 +218,12 @@ class _Classification:
             cost = usage_columns(judgement.usage)
             for which, name in enumerate(self._names.values(), start=1):
                 firing, other = self._score.of(i, 0), self._score.of(i, which)
-                failure = explanation.failure or self._lacks(i) or judgement.failure
-                if failure is None and min(len(firing), len(other)) < MIN_RECORDS:
-                    failure = "too_few_records"
+                failed = explanation.failed or self._lacks(i) or judgement.failed
+                if failed is None and min(len(firing), len(other)) < MIN_RECORDS:
+                    failed = Failed("too_few_records")
                 facts = self._facts(i, firing, other) | {"control": control}
                 facts["prompt_hash"] = judgement.prompt_hash
-                measures = _measured(name, judgement, firing, other, failure)
+                measures = _measured(name, judgement, firing, other, failed)
                 for metric, columns in measures.items():
                     rows.append(self._job.row(metric, self._units[i], **facts, **columns, **cost))
                     cost = {}  # what asking took is told once
@@ -245,7 +246,7 @@ def _shuffled(judgement: Judgement, order: Int[ndarray, " items"]) -> Judgement:
     """Return a judgement whose answers belong to other items: each is given the next one's."""
     scores, fires = judgement.scores.copy(), judgement.fires.copy()
     scores[order], fires[order] = np.roll(scores[order], 1), np.roll(fires[order], 1)
-    return Judgement(scores, fires, judgement.failure, prompt_hash=judgement.prompt_hash)
+    return Judgement(scores, fires, judgement.failed, prompt_hash=judgement.prompt_hash)
 
 
 def _measured(
@@ -253,15 +254,15 @@ def _measured(
     judgement: Judgement,
     firing: Int[ndarray, " firing"],
     other: Int[ndarray, " other"],
-    failure: str | None,
+    failed: Failed | None,
 ) -> dict[str, Row]:
     """Return the columns of each measure: balanced accuracy, AUROC, average precision."""
     metrics = (name, f"{name}_auroc", f"{name}_average_precision")
-    if failure is not None:
+    if failed is not None:
         prior = len(firing) / max(len(firing) + len(other), 1)
         chances = (CHANCE, CHANCE, prior)
         return {
-            each: undefined(failure, value) for each, value in zip(metrics, chances, strict=True)
+            each: undefined(failed, value) for each, value in zip(metrics, chances, strict=True)
         }
     a, b = judgement.fires[firing], judgement.fires[other]
     counts = {

@@ -93,13 +93,13 @@ def score_embedding(job: ScoreJob) -> list[Row]:
             for metric, other in (("embedding", 1), ("embedding_near_miss", 2)):
                 named = {"control": control, "details": {"encoder": encoder.name}}
                 both = scores[sides[0]], scores[sides[other]]
-                rows.append(area_row(job, metric, unit, *both, explanation.failure) | named)
+                rows.append(area_row(job, metric, unit, *both, explanation.failed) | named)
             if control is None and job.controls:
                 order = stream("embedding pairing", job.seed, unit).permutation(len(scores))
                 mixed = scores[order][~np.isnan(scores[order])]
                 n = len(sides[0])
                 both = mixed[:n], mixed[n : n + len(sides[1])]
-                row = area_row(job, "embedding", unit, *both, explanation.failure)
+                row = area_row(job, "embedding", unit, *both, explanation.failed)
                 rows.append(row | {"control": "shuffled_pairing"})
     return rows
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy.stats import t as student_t
 
+from lmmono.clients.client import Failed
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.corpus_excerpts import PADDING, TokenGrid, read_grid
@@ -49,7 +50,7 @@ def score_effects(job: ScoreJob) -> list[Row]:
             row = job.row("steering_strength", steered.unit, control=control)
             row |= {"n": len(steered.kl), "n_documents": steering.n_documents}
             if np.isnan(steered.strength):
-                rows.append(row | undefined("no_effect", None))
+                rows.append(row | undefined(Failed("no_effect"), None))
             else:
                 details = {"promoted": _promoted(steered, words), "kl": float(steered.kl.mean())}
                 rows.append(row | {"value": steered.strength, "details": details})
@@ -58,7 +59,7 @@ def score_effects(job: ScoreJob) -> list[Row]:
 
 def _mean_row(job: ScoreJob, metric: str, unit: int, kl: Float[ndarray, " prompts"]) -> Row:
     if not len(kl):
-        return job.row(metric, unit, n=0, control=None, **undefined("silent", 0.0))
+        return job.row(metric, unit, n=0, control=None, **undefined(Failed("silent"), 0.0))
     mean, low, high = student_interval([kl.astype(np.float64)])
     row = job.row(metric, unit, n=len(kl), value=mean, control=None, nan_fraction=0.0, n_failures=0)
     if np.isnan(low):
@@ -136,13 +137,16 @@ def _compared(
     predictions: Predictions,
     control: str | None,
 ) -> list[Row]:
-    failure = explanation.failure or ("silent" if steered is None else None)
-    if steered is not None and np.isnan(steered.strength):
-        failure = failure or "no_effect"
+    failed = explanation.failed
+    if steered is None:
+        failed = failed or Failed("silent")
+    elif np.isnan(steered.strength):
+        failed = failed or Failed("no_effect")
     metrics = ("intervention", "intervention_own")
     counts: Row = {"control": control, "n": predictions.n_prompts}
-    if failure is not None or steered is None:
-        shared = counts | undefined(str(failure), 0.0)
+    if failed is not None or steered is None:
+        assert failed is not None
+        shared = counts | undefined(failed, 0.0)
         return [job.row(metric, unit, **shared) for metric in metrics]
     counts |= {"n_failures": 0, "details": {"strength": steered.strength}}
     rows: list[Row] = []

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from lmmono.clients.client import Answer, Message, Prompt, Usage, final_answer
+from lmmono.clients.client import Answer, Failed, Message, Prompt, Usage, final_answer
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Contrasts
@@ -102,8 +102,8 @@ def score_by_programs(job: ScoreJob) -> list[Row]:
     for control, explanations in job.explanations(units).items():
         for i, (unit, explanation) in enumerate(zip(units, explanations, strict=True)):
             right = _by_program(explanation, trials[i])
-            failure = explanation.failure
-            rows.append(_row(job, "intruder_program", unit, trials[i], right, failure, control))
+            failed = explanation.failed
+            rows.append(_row(job, "intruder_program", unit, trials[i], right, failed, control))
     return rows
 
 
@@ -155,8 +155,10 @@ def _rows_of(
     named = np.array([_number(answer, size) for answer in answers], float).reshape(-1)
     usage = sum((answer.usage for answer in answers), Usage())
     has_no_answer = bool(len(answers) and np.isnan(named).all())
-    failure = failure_of([answer.failure for answer in answers], has_no_answer)
-    failure = failure or ("unparsed" if has_no_answer else None)
+    failed = failure_of([answer.failed for answer in answers], has_no_answer)
+    if failed is None and has_no_answer:
+        wanted = f"want one number of 1 to {size}, got {(answers[0].text or '')[:80]!r}"
+        failed = Failed("unparsed", wanted)
     extra = {"prompt_hash": joined_hash([prompt.sha256 for prompt in asked])}
     rows: list[Row] = []
     pairings: list[tuple[str | None, ndarray]] = [(None, trials.intruder)]
@@ -164,7 +166,7 @@ def _rows_of(
         pairings.append(("shuffled_pairing", np.roll(trials.intruder, 1)))
     for control, places in pairings:
         right = np.where(np.isnan(named), np.nan, named == places)
-        row = _row(job, "intruder", unit, trials, right, failure, control)
+        row = _row(job, "intruder", unit, trials, right, failed, control)
         rows.append(row | extra | (usage_columns(usage) if control is None else {}))
     return rows
 
@@ -183,7 +185,7 @@ def _row(
     unit: int,
     trials: Trials,
     right: Float[ndarray, " trials"],
-    failure: str | None,
+    failed: Failed | None,
     control: str | None,
 ) -> Row:
     """Return the row of one unit; a trial without an answer counts as a guess."""
@@ -191,10 +193,10 @@ def _row(
     known: Row = {"control": control, "n": n, "n_documents": trials.n_documents}
     known |= {"n_records": n * trials.token_ids.shape[1]}
     known |= {"n_tokens": int((trials.token_ids >= 0).sum())}
-    if failure is None and n < MIN_RECORDS:
-        failure = "too_few_records"
-    if failure is not None:
-        return job.row(metric, unit, **known, **undefined(failure, chance))
+    if failed is None and n < MIN_RECORDS:
+        failed = Failed("too_few_records")
+    if failed is not None:
+        return job.row(metric, unit, **known, **undefined(failed, chance))
     unanswered = int(np.isnan(right).sum())
     total = float(np.nansum(right)) + unanswered * chance
     low, high = wilson(total, n)

@@ -14,8 +14,17 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from activation_store.read.characters import whole_characters
-from lmmono.clients.client import UNANSWERED, Answer, Client, Message, Prompt, Usage, final_answer
-from lmmono.explanations.explanation import Explanation, Failure, Program
+from lmmono.clients.client import (
+    UNANSWERED,
+    Answer,
+    Client,
+    Failed,
+    Message,
+    Prompt,
+    Usage,
+    final_answer,
+)
+from lmmono.explanations.explanation import Explanation, Program
 from lmmono.scores.score_job import Row, ScoreJob, undefined
 from lmmono.stats.rates import AUROC_METHOD, auroc, auroc_interval
 
@@ -46,7 +55,7 @@ class Judgement:
     """How sure it is that the unit fires; NaN where it did not answer."""
     fires: Float[ndarray, " items"]
     """1 or 0; NaN where it did not answer."""
-    failure: Failure | None = None
+    failed: Failed | None = None
     """Why there is no answer at all."""
     usage: Usage = field(default_factory=Usage)
     """What it took."""
@@ -125,13 +134,14 @@ def _collected(
     scores = [np.full(len(each.token_ids), np.nan) for each in items]
     fires = [np.full(len(each.token_ids), np.nan) for each in items]
     usages, hashes = [Usage() for _ in items], [list[str]() for _ in items]
-    failures: list[set[Failure]] = [set() for _ in items]
+    failures: list[list[Failed]] = [[] for _ in items]
     for (i, chosen), prompt, answer in zip(asked, prompts, answers, strict=True):
         usages[i] = usages[i] + answer.usage
         hashes[i].append(prompt.sha256)
         parsed = _parsed(answer, len(chosen))
         if parsed is None:
-            failures[i].add(answer.failure or "unparsed")
+            wanted = f"want a list of {len(chosen)} labels, got {(answer.text or '')[:80]!r}"
+            failures[i].append(answer.failed or Failed("unparsed", wanted))
         else:
             fires[i][chosen], scores[i][chosen] = parsed
     return [
@@ -146,17 +156,15 @@ def _collected(
     ]
 
 
-def failure_of(failures: Iterable[Failure | None], has_no_answer: bool) -> Failure | None:
+def failure_of(failures: Iterable[Failed | None], has_no_answer: bool) -> Failed | None:
     """Return why a unit has no judgement: nothing usable came back, or the judge was out of reach.
 
     An answer that cannot be read is the judge's fault and counted; one that never came would score
     the connection, so the unit is asked again.
     """
-    named = {failure for failure in failures if failure is not None}
-    outage = sorted(named & set(UNANSWERED))
-    if outage or has_no_answer:
-        return next(iter(outage or sorted(named)), None)
-    return None
+    named = sorted((each for each in failures if each is not None), key=lambda each: each.failure)
+    outage = [each for each in named if each.failure in UNANSWERED]
+    return next(iter(outage or (named if has_no_answer else [])), None)
 
 
 def joined_hash(hashes: Sequence[str]) -> str | None:
@@ -254,7 +262,7 @@ def area_row(
     unit: int,
     firing: Float[ndarray, " firing"],
     other: Float[ndarray, " other"],
-    failure: str | None,
+    failed: Failed | None,
 ) -> Row:
     """Return the row of a unit whose value is the AUROC of one number per record.
 
@@ -263,12 +271,12 @@ def area_row(
     n = len(firing) + len(other)
     counts: Row = {"n": n, "n_records": n}
     unanswered = int(np.isnan(firing).sum() + np.isnan(other).sum())
-    if failure is None and min(len(firing), len(other)) < MIN_RECORDS:
-        failure = "too_few_records"
-    if failure is None and unanswered == n:
-        failure = "no_answer"
-    if failure is not None:
-        return job.row(metric, unit, **counts, **undefined(failure, CHANCE))
+    if failed is None and min(len(firing), len(other)) < MIN_RECORDS:
+        failed = Failed("too_few_records")
+    if failed is None and unanswered == n:
+        failed = Failed("no_answer")
+    if failed is not None:
+        return job.row(metric, unit, **counts, **undefined(failed, CHANCE))
     value = auroc(firing, other)
     low, high = auroc_interval(value, len(firing), len(other))
     counts |= {"value": value, "ci_low": low, "ci_high": high, "ci_method": AUROC_METHOD}

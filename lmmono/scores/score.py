@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import activation_store as astore
+from activation_store.write.recorder import digest as weights_digest
 from lmmono.clients.client import UNANSWERED, Client
 from lmmono.errors import ExplainError, nearest
 from lmmono.explanations.protocols import variant
@@ -114,7 +115,8 @@ def score(
             under the same settings, whose scores become rows of the control.
         seed: Seed of what is drawn.
         client: Language model that judges.
-        model: Model that the activations come from, for causal scorers.
+        model: Model that the activations come from, for causal scorers; another one than the
+            store was captured from is named in column `preset`, by its digest.
         labels: What supervised scorers compare with.
         overwrite: Replace the rows of units that have one.
         progress: Called with how many hooks are done.
@@ -184,6 +186,13 @@ class _Request:
     settings: dict[str, Any]
 
 
+def _other_model(store: astore.Store, model: Any) -> dict[str, str]:
+    """Return what names a model in a key: nothing for the one that the store was captured from."""
+    of_model = weights_digest(model)
+    rows = store.sql("SELECT value FROM meta WHERE key = 'model_digest'").fetchall()
+    return {} if rows == [(of_model,)] else {"model": of_model[:12]}
+
+
 class _ScorerPlan:
     """One scorer with its settings, ready to score hooks of a store."""
 
@@ -195,6 +204,8 @@ class _ScorerPlan:
         changes = {k: v for k, v in request.settings.items() if scorer.settings[k] != v}
         if "labels" in scorer.needs:
             changes["labels"] = labels_digest(request.labels)
+        if "model" in scorer.needs:
+            changes |= _other_model(request.store, request.model)
         self.preset = variant(None, request.preset, changes)
         self.explainer: str | None = None
         if scorer.reads_explanations:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import activation_store as astore
-from lmmono.clients.client import Client, Usage
+from lmmono.clients.client import Client, Failed, Usage
 from lmmono.errors import ExplainError
 from lmmono.explanations.explanation import Explanation, Failure, Program
 from lmmono.explanations.explanation_controls import other_units
@@ -112,15 +112,16 @@ def program_of(explanation: Explanation) -> Program:
     return explanation.program
 
 
-def undefined(failure: str, chance: float | None) -> Row:
+def undefined(failed: Failed, chance: float | None) -> Row:
     """Return the columns of a unit without a score: chance, not defined; nothing if a judge failed.
 
-    >>> undefined("silent", 0.5)
-    {'value': 0.5, 'nan_fraction': 1.0, 'failure': 'silent'}
+    >>> undefined(Failed("silent"), 0.5)
+    {'value': 0.5, 'nan_fraction': 1.0, 'failure': 'silent', 'reason': None}
     """
-    if failure in UNSCORED:
-        return {"value": None, "n_failures": 1, "failure": failure}
-    return {"value": chance, "nan_fraction": 1.0, "failure": failure}
+    why = failed._asdict()
+    if failed.failure in UNSCORED:
+        return {"value": None, "n_failures": 1, **why}
+    return {"value": chance, "nan_fraction": 1.0, **why}
 
 
 def over_documents(method: str, n_documents: int) -> str:

@@ -12,14 +12,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from lmmono.clients.client import Usage
-from lmmono.explanations.explanation import Failure
+from lmmono.clients.client import Failed, Usage
 from lmmono.explanations.llm_simulation import Simulation
 from lmmono.explanations.protocols import Protocol, find_protocol
 from lmmono.explanations.stored_explanations import read_maxima
 from lmmono.records.sampler import Records
 from lmmono.records.seeds import stream
-from lmmono.scores.score_job import UNSCORED, Row, ScoreJob, over_documents, usage_columns
+from lmmono.scores.score_job import Row, ScoreJob, over_documents, undefined, usage_columns
 from lmmono.scores.simulators import UNCALIBRATED, predictions
 from lmmono.stats.agreement import AGREEMENTS, record_sums
 from lmmono.stats.intervals import unit_intervals, unit_method
@@ -48,7 +47,7 @@ class Series:
     """Sums of each record; see `agreement.record_sums`."""
     present: Bool[ndarray, "units records"]
     """Which records there are."""
-    answers: Sequence[Simulation | Failure]
+    answers: Sequence[Simulation | Failed]
     """What each unit's simulation took, or why it has none."""
     control: str | None = None
     """Name of the control; None for the score itself."""
@@ -100,8 +99,8 @@ def simulated(job: ScoreJob, records: Records) -> Iterator[Series]:
                 both = (ids >= 0) & np.take_along_axis(ids >= 0, partner, axis=1)
                 sums = record_sums(other, predicted, both)
                 # what it took is counted once, with the score itself
-                free: list[Simulation | Failure] = [
-                    answer if isinstance(answer, str) else replace(answer, usage=Usage())
+                free: list[Simulation | Failed] = [
+                    answer if isinstance(answer, Failed) else replace(answer, usage=Usage())
                     for answer in answers
                 ]
                 yield Series(places, sums, present, free, "shuffled_pairing")
@@ -140,7 +139,7 @@ def _rows(job: ScoreJob, scorer: str, kinds: tuple[str, ...]) -> list[Row]:
                     numbers = {"value": None, "failure": "uncalibrated", "ci_method": None}
                 # what the answer took is said once, with the headline
                 took = _usage(answer) if name == "pearson" else {}
-                took["prompt_hash"] = None if isinstance(answer, str) else answer.prompt_hash
+                took["prompt_hash"] = None if isinstance(answer, Failed) else answer.prompt_hash
                 unit = int(records.units[series.places[i]])
                 split = records.excerpts.split
                 rows.append(job.row(metric, unit, split, **facts[i] | numbers | took))
@@ -148,20 +147,19 @@ def _rows(job: ScoreJob, scorer: str, kinds: tuple[str, ...]) -> list[Row]:
     return [{"seconds": seconds, **row} for row in rows]
 
 
-def _numbers(answer: Simulation | Failure, value: float, low: float, high: float) -> Row:
+def _numbers(answer: Simulation | Failed, value: float, low: float, high: float) -> Row:
     """Return value and interval; 0 where the value is not defined, none where a judge failed."""
-    if isinstance(answer, str) and answer in UNSCORED:
-        return {"n_failures": 1, "failure": answer, "ci_method": None}
-    if isinstance(answer, str) or np.isnan(value):
-        failure = answer if isinstance(answer, str) else None
-        return {"value": 0.0, "nan_fraction": 1.0, "failure": failure, "ci_method": None}
+    if isinstance(answer, Failed):
+        return {**undefined(answer, 0.0), "ci_method": None}
+    if np.isnan(value):
+        return {"value": 0.0, "nan_fraction": 1.0, "ci_method": None}
     if np.isnan(low):
         return {"value": value, "nan_fraction": 0.0, "ci_method": None}
     return {"value": value, "nan_fraction": 0.0, "ci_low": low, "ci_high": high}
 
 
-def _usage(answer: Simulation | Failure) -> Row:
-    if isinstance(answer, str) or answer.usage == Usage():
+def _usage(answer: Simulation | Failed) -> Row:
+    if isinstance(answer, Failed) or answer.usage == Usage():
         return {}
     fallback = {"fallback_fraction": answer.fallback_fraction}
     return {**usage_columns(answer.usage), "details": fallback}

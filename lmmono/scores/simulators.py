@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from lmmono.clients.client import Failed
 from lmmono.errors import ExplainError
-from lmmono.explanations.explanation import Explanation, Failure
+from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.llm_simulation import Simulation, simulate
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Ranks
@@ -22,7 +23,7 @@ from lmmono.scores.score_job import ScoreJob, program_of
 N_TOP, N_RANDOM = 5, 5
 """Records that a line is fitted on, of each kind."""
 
-Simulated = Float[ndarray, "records window"] | Simulation | Failure
+Simulated = Float[ndarray, "records window"] | Simulation | Failed
 """Predicted activations, or why there are none."""
 
 Simulator = Callable[
@@ -49,7 +50,7 @@ def simulate_by_reading(
     job: ScoreJob,
     explanations: Sequence[Explanation],
     token_ids: Int[ndarray, "units records window"],
-) -> list[Simulation | Failure]:
+) -> list[Simulation | Failed]:
     """Let the job's client read each explanation; expected activations between 0 and 10.
 
     Raises:
@@ -57,14 +58,14 @@ def simulate_by_reading(
         ClientError: The client gives no log-probabilities of its prompt.
     """
     simulations = _read_by_client(job, explanations, list(token_ids))
-    return [simulation.failure or simulation for simulation in simulations]
+    return [simulation.failed or simulation for simulation in simulations]
 
 
 def simulate_calibrated(
     job: ScoreJob,
     explanations: Sequence[Explanation],
     token_ids: Int[ndarray, "units records window"],
-) -> list[Simulation | Failure]:
+) -> list[Simulation | Failed]:
     """As `simulate_by_reading`, in units of the hook by a straight line per explanation.
 
     Raises:
@@ -79,15 +80,15 @@ def simulate_calibrated(
     rows = [row_of[explanation.unit] for explanation in explanations]
     on_explain = _read_by_client(job, explanations, [records.token_ids(row) for row in rows])
     on_score = _read_by_client(job, explanations, list(token_ids))
-    calibrated: list[Simulation | Failure] = []
+    calibrated: list[Simulation | Failed] = []
     for row, fitted, scored, ids in zip(rows, on_explain, on_score, token_ids, strict=True):
         is_token = records.token_ids(row) >= 0
         intercept, slope = straight_line(fitted.acts[is_token], records.acts[row][is_token])
         acts = np.where(ids >= 0, intercept + slope * scored.acts, 0.0)
-        failure = fitted.failure or scored.failure
+        failed = fitted.failed or scored.failed
         usage = fitted.usage + scored.usage
         calibrated.append(
-            failure
+            failed
             or Simulation(acts, scored.n_slots, scored.n_fallback, None, usage, scored.prompt_hash)
         )
     return calibrated
@@ -126,7 +127,7 @@ maxima near 1 an R2 is about -100."""
 
 def predictions(
     job: ScoreJob, explanations: Sequence[Explanation], ids: Int[ndarray, "units records window"]
-) -> tuple[Float[ndarray, "units records window"], list[Simulation | Failure]]:
+) -> tuple[Float[ndarray, "units records window"], list[Simulation | Failed]]:
     """Return what each explanation predicts on its tokens, and what that took or why it failed.
 
     Predictions by the simulator of the job's settings; 0 where an explanation failed.
@@ -137,13 +138,13 @@ def predictions(
     name = job.settings["simulator"]
     if name not in SIMULATORS:
         raise ExplainError(f"simulator: want one of {', '.join(SIMULATORS)}, got {name!r}")
-    explained = [i for i, explanation in enumerate(explanations) if explanation.failure is None]
+    explained = [i for i, explanation in enumerate(explanations) if explanation.failed is None]
     simulated = SIMULATORS[name](job, [explanations[i] for i in explained], ids[explained])
     nothing = Simulation(np.zeros((0, 0)))
-    answers: list[Simulation | Failure] = [each.failure or nothing for each in explanations]
+    answers: list[Simulation | Failed] = [each.failed or nothing for each in explanations]
     predicted = np.zeros(ids.shape)
     for i, simulation in zip(explained, simulated, strict=True):
-        if isinstance(simulation, str):
+        if isinstance(simulation, Failed):
             answers[i] = simulation
             continue
         predicted[i] = simulation

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from lmmono.clients.client import Prompt, Reading, Usage
+from lmmono.clients.client import Failed, Prompt, Reading, Usage
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Class, Contrasts
@@ -64,11 +64,11 @@ def score_surprisal(job: ScoreJob) -> list[Row]:
     rows: list[Row] = []
     for control, explanations in job.explanations(units).items():
         for i, (unit, explanation) in enumerate(zip(units, explanations, strict=True)):
-            gains, failure, cost = _gains(job, explanation, index[i], texts, plain)
+            gains, failed, cost = _gains(job, explanation, index[i], texts, plain)
             sides = present_classes(index[i], len(CLASSES))
             for metric, other in (("surprisal", 1), ("surprisal_near_miss", 2)):
                 both = gains[sides[0]], gains[sides[other]]
-                row = area_row(job, metric, unit, *both, explanation.failure or failure)
+                row = area_row(job, metric, unit, *both, explanation.failed or failed)
                 rows.append(row | cost | {"control": control})
                 cost = {"prompt_hash": cost.get("prompt_hash")}  # what it took is told once
     return rows
@@ -86,7 +86,7 @@ def _gains(
     index: ndarray,
     texts: dict[int, str],
     plain: dict[int, Reading],
-) -> tuple[Float[ndarray, " records"], str | None, Row]:
+) -> tuple[Float[ndarray, " records"], Failed | None, Row]:
     """Return the gain of each record, why there are none, and what asking took.
 
     NaN where there is no record or the model did not read it.
@@ -100,7 +100,7 @@ def _gains(
     neutral = [plain[int(index[i])] for i in present]
     for i, reading, other in zip(present, readings, neutral, strict=True):
         gains[i] = mean_logprob(reading, before) - mean_logprob(other, WITHOUT)
-    failures = [reading.failure for reading in (*readings, *neutral)]
-    failure = failure_of(failures, bool(np.isnan(gains[present]).all()))
+    failures = [reading.failed for reading in (*readings, *neutral)]
+    failed = failure_of(failures, bool(np.isnan(gains[present]).all()))
     usage = usage_columns(sum((reading.usage for reading in readings), Usage()))
-    return gains, failure, usage | {"prompt_hash": joined_hash([Prompt(text=before).sha256])}
+    return gains, failed, usage | {"prompt_hash": joined_hash([Prompt(text=before).sha256])}

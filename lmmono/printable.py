@@ -1,7 +1,8 @@
 """Text on its way to people: what would drive a terminal is shown instead of sent.
 
 Text of a corpus, a model or a file may hold escape sequences (which set titles, fill the clipboard,
-move the cursor) and characters that turn lines around. Every verb prints through `printable`.
+move the cursor) and characters that turn lines around. Every verb prints through `printable`, and
+every `LmmonoError` says its message through it.
 """
 
 import re
