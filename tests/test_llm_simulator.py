@@ -128,7 +128,8 @@ def test_one_text_that_cannot_be_read_fails_its_explanation_and_no_other() -> No
     with serving(script) as calls:
         client = ServerClient("judge", base_url=calls.base_url, n_retries=0)
         cats, dogs = simulate(client, ["the token cat", "dogs"], [RECORDS, RECORDS], WORDS)
-    assert (cats.failure, dogs.failure) == (None, "no_answer")
+    assert cats.failed is None and dogs.failed.failure == "no_answer"
+    assert dogs.failed.reason.startswith("HTTP 500")
     assert cats.acts.tolist() == [[0, 10, 0, 0], [0, 0, 0, 0]]
     assert not dogs.acts.any()
     with pytest.raises(ExplainError, match="no vocabulary"):
