@@ -15,6 +15,7 @@ from lmmono.errors import RunError
 from lmmono.files import provenance
 from lmmono.files.atomic import disk_faults, write_atomic
 from lmmono.recipe import SECTIONS, Recipe
+from lmmono.recipe.explain_settings import Explain
 from lmmono.recipe.sections import Capture, CrateModel, Train
 from lmmono.runs.folder import Run, changes, find_runs, open_run
 
@@ -128,6 +129,24 @@ def test_the_same_settings_set_aside_twice_are_both_kept(recipe):
         run = Run.create(settings)
         finish(run, "train", val_loss=1.0)
     assert len(list((run.dir / "replaced").iterdir())) == 3
+
+
+def test_other_explanations_stand_beside_the_first_and_undo_nothing(recipe):
+    other = changed(recipe, explain=Explain(explainers=("token_lookup",)))
+    for stage in ("train", "capture", "score"):
+        finish(Run.create(recipe), stage, of="first")
+    run = Run.create(other)
+    assert run.set_aside is None and run.is_done("capture") and not run.is_done("score")
+    finish(run, "explain")
+    finish(run, "score", of="second")
+    for settings, of in ((recipe, "first"), (other, "second"), (recipe, "first")):
+        run = Run.create(settings)
+        assert run.is_done("score") and run.manifest.stages["score"].facts == {"of": of}
+    # a new store holds neither
+    anew = Run.create(changed(recipe, capture=Capture(top_k=5)))
+    assert anew.set_aside is not None and anew.manifest.earlier == ()
+    finish(anew, "capture")
+    assert not Run.create(other).is_done("score")
 
 
 def test_settings_of_stages_not_begun_may_change(recipe):

@@ -10,7 +10,8 @@
            untrained/        its untrained control, a run folder like this one
            replaced/         what other settings made, each a run folder of its own
 
-What a stage made with other settings is never reused and never deleted: it moves to `replaced/`.
+What a stage made with other settings is never reused and never deleted: it moves to `replaced/`;
+rows of explanations and scores stay in the store, under the names of their settings.
 Only one process at a time works in a folder.
 """
 
@@ -330,17 +331,32 @@ class Run:
         self.manifest.write(self.dir)
 
     def _adopt(self, recipe: Recipe) -> None:
-        """Take other settings; what they would make otherwise is set aside."""
-        stale = self.manifest.stale_stages(recipe)
+        """Take other settings; what they would make otherwise is set aside.
+
+        Explanations and scores stay in the store, where others lie beside them: what was finished
+        with settings that come back is finished, unless the store was set aside since.
+        """
+        stages, stale = self.manifest.stages, self.manifest.stale_stages(recipe)
+        replaced = {name for name in stale if not STAGES[name].is_additive}
         aside = _free_name(self.dir / "replaced", self.manifest.recipe_digest[:8])
-        if stale:
+        if replaced:
             Run(aside, self.recipe, self.manifest)._write()
             self.set_aside = aside
-        kept = {name: record for name, record in self.manifest.stages.items() if name not in stale}
-        self.recipe, self.manifest = (
-            recipe,
-            Manifest.new(recipe).model_copy(update={"stages": kept}),
-        )
+        left = [
+            (n, stages[n]) for n in stale if n not in replaced and stages[n].state == "finished"
+        ]
+        earlier = {
+            (name, record.digest): record
+            for name, record in (*self.manifest.earlier, *left)
+            if replaced.isdisjoint(STAGES[name].below)
+        }
+        kept = {name: record for name, record in stages.items() if name not in stale}
+        for name in STAGES:
+            key = (name, recipe.digest(*STAGES[name].sections))
+            if name not in kept and key in earlier:
+                kept[name] = earlier.pop(key)
+        update = {"stages": kept, "earlier": tuple((n, r) for (n, _), r in earlier.items())}
+        self.recipe, self.manifest = recipe, Manifest.new(recipe).model_copy(update=update)
         self._write()
         # after the manifest: a crash here leaves files that nobody counts on, not a record of
         # files that are gone

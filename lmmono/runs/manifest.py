@@ -80,6 +80,8 @@ class Manifest(BaseModel):
     """System, cores and memory then."""
     stages: dict[str, StageRecord]
     """The stages begun so far."""
+    earlier: tuple[tuple[str, StageRecord], ...] = ()
+    """Stages finished with other settings whose rows are still in the store, by name."""
 
     @classmethod
     def new(cls, recipe: Recipe) -> "Manifest":

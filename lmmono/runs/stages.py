@@ -35,6 +35,9 @@ class Stage:
     """Whether a recipe asks for it at all."""
     wants: str = ""
     """What to tell who names the verb where the recipe does not ask for it."""
+    is_additive: bool = False
+    """Its rows lie in the store under the names of their settings, beside those of others: it is
+    done once for each, whatever came between."""
     is_shared: bool = False
     """Every process of `accelerate launch` takes part; other stages are the main process' alone."""
 
@@ -122,6 +125,7 @@ _LIST = (
         "lmmono.explanations.explain:explain_run",
         needs=("capture", "dictionary"),
         reads=("explain",),
+        is_additive=True,
         is_asked=_explains,
         wants="explain.explainers: want an explainer; see `lmmono ls explainers`",
     ),
@@ -131,6 +135,7 @@ _LIST = (
         needs=("explain",),
         reads=("score",),
         verb="score",  # makes a run folder `untrained/`, which sets aside by itself
+        is_additive=True,
         is_shared=True,
         is_asked=lambda r: r.score.controls and _explains(r) and r.has_learned,
     ),
@@ -139,6 +144,7 @@ _LIST = (
         "lmmono.scores.score_run:score_run",
         needs=("capture", "dictionary", "explain", "control"),
         reads=("explain", "score"),
+        is_additive=True,
     ),
     Stage(
         "robustness",
