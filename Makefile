@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := 2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-newest check bench soak lint types imports recipes
+.PHONY: demo test test-newest check bench hf-suite soak lint types imports recipes
 
 demo: recipes/recipe.schema.json
 	$(BIN)/lmmono run recipes/quickstart.yaml
@@ -26,6 +26,19 @@ check: lint types imports recipes test
 
 bench: $(VENV)/.installed-dev
 	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+# transformers' own common tests on CRATE; HF_TESTS=<a git checkout of transformers> adds generation
+hf-suite: $(VENV)/.installed-dev
+	$(PIP) parameterized
+	set -e; if [ -z "$(HF_TESTS)" ]; then \
+	  version=$$($(BIN)/python -c 'import transformers; print(transformers.__version__)'); \
+	  mkdir -p $(VENV)/hf-suite; \
+	  $(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(VENV)/hf-suite \
+	    transformers==$$version; \
+	  tar xzf $(VENV)/hf-suite/transformers-$$version.tar.gz -C $(VENV)/hf-suite --strip-components 1; \
+	fi
+	LMMONO_HF_TESTS=$(or $(HF_TESTS),$(VENV)/hf-suite) OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -o addopts= tests/test_hf_suite.py $(ARGS)
 
 # every kind of kill 50 times, at random moments; the tests alone do it a few times
 soak: $(VENV)/.installed-dev

@@ -1,6 +1,9 @@
 """CRATE against the released code's outputs, a slow reference, and what its equations promise."""
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import forks
@@ -14,9 +17,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 
 from lmmono.errors import ModelError
 from lmmono.models.build import build_model
-from lmmono.models.crate import CrateConfig, CrateIsta, from_released
+from lmmono.models.crate import CrateConfig, CrateIsta
 from lmmono.models.gpt2 import from_released as gpt2_from_released
 from lmmono.models.hooks import Edit, run_with_cache, run_with_edit
+from lmmono.models.released import crate_from_released
 from lmmono.models.storage import load_model, save_model
 from lmmono.recipe.sections import CrateModel, Gpt2Model
 
@@ -28,7 +32,7 @@ def fixture(shared: Path, name: str) -> tuple[dict[str, Tensor], int]:
 
 
 REFERENCES = [
-    ("crate_reference_2l", from_released),
+    ("crate_reference_2l", crate_from_released),
     ("gpt2_relu_reference_2l", gpt2_from_released),
 ]
 
@@ -249,9 +253,64 @@ def test_a_saved_model_is_the_same_model_again(tmp_path, options):
     assert torch.equal(stream, model.model(tokens).last_hidden_state)
     assert sorted(p.name for p in folder.iterdir()) == [
         "config.json",
+        "crate.py",
         "generation_config.json",
         "model.safetensors",
     ]
+
+
+ALONE = """
+import sys, torch
+sys.modules["lmmono"] = sys.modules["jaxtyping"] = None
+from transformers import AutoModel, AutoModelForCausalLM
+folder, tokens = sys.argv[1], torch.load(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+mask = torch.ones_like(tokens)
+new = model.generate(tokens, attention_mask=mask, max_new_tokens=4, do_sample=False)
+model.save_pretrained(sys.argv[3])
+stream = AutoModel.from_pretrained(sys.argv[3], trust_remote_code=True)(tokens).last_hidden_state
+try:
+    model.generate(tokens, max_new_tokens=40, min_new_tokens=40)
+except ValueError as error:
+    print(error)
+torch.save((model(tokens).logits, new, stream), sys.argv[2])
+del sys.modules["lmmono"], sys.modules["jaxtyping"]
+import lmmono  # late is early enough
+print(type(AutoModelForCausalLM.from_pretrained(folder)).__module__)
+"""
+
+
+def test_a_saved_model_loads_by_its_folder_alone_where_there_is_no_lmmono(tmp_path):
+    model, tokens = small(**VARIANTS[-1]), some_tokens(2, 8)
+    save_model(model, tmp_path / "model")
+    torch.save(tokens, tmp_path / "tensors")
+    places = [str(tmp_path / name) for name in ("model", "tensors", "again")]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, *places], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    refused = "33 tokens do not fit the model's 32 positions; cut the text"
+    assert done.stdout.splitlines() == [refused, "lmmono.models.crate"]
+    logits, new, stream = torch.load(tmp_path / "tensors")
+    assert torch.equal(logits, model(tokens).logits)
+    assert torch.equal(stream, model.model(tokens).last_hidden_state)
+    ones = torch.ones_like(tokens)
+    assert new.equal(model.generate(tokens, attention_mask=ones, max_new_tokens=4, do_sample=False))
+
+
+def test_importing_lmmono_is_enough_for_the_auto_classes(tmp_path):
+    save_model(small(), tmp_path / "model")
+    script = """
+import lmmono, sys
+assert "lmmono.models" not in sys.modules
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "model")], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "lmmono.models.crate", done.stderr
 
 
 def test_embeddings_can_be_given_instead_of_tokens_but_not_beside_them():

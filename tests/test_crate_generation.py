@@ -64,6 +64,41 @@ def test_beams_and_a_cut_cache_continue_as_if_nothing_was_cached():
     torch.testing.assert_close(rest, model(tokens).logits[:, 4:])
 
 
+def test_a_prefix_that_somebody_else_put_into_a_cache_is_used_with_its_values():
+    model, tokens = small(), some_tokens(1, 8)
+    own = DynamicCache(config=model.config)
+    model(tokens[:, :3], past_key_values=own, use_cache=True)
+    # prefix tuning gives keys and values of one width; here they are those of three real tokens
+    theirs = DynamicCache(config=model.config)
+    for i, layer in enumerate(own.layers):
+        theirs.update(layer.keys, layer.keys, i)
+    out = model(tokens[:, 3:6], past_key_values=theirs, use_cache=True)
+    rest = model(tokens[:, 6:], past_key_values=theirs, use_cache=True)
+    both = torch.cat([out.logits, rest.logits], 1)
+    torch.testing.assert_close(both, model(tokens).logits[:, 3:])
+    assert theirs.layers[1].values.equal(theirs.layers[1].keys)
+    assert theirs.layers[1].keys.shape[2] == 8
+
+
+def test_a_cache_is_made_where_the_configuration_asks():
+    model, tokens = small(use_cache=True), some_tokens(1, 4)
+    assert model(tokens)[CACHE_ARGUMENT].get_seq_length() == 4
+    assert small()(tokens).get(CACHE_ARGUMENT) is None
+    assert model(tokens, use_cache=False).get(CACHE_ARGUMENT) is None
+
+
+def test_generation_beyond_the_context_is_refused_and_padding_does_not_count():
+    model = small()
+    with pytest.raises(ModelError, match="33 tokens do not fit the model's 32 positions"):
+        model.generate(some_tokens(1, 30), max_new_tokens=9, min_new_tokens=9)
+    tokens, mask = padded([some_tokens(30), some_tokens(28)], "left")
+    rows = torch.cat([torch.zeros(2, 4, dtype=torch.long), tokens], 1)
+    mask = torch.cat([torch.zeros(2, 4, dtype=torch.long), mask], 1)
+    options = {"attention_mask": mask, "max_new_tokens": 2, "do_sample": False}
+    new = model.generate(rows, **options)
+    assert new.shape == (2, 36) and new[0, 34:].equal(greedy(model, tokens[:1], 2)[0, 30:])
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_padded_rows_give_the_logits_of_the_rows_alone(side, attention):

@@ -1,6 +1,7 @@
 """The CRATE language model (arXiv 2410.16443) as a Hugging Face model, in one file.
 
-Holds the configuration, the network and the mapping from released weights. Block l is
+Needs torch and transformers alone: `save_pretrained` lays a copy next to the weights, and the
+folder loads with `trust_remote_code=True` where lmmono is not installed. Block l is
 `Z' = Z + MSSA(LN1(Z)); Z = ISTA(LN2(Z'))`
 with no skip around ISTA, so the stream after a block is what its code decodes to and nothing else:
 `hook_resid_post` equals `hook_mlp_out`. A dictionary is stored as rows, W_D [d_mlp, d_model], the
@@ -8,15 +9,13 @@ transpose of the paper's D. Refuses flash-attention, which has not been tested h
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
@@ -28,8 +27,14 @@ from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from lmmono.errors import ModelError
-from lmmono.models.weights import RELEASED_CRATE, count_blocks, fill, shape_of
+try:
+    from jaxtyping import Float, Int
+except ImportError:  # shapes are then words
+    Float = Int = Annotated
+try:
+    from lmmono.errors import ModelError
+except ImportError:
+    ModelError = ValueError
 
 _OUTPUT_FIELDS = {field.name for field in fields(BaseModelOutputWithPast)}
 
@@ -42,6 +47,14 @@ PASSED_THROUGH = frozenset(
     + ("shift_labels", "ignore_index", "cache_position")
 )
 """Arguments beyond those named that a forward pass may be given; any other is refused."""
+
+
+AUTO_MAP = {
+    "AutoConfig": "crate.CrateConfig",
+    "AutoModel": "crate.CrateBaseModel",
+    "AutoModelForCausalLM": "crate.CrateForCausalLM",
+}
+"""What this file holds for whom, as a saved configuration says it."""
 
 
 class CrateConfig(PreTrainedConfig):
@@ -87,10 +100,13 @@ class CrateConfig(PreTrainedConfig):
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
+    use_cache: bool = False
+    """Make a cache in every forward pass; `generate` makes one all the same."""
     __no_type_check__ = True  # transformers wraps __init__ to take more than the fields
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.auto_map = AUTO_MAP.copy()
         if self.hidden_size % self.num_attention_heads:
             sizes = f"d_model {self.hidden_size}, n_heads {self.num_attention_heads}"
             raise ModelError(f"{sizes}: choose n_heads that divides d_model")
@@ -138,13 +154,24 @@ class CrateMssa(nn.Module):
         heads = (*x.shape[:-1], -1, self.d_head)
         u = self.u_proj(x).view(heads).transpose(1, 2)
         q = u if self.q_proj is None else self.q_proj(x).view(heads).transpose(1, 2)
-        if cache is not None:
+        k = v = u
+        if cache is not None and _holds_values(cache, self.layer_idx):
+            k, v = cache.update(u, u, self.layer_idx)  # a prefix was put there, keys and values
+        elif cache is not None:
             # values of width 0: any cache class then stores the one shared tensor and no more
-            u, _ = cache.update(u, u[..., :0], self.layer_idx)
+            k, _ = cache.update(u, u[..., :0], self.layer_idx)
+            v = k
         kind = cast(str, self.config._attn_implementation)  # pyright: ignore[reportPrivateUsage]
         attend = AttentionInterface().get_interface(kind, eager_attention_forward)
-        z, pattern = attend(self, q, u, u, attention_mask, dropout=0.0, scaling=self.d_head**-0.5)
+        z, pattern = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.d_head**-0.5)
         return self.o_proj(z.flatten(-2)), pattern
+
+
+def _holds_values(cache: Cache, layer_idx: int) -> bool:
+    """Say whether a layer was filled from outside, as by prefix tuning, with values of a width."""
+    layers = getattr(cache, "layers", ())
+    values = getattr(layers[layer_idx], "values", None) if layer_idx < len(layers) else None
+    return values is not None and values.shape[-1] > 0
 
 
 class CrateIsta(nn.Module):
@@ -305,8 +332,9 @@ class CrateBaseModel(CratePreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Return the normed stream; without `position_ids`, padding takes no positions.
 
-        A cache is made only when asked for (`generate` asks), so training never pays for it. It is
-        taken under both its names, `cache` and `past_key_values` (before transformers 5.24).
+        A cache is made only when asked for, here or in the configuration (`generate` asks), so
+        training never pays for it. It is taken under both its names, `cache` and `past_key_values`
+        (before transformers 5.24).
 
         Raises:
             ModelError: Not exactly one kind of input, two caches, an argument that has no meaning
@@ -322,14 +350,13 @@ class CrateBaseModel(CratePreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ModelError("want exactly one of input_ids and inputs_embeds")
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and any(block.gradient_checkpointing for block in self.blocks):
             cache = None  # a checkpointed block runs twice and would add its tokens twice
         elif use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
-        if position_ids is None:
-            position_ids = self._positions(x, attention_mask, cache)
-        x = x + self.pos_embed(position_ids)
+        x = x + self.pos_embed(self._positions(x, attention_mask, cache, position_ids))
         if self.training:
             # before the blocks: a checkpointed block runs twice and must see one step size
             for block in self.blocks:
@@ -339,14 +366,23 @@ class CrateBaseModel(CratePreTrainedModel):
         return BaseModelOutputWithPast(self.ln_final(x), cache if use_cache else None)
 
     def _positions(
-        self, x: Tensor, attention_mask: Tensor | None, past: Cache | None
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        past: Cache | None,
+        position_ids: Int[Tensor, "batch_or_one pos"] | None,
     ) -> Int[Tensor, "batch_or_one pos"]:
         n_pos, n_ctx = x.shape[1], self.config.max_position_embeddings
         n_past: Any = 0 if past is None else past.get_seq_length()  # a tensor in a static cache
-        if not isinstance(n_past, Tensor) and n_past + n_pos > n_ctx:
+        is_long = not isinstance(n_past, Tensor) and n_past + n_pos > n_ctx
+        if is_long and position_ids is not None and not torch.compiler.is_compiling():
+            is_long = int(position_ids.max()) >= n_ctx  # a long row may be packed or padded
+        if is_long:
             raise ModelError(
                 f"{n_past + n_pos} tokens do not fit the model's {n_ctx} positions; cut the text"
             )
+        if position_ids is not None:
+            return position_ids
         if attention_mask is not None and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n_pos:]
         return (torch.arange(n_pos, device=x.device) + n_past).unsqueeze(0)
@@ -362,6 +398,8 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
         self.model = CrateBaseModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        if self.generation_config is not None:
+            self.generation_config.use_cache = True
 
     @can_return_tuple
     def forward(
@@ -401,26 +439,7 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
         return [float(block.mlp.step_size) for block in self.model.blocks]
 
 
-def from_released(state_dict: Mapping[str, Tensor], *, n_heads: int) -> CrateForCausalLM:
-    """Build the model whose weights carry the released code's names (crate-lm, `ista.weight`).
-
-    `n_heads` cannot be read off the weights. Step size and sparsity are the released constants.
-
-    Raises:
-        ModelError: A weight is missing, unknown or of another shape.
-    """
-    d_mlp, d_model = shape_of(state_dict, "transformer.h.0.ista.weight")
-    config = CrateConfig(
-        vocab_size=shape_of(state_dict, "transformer.wte.weight")[0],
-        max_position_embeddings=shape_of(state_dict, "transformer.wpe.weight")[0],
-        hidden_size=d_model,
-        num_hidden_layers=count_blocks(state_dict, "transformer.h."),
-        num_attention_heads=n_heads,
-        overcompleteness=d_mlp // d_model,
-    )
-    return fill(CrateForCausalLM(config), state_dict, RELEASED_CRATE)
-
-
-AutoConfig.register(CrateConfig.model_type, CrateConfig, exist_ok=True)
-AutoModel.register(CrateConfig, CrateBaseModel, exist_ok=True)
-AutoModelForCausalLM.register(CrateConfig, CrateForCausalLM, exist_ok=True)
+# what is saved brings this file along; `lmmono.models` adds the classes to the `Auto*` tables
+CrateConfig.register_for_auto_class()
+CrateBaseModel.register_for_auto_class()
+CrateForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lmmono.errors import ModelError
-from lmmono.models import crate, gpt2
+from lmmono.models import gpt2
+from lmmono.models.crate import CrateConfig, CrateForCausalLM
 from lmmono.models.storage import save_model
-from lmmono.models.weights import rename, shape_of
+from lmmono.models.weights import RELEASED_CRATE, count_blocks, fill, rename, shape_of
 
 N_TOKENS = {50304: 50257}
 """Tokens of the tokenizer by padded vocabulary: GPT-2's BPE is padded to a multiple of 64."""
@@ -67,6 +68,26 @@ def import_released(ckpt: Path | str, out: Path | str, *, n_heads: int | None = 
     return save_model(model, out)
 
 
+def crate_from_released(state_dict: Mapping[str, Tensor], *, n_heads: int) -> CrateForCausalLM:
+    """Build the model whose weights carry the released code's names (crate-lm, `ista.weight`).
+
+    `n_heads` cannot be read off the weights. Step size and sparsity are the released constants.
+
+    Raises:
+        ModelError: A weight is missing, unknown or of another shape.
+    """
+    d_mlp, d_model = shape_of(state_dict, "transformer.h.0.ista.weight")
+    config = CrateConfig(
+        vocab_size=shape_of(state_dict, "transformer.wte.weight")[0],
+        max_position_embeddings=shape_of(state_dict, "transformer.wpe.weight")[0],
+        hidden_size=d_model,
+        num_hidden_layers=count_blocks(state_dict, "transformer.h."),
+        num_attention_heads=n_heads,
+        overcompleteness=d_mlp // d_model,
+    )
+    return fill(CrateForCausalLM(config), state_dict, RELEASED_CRATE)
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{path}: no such checkpoint file")
@@ -113,7 +134,7 @@ def _build(path: Path, weights: Mapping[str, Tensor], n_heads: int) -> Any:
                 f"{path}: a CRATE with complete dictionaries ({d_mlp} x {d_model}, arXiv"
                 " 2311.13110), another model than the overcomplete one that lmmono has"
             )
-        return crate.from_released(weights, n_heads=n_heads)
+        return crate_from_released(weights, n_heads=n_heads)
     if "transformer.h.0.mlp.c_fc.weight" in weights:
         return gpt2.from_released(weights, n_heads=n_heads)
     names = ", ".join(sorted(weights)[:3]) or "no tensors"
