@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := 2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-newest check bench hf-suite soak lint types imports recipes
+.PHONY: demo test test-newest check bench gpu hf-suite soak lint types imports recipes
 
 demo: recipes/recipe.schema.json
 	$(BIN)/lmmono run recipes/quickstart.yaml
@@ -39,6 +39,10 @@ hf-suite: $(VENV)/.installed-dev
 	fi
 	LMMONO_HF_TESTS=$(or $(HF_TESTS),$(VENV)/hf-suite) OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -o addopts= tests/test_hf_suite.py $(ARGS)
+
+# the same numbers on a GPU as on the CPU, and how fast; says so where there is none
+gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu.py
 
 # every kind of kill 50 times, at random moments; the tests alone do it a few times
 soak: $(VENV)/.installed-dev
