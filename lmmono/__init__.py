@@ -1,7 +1,7 @@
 """Neuron analysis of language models; see README.md.
 
 The public names stand in `__init__.pyi`, each imported when it is first used; `import lmmono` loads
-no torch. What is used less often stands in the rooms: `lm.tasks.read_task`, `lm.interop.to_hooked`.
+no torch. What is used less often stands in the rooms: `lm.tasks.find_task`, `lm.interop.to_hooked`.
 """
 
 from lmmono.auto_classes import register_lazily

@@ -1,5 +1,6 @@
 """Recipes with robustness suites: the section, the stage, the verb, and going on after a kill."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from lookup_model import HOOK, Lookup, large_task, true_code
 from ruamel.yaml import YAML
 from test_cli import call
 from test_docs import BLOCK
+from test_own_tasks import write as write_csv
 
 import activation_store as astore
 import lmmono as lm
@@ -129,7 +131,16 @@ def test_a_second_run_computes_nothing_and_a_changed_one_only_what_changed(
 def test_the_guide_does_what_it_says(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     blocks = BLOCK.findall((ROOT / "docs" / "robustness.md").read_text())
-    assert [language for language, _ in blocks] == ["yaml", "bash", "python", "yaml", "yaml"]
+    languages = [language for language, _ in blocks]
+    assert languages == ["yaml", "bash", "python", "yaml", "python", "yaml", "yaml"]
+    write_csv(folder / "reviews.csv", [{"review": f"r{i}", "stars": i % 5 + 1} for i in range(60)])
+    write_csv(folder / "films.csv", [{"body": "x", "mood": "sad"}, {"body": "y", "mood": "glad"}])
+    for name in ("pairs", "novels"):
+        rows = [
+            {"premise": f"{name} {i}", "hypothesis": "b", "gold": ("yes", "no")[i % 2]}
+            for i in range(40)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for text in (text for language, text in blocks if language == "yaml"):
         (folder / "guide.yaml").write_text("name: g\nseed: 0\nmodel: {arch: crate}\n" + text)
         assert call("check", "guide.yaml") == 0
@@ -138,6 +149,8 @@ def test_the_guide_does_what_it_says(folder, monkeypatch, capsys):
     query = commands[3].split('"')[1]
     assert call("sql", "runs/robustness_planted", query, "--csv") == 0
     assert '"sae",' in capsys.readouterr().out.splitlines()[-1]
+    exec(blocks[4][1], {})
+    assert capsys.readouterr().out.endswith("('0', '1', '2')\n")
     exec(blocks[2][1], {})
     told = capsys.readouterr().out
     assert "20 rows computed, 0 were there" in told and told.splitlines()[-1] == "12 0"

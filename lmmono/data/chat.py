@@ -1,10 +1,13 @@
 """Chat messages as the text that a model was trained on: its tokenizer's own template."""
 
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from lmmono.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+else:  # for annotations only: reading tasks for `lmmono check` needs no transformers
+    PreTrainedTokenizerFast = object
 
 
 class Chat:

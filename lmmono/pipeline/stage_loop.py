@@ -2,12 +2,12 @@
 
 import time
 from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 
 from lmmono.errors import RecipeError, RunError
 from lmmono.files.processes import alone, this_process
 from lmmono.recipe import SECTIONS, Recipe
+from lmmono.registry.lookup import load
 from lmmono.runs.folder import Run, open_run
 from lmmono.runs.manifest import Manifest
 from lmmono.runs.stages import STAGES, Stage
@@ -35,6 +35,10 @@ def run_stages(run: Run, *verbs: str, progress: Progress = silent) -> Run:
         LmmonoError: What the stage itself raises.
     """
     here = this_process()
+    for stage in STAGES.values() if here.is_main else ():
+        is_due = not verbs or (stage.verb or stage.name) in verbs
+        if stage.inputs and is_due and stage.is_asked(run.recipe) and not run.is_done(stage.name):
+            load(stage.inputs)(run.recipe)
     for stage in STAGES.values():
         verb = stage.verb or stage.name
         if verbs and verb not in verbs:
@@ -53,7 +57,7 @@ def run_stages(run: Run, *verbs: str, progress: Progress = silent) -> Run:
         _require(run, stage)
         # what the main process does by itself must not share itself out, nor wait for the others
         with run.stage(stage.name) as facts, nullcontext() if stage.is_shared else alone():
-            facts |= _function(stage)(run, progress=progress)
+            facts |= load(stage.run)(run, progress=progress)
     return run
 
 
@@ -116,7 +120,7 @@ def _follow(run: Run, stage: Stage) -> None:
             if record.state == "finished":
                 return
             if stage.is_shared and not has_done_its_share:
-                _function(stage)(run, progress=silent)
+                load(stage.run)(run, progress=silent)
                 has_done_its_share = True
                 continue
         time.sleep(POLL_SECONDS)
@@ -144,8 +148,3 @@ def _require(run: Run, stage: Stage) -> None:
             raise RunError(f"{run.dir}: {what} yet; run `lmmono {verb} {run.dir}` first")
     for name in stage.needs:
         run.require_whole(name)
-
-
-def _function(stage: Stage):
-    module, _, name = stage.run.partition(":")
-    return getattr(import_module(module), name)

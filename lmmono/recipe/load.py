@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from lmmono.errors import RecipeError, nearest
+from lmmono.errors import DataError, RecipeError, nearest
 from lmmono.recipe.faults import clash_fault, faults_of, keys_of, shown
 from lmmono.recipe.recipe import SECTIONS, Recipe, recipe_schema, row_clash
 from lmmono.recipe.sections import (
@@ -32,6 +32,7 @@ from lmmono.recipe.tree import (
     read_override,
     read_tree,
 )
+from lmmono.registry.lookup import load
 
 MAX_RUNS = 1000
 """Runs of a study: each is checked by itself, in about two milliseconds, and gets a folder."""
@@ -297,11 +298,21 @@ def _missing_files(recipe: Recipe, tree: Tree) -> Iterator[Fault]:
         names["data", "corpus", "name"] = data.corpus.name
     if isinstance(data.tokenizer, FolderTokenizer):
         names["data", "tokenizer", "path"] = data.tokenizer.path
+    if robustness.suites:
+        names |= {
+            ("robustness", "tasks", i, "path"): t.path for i, t in enumerate(robustness.tasks)
+        }
+        names |= {
+            ("robustness", "tasks", i, "ood", name, "path"): other.path
+            for i, task in enumerate(robustness.tasks)
+            for name, other in task.ood.items()
+        }
     if isinstance(recipe.model, PretrainedModel):
         local = {"path": recipe.model.path, "adapter": recipe.model.adapter}
         names |= {
             ("model", key): name for key, name in local.items() if name and not is_hub_name(name)
         }
+    wrong = set[Path]()
     for path, name in names.items():
         if name is None or FilePath(name).exists() or next(glob.iglob(name, recursive=True), None):
             continue
@@ -312,7 +323,15 @@ def _missing_files(recipe: Recipe, tree: Tree) -> Iterator[Fault]:
             near = sorted(str(path) for path in folder.iterdir())
             hint = f"; {nearest(name, near)}" if near else f": there is nothing in {folder}"
         want = "want a file, folder or glob that is there"
+        wrong.add(path[:3])
         yield _fault(tree, path, f"{want}, got {shown(name)}{hint}")
+    for i, task in enumerate(robustness.tasks if robustness.suites else ()):
+        path = ("robustness", "tasks", i)
+        if task.path is not None and path not in wrong:
+            try:
+                load("lmmono.data.tasks.reading:own_task")(task)
+            except DataError as error:
+                yield _fault(tree, path, str(error))
 
 
 def is_hub_name(name: str) -> bool:

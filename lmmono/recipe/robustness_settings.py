@@ -1,8 +1,15 @@
 """The settings of the robustness suites; names come from `lmmono.registry`."""
 
+from collections.abc import Callable
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    model_serializer,
+    model_validator,
+)
 
 from lmmono.errors import nearest
 from lmmono.recipe.sections import Count, Fraction, OneOf, Section, clash
@@ -22,7 +29,6 @@ from lmmono.registry.suites import (
 from lmmono.registry.tasks import TASK_NAMES
 
 SuiteName = Annotated[str, OneOf(SUITES)]
-TaskName = Annotated[str, OneOf(TASK_NAMES)]
 LearnerName = Annotated[str, OneOf(LEARNERS)]
 InputNoise = Annotated[str, OneOf([*TEXT_CORRUPTIONS, *MODEL_NOISE])]
 HypothesisName = Annotated[str, OneOf(HYPOTHESES)]
@@ -33,6 +39,14 @@ MARGINS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1)
 REALISTIC = (0.0, 0.02, 0.05, 0.1)
 """Rates of label noise that real sets have."""
 SHOTS = (1, 4, 16, 64, 256)
+
+
+def _named(entry: Any) -> Any:
+    return entry if isinstance(entry, dict | Section) else {"name": entry}
+
+
+def _placed(entry: Any) -> Any:
+    return entry if isinstance(entry, dict | Section) else {"path": entry}
 
 
 class FamilySettings(
@@ -84,8 +98,74 @@ def raise_repeats(section: Section, fields: tuple[str, ...]) -> None:
                 raise clash("want each once", f"{field}.{i}", field)
 
 
-def _named(entry: Any) -> Any:
-    return entry if isinstance(entry, dict | FamilySettings) else {"name": entry}
+class OtherDomain(Section, json_schema_extra={"type": ["string", "object"]}):
+    """Labelled texts of another domain; a file alone is written as its path."""
+
+    path: str
+    """File or folder; every row of it is tested on, whatever its split."""
+    text: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Column of the text, or columns of a pair; null takes the task's."""
+    label: str | None = None
+    """Column of the class; null takes the task's."""
+    labels: dict[str, str] = {}
+    """Class of the task that each class there means, others left out; none where they are equal."""
+
+
+class TaskSettings(
+    Section,
+    json_schema_extra={
+        "type": ["string", "object"],
+        "if": {"type": "string"},
+        "then": {"enum": list(TASK_NAMES)},
+    },
+):
+    """A built-in task by its name, or one of your own by its file and columns."""
+
+    name: str | None = None
+    """Name of a built-in task; for your own, its name in tables, the file's by default."""
+    path: str | None = None
+    """File or folder of labelled rows of your own: .csv, .tsv, .json, .jsonl, .parquet."""
+    text: str | Annotated[tuple[str, ...], Field(min_length=1)] = "text"
+    """Column of the text; several, such as premise and hypothesis, are joined by line breaks."""
+    label: str = "label"
+    """Column of the class, a name or a number."""
+    split: str | None = "split"
+    """Column of train, val or test; where there is none, texts are held out by a hash."""
+    noisy: str | None = None
+    """Column of the class that annotators really gave, if there is one."""
+    pair: str | None = None
+    """Column that is the same number in both texts of a contrast pair, if there is one."""
+    ood: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")],
+        Annotated[OtherDomain, BeforeValidator(_placed)],
+    ] = {}
+    """Texts of other domains by name: a file, or its own columns and classes."""
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "TaskSettings":
+        if self.path is None:
+            if self.name not in TASK_NAMES:
+                got = "no name and no path" if self.name is None else repr(self.name)
+                way_out = nearest(self.name or "", TASK_NAMES) if self.name else ""
+                raise clash(
+                    f"want a built-in task, or a path to rows of your own; got {got}; "
+                    f"{way_out or '`lmmono ls tasks` lists the built-in ones'}",
+                    "name",
+                )
+            if odd := sorted(self.model_fields_set - {"name"}):
+                raise clash(f"{self.name} is built in and has its columns; leave it out", odd[0])
+        elif self.title in TASK_NAMES:
+            raise clash(f"a built-in task is called {self.title}; give yours another", "name")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: Callable[[Any], Any]) -> Any:
+        return self.name if self.path is None else write(self)
+
+    @property
+    def title(self) -> str:
+        """Name in tables."""
+        return self.name or PurePath(self.path or "").stem
 
 
 class Tuning(Section):
@@ -127,8 +207,10 @@ class Robustness(Section):
 
     suites: tuple[SuiteName, ...] = ()
     """Ways in which tasks are made harder; none by default."""
-    tasks: tuple[TaskName, ...] = ("planted_topic",)
-    """Tasks; see `lmmono ls tasks`."""
+    tasks: tuple[Annotated[TaskSettings, BeforeValidator(_named)], ...] = (
+        TaskSettings(name="planted_topic"),
+    )
+    """Tasks by name (`lmmono ls tasks`), or your own: {path: x.csv, text: body, label: stars}."""
     folder: str | None = None
     """Folder with the sets of tasks that are not planted, as `lmmono ls tasks` names them."""
     families: tuple[Annotated[FamilySettings, BeforeValidator(_named)], ...] = (
@@ -190,6 +272,10 @@ class Robustness(Section):
     @model_validator(mode="after")
     def _check_once(self) -> "Robustness":
         raise_repeats(self, ("suites", "tasks", "families", "learners", "poolings", "budgets"))
+        titles = [task.title for task in self.tasks]
+        for i, title in enumerate(titles):
+            if title in titles[:i]:
+                raise clash(f"two tasks are called {title}; give one a name", f"tasks.{i}", "tasks")
         if self.suites and not self.families and not self.dictionaries:
             raise clash("want a family or a dictionary to read", "families", "dictionaries")
         return self

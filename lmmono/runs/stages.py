@@ -38,6 +38,9 @@ class Stage:
     is_additive: bool = False
     """Its rows lie in the store under the names of their settings, beside those of others: it is
     done once for each, whatever came between."""
+    inputs: str = ""
+    """What reads the files that a user brings to it, as `module:function` of the recipe: it does so
+    before the first stage of a call, so that no work is lost to a misspelt column."""
     is_shared: bool = False
     """Every process of `accelerate launch` takes part; other stages are the main process' alone."""
 
@@ -151,6 +154,7 @@ _LIST = (
         "lmmono.suites.robustness_run:robustness_run",
         needs=("capture", "dictionary"),
         reads=("robustness",),
+        inputs="lmmono.data.tasks.reading:require_own_tasks",
         is_asked=_is_tested,
         wants="robustness.suites: want a suite such as noisy_labels, got none",
     ),

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import activation_store as astore
 from lmmono.data.tasks.overlap import leakage
-from lmmono.data.tasks.reading import find_task
+from lmmono.data.tasks.reading import asked_tasks
 from lmmono.dictionaries.estimator import load_dictionary
 from lmmono.errors import RobustnessError, nearest
 from lmmono.files.processes import best_device
@@ -40,7 +40,7 @@ def robustness_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
         StoreError: The store cannot be read or written.
     """
     settings = run.recipe.robustness
-    tasks = [find_task(name, settings.folder) for name in settings.tasks]
+    tasks = asked_tasks(settings)
     with astore.open(run.store_path, mode="a") as store:
         model = run.model.to(best_device())
         families: dict[str, Any] = {family.label: family for family in settings.families}
@@ -69,7 +69,8 @@ def run_results(run: Run, store: astore.Store) -> list[Result]:
     settings = run.recipe.robustness
     made = run.manifest.stages["robustness"].facts.get("features")
     features = [str(name) for name in made] if isinstance(made, list) else None
-    return read_results(store, asked=AskedRows(settings, settings.tasks, features))
+    names = [task.title for task in settings.tasks]
+    return read_results(store, asked=AskedRows(settings, names, features))
 
 
 def _dictionaries(run: Run) -> Mapping[str, Callable[[Any], Any]]:

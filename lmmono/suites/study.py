@@ -84,7 +84,7 @@ def robustness(
 
     Args:
         model: Any model of `lmmono.models.hooks`.
-        tasks: Names, see `lmmono ls tasks`, or tasks.
+        tasks: Names, see `lmmono ls tasks`, or tasks of your own, see `lmmono.read_task`.
         suite: Names of suites: noisy_labels, noisy_inputs, few_shot, ood, adversarial,
             fine_tuning.
         features: Families by the name they get in tables; see
@@ -112,6 +112,11 @@ def robustness(
     chosen = _checked({"suites": suites, "seeds": seeds, "hook": hook, **settings})
     for name in suites:
         find_suite(name)
+    for each in given:
+        if not isinstance(each, str | Task):
+            raise RobustnessError(
+                f"tasks: want names or tasks of lm.read_task, got {type(each).__name__}"
+            )
     found = [each if isinstance(each, Task) else find_task(each, folder) for each in given]
     study = Study(model, found, dict(features or DEFAULT), chosen, into, tokenizer, progress)
     return study.run()

@@ -5,13 +5,11 @@ names of its columns. Files of built-in tasks are looked for below a folder that
 without a folder the set is read from the hub, where it is there.
 
 A table says which columns hold what, which rows count, and to which part each split goes. Files are
-`.parquet`, `.jsonl` or `.csv`; `datasets` is imported only when a dataset is asked for by name.
+those of `lmmono.data.text_files`; `datasets` is imported only when a dataset is asked for by name.
 """
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,8 @@ from lmmono.data.tasks.planted_tasks import planted_task
 from lmmono.data.tasks.task import NO_PARTNER, OOD, Labelled, Task
 from lmmono.data.text_files import missing_column, read_rows, source_files
 from lmmono.errors import DataError, nearest
+from lmmono.recipe import Recipe
+from lmmono.recipe.robustness_settings import Robustness, TaskSettings
 from lmmono.registry.tasks import PLANTED, Shift, TaskRecord, TaskTable, find_record
 
 VAL_SHARE, TEST_SHARE = 0.2, 0.2
@@ -96,6 +96,12 @@ def read_table(
             another type.
     """
     rows = _hub_rows(table) if folder is None else _file_rows(Path(folder) / table.place)
+    yield from _counted_rows(table, rows, required=required)
+
+
+def _counted_rows(
+    table: TaskTable, rows: Iterable[tuple[str, Mapping[str, Any]]], *, required: bool = True
+) -> Iterator[Row]:
     counted = 0
     seen: dict[str, set[str]] = {column: set() for column in table.where}
     for where, values in rows:
@@ -111,31 +117,75 @@ def read_table(
         raise _nothing(table, seen)
 
 
+def asked_tasks(settings: Robustness) -> list[Task]:
+    """Return the tasks of a recipe's section, built-in ones and the user's own.
+
+    Raises:
+        DataError: As `find_task` and `read_task`.
+    """
+    return [
+        find_task(task.title, settings.folder) if task.path is None else own_task(task)
+        for task in settings.tasks
+    ]
+
+
+def require_own_tasks(recipe: Recipe) -> None:
+    """Read the tasks of a recipe's own files, so that a fault in them costs no work.
+
+    Raises:
+        DataError: As `read_task`.
+    """
+    for task in recipe.robustness.tasks:
+        if task.path is not None:
+            own_task(task)
+
+
+def own_task(settings: TaskSettings) -> Task:
+    """Return the task of a recipe that is read from files of the user's own; see `read_task`."""
+    assert settings.path is not None
+    return read_task(
+        settings.path,
+        name=settings.title,
+        text=settings.text,
+        label=settings.label,
+        split=settings.split,
+        noisy=settings.noisy,
+        pair=settings.pair,
+        ood={name: each.model_dump(exclude_unset=True) for name, each in settings.ood.items()},
+    )
+
+
 def read_task(
-    path: str | Path,
+    rows: Any,
     *,
     name: str | None = None,
-    text: str = "text",
+    text: str | Sequence[str] = "text",
     label: str = "label",
     split: str | None = "split",
     noisy: str | None = None,
     pair: str | None = None,
+    ood: Mapping[str, Any] | None = None,
     shared_texts: bool = False,
 ) -> Task:
-    """Return the task of a file or folder of labelled rows.
+    """Return the task of labelled rows: of a file, a folder, or in memory.
 
     Where there is no split for them, 20 % of the texts are held out for `val` and `test` by a hash
     of the text, so that copies stay together.
 
     Args:
-        path: A `.parquet`, `.jsonl` or `.csv` file, or a folder of such.
+        rows: A `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet` file, a folder of such or of
+            `save_to_disk`, a dataset of `datasets`, or mappings.
         name: Name of the task; the path's own by default.
-        text: Column of the text.
-        label: Column of the class, a name or a number from 0.
-        split: Column of `train`, `val` or `test`; None, or a file without it, takes every row
+        text: Column of the text, or columns such as premise and hypothesis, which are joined by
+            line breaks.
+        label: Column of the class, a name or a number from 0 or 1; any number of classes.
+        split: Column of `train`, `val` or `test`; None, or rows without it, takes every row
             as training text.
         noisy: Column of the class that annotators really gave, if there is one.
         pair: Column that is the same number in both texts of a contrast pair, if there is one.
+        ood: Rows of other domains by name, all of them tested on: rows as above, or a mapping of
+            `path` and, where they are others, `text`, `label`, and `labels`: the class here that
+            each class there means.
         shared_texts: Keep texts of `train` and `val` that a test part has too; they are dropped
             otherwise.
 
@@ -143,29 +193,105 @@ def read_task(
         DataError: A file or column is missing, a split stands for no part, a label is missing or
             negative, or the rows make no task; see `Task`.
     """
-    path = Path(path)
-    first = next(iter(_file_rows(path)), None)
-    if first is None:
-        raise DataError(f"{path}: no rows in it")
+    source = _Source.of(rows)
+    title = name or (Path(source.name).stem if source.is_file else "mine")
+    columns = (text,) if isinstance(text, str) else tuple(text)
     table = TaskTable(
-        path.name,
-        text=(text,),
+        source.name,
+        text=columns,
         label=label,
-        split=split if split is not None and split in first[1] else None,
+        split=split if split is not None and split in source.columns() else None,
         noisy=noisy,
         pair=pair,
         refuse_others=True,
     )
-    rows = list(read_table(table, path.parent))
+    found = list(_counted_rows(table, source.rows()))
     task = assemble(
-        rows,
-        name=name or path.stem,
-        about=f"{label} of {path.name}, parts {', '.join(sorted({row.part for row in rows}))}",
+        found,
+        name=title,
+        about=f"{label} of {source.name}, parts {', '.join(sorted({row.part for row in found}))}",
         licence="not stated",
-        source=path.name,
-        label_names=_classes(rows, path),
+        source=source.name,
+        label_names=_classes(found, source.name),
     )
-    return task if shared_texts else without_leakage(task)
+    parts = {**task.parts}
+    for domain, other in (ood or {}).items():
+        parts[f"{OOD}{domain}"] = _other_domain(task, other, columns, label, domain)
+    whole = Task(title, task.about, task.licence, task.source, task.label_names, parts)
+    return whole if shared_texts else without_leakage(whole)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Labelled rows, of files or in memory."""
+
+    name: str
+    is_file: bool
+    rows: Callable[[], Iterator[tuple[str, Mapping[str, Any]]]]
+
+    @classmethod
+    def of(cls, rows: Any) -> "_Source":
+        if isinstance(rows, str | Path):
+            path = Path(rows)
+            return cls(path.name, True, lambda: _file_rows(path))
+        if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+            kind = type(rows).__name__  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+            raise DataError(f"task: want a file, or rows that are mappings, got {kind}")
+        several: list[Any] = list(rows)  # pyright: ignore[reportUnknownArgumentType]
+        for i, row in enumerate(several):
+            if not isinstance(row, Mapping):
+                raise DataError(f"task: row {i}: want a mapping of columns, got {row!r:.40}")
+        return cls("rows", False, lambda: ((f"row {i}", row) for i, row in enumerate(several)))
+
+    def columns(self) -> Mapping[str, Any]:
+        """Return the first row.
+
+        Raises:
+            DataError: There is none.
+        """
+        first = next(iter(self.rows()), None)
+        if first is None:
+            raise DataError(f"{self.name}: no rows in it")
+        return first[1]
+
+
+def _other_domain(
+    task: Task, given: Any, columns: tuple[str, ...], label: str, domain: str
+) -> Labelled:
+    """Return rows of another domain as a part of a task.
+
+    Raises:
+        DataError: They cannot be read, or hold no text of the task's classes.
+    """
+    about: Mapping[str, Any] = given if isinstance(given, Mapping) else {"path": given}  # pyright: ignore[reportUnknownVariableType]
+    known = ("path", "text", "label", "labels")
+    for key in about:
+        if key not in known:
+            raise DataError(f"task {task.name}, ood {domain}: no {key!r}; {nearest(key, known)}")
+    if "path" not in about:
+        raise DataError(f"task {task.name}, ood {domain}: want a path, or rows as path")
+    text: Any = about.get("text") or columns
+    source = _Source.of(about["path"])
+    table = TaskTable(
+        source.name,
+        text=(text,) if isinstance(text, str) else tuple(text),
+        label=about.get("label") or label,
+        split=None,
+    )
+    mapping: Mapping[str, str] = about.get("labels") or {name: name for name in task.label_names}
+    where = f"task {task.name}, part {OOD}{domain}"
+    found = list(_counted_rows(table, source.rows()))
+    if not about.get("labels"):  # only what is mapped on purpose is left out
+        return labelled(found, task.label_names, where)
+    rows = [
+        Row(row.part, row.text, mapping[row.label], None, None)
+        for row in found
+        if row.label in mapping
+    ]
+    if not rows:
+        has = ", ".join(sorted({row.label for row in found})[:10])
+        raise DataError(f"{where}: no text of the classes {', '.join(mapping)}; it has {has}")
+    return labelled(rows, task.label_names, where)
 
 
 def assemble(
@@ -257,8 +383,8 @@ def _held_out(rows: list[Row], share: float, salt: str) -> tuple[list[Row], list
     return kept, out
 
 
-def _classes(rows: list[Row], path: Path) -> tuple[str, ...]:
-    """Return the classes that labels name, or that they number from 0.
+def _classes(rows: list[Row], path: str) -> tuple[str, ...]:
+    """Return the classes that labels name, or that they number from 0 or 1.
 
     Raises:
         DataError: Numbers with gaps, or below 0, which sets give to texts without a label.
@@ -273,11 +399,12 @@ def _classes(rows: list[Row], path: Path) -> tuple[str, ...]:
     if not all(label.isdecimal() and len(label) < 10 for label in labels):
         return tuple(sorted(labels))
     numbers = sorted(int(label) for label in labels)
-    missing = next((i for i, number in enumerate(numbers) if number != i), None)
+    start = min(numbers[0], 1)  # stars begin at 1
+    missing = next((i for i, number in enumerate(numbers, start) if number != i), None)
     if missing is not None:
         some = ", ".join(map(str, numbers[:20])) + (", ..." if len(numbers) > 20 else "")
         raise DataError(
-            f"{path}: labels with gaps: {some}; want every number from 0 to {numbers[-1]}, "
+            f"{path}: labels with gaps: {some}; want every number from {start} to {numbers[-1]}, "
             f"{missing} is missing"
         )
     return tuple(str(number) for number in numbers)
@@ -346,47 +473,12 @@ def _hub_rows(table: TaskTable) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if path.suffix == ".csv":
-        yield from _csv_rows(path)
-        return
-    files = source_files([str(path)]) if not _only_csv(path) else []
-    for file in files:
+    for file in source_files([str(path)]):
         if file.format == ".txt":
-            raise DataError(f"{file.path}: labelled texts come in .parquet, .jsonl or .csv")
+            raise DataError(
+                f"{file.path}: labelled texts come in .csv, .tsv, .json, .jsonl or .parquet"
+            )
         yield from read_rows(file)
-    if path.is_dir():
-        for inside in sorted(path.glob("*.csv")):
-            yield from _csv_rows(inside)
-
-
-def _only_csv(path: Path) -> bool:
-    return path.is_dir() and all(file.suffix == ".csv" for file in path.iterdir())
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise DataError(f"{path}:{line}: a NUL character; want a text file, saved as UTF-8")
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    limit = csv.field_size_limit(len(text) + 1)  # the module's own is 128 KiB, less than a book
-    try:
-        names = list(reader.fieldnames or ())
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise DataError(f"{path}:1: column {twice!r} stands twice; want names of their own")
-        rows = [(reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: no readable CSV: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
-    for line, row in rows:
-        if None in row or None in row.values():
-            raise DataError(f"{path}:{line}: want {len(names)} columns")
-        yield f"{path.name}:{line}", row
 
 
 def _tables(record: TaskRecord, folder: str | Path | None) -> tuple[TaskTable, ...]:
