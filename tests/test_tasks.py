@@ -356,7 +356,7 @@ def test_files_that_make_no_task_are_refused(tmp_path) -> None:
     with pytest.raises(DataError, match="no label in 'label'"):
         read_task(tmp_path / "n.parquet")
     (tmp_path / "t.txt").write_text("a")
-    with pytest.raises(DataError, match="parquet, .jsonl or .csv"):
+    with pytest.raises(DataError, match=".csv, .tsv, .json, .jsonl or .parquet"):
         read_task(tmp_path / "t.txt")
 
 
