@@ -244,7 +244,7 @@ class Dictionaries(Section):
     """Tokens of `score` to judge on, whole rows; null takes all."""
     recovery_tokens: Count | None = 10_000
     """Tokens of `score` on which features of a planted corpus are looked for; null skips that."""
-    skip: SkippedTokens = SkippedTokens()
+    skip: SkippedTokens = Field(default_factory=SkippedTokens)
     """Tokens that dictionaries neither learn from nor are judged on; none by default."""
     checkpoint_every_steps: Count | None = 1000
     """Steps between checkpoints of a fit; null keeps only an interrupted fit's last one."""

@@ -101,8 +101,8 @@ def _named(entry: Any) -> Any:
 class Score(Section):
     """What is measured on the units, and on what was said of them."""
 
-    scorers: tuple[Annotated[Scoring, BeforeValidator(_named)], ...] = (
-        Scoring(name="token_selectivity"),
+    scorers: tuple[Annotated[Scoring, BeforeValidator(_named)], ...] = Field(
+        default_factory=lambda: (Scoring(name="token_selectivity"),)
     )
     """Scorers, by name or with a preset."""
     controls: bool = True

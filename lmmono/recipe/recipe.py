@@ -64,21 +64,21 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
     """Seeds of a study: every arm is run once with each."""
     out: str = "runs"
     """Folder that holds the run folders; prepared corpora in its `.cache`, or $LMMONO_CACHE."""
-    data: Data = Data()
+    data: Data = Field(default_factory=Data)
     """Text and tokens."""
     model: Model
     """The model, by its `arch`."""
-    train: Train = Train()
+    train: Train = Field(default_factory=Train)
     """Training."""
-    capture: Capture = Capture()
+    capture: Capture = Field(default_factory=Capture)
     """What goes into the store."""
-    dictionary: Dictionaries = Dictionaries()
+    dictionary: Dictionaries = Field(default_factory=Dictionaries)
     """Dictionaries to learn; none by default."""
-    explain: Explain = Explain()
+    explain: Explain = Field(default_factory=Explain)
     """Explanations of units; none by default."""
-    score: Score = Score()
+    score: Score = Field(default_factory=Score)
     """Scores of units and of their explanations."""
-    robustness: Robustness = Robustness()
+    robustness: Robustness = Field(default_factory=Robustness)
     """Tasks made harder, and which codes serve best then; none by default."""
     arms: dict[Name, dict[str, Any]] = {}
     """Named changes, one run each: dotted keys (`model.arch: gpt2`) or whole sections."""

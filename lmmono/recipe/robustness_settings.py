@@ -213,8 +213,8 @@ class Robustness(Section):
     """Tasks by name (`lmmono ls tasks`), or your own: {path: x.csv, text: body, label: stars}."""
     folder: str | None = None
     """Folder with the sets of tasks that are not planted, as `lmmono ls tasks` names them."""
-    families: tuple[Annotated[FamilySettings, BeforeValidator(_named)], ...] = (
-        FamilySettings(name="raw"),
+    families: tuple[Annotated[FamilySettings, BeforeValidator(_named)], ...] = Field(
+        default_factory=lambda: (FamilySettings(name="raw"),)
     )
     """Feature families, by name or with settings; others are compared with the first."""
     dictionaries: tuple[str, ...] = ()
@@ -262,7 +262,7 @@ class Robustness(Section):
     """Attacks on finished probes."""
     n_attacked: Count = 50
     """Test texts that are attacked."""
-    fine_tuning: Tuning = Tuning()
+    fine_tuning: Tuning = Field(default_factory=Tuning)
     """How suite `fine_tuning` tunes the model."""
     hypotheses: tuple[HypothesisName, ...] = ()
     """What is expected, said before the run; the report gives each its verdict."""

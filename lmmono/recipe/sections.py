@@ -28,7 +28,9 @@ class Section(BaseModel):
         frozen=True,
         extra="forbid",
         allow_inf_nan=False,
-        defer_build=True,  # only what is used is built: `lmmono check` answers a tenth sooner
+        # only what is used is built: `lmmono check` answers a tenth sooner; so defaults that are
+        # sections are made by factories
+        defer_build=True,
     )
 
 
@@ -167,11 +169,11 @@ class Splits(Section):
 class Data(Section):
     """Which text, cut into which tokens, in rows of which length."""
 
-    corpus: Corpus = PlantedCorpus()
+    corpus: Corpus = Field(default_factory=PlantedCorpus)
     """Where the documents come from."""
-    tokenizer: Tokenizer = WordTokenizer()
+    tokenizer: Tokenizer = Field(default_factory=WordTokenizer)
     """How text becomes token ids."""
-    splits: Splits = Splits()
+    splits: Splits = Field(default_factory=Splits)
     """How documents are divided."""
     n_ctx: Annotated[int, Field(ge=2)] = 128
     """Tokens per row."""
@@ -363,7 +365,7 @@ class Capture(Section):
     """Type that rows are rounded to; statistics use the value before rounding."""
     vectors_dtype: Literal["float32", "float16"] = "float16"
     """Type that vectors are rounded to; float16 holds nothing beyond 65,504."""
-    skip: SkippedTokens = SkippedTokens()
+    skip: SkippedTokens = Field(default_factory=SkippedTokens)
     """Tokens left out of rows, vectors, statistics and exemplars; none by default."""
     batch_tokens: Count = 8192
     """Tokens per forward pass."""
