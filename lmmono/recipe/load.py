@@ -360,17 +360,17 @@ def _filled(values: Values, section: type[Section]) -> Values:
     """
     filled = dict(values)
     for key, field in section.model_fields.items():
-        default, given = field.default, filled.get(key)
-        if not isinstance(given, dict) or not (isinstance(default, Section) or field.discriminator):
+        made, given = field.default_factory, filled.get(key)
+        kind = made if isinstance(made, type) and issubclass(made, Section) else None
+        if not isinstance(given, dict) or not (kind or field.discriminator):
             continue
-        kind = type(default)
         if field.discriminator:
             tag = str(field.discriminator)
             kinds = [k for k in get_args(field.annotation) if set(given) <= set(k.model_fields)]
             if kind not in kinds and len(kinds) == 1:
                 kind = kinds[0]
-            if tag not in given and issubclass(kind, Section):
+            if tag not in given and kind is not None:
                 (name,) = get_args(kind.model_fields[tag].annotation)
                 given = {tag: name, **given}
-        filled[key] = _filled(given, kind) if issubclass(kind, Section) else given
+        filled[key] = _filled(given, kind) if kind is not None else given
     return filled
