@@ -39,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # [KEY=VALUE] in a help text is text
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-import_app = typer.Typer(help="Bring in models that were trained elsewhere.", no_args_is_help=True)
+import_app = typer.Typer(help="Import models that were trained elsewhere.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
 app.add_typer(store_app, name="store")
 app.add_typer(toy_app, name="toy")
@@ -69,7 +69,7 @@ RecipeOrRun = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as train.steps=500."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to override, such as train.steps=500."),
 ]
 
 
@@ -77,7 +77,7 @@ Overrides = Annotated[
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Neuron analysis of language models: train, capture, ask in SQL."""
+    """Analyse the neurons of language models: train, capture, explain, score, query in SQL."""
     from importlib import metadata
 
     if version:
@@ -88,11 +88,14 @@ def root(
 @app.command()
 def check(
     recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE]...", help="Files, settings.")
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [KEY=VALUE]...", help="Recipe files, then settings to override."
+        ),
     ],
-    files: Annotated[bool, typer.Option(help="See that the files they name exist.")] = True,
+    files: Annotated[bool, typer.Option(help="Also check that the files they name exist.")] = True,
 ) -> None:
-    """Say every fault of recipes at once, and which files they name are missing; write nothing.
+    """Check recipes: list every error and every missing file at once. Writes nothing.
 
     Example: lmmono check recipes/quickstart.yaml train.steps=500
     """
@@ -120,7 +123,7 @@ def check(
 def schema(
     out: Annotated[Path | None, typer.Option(help="File to write instead of stdout.")] = None,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="A page to read: docs/settings.md.")
+        bool, typer.Option("--markdown", help="Write a page to read instead, as docs/settings.md.")
     ] = False,
 ) -> None:
     """Print the JSON Schema of recipes, for editors, or every setting as a page.
@@ -161,7 +164,7 @@ def recipes_(
 def list_(
     what: Annotated[Listed, typer.Argument(help="What to list.")],
     where: Annotated[
-        Path | None, typer.Argument(help="A folder; a run for hooks and dictionaries.")
+        Path | None, typer.Argument(help="Folder to look in; for hooks and dictionaries, a run.")
     ] = None,
 ) -> OutputTable:
     """List recipes, runs, stores; hooks, dictionaries of a run; explainers, scorers or tasks.
@@ -243,7 +246,7 @@ def score(target: RecipeOrRun, overrides: Overrides = None) -> Sequence[OutputTa
 @app.command()
 @prints_rows
 def show(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a store.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a store.")],
     unit: Annotated[
         str, typer.Argument(metavar="HOOK:UNIT", help="Such as blocks.1.mlp.hook_post:17.")
     ],
@@ -269,10 +272,10 @@ def robustness(
     target: RecipeOrRun,
     overrides: Overrides = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Every level and difference, not the areas alone.")
+        bool, typer.Option("--all", help="Show every level and difference too, not only the areas.")
     ] = False,
 ) -> Sequence[OutputTable]:
-    """Make tasks harder, and measure which codes of captured runs serve best then.
+    """Test how robust the codes of captured runs are as tasks get harder.
 
     Example: lmmono robustness recipes/robustness_planted.yaml --all
     """
@@ -291,10 +294,11 @@ def robustness(
 @prints_rows
 def compare(
     studies: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help="Folders of a study's runs.")
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Folders that hold the runs of a study."),
     ],
 ) -> Sequence[OutputTable]:
-    """Compare the arms of scored studies over training seeds, and twins with each other.
+    """Compare the arms of a scored study over training seeds, and arms that differ in one thing.
 
     Example: lmmono compare runs/study_layers
     """
@@ -309,13 +313,18 @@ def compare(
 @prints_rows
 def audit_scorer(
     name: Annotated[str, typer.Argument(help="A scorer; see `lmmono ls scorers`.")],
-    n_documents: Annotated[int, typer.Option(min=100, help="Documents, half for scores.")] = 600,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of text, noise and false texts.")] = 0,
+    n_documents: Annotated[
+        int, typer.Option(min=100, help="Documents to generate; half are for scoring.")
+    ] = 600,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     run: Annotated[
-        Path | None, typer.Option(help="Ask about this run's neurons; of the planted language.")
+        Path | None,
+        typer.Option(
+            help="Audit on the neurons of this run, which must be of the planted language."
+        ),
     ] = None,
 ) -> OutputTable:
-    """Say how often a scorer ranks true explanations of planted units above false ones.
+    """Measure how often a scorer ranks true explanations of planted units above false ones.
 
     Example: lmmono audit-scorer simulation_tar
     """
@@ -334,7 +343,8 @@ def sql(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN... QUERY", help="Runs, stores or a lake, then SQL; - reads stdin."
+            metavar="RUN... QUERY",
+            help="Runs, stores or a lake, then the query; - reads it from stdin.",
         ),
     ],
     file: Annotated[
@@ -345,7 +355,7 @@ def sql(
         typer.Option(metavar="NAME=VALUE", help="A value for $NAME in the query; repeatable."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Most rows; 100 in a table without it.")
+        int | None, typer.Option(min=1, help="Most rows to give; a table shows 100 by default.")
     ] = None,
     data_path: DataPath = None,
     format: Format = "table",
@@ -383,9 +393,12 @@ def verify(
 def generate(
     target: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")] = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
+    temperature: Annotated[
+        float,
+        typer.Option(min=0.0, help="Sampling temperature; 0 always takes the likeliest token."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
 ) -> None:
     """Generate text with a trained model.
 
@@ -404,7 +417,8 @@ def import_crate_lm(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A released .pt file.")],
     out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
     n_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads, where the file does not say.")
+        int | None,
+        typer.Option(min=1, help="Number of attention heads, if the file does not give it."),
     ] = None,
 ) -> None:
     """Turn a released CRATE or GPT-2 checkpoint into a Hugging Face folder.
@@ -420,7 +434,9 @@ def import_crate_lm(
 def import_llama2c(
     checkpoint: Annotated[Path, typer.Argument(metavar="BIN", help="A .bin of version 0.")],
     out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
-    tokenizer: Annotated[Path | None, typer.Option(help="Its tok*.bin.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The tokenizer that belongs to it, a tok*.bin.")
+    ] = None,
 ) -> None:
     """Turn a model of karpathy/llama2.c into a Hugging Face folder.
 

@@ -5,35 +5,43 @@ from typing import Annotated
 
 import typer
 
+from lmmono.cli.output import OutputTable, prints_rows
 from lmmono.printable import printable
 
-store_app = typer.Typer(help="Look after activation stores.", no_args_is_help=True)
+store_app = typer.Typer(help="Inspect, check and export activation stores.", no_args_is_help=True)
 
 RunOrStore = Annotated[
     str,
     typer.Argument(metavar="RUN|STORE|LAKE", help="A run folder, a store, or ducklake:ADDRESS."),
 ]
 DataPath = Annotated[
-    str | None, typer.Option(metavar="FOLDER|s3://...", help="Where the data of a lake lies.")
+    str | None, typer.Option(metavar="FOLDER|s3://...", help="Where a lake keeps its data.")
 ]
 
 
 @store_app.command()
-def info(place: RunOrStore, data_path: DataPath = None) -> None:
+@prints_rows
+def info(place: RunOrStore, data_path: DataPath = None) -> OutputTable:
     """Summarise a store: hooks, tokens, activations, bytes.
 
     Example: lmmono store info runs/quickstart/crate
     """
+    from dataclasses import asdict
+
     from lmmono.cli.querying import open_stores
 
     with open_stores([place], data_path) as store:
-        print(printable(str(store.info())))
+        about = asdict(store.info()) | {"path": str(store.path)}
+    rows = [(name, list(v) if isinstance(v, tuple) else v) for name, v in about.items()]
+    return OutputTable(("what", "value"), rows, is_report=True)
 
 
 @store_app.command()
 def verify(
     place: RunOrStore,
-    repair: Annotated[bool, typer.Option("--repair", help="Drop what is lost.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Drop what cannot be read, and say what was dropped.")
+    ] = False,
     data_path: DataPath = None,
 ) -> None:
     """Check every byte of a store; exit code 2 if it is not whole.
@@ -65,15 +73,15 @@ def store_export(
     place: RunOrStore,
     to: Annotated[
         str,
-        typer.Option(help="parquet, delphi, openai, openai-simulations or neuronpedia."),
+        typer.Option(help="Format: parquet, delphi, openai, openai-simulations or neuronpedia."),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")],
     hook: Annotated[
-        list[str] | None, typer.Option(help="Hooks; openai and neuronpedia take one.")
+        list[str] | None, typer.Option(help="Hooks to export; openai and neuronpedia take one.")
     ] = None,
     data_path: DataPath = None,
 ) -> None:
-    """Write a store in the layout of another tool, its explanations and scores too where it can.
+    """Export a store for another tool, explanations and scores too where it has a place for them.
 
     Example: lmmono store export runs/quickstart/crate --to parquet --out exported
     """

@@ -8,25 +8,28 @@ import typer
 
 from lmmono.cli.output import OutputTable, prints_rows
 
-toy_app = typer.Typer(help="Small studies whose every part is known.", no_args_is_help=True)
+toy_app = typer.Typer(help="Toy experiments with known ground truth.", no_args_is_help=True)
 
 
 @toy_app.callback()
 def toy() -> None:
-    """Small studies whose every part is known."""
+    """Toy experiments with known ground truth."""
 
 
 @toy_app.command("superposition")
 @prints_rows
 def toy_superposition(
-    p: Annotated[float, typer.Option(help="Probability that a feature is there.")] = 0.05,
+    p: Annotated[float, typer.Option(help="Probability that a feature is present.")] = 0.05,
     targets: Annotated[
-        str, typer.Option(help="all, or coded: what monosemantic codes keep.")
+        str,
+        typer.Option(help="What to predict: all features, or those that the code keeps (coded)."),
     ] = "all",
-    n_train: Annotated[list[int] | None, typer.Option(help="Training samples.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Steps in which codes are learned.")] = 2_000,
-    store: Annotated[Path | None, typer.Option(help="Store to write the rows to.")] = None,
+    n_train: Annotated[
+        list[int] | None, typer.Option(help="Number of training samples; repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of repetitions.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each code.")] = 2_000,
+    store: Annotated[Path | None, typer.Option(help="Store to append the rows to.")] = None,
 ) -> Sequence[OutputTable]:
     """Ask whether codes that keep features apart learn better under noise; errors and moments.
 
