@@ -16,9 +16,11 @@ import torch
 import activation_store as astore
 import lmmono as lm
 from lmmono.cli.app import main
+from lmmono.dictionaries.dictionary_run import VectorSources
 from lmmono.errors import DictionaryError, RunError, TrainingStopped
 from lmmono.recipe import Recipe
 from lmmono.runs.folder import Run, open_run
+from lmmono.runs.manifest import Manifest
 
 HOOK, NEURONS = "blocks.0.hook_resid_post", "blocks.0.mlp.hook_post"
 STEPS, STOP = 100, 60
@@ -74,6 +76,27 @@ def learned(captured, tmp_path_factory) -> Run:
     shutil.copytree(captured, folder)
     run = open_run(folder / "runs/tiny")
     return run_dictionaries(run)
+
+
+def test_damaged_vectors_are_told_before_a_dictionary_is_fitted_on_them(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    recipe = Recipe.load(tmp_path / "tiny.yaml")
+    rng = np.random.default_rng(0)
+    with astore.open(tmp_path / "v.duckdb", "w") as store:
+        ids, docs = rng.integers(0, 9, (32, 16)), np.arange(32)[:, None].repeat(16, axis=1)
+        with store.writer(vectors=[astore.Vectors(HOOK, 4)], n_ctx=16) as writer:
+            vectors = rng.standard_normal((32, 16, 4), np.float32)
+            writer.add(np.arange(32), ids, docs, "train", {HOOK: vectors})
+    sources = VectorSources(
+        Run(tmp_path / "run", recipe, Manifest.new(recipe)), astore.open(tmp_path / "v.duckdb")
+    )
+    assert len(next(sources.vectors(None, (HOOK,)).batches(0))[HOOK]) == 256
+    (shard,) = (tmp_path / "v").glob("vectors-*.parquet")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(astore.ShardError, match=shard.name):
+        next(sources.vectors(None, (HOOK,)).batches(0))
 
 
 @pytest.fixture
