@@ -1,7 +1,8 @@
 """Hugging Face's own common suites on CRATE: `make hf-suite`, which fetches them first.
 
 They come from the source distribution of the transformers that is installed. That has no tests of
-generation: where LMMONO_HF_TESTS names a git checkout of transformers, those run too.
+generation: where LMMONO_HF_TESTS names a git checkout of transformers, those run too. Most of the
+time goes into compiling; `make hf-suite ARGS='-k "not compil"'` leaves that out.
 """
 
 import os
@@ -11,9 +12,11 @@ import unittest
 import warnings
 from contextlib import suppress
 from importlib import import_module
+from unittest import mock
 
 import pytest
 import torch
+from transformers.models.auto import modeling_auto
 
 from lmmono.models.crate import CrateBaseModel, CrateConfig, CrateForCausalLM
 
@@ -42,6 +45,10 @@ Generation = part("tests.generation.test_utils", "GenerationTesterMixin", no_gen
 common = import_module("tests.test_modeling_common")
 ConfigTester = import_module("tests.test_configuration_common").ConfigTester
 
+TABLES = {
+    "MODEL_MAPPING_NAMES": "CrateBaseModel",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "CrateForCausalLM",
+}
 SIZES = {"batch_size": 13, "seq_length": 7, "hidden_size": 32, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "vocab_size": 99, "max_position_embeddings": 512}
 
@@ -77,7 +84,13 @@ class TestCrate(common.ModelTesterMixin, Generation, unittest.TestCase):
     def setUp(self) -> None:
         """Make what the suites ask."""
         self.model_tester = Tester(**self.options)
-        self.config_tester = ConfigTester(self, config_class=CrateConfig, hidden_size=32)
+        sizes = {"hidden_size": 32, "num_attention_heads": 2}
+        self.config_tester = ConfigTester(self, config_class=CrateConfig, **sizes)
+        # the suite makes labels for the classes that are named there
+        for table, name in TABLES.items():
+            known = mock.patch.dict(getattr(modeling_auto, table), {"crate": name})
+            known.start()
+            self.addCleanup(known.stop)
 
     def test_config(self) -> None:
         """Run the suite of configurations."""

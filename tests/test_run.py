@@ -260,7 +260,8 @@ def test_a_saved_model_is_read_back_whole(recipe):
     assert all(
         (weight == read.state_dict()[name]).all() for name, weight in model.state_dict().items()
     )
-    assert PreTrainedTokenizerFast.from_pretrained(run.dir / "model").vocab_size == 7
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(run.dir / "model")
+    assert tokenizer.vocab_size == 7 and tokenizer.model_max_length == 8
 
 
 def test_a_refused_write_is_the_users_error_and_leaves_the_old_file(tmp_path):

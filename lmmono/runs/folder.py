@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
@@ -212,7 +213,12 @@ class Run:
             return build_tokenizer(data.tokenizer, data.corpus, data.splits)
         if not (self.dir / "model" / "tokenizer.json").is_file():
             return self.corpus.tokenizer
-        return PreTrainedTokenizerFast.from_pretrained(self.dir / "model")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.dir / "model")
+        # long texts are cut into rows here, so no word of warning about them
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = (
+            True
+        )
+        return tokenizer
 
     def tokens(self, split: Split) -> TokenRows:
         """Return the token rows of a split.
@@ -230,9 +236,12 @@ class Run:
         """
         from lmmono.models.storage import no_progress_bars
 
+        # so that truncation=True cuts at the context; the corpus' own tokenizer stays unlimited
+        limited = copy(tokenizer)
+        limited.model_max_length = model.config.max_position_embeddings
         with atomic_folder(self.dir / "model") as fresh, no_progress_bars():
             model.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
+            limited.save_pretrained(fresh)
 
     def is_done(self, stage: str) -> bool:
         """Say whether a stage of `STAGES` has succeeded with this run's settings."""
