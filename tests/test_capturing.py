@@ -13,13 +13,14 @@ from scipy import stats
 import activation_store as astore
 import lmmono as lm
 from lmmono.captures.capture import capture
-from lmmono.data.tokens import TokenCorpus, prepare
+from lmmono.captures.forecast import forecast
+from lmmono.data.tokens import TokenCorpus, TokenRows, prepare
 from lmmono.errors import ModelError, RunError
 from lmmono.models.build import build_model
 from lmmono.models.hooks import run_with_cache
 from lmmono.pipeline import run_stages, train
 from lmmono.recipe import Recipe
-from lmmono.recipe.sections import CrateModel, Data, Gpt2Model, PlantedCorpus, Splits
+from lmmono.recipe.sections import Capture, CrateModel, Data, Gpt2Model, PlantedCorpus, Splits
 from lmmono.reports.side_by_side import run_tables
 
 HOOK = "blocks.1.mlp.hook_post"
@@ -204,6 +205,20 @@ def test_dense_units_store_their_strongest_activations_and_statistics_of_all(
         np.testing.assert_array_equal(cuts, np.sort(first, axis=0)[-8].clip(0))
         stored = few.sql("SELECT unit, count(*) FROM acts GROUP BY unit ORDER BY unit").fetchall()
         assert stored == list(enumerate(((acts > 0) & (acts >= cuts)).sum(0).tolist()))
+
+
+def test_a_forecast_is_of_the_bytes_that_a_capture_takes(
+    model: torch.nn.Module, tmp_path: Path
+) -> None:
+    settings = Capture(hooks=(HOOK,), batch_tokens=256, max_density=1.0)
+    told = forecast(model, settings, n_ctx=32, seed=5)
+    ids = np.random.default_rng(5).integers(0, model.config.vocab_size, (24, 32)).astype(np.uint32)
+    rows = TokenRows(ids, np.arange(24, dtype=np.int32)[:, None].repeat(32, 1), 0, "explain")
+    with astore.open(tmp_path / "store.duckdb", mode="w") as store:
+        capture(model, rows, hooks=HOOK, max_density=1.0, into=store)
+        ((n_bytes,),) = store.sql("SELECT sum(n_bytes) FROM shards").fetchall()
+    assert told.bytes_per_token == pytest.approx(n_bytes / ids.size, rel=0.02)
+    assert told.tokens_per_second > 0
 
 
 def test_a_second_capture_adds_what_is_new_and_refuses_other_tokens_of_a_sequence(

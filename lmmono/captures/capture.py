@@ -92,7 +92,7 @@ def capture(
     latents = claim_all(into, dictionaries, halves, lambda hook: hook_width(model, hook))
     limited = [part.limit(max_tokens, seed=seed) for part in parts]
     _add_words(into, limited)
-    _stream(model, limited, chosen, into, seed, progress, latents)
+    stream(model, limited, chosen, into, seed, progress, latents)
     return into
 
 
@@ -142,7 +142,7 @@ def capture_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
         store = _opened(run, parts, here)
     with store:
         model = run.model.to(best_device())
-        _stream(model, parts, settings, store, recipe.seed, progress, here=here)
+        stream(model, parts, settings, store, recipe.seed, progress, here=here)
         here.wait()
         if not here.is_main:
             return {}
@@ -181,7 +181,7 @@ def _run_row(run: Run) -> dict[str, Any]:
     }
 
 
-def _stream(
+def stream(
     model: nn.Module,
     parts: Sequence[TokenRows],
     settings: Capture,

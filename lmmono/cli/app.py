@@ -94,10 +94,13 @@ def check(
         ),
     ],
     files: Annotated[bool, typer.Option(help="Also check that the files they name exist.")] = True,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run the model briefly: time and size of the capture.")
+    ] = False,
 ) -> None:
     """Check recipes: list every error and every missing file at once. Writes nothing.
 
-    Example: lmmono check recipes/quickstart.yaml train.steps=500
+    Example: lmmono check recipes/quickstart.yaml train.steps=500 --measure
     """
     from lmmono.recipe import Recipe
 
@@ -115,6 +118,11 @@ def check(
                 f"{path or 'pretrained'}: ok, {len(runs)} run{'s' * (len(runs) > 1)}: {names}"
             )
         )
+        if measure:
+            from lmmono.captures.forecast import forecast_recipe
+
+            for run in runs:
+                print(printable(f"{run.dir}: capture of {forecast_recipe(run)}"))
     if faults:
         raise RecipeError(dict.fromkeys(faults))
 
