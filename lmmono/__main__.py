@@ -1,4 +1,4 @@
-"""`python -m lmmono`: the command line."""
+"""`python -m lmmono`, and `accelerate launch -m lmmono`: the command line."""
 
 from lmmono.cli.app import main
 

@@ -49,7 +49,7 @@ def call(*arguments: object) -> int:
 
 def started(*arguments: object, **options) -> subprocess.Popen[str]:
     """Start the command line as a process of its own."""
-    command = [sys.executable, "-m", "lmmono.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "lmmono", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **pipes, **options)
 
@@ -525,7 +525,7 @@ def test_a_reader_that_leaves_early_is_no_error(study):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_training_is_kept_and_goes_on(here, number, code):
     long = ("train", "tiny.yaml", "arm=crate", "train.steps=100000")
-    process = forks.start("-m", "lmmono.cli", *long)
+    process = forks.start("-m", "lmmono", *long)
     run = here / "runs/tiny/crate"
     deadline = time.monotonic() + 60
     while not (run / "metrics.parquet").exists() and time.monotonic() < deadline:

@@ -367,7 +367,7 @@ def test_a_stopped_command_keeps_its_checkpoint_and_says_so(here, number, code):
     long = f"dictionary.learn=[{TOPK.replace(str(STEPS), '30000')}]"
     often = "dictionary.checkpoint_every_steps=20"
     command = ["dictionary", "tiny.yaml", ALONE[0], long, *ALONE[2:], often]
-    process = forks.start("-m", "lmmono.cli", *command)
+    process = forks.start("-m", "lmmono", *command)
     checkpoint = here / f"runs/tiny/dictionaries/{HOOK}/topk-x2-k4/checkpoint.safetensors"
     deadline = time.monotonic() + 90
     while not checkpoint.exists() and time.monotonic() < deadline:

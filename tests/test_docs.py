@@ -71,12 +71,12 @@ def run_bash(block: str, folder: Path) -> Counter[str]:
             continue
         counted[words[0]] += 1
         if words[0] == "lmmono":
-            forks.run("-m", "lmmono.cli", *words[1:], cwd=folder)
+            forks.run("-m", "lmmono", *words[1:], cwd=folder)
         elif words[0] == "make":
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert set(words[1:]) <= set(targets), line
         elif words[0] == "accelerate":
-            assert words[1:4] == ["launch", "-m", "lmmono.cli"], line
+            assert words[1:4] == ["launch", "-m", "lmmono"], line
             assert words[4] in ("run", "train"), line
             assert "=" in words[5] or (ROOT / words[5]).is_file(), line
         else:
@@ -94,7 +94,7 @@ def run_sql(block: str, folder: Path) -> Counter[str]:
     queries = [text for text in block.split(";") if text.strip()]
     for query in queries:
         # after a `--`, since a query that begins with a comment looks like an option
-        forks.run("-m", "lmmono.cli", "sql", RUNS, "--", query, cwd=folder)
+        forks.run("-m", "lmmono", "sql", RUNS, "--", query, cwd=folder)
     return Counter({"sql": len(queries)})
 
 

@@ -350,7 +350,7 @@ def test_a_name_of_the_hub_is_downloaded_once(qwen, tmp_path, monkeypatch):
 
 
 def test_two_processes_do_a_whole_run_together_and_agree_stage_by_stage(run, qwen, tmp_path):
-    command = ("-m", "lmmono.cli", "run", *settings(qwen, tmp_path))
+    command = ("-m", "lmmono", "run", *settings(qwen, tmp_path))
     assert forks.launch(2, *command) == [0, 0]
     two = lm.open_run(tmp_path / "my-qwen3")
     assert set(two.manifest.stages) == set(run.manifest.stages)

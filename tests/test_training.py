@@ -120,7 +120,7 @@ def test_two_processes_match_one_at_the_same_global_batch(recipe_file: Path, who
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     command += ["--num_processes=2"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    command += ["--main_process_port=0", "-m", "lmmono.cli", "train", str(recipe_file)]
+    command += ["--main_process_port=0", "-m", "lmmono", "train", str(recipe_file)]
     command += ["name=two"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
