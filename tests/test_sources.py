@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+from inspect import unwrap
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ import activation_store as astore
 import lmmono as lm
 from lmmono.data.splits import split_of
 from lmmono.data.tokens import TokenCorpus
-from lmmono.errors import DataError, RunError
+from lmmono.errors import DataError, ModelError, RecipeError, RobustnessError, RunError
+from lmmono.models.hooks import _token_ids
 from lmmono.recipe.sections import Splits
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +109,38 @@ def test_settings_and_tokenizers_that_do_not_fit_are_refused():
         lm.tokenize(TOKENIZER, "a", n_ctx=1)
     with pytest.raises(DataError, match="needs the model's tokenizer: open .* lm.open_model"):
         lm.tokenize(torch.nn.Linear(1, 1), "a")
+
+
+# under test, beartype refuses what is not as annotated before our own words are reached
+FIRST_MISTAKES = [
+    (lambda: unwrap(lm.train)("recipe.yaml"), RecipeError, "got 'recipe.yaml'; lm.Recipe.load"),
+    (
+        lambda: unwrap(TokenCorpus.tokens)(lm.tokenize(TOKENIZER, "a"), "vall"),
+        DataError,
+        "no split 'vall'; did you mean val",
+    ),
+    (
+        lambda: unwrap(lm.robustness)(torch.nn.Linear(1, 1), [("a good film", "pos")]),
+        RobustnessError,
+        "want names or tasks of lm.read_task, got tuple",
+    ),
+    (
+        lambda: unwrap(_token_ids)(torch.nn.Linear(1, 1), ["a"], None),
+        ModelError,
+        "one text .* list",
+    ),
+    (
+        lambda: _token_ids(torch.nn.Linear(1, 1), "", word_tokenizer(adds_bos=False)),
+        ModelError,
+        "the text is empty",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), FIRST_MISTAKES)
+def test_first_mistakes_get_words_of_ours(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,9 @@ def tokenize(
             or a setting is out of range.
     """
     tokenizer = _tokenizer(model, tokenizer)
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    context = getattr(config, "max_position_embeddings", None)
     paths = _paths(texts)
     if rows is None:
         rows = "documents" if paths is None and _is_texts(texts) else "packed"

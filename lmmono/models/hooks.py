@@ -413,10 +413,18 @@ def _logits(
 def _token_ids(network: nn.Module, tokens: str | Tensor, tokenizer: Any) -> Tensor:
     if isinstance(tokens, Tensor):
         return tokens if tokens.ndim == 2 else tokens.unsqueeze(0)
+    if not isinstance(tokens, str):
+        raise ModelError(
+            f"want one text or a tensor of token ids, got {type(tokens).__name__}; take one after "
+            "the other, or several with lm.capture"
+        )
     tokenizer = tokenizer or getattr(network, "tokenizer", None)
     if tokenizer is None:
         raise ModelError("text needs a tokenizer: pass tokenizer=, or pass token ids")
-    return torch.tensor([tokenizer.encode(tokens)], dtype=torch.long)
+    ids = tokenizer.encode(tokens)
+    if not ids:
+        raise ModelError("the text is empty: its tokenizer makes no token of it")
+    return torch.tensor([ids], dtype=torch.long)
 
 
 def _module_paths(network: nn.Module) -> list[str]:

@@ -73,12 +73,16 @@ def train(recipe: Recipe, *, progress: Progress = silent) -> Run:
         progress: Called with steps done, loss and tokens per second.
 
     Raises:
-        RecipeError: The recipe stands for several runs, or does not fit the number of processes.
+        RecipeError: It is no recipe, stands for several runs, or does not fit the number of
+            processes.
         DataError: The corpus cannot be read or is too small.
         TrainError: The loss became NaN or diverged, or a checkpoint cannot be used.
         TrainingStopped: SIGTERM arrived; everything is saved.
         KeyboardInterrupt: Ctrl-C arrived; everything is saved.
     """
+    if not isinstance(recipe, Recipe):
+        message = f"want a recipe, got {recipe!r:.60}; lm.Recipe.load(path) reads one from a file"
+        raise RecipeError([message])
     return run_stages(open_for(recipe), "train", progress=progress)
 
 
