@@ -243,7 +243,7 @@ def test_a_path_that_looks_like_a_pattern_is_a_path(small, tmp_path, name, monke
     (tmp_path / "run1").symlink_to(small.path)  # what the pattern run[1] would find
     path = tmp_path / name
     with astore.open(path, "w") as store:
-        fill(store, make(tmp_path / "copy", seed=1))
+        fill(store, small_store(tmp_path / "copy", seed=1))
     assert astore.verify(path).ok
     assert astore.compact(path).merged == 4
     with astore.open(path) as store, astore.open(tmp_path / "copy") as copy:

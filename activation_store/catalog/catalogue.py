@@ -24,7 +24,14 @@ import duckdb
 
 from activation_store.catalog import door
 from activation_store.catalog.tables import SCHEMA_VERSION, count_rows, expected_tables, schema_sql
-from activation_store.catalog.views import MACROS, VIEWS, create_views, identifier, quoted
+from activation_store.catalog.views import (
+    MACROS,
+    VIEWS,
+    create_views,
+    identifier,
+    listed_files,
+    quoted,
+)
 from activation_store.errors import (
     LockedError,
     NotAStoreError,
@@ -259,7 +266,7 @@ def check_contents(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> N
     Raises:
         NotAStoreError: a table is missing or is no base table, or there are other views or macros.
     """
-    if (signature := _signature(where.file)) in _looked_at:
+    if (signature := _signature(where.file)) in _looked_at | _made_here:
         return
     names: dict[str, set[str]] = {}
     for kind, column, condition in (
@@ -290,6 +297,8 @@ def check_contents(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> N
 
 _looked_at: set[tuple[int, ...]] = set()
 """Files that were found to hold what a store holds; a change of a file changes its signature."""
+_made_here: set[tuple[int, ...]] = set()
+"""Files that this process committed: of contents that were looked at, with views of this version."""
 
 
 def _signature(file: Path) -> tuple[int, ...]:
@@ -364,7 +373,7 @@ def commit(where: Place) -> Generator[duckdb.DuckDBPyConnection]:
     """Give a connection to a private copy of the catalogue; put the copy in place at the end.
 
     Nothing changes for anyone before the block ends without an error; then everything does at once.
-    The views are rebuilt from the table `shards`. Commits of several processes take turns.
+    The views follow the table `shards`. Commits of several processes take turns.
 
     Raises:
         NotAStoreError: there is no store at this place.
@@ -397,9 +406,7 @@ def _replacing(where: Place) -> Generator[Path]:
             yield draft
             sync(draft)
             os.replace(draft, where.file)
-            _looked_at.add(
-                _signature(where.file)
-            )  # made from a file that was, by statements of ours
+            _made_here.add(_signature(where.file))
             sync(where.file.parent)
         finally:
             with suppress(FileNotFoundError):
@@ -427,13 +434,17 @@ def _connected(draft: Path, where: Place, schema: str = "") -> Generator[duckdb.
                 check_contents(con, where, name)
             con.execute("BEGIN")
             con.execute(schema or "SELECT 1")
+            # the views cost as much as the rest of a small commit, and few commits list a shard
+            has_views = not schema and _signature(where.file) in _made_here
+            before = listed_files(con) if has_views else None
             yield con
             count_rows(con)
             try:
-                ((store_id,),) = con.execute(
-                    "SELECT value FROM meta WHERE key = 'store_id'"
-                ).fetchall()
-                create_views(con, PurePath(where.folder.name), store_id=store_id)
+                if before is None or listed_files(con) != before:
+                    ((store_id,),) = con.execute(
+                        "SELECT value FROM meta WHERE key = 'store_id'"
+                    ).fetchall()
+                    create_views(con, PurePath(where.folder.name), store_id=store_id)
             except duckdb.Error as fault:
                 raise damaged_shard(fault, where.file) from fault
             con.execute("COMMIT")

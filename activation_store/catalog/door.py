@@ -100,8 +100,7 @@ def shut(
     ]
     if limits.memory_bytes is not None:
         statements.insert(0, f"SET memory_limit = '{limits.memory_bytes}B'")
-    for statement in statements:
-        con.execute(statement)
+    con.execute("; ".join(statements))
 
 
 # --- which SQL runs -----------------------------------------------------------------------------

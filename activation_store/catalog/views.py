@@ -6,6 +6,7 @@ with DuckDB alone; and in memory for each open `Store`, with absolute paths.
 
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from importlib.resources import files
 from pathlib import PurePath
 from typing import NamedTuple
@@ -56,16 +57,19 @@ def create_views(
         source: prefix of the table `shards` that lists the files.
         store_id: of the store whose rows alone the macros may give; None where `at` settles that.
     """
-    for view, query in bulk_queries(con, lambda file: str(folder / file), source or at).items():
-        con.execute(f"CREATE OR REPLACE VIEW {at}{view} AS {query}")
-        con.execute(f"COMMENT ON VIEW {at}{view} IS {quoted(BULK[view][1])}")
+    queries = bulk_queries(con, lambda file: str(folder / file), source or at)
+    bulk = [
+        f"CREATE OR REPLACE VIEW {at}{view} AS {query};"
+        f"COMMENT ON VIEW {at}{view} IS {quoted(BULK[view][1])};"
+        for view, query in queries.items()
+    ]
+    con.execute("\n".join([*bulk, macros_sql(at, store_id)]))
+
+
+def macros_sql(at: str = "", store_id: str | None = None) -> str:
+    """Return the statements that make the views and macros on top of the bulk views."""
     own = "true" if store_id is None else _OWN.format(store_id=store_id)
-    create_macros(con, at, own)
-
-
-def create_macros(con: duckdb.DuckDBPyConnection, at: str = "", own: str = "true") -> None:
-    """Make or replace the views and macros of `views.sql`, which stand on the bulk views."""
-    con.execute(views_sql().replace("{at}", at).replace("{own}", own))
+    return views_sql().replace("{at}", at).replace("{own}", own)
 
 
 def score_views() -> list[str]:
@@ -74,6 +78,7 @@ def score_views() -> list[str]:
     return re.findall(r"CREATE OR REPLACE VIEW \w*scores\b[^;]*", text)
 
 
+@cache
 def views_sql() -> str:
     """Return the text of `views.sql`."""
     return files("activation_store").joinpath("catalog/views.sql").read_text("utf-8")
@@ -98,15 +103,19 @@ def bulk_queries(
     con: duckdb.DuckDBPyConnection, url: Callable[[str], str], source: str
 ) -> dict[str, str]:
     """Return the query behind each bulk view, over the files that `<source>shards` lists."""
-    queries: dict[str, str] = {}
-    for view, (kind, _) in BULK.items():
-        rows = con.execute(
-            f"SELECT hook, file FROM {source}shards WHERE kind = $1 AND n_rows > 0"
-            " ORDER BY hook, file",
-            [kind],
-        ).fetchall()
-        queries[view] = bulk_query(view, [Listing(hook, url(file)) for hook, file in rows])
-    return queries
+    of_kind: dict[str, list[Listing]] = {kind: [] for kind, _ in BULK.values()}
+    for kind, hook, file in listed_files(con, source):
+        of_kind[kind].append(Listing(hook, url(file)))
+    return {view: bulk_query(view, of_kind[kind]) for view, (kind, _) in BULK.items()}
+
+
+def listed_files(
+    con: duckdb.DuckDBPyConnection, source: str = ""
+) -> list[tuple[str, str | None, str]]:
+    """Return kind, hook and file of every shard with rows: all that the views depend on."""
+    return con.execute(
+        f"SELECT kind, hook, file FROM {source}shards WHERE n_rows > 0 ORDER BY hook, file"
+    ).fetchall()
 
 
 def bulk_query(view: str, listings: Iterable[Listing]) -> str:

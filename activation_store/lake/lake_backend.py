@@ -30,7 +30,7 @@ from activation_store.catalog.backend import (
 )
 from activation_store.catalog.catalogue import Place
 from activation_store.catalog.tables import expected_tables, schema_sql
-from activation_store.catalog.views import bulk_queries, create_macros, score_views
+from activation_store.catalog.views import bulk_queries, macros_sql, score_views
 from activation_store.errors import (
     LockedError,
     NotAStoreError,
@@ -149,10 +149,10 @@ class LakeBackend:
         try:
             self._check(con)
             con.execute("CREATE SCHEMA copied")
-            for name in (*expected_tables(), "publications"):
-                con.execute(f"CREATE VIEW {name} AS SELECT * FROM {LAKE}.{name}")
+            tables = (*expected_tables(), "publications")
+            con.execute(";".join(f"CREATE VIEW {t} AS SELECT * FROM {LAKE}.{t}" for t in tables))
             self.update(con)
-            create_macros(con)
+            con.execute(macros_sql())
             attach_stores(con, attached)
         except BaseException:
             con.close()
