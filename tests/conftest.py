@@ -1,5 +1,6 @@
 """Shared test settings: what is checked how, where corpora and the real text lie, and a skip."""
 
+import gc
 import inspect
 import os
 from collections.abc import Callable
@@ -33,6 +34,13 @@ def jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 # what imports under test decorate with; --jaxtyping-packages in pyproject.toml says which
 jaxtyping.jaxtyped = jaxtyped
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of every later collection: one of all its objects takes a second."""
+    gc.collect()
+    gc.freeze()
+
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -6,6 +6,7 @@ from scipy.stats import pearsonr, spearmanr, t
 from sklearn.metrics import r2_score
 
 from lmmono.stats.agreement import AGREEMENTS, record_sums
+from lmmono.stats.bootstrap import DocumentDraws
 from lmmono.stats.intervals import leave_one_out, student_interval, unit_intervals, unit_method
 
 TRUTH = np.array([[0.0, 2.0, 0.0, 4.0], [1.0, 0.0, 0.0, 3.0]])
@@ -149,3 +150,17 @@ def test_the_interval_of_a_mean_is_students_and_of_several_hooks_is_pooled():
         _, low, high = student_interval([rng.exponential(1, 64), rng.exponential(2, 64)])
         covered += low <= 1.5 <= high
     assert 0.91 <= covered / 400 <= 0.98
+
+
+def test_many_intervals_are_those_of_each_number_alone():
+    draws = DocumentDraws(5, 50, 40, 0, 0.9)
+    values = np.random.default_rng(0).normal(size=(41, 4))
+    values[3, 1] = np.nan  # not defined on one redraw
+    values[0, 2] = np.nan  # not defined at all
+    values[1:, 3] = np.inf
+    alone = [draws.estimate(column) for column in values.T]
+    wanted = [(each.value, each.low, each.high) for each in alone]
+    np.testing.assert_array_equal(draws.intervals(values), wanted)
+    none = DocumentDraws(1, 50, 0, 0, 0.9).intervals(values[:1])
+    np.testing.assert_array_equal(none[:2, 0], values[0, :2])
+    assert np.isnan(none[:, 1:]).all()

@@ -91,7 +91,7 @@ def capture(
     parts = _token_rows(model, texts, of_text, progress)
     latents = claim_all(into, dictionaries, halves, lambda hook: hook_width(model, hook))
     limited = [part.limit(max_tokens, seed=seed) for part in parts]
-    _add_words(into, limited)
+    into.append_all(_words(limited))
     stream(model, limited, chosen, into, seed, progress, latents)
     return into
 
@@ -155,8 +155,7 @@ def _opened(run: Run, parts: Sequence[TokenRows], here: Processes) -> astore.Sto
     mode: Literal["a", "w"] = "a" if run.store_path.exists() else "w"
     store = astore.open(run.store_path, mode)
     if here.is_main:
-        store.add_run(_run_row(run))
-        _add_words(store, parts)
+        store.append_all({"runs": [_run_row(run)], **_words(parts)})
     return store
 
 
@@ -333,12 +332,13 @@ def _share(part: TokenRows, here: Processes) -> TokenRows:
     return part[first:last]
 
 
-def _add_words(store: astore.Store, parts: Sequence[TokenRows]) -> None:
-    """Add the documents and the vocabulary of the rows' corpus, where they come from one."""
+def _words(parts: Sequence[TokenRows]) -> dict[str, Any]:
+    """Return the rows of the documents and the vocabulary of a corpus, where it is known."""
     corpus = parts[0].corpus
-    if corpus is not None:
-        store.add_documents(corpus.documents)
-        store.add_vocabulary(corpus.vocabulary())
+    if corpus is None:
+        return {}
+    tokens = [{"token_id": i, "token": token} for i, token in enumerate(corpus.vocabulary())]
+    return {"documents": corpus.documents, "vocabulary": tokens}
 
 
 def _names(patterns: str | Sequence[str]) -> tuple[str, ...]:

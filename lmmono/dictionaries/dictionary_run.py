@@ -371,8 +371,8 @@ def _save(
         )
     control = fit.planned.control
     named = [{**each, "control": each.get("control") or control} for each in scores]
-    store.append("all_scores", named)  # first, so that a dictionary with measures has its scores
-    store.append("dictionaries", [row])
+    # in one commit, so that a dictionary with measures has its scores
+    store.append_all({"all_scores": named, "dictionaries": [row]})
 
 
 def _store_latents(

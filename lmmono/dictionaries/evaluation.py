@@ -136,10 +136,9 @@ class SAEReport:
         return {"name": name, **self.about, **numbers, "path": path}
 
     def save_to(self, store: astore.Store, name: str, *, path: str | None = None) -> None:
-        """Write the rows into a store: first the scores, then the dictionary they are about.
+        """Write the scores and the dictionary they are about into a store, in one commit.
 
-        Each table is one commit, so a dictionary that has its measures has its scores. Written
-        again, rows replace themselves; what the dictionary's row says beside stays.
+        Written again, rows replace themselves; what the dictionary's row says beside stays.
 
         Raises:
             DictionaryError: The store has a dictionary of this name with other weights.
@@ -154,9 +153,8 @@ class SAEReport:
                 f"{row['hook']}: the store has a dictionary {name!r} with other weights; "
                 "give another name"
             )
-        store.append("all_scores", self.rows(name))
         known = {key: value for key, value in row.items() if value is not None}
-        store.append("dictionaries", [{**before, **known}])
+        store.append_all({"all_scores": self.rows(name), "dictionaries": [{**before, **known}]})
 
     def _measures(self) -> list[tuple[str, str | None, Estimate, dict[str, Any]]]:
         """Return metric, preset, number and details of every row."""

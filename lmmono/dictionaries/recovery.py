@@ -350,11 +350,10 @@ def _table(
     for measure_name, unit in units.items():
         values: Float[ndarray, "draws features"] = getattr(found, measure_name)
         defined = ~np.isnan(values[0])
-        estimates = [halves.draws.estimate(each) for each in values.T]
         columns[f"{measure_name}_unit"] = pa.array(unit, mask=~defined | (unit < 0))
-        for end in ("value", "low", "high"):
-            name = measure_name if end == "value" else f"{measure_name}_{end}"
-            columns[name] = pa.array([getattr(e, end) for e in estimates], from_pandas=True)
+        ends = ("", "_low", "_high")
+        for end, numbers in zip(ends, halves.draws.intervals(values).T, strict=True):
+            columns[measure_name + end] = pa.array(numbers, from_pandas=True)
     columns["auroc_sign"], columns["f1_sign"] = choice.ranked_sign, choice.split_sign
     columns["f1_threshold"] = choice.threshold
     return pa.table(columns)
@@ -521,12 +520,14 @@ def _placements(acts: Float[ndarray, "n features"], truth: Truth) -> list[ndarra
     Sums of placements over documents give the interval of an AUROC whose tokens hang together
     (Obuchowski 1997), as a ratio of sums each.
     """
-    ranks, above, below = rankdata(acts, axis=0), np.zeros_like(acts), np.zeros_like(acts)
+    above, below = np.zeros_like(acts), np.zeros_like(acts)
     for feature, present in enumerate(truth.T):
         if present.any() and not present.all():
             for kind, column in ((present, above), (~present, below)):
-                own = rankdata(acts[kind, feature])
-                column[kind, feature] = (ranks[kind, feature] - own) / (~kind).sum()
+                others, own = np.sort(acts[~kind, feature]), acts[kind, feature]
+                # one that is equal counts half
+                twice = np.searchsorted(others, own) + np.searchsorted(others, own, "right")
+                column[kind, feature] = twice / (2 * len(others))
     present = truth.astype(np.float64)
     return [above, present, np.where(truth, 0.0, 1.0 - below), 1.0 - present]
 
