@@ -37,7 +37,7 @@ jaxtyping.jaxtyped = jaxtyped
 
 
 def pytest_collection_finish() -> None:
-    """Keep what is imported out of every later collection: one of all its objects takes a second."""
+    """Keep what is imported out of later collections: one of all its objects takes a second."""
     gc.collect()
     gc.freeze()
 

@@ -298,7 +298,7 @@ def check_contents(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> N
 _looked_at: set[tuple[int, ...]] = set()
 """Files that were found to hold what a store holds; a change of a file changes its signature."""
 _made_here: set[tuple[int, ...]] = set()
-"""Files that this process committed: of contents that were looked at, with views of this version."""
+"""Files that this process committed: their contents were looked at, their views are of now."""
 
 
 def _signature(file: Path) -> tuple[int, ...]:

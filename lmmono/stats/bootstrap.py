@@ -91,9 +91,7 @@ class DocumentDraws:
         about = (self.level, self.method, count, self.n_tokens, self.n_documents)
         return Estimate(value, low, high, *about, nan_fraction, failure)
 
-    def intervals(
-        self, values: Float[ndarray, "one_plus_resamples n"]
-    ) -> Float[ndarray, "n 3"]:
+    def intervals(self, values: Float[ndarray, "one_plus_resamples n"]) -> Float[ndarray, "n 3"]:
         """Return value and interval of many numbers, each as `estimate` does; NaN where undefined.
 
         Numbers that every redraw defines, which are most, are sorted in one call.
