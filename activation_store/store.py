@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import duckdb
 
 from activation_store.catalog import catalogue, door, tables, verification
-from activation_store.catalog.backend import Backend, ConnectionOutdated, FolderBackend, Mode
+from activation_store.catalog.backend import (
+    Backend,
+    ConnectionOutdated,
+    FolderBackend,
+    Mode,
+    create_macros,
+)
 from activation_store.catalog.catalogue import Place, Presence
 from activation_store.catalog.door import QueryLimits
 from activation_store.catalog.verification import Report
@@ -185,6 +191,7 @@ class Store:
         self._attached: dict[str, Place] = {}
         self._turn = threading.Lock()
         self._con: duckdb.DuckDBPyConnection | None = None
+        self._macros_on: duckdb.DuckDBPyConnection | None = None
         self._presence: Presence | None = None
         self._version: tuple[int, ...] = ()
         self.refresh()
@@ -231,7 +238,7 @@ class Store:
 
     def close(self) -> None:
         """Let go of the files; results that were handed out stay usable."""
-        self._con = self._presence = None
+        self._con = self._macros_on = self._presence = None
         self.backend.disconnect()
 
     def refresh(self) -> None:
@@ -244,6 +251,7 @@ class Store:
             self._connect()
 
     def _connect(self) -> None:
+        self._macros_on = None
         own = self.backend.read_folders() if self.mode == "r" else ()
         presence = Presence([*own, *(place.folder for place in self._attached.values())])
         for _ in range(_CONNECT_ATTEMPTS):
@@ -254,7 +262,7 @@ class Store:
                 return
         raise LockedError(f"{self.path}: others commit all the time; open it again later.")
 
-    def _cursor(self) -> duckdb.DuckDBPyConnection:
+    def _cursor(self, *, with_macros: bool = False) -> duckdb.DuckDBPyConnection:
         """Return a cursor that shows what this store is to show now."""
         if self._con is None:
             raise StoreError(f"{self.path}: the store is closed; open it again.")
@@ -266,7 +274,15 @@ class Store:
                         self._version = version
                     else:
                         self._connect()
-        return self._con.cursor()
+        if not with_macros:
+            return self._con.cursor()
+        with self._turn:
+            con = self._con
+            assert con is not None, "a store is not closed while it is asked"
+            if self._macros_on is not con:
+                create_macros(con.cursor(), [*([] if self.is_lake else [""]), *self._attached])
+                self._macros_on = con
+            return con.cursor()
 
     def sql(self, query: str, /, **params: Any) -> "QueryResult":
         """Run one query; `$name` in it stands for the keyword argument of that name.
@@ -282,18 +298,28 @@ class Store:
             ShardError: a shard was damaged after the store was opened.
         """
         fault_of = partial(self._fault, query=query, params=params)
+        lists_macros = "duckdb_functions" in query.casefold()
         try:
-            cursor = self._cursor()
-            with door.watched(cursor, self.limits.seconds):
-                statement = query if self._trusted else door.read_only(cursor, query)
-                run = partial(_bound, cursor, params=params) if params else cursor.sql
-                relation = run(statement)
+            cursor = self._cursor(with_macros=lists_macros or self._trusted)
+            try:
+                relation = self._run(cursor, query, params)
+            except duckdb.CatalogException:
+                # most queries call no macro, and making them costs as much as the rest of an open
+                cursor = self._cursor(with_macros=True)
+                relation = self._run(cursor, query, params)
         except duckdb.Error as fault:
             raise fault_of(fault) from fault
         # a statement without rows gives None, which DuckDB's types do not say
         if cast(duckdb.DuckDBPyRelation | None, relation) is None:
             relation = cursor.sql("SELECT 1 AS done WHERE false")
         return QueryResult(relation, cursor, self.limits, fault_of)
+
+    def _run(
+        self, cursor: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, Any]
+    ) -> duckdb.DuckDBPyRelation:
+        with door.watched(cursor, self.limits.seconds):
+            statement = query if self._trusted else door.read_only(cursor, query)
+            return _bound(cursor, statement, params=params) if params else cursor.sql(statement)
 
     def _fault(self, fault: duckdb.Error, query: str, params: Mapping[str, Any]) -> StoreError:
         """Return what DuckDB says, with the way out that belongs to it."""

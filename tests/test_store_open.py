@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import duckdb
+import forks
 import pytest
 from small_store import HOOK, HOSTILE, N_CTX, N_SEQ, D, fill, make, small_store
 
@@ -302,6 +303,30 @@ def test_a_reader_keeps_what_it_opened_and_sees_the_commit_after_a_refresh(small
         assert reader.sql("SELECT value FROM all_scores").fetchall() == [(0.5,)]
 
 
+def test_rows_of_several_tables_are_one_commit_or_none(small):
+    dictionary = {"hook": HOOK, "name": "d", "arch": "raw", "d_in": 4, "d_sae": 4}
+    score = {"metric": "m", "metric_version": 1, "value": 0.5}
+    count = "SELECT (SELECT count(*) FROM all_scores), (SELECT count(*) FROM dictionaries)"
+    with astore.open(small.path, "a") as store:
+        with pytest.raises(astore.ContentError, match="same key"):
+            store.append_all({"all_scores": [score], "dictionaries": [dictionary, dictionary]})
+        assert store.sql(count).fetchall() == [(0, 0)]
+        file = small.path / "store.duckdb"
+        before = file.stat().st_ino
+        assert store.append_all({"all_scores": [], "dictionaries": []}) == {
+            "all_scores": 0,
+            "dictionaries": 0,
+        }
+        assert file.stat().st_ino == before, "no commit without a row"
+        for _ in range(2):  # the second commit of a process keeps the views
+            added = store.append_all({"all_scores": [score], "dictionaries": [dictionary]})
+            assert added == {"all_scores": 1, "dictionaries": 1}
+        assert store.sql(count).fetchall() == [(1, 1)]
+    with duckdb.connect(file, read_only=True) as con:
+        con.execute("SET file_search_path = $1", [str(small.path)])
+        assert con.execute(COUNT).fetchall() == [(n_acts(small),)]
+
+
 APPENDER = """
 import sys, activation_store as astore
 with astore.open(sys.argv[1], "a") as store:
@@ -312,15 +337,13 @@ with astore.open(sys.argv[1], "a") as store:
 
 
 def test_two_processes_that_write_at_once_lose_nothing_and_a_reader_is_never_blocked(small):
-    writers = [python(APPENDER, small.path, name, 5) for name in ("a", "b")]
+    writers = [forks.start("-c", APPENDER, small.path, name, 5) for name in ("a", "b")]
     seen = []
-    while any(writer.poll() is None for writer in writers):
+    while any(writer.process.is_alive() for writer in writers):
         with astore.open(small.path) as store:
             seen.append(store.sql("SELECT count(*) FROM all_scores").fetchall()[0][0])
             assert store.sql(COUNT).fetchall() == [(n_acts(small),)]
-    for writer in writers:
-        assert writer.wait() == 0, writer.stderr.read()
-        writer.communicate()
+    assert [writer.wait() for writer in writers] == [0, 0], [each.stderr for each in writers]
     assert seen == sorted(seen)
     with astore.open(small.path) as store:
         assert store.sql("SELECT count(*), count(DISTINCT metric) FROM all_scores").fetchall() == [
@@ -391,13 +414,13 @@ def test_threads_may_share_a_store(small):
 
 def test_killed_writers_leave_the_last_commit(small):
     for delay in (0.0, 0.03, 0.07):
-        writer = python(APPENDER, small.path, f"killed{delay}", 10_000)
+        writer = forks.start("-c", APPENDER, small.path, f"killed{delay}", 10_000)
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and not rows_of(small, f"killed{delay}"):
             time.sleep(0.01)
         time.sleep(delay)
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
+        writer.send(signal.SIGKILL)
+        assert writer.wait() == -signal.SIGKILL
         seeds = rows_of(small, f"killed{delay}")
         assert seeds == list(range(len(seeds)))
         assert astore.verify(small.path).ok

@@ -16,7 +16,7 @@ import duckdb
 from activation_store.catalog import catalogue, door
 from activation_store.catalog.catalogue import Place, size_fault
 from activation_store.catalog.tables import expected_tables
-from activation_store.catalog.views import create_views, identifier
+from activation_store.catalog.views import create_views, further_views, identifier
 from activation_store.errors import NotAStoreError, ShardError, StoreError, damaged_shard
 from activation_store.shards.names import (
     Shard,
@@ -281,8 +281,9 @@ class FolderBackend:
 def attach_stores(con: Connection, places: Mapping[str, Place]) -> None:
     """Make stores readable on `con`, each behind a catalogue in memory of its name.
 
-    A store's file is attached under a name of its own; the catalogue in memory has the same tables,
-    views and macros, with absolute paths of shards, so queries work from any folder and any thread.
+    A store's file is attached under a name of its own; the catalogue in memory has the same tables
+    and views, with absolute paths of shards, so queries work from any folder and any thread. Macros
+    are made by `create_macros`, for those who ask.
 
     Args:
         con: a connection that may read the `Place.files` of all stores.
@@ -314,12 +315,18 @@ def attach_stores(con: Connection, places: Mapping[str, Place]) -> None:
         except duckdb.Error as fault:
             raise NotAStoreError(f"{place.file}: damaged: {str(fault).splitlines()[0]}") from fault
         try:
-            create_views(con, place.shards, at, f"{identifier(source)}.")
+            create_views(con, place.shards, at, f"{identifier(source)}.", has_macros=False)
             con.execute("COMMIT")
         except duckdb.PermissionException as fault:
             raise ConnectionOutdated from fault
         except duckdb.Error as fault:
             raise damaged_shard(fault, place.file) from fault
+
+
+def create_macros(con: Connection, names: Iterable[str]) -> None:
+    """Make the macros of attached stores; the store named "" is found without a name."""
+    for name in names:
+        con.execute(further_views(f"{identifier(name)}." if name else "")[1])
 
 
 def _check_sizes(con: Connection, place: Place, source: str) -> None:

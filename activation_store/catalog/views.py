@@ -47,6 +47,7 @@ def create_views(
     at: str = "",
     source: str = "",
     store_id: str | None = None,
+    has_macros: bool = True,
 ) -> None:
     """Make or replace every view and macro in the catalogue `at`.
 
@@ -56,6 +57,7 @@ def create_views(
         at: prefix of the names that are made, such as `"other".`; empty for the current catalogue.
         source: prefix of the table `shards` that lists the files.
         store_id: of the store whose rows alone the macros may give; None where `at` settles that.
+        has_macros: False makes the views alone.
     """
     queries = bulk_queries(con, lambda file: str(folder / file), source or at)
     bulk = [
@@ -63,13 +65,15 @@ def create_views(
         f"COMMENT ON VIEW {at}{view} IS {quoted(BULK[view][1])};"
         for view, query in queries.items()
     ]
-    con.execute("\n".join([*bulk, macros_sql(at, store_id)]))
+    views, macros = further_views(at, store_id)
+    con.execute("\n".join([*bulk, views, macros if has_macros else ""]))
 
 
-def macros_sql(at: str = "", store_id: str | None = None) -> str:
-    """Return the statements that make the views and macros on top of the bulk views."""
+def further_views(at: str = "", store_id: str | None = None) -> tuple[str, str]:
+    """Return the statements of `views.sql`: the views on top of the bulk views, and the macros."""
     own = "true" if store_id is None else _OWN.format(store_id=store_id)
-    return views_sql().replace("{at}", at).replace("{own}", own)
+    views, first, rest = views_sql().partition("CREATE OR REPLACE MACRO")
+    return views.replace("{at}", at), (first + rest).replace("{at}", at).replace("{own}", own)
 
 
 def score_views() -> list[str]:

@@ -30,7 +30,7 @@ from activation_store.catalog.backend import (
 )
 from activation_store.catalog.catalogue import Place
 from activation_store.catalog.tables import expected_tables, schema_sql
-from activation_store.catalog.views import bulk_queries, macros_sql, score_views
+from activation_store.catalog.views import bulk_queries, further_views, score_views
 from activation_store.errors import (
     LockedError,
     NotAStoreError,
@@ -152,7 +152,7 @@ class LakeBackend:
             tables = (*expected_tables(), "publications")
             con.execute(";".join(f"CREATE VIEW {t} AS SELECT * FROM {LAKE}.{t}" for t in tables))
             self.update(con)
-            con.execute(macros_sql())
+            con.execute("\n".join(further_views()))
             attach_stores(con, attached)
         except BaseException:
             con.close()
