@@ -236,7 +236,8 @@ PROFILE = "SELECT count(*) FROM enable_profiling(save_location = '{loot}', forma
 HOSTILE_CATALOGUES = {
     "a view in place of meta": "ALTER TABLE meta RENAME TO kept;"
     f" CREATE VIEW meta AS SELECT k.* FROM kept k, ({PROFILE}) t",
-    "a view in place of scores": f"DROP TABLE scores; CREATE VIEW scores AS {PROFILE}",
+    "a view in place of all_scores": "DROP TABLE all_scores CASCADE;"
+    f" CREATE VIEW all_scores AS {PROFILE}",
     "a view in place of shards": "ALTER TABLE shards RENAME TO kept;"
     " CREATE VIEW shards AS SELECT * FROM kept "
     " WHERE (SELECT sum(range) FROM range(10000000000000)) > 0",
