@@ -350,13 +350,15 @@ def test_a_name_of_the_hub_is_downloaded_once(qwen, tmp_path, monkeypatch):
 
 
 def test_two_processes_do_a_whole_run_together_and_agree_stage_by_stage(run, qwen, tmp_path):
-    command = ("-m", "lmmono", "run", *settings(qwen, tmp_path))
+    less = ["explain.explainers=[token_lookup]", "score.scorers=[token_selectivity]"]
+    command = ("-m", "lmmono", "run", *settings(qwen, tmp_path), *less)
     assert forks.launch(2, *command) == [0, 0]
     two = lm.open_run(tmp_path / "my-qwen3")
     assert set(two.manifest.stages) == set(run.manifest.stages)
     assert all(record.state == "finished" for record in two.manifest.stages.values())
     assert lm.open_run(two.dir / "untrained").is_done("score")
-    query = "SELECT hook, unit, metric, explainer, control, value FROM scores ORDER BY ALL"
+    query = """SELECT hook, unit, control, value FROM all_scores
+        WHERE metric = 'token_selectivity' ORDER BY ALL"""
     with astore.open(two.store_path) as a, astore.open(run.store_path) as b:
         acts = "SELECT hook, seq_id, pos, unit, act FROM activations ORDER BY ALL"
         assert a.sql(acts).fetchall() == b.sql(acts).fetchall()
