@@ -36,6 +36,7 @@ hf-suite: $(VENV)/.installed-dev
 	  $(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(VENV)/hf-suite \
 	    transformers==$$version; \
 	  tar xzf $(VENV)/hf-suite/transformers-$$version.tar.gz -C $(VENV)/hf-suite --strip-components 1; \
+	  touch $(VENV)/hf-suite/tests/__init__.py; \
 	fi
 	LMMONO_HF_TESTS=$(or $(HF_TESTS),$(VENV)/hf-suite) OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -o addopts= tests/test_hf_suite.py $(ARGS)
