@@ -5,6 +5,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 
 import pytest
 from rich.cells import cell_len
@@ -120,6 +121,16 @@ def test_a_table_fits_without_a_digit_cut_and_says_where_it_left_something_out(w
     )
     for head in WIDE.columns:
         assert head in text, "no column is left out"
+
+
+def test_a_narrow_table_leaves_out_what_can_be_spared_and_says_so():
+    table = replace(WIDE, spare=("run", "n"))
+    wide, narrow = (table_lines(table, width) for width in (120, 60))
+    assert wide == table_lines(WIDE, 120)
+    assert "Not shown at this width: run, n; --wide shows all." in narrow
+    head = next(line for line in narrow if "hook" in line)
+    assert head.split() == ["hook", "selectivity", "excerpt"]
+    assert max(map(cell_len, narrow)) <= 60
 
 
 def test_statistics_of_units_fit_any_terminal_as_blocks():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lmmono.cli import outcome
-from lmmono.cli.output import Format, OutputTable, prints_rows, reports
+from lmmono.cli.output import Format, Outcome, OutputTable, prints_rows, reports
 from lmmono.cli.store_verbs import DataPath, store_app
 from lmmono.cli.toy_verbs import toy_app
 from lmmono.errors import LmmonoError, RecipeError, RunError, TrainingStopped
@@ -187,7 +187,7 @@ def list_(
 
 @app.command("run")
 @prints_rows
-def run_(recipe: RecipeFile, overrides: Overrides = None) -> Sequence[OutputTable]:
+def run_(recipe: RecipeFile, overrides: Overrides = None) -> Outcome | None:
     """Run every stage of a recipe that is not finished yet, then show the runs side by side.
 
     Without a recipe it takes a pretrained model and a text, and the defaults of `pretrained`.
@@ -201,7 +201,7 @@ def run_(recipe: RecipeFile, overrides: Overrides = None) -> Sequence[OutputTabl
 
 @app.command()
 @prints_rows
-def train(target: RecipeOrRun, overrides: Overrides = None) -> OutputTable | None:
+def train(target: RecipeOrRun, overrides: Overrides = None) -> Outcome | None:
     """Train the models of a recipe, or resume an interrupted training.
 
     Example: lmmono train recipes/quickstart.yaml model.arch=crate train.steps=500
@@ -211,7 +211,7 @@ def train(target: RecipeOrRun, overrides: Overrides = None) -> OutputTable | Non
 
 @app.command()
 @prints_rows
-def capture(target: RecipeOrRun, overrides: Overrides = None) -> Sequence[OutputTable]:
+def capture(target: RecipeOrRun, overrides: Overrides = None) -> Outcome | None:
     """Stream activations of trained models into their stores.
 
     Example: lmmono capture runs/quickstart/crate
@@ -221,7 +221,7 @@ def capture(target: RecipeOrRun, overrides: Overrides = None) -> Sequence[Output
 
 @app.command()
 @prints_rows
-def dictionary(target: RecipeOrRun, overrides: Overrides = None) -> Sequence[OutputTable]:
+def dictionary(target: RecipeOrRun, overrides: Overrides = None) -> Outcome | None:
     """Learn the dictionaries of captured runs, and measure them; resumable.
 
     Example: lmmono dictionary recipes/dictionaries.yaml
@@ -231,7 +231,7 @@ def dictionary(target: RecipeOrRun, overrides: Overrides = None) -> Sequence[Out
 
 @app.command()
 @prints_rows
-def explain(target: RecipeOrRun, overrides: Overrides = None) -> Sequence[OutputTable]:
+def explain(target: RecipeOrRun, overrides: Overrides = None) -> Outcome | None:
     """Explain the units of captured runs, from documents that no score will see.
 
     Explanations by other explainers or settings stay beside the new ones.
@@ -243,7 +243,7 @@ def explain(target: RecipeOrRun, overrides: Overrides = None) -> Sequence[Output
 
 @app.command()
 @prints_rows
-def score(target: RecipeOrRun, overrides: Overrides = None) -> Sequence[OutputTable]:
+def score(target: RecipeOrRun, overrides: Overrides = None) -> Outcome | None:
     """Score the units of captured runs and their explanations, next to controls.
 
     Example: lmmono score runs/quickstart/crate

@@ -50,12 +50,24 @@ class OutputTable:
     """What they are."""
     note: str = ""
     """How numbers were made."""
+    spare: Sequence[str] = ()
+    """Columns that a narrow terminal may leave out, the first one first; a line says which."""
     is_report: bool = False
     """A pipe gets it in `REPORT_WIDTH` columns; else every row is one line there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a verb prints that has done some work."""
+
+    tables: Sequence[OutputTable]
+    """What came of it, on stdout."""
+    after: Sequence[str]
+    """Lines for stderr at the end: where it lies, what comes next."""
+
+
 def prints_rows(
-    verb: Callable[..., "OutputTable | Sequence[OutputTable] | None"],
+    verb: Callable[..., "OutputTable | Sequence[OutputTable] | Outcome | None"],
 ) -> Callable[..., None]:
     """Give a verb that returns rows the options --wide, --csv, --json and --arrow.
 
@@ -78,9 +90,15 @@ def prints_rows(
         format: Format = "csv" if csv else "json" if json else "arrow" if arrow else "table"
         chosen = {"format": format, "wide": wide}
         result = verb(**arguments, **{name: chosen[name] for name in told})
+        after: Sequence[str] = ()
+        if isinstance(result, Outcome):
+            result, after = result.tables, result.after
         if result is not None:
             is_one = isinstance(result, OutputTable)
             write_tables([result] if is_one else list(result), format, wide=wide, is_one=is_one)
+            sys.stdout.flush()
+        for line in after:
+            print(printable(line), file=sys.stderr)
 
     shown = [parameter for parameter in own if parameter.name not in told]
     options = [
@@ -213,7 +231,7 @@ def show_table(table: OutputTable, *, wide: bool = False) -> None:
 
 def reports(tables: Iterable[ReportTable]) -> list[OutputTable]:
     """Return tables of reports as a verb prints them."""
-    return [OutputTable(t.columns, t.rows, t.title, t.note, is_report=True) for t in tables]
+    return [OutputTable(t.columns, t.rows, t.title, t.note, t.spare, True) for t in tables]
 
 
 def table_lines(table: OutputTable, width: int | None) -> list[str]:
@@ -226,14 +244,27 @@ def table_lines(table: OutputTable, width: int | None) -> list[str]:
         for i in range(len(head))
     ]
     lines = [printable(table.title), ""] if table.title else []
-    widths = _column_widths(columns, width)
+    hidden: Sequence[str] = ()
+    widths = None
+    for n in range(len(table.spare) + 1):
+        hidden = table.spare[:n]
+        shown = [i for i, name in enumerate(table.columns) if name not in hidden]
+        levels = _LEVELS if n == len(table.spare) else _LEVELS[:_N_READABLE]
+        widths = _column_widths([columns[i] for i in shown], width, levels)
+        if widths is not None:
+            head, is_number = [head[i] for i in shown], [is_number[i] for i in shown]
+            rows = [[row[i] for i in shown] for row in rows]
+            break
     if widths is None:
+        hidden = ()
         lines += _tall(head, rows, width or REPORT_WIDTH)
     else:
         lines += _side_by_side(head, widths, is_number)
         lines.append(GAP.join("-" * n for n in widths))
         for row in rows:
             lines += _side_by_side(row, widths, is_number)
+    if hidden:
+        lines += ["", f"Not shown at this width: {', '.join(hidden)}; --wide shows all."]
     if table.note:
         lines += ["", *_wrapped(printable(table.note), width or REPORT_WIDTH)]
     return [*lines, ""]
@@ -256,20 +287,32 @@ def short_number(value: float | int) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
-def _column_widths(columns: Sequence[Sequence[str]], limit: int | None) -> list[int] | None:
+_LEVELS = (
+    (False, None, READABLE),
+    (False, None, READABLE * 2 // 3),
+    (False, 20, READABLE * 2 // 3),
+    (True, 20, 0),
+    (True, 12, 0),
+)
+"""How columns become narrower, one after the other: whether intervals are parted, how short names
+may become, how narrow running text. Cells in several lines come first, then names lose their
+middle, then intervals are parted."""
+_N_READABLE = 3
+"""How many of them leave a table that is good to read; columns that can be spared go before the
+others."""
+
+
+def _column_widths(
+    columns: Sequence[Sequence[str]],
+    limit: int | None,
+    levels: Sequence[tuple[bool, int | None, int]],
+) -> list[int] | None:
     """Return how wide each column is, or None where they cannot stand side by side."""
     widths = [max(map(_width, cells), default=0) for cells in columns]
     if limit is None:
         return widths
     room = limit - len(GAP) * (len(columns) - 1)
-    # cells in several lines first, then names lose their middle, then intervals are parted
-    for is_parted, shortest, text in (
-        (False, None, READABLE),
-        (False, None, READABLE * 2 // 3),
-        (False, 20, 0),
-        (True, 20, 0),
-        (True, 12, 0),
-    ):
+    for is_parted, shortest, text in levels:
         floors = [_least_width(cells, is_parted, shortest, text) for cells in columns]
         while sum(widths) > room:
             givers = [i for i, floor in enumerate(floors) if widths[i] > floor]
@@ -285,11 +328,10 @@ def _least_width(cells: Sequence[str], is_parted: bool, shortest: int | None, re
     """Return how narrow a column may be; what holds digits is never shortened."""
     pieces = [piece for cell in cells for piece in (cell.split() if is_parted else _pieces(cell))]
     longest = max(map(_width, pieces), default=0)
-    if shortest is None:
-        is_text = max(map(_width, cells), default=0) > READABLE
-        return max(longest, readable) if is_text else longest
-    is_numeric = any(piece[:1].isdigit() for piece in pieces)
-    return longest if is_numeric else min(longest, shortest)
+    is_text = max(map(_width, cells), default=0) > READABLE and any(" " in c for c in cells)
+    if shortest is not None and not any(piece[:1].isdigit() for piece in pieces):
+        longest = min(longest, shortest)
+    return max(longest, readable) if is_text else longest
 
 
 def _pieces(text: str) -> list[str]:

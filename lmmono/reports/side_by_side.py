@@ -100,6 +100,7 @@ def dictionary_tables(run: Run) -> list[ReportTable]:
                 note="On documents of the split score, with 95 % intervals over documents. "
                 "control: what a result is held against. "
                 + "".join(f"{head}: {about}. " for head, about, _ in shown).strip(),
+                spare=("CE (zero)", "random", "stability", "dead"),
             )
         )
     return tables
@@ -159,6 +160,7 @@ def _layer_table(runs: Sequence[Run]) -> ReportTable:
             f"selectivity: median over neurons, in brackets its 95 % interval ({N_RESAMPLES} "
             "resamples of neurons). shuffled: selectivity of the same activations on other tokens."
         ),
+        spare=("dead", "kurtosis"),
     )
 
 
@@ -231,4 +233,5 @@ def _neuron_table(run: Run) -> ReportTable:
             "Ranked by the lower end of the 95 % interval of token selectivity, among units with "
             f"at least {MIN_ACTIVATIONS} activations."
         ),
+        spare=("density", "activations"),
     )

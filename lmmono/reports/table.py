@@ -49,3 +49,5 @@ class ReportTable:
     """One tuple of cells per row: text, numbers, `Interval`, `Controls`; None is an empty cell."""
     note: str = ""
     """How the numbers were made."""
+    spare: tuple[str, ...] = ()
+    """Columns that a narrow terminal may leave out, the first one first."""

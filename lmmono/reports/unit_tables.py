@@ -133,6 +133,7 @@ def score_tables(store: astore.Store, name: str) -> list[ReportTable]:
             note="mean: over units, with its 95 % interval; blocks.*: the mean over the hooks of "
             f"all blocks. {_about_controls(row[3] for row in means)}not defined: share of units "
             "without a score of their own, such as silent ones, and what each counts as.",
+            spare=("units",),
         )
     ]
     asked = dict.fromkeys(key[:-1] for key in by_key)
@@ -179,6 +180,7 @@ def _placed_table(
         rows=tuple(cells),
         note=f"Of {n:,} units with a score, ranked by the lower end of its 95 % interval where it "
         f"has one. {_about_controls(controls)}« » mark the token of the largest activation.",
+        spare=("place",),
     )
 
 
@@ -299,6 +301,7 @@ def _unit_score_table(title: str, rows: Sequence[Row]) -> ReportTable:
         tuple(cells),
         note=f"{_about_controls(beside)}With 95 % intervals. A score with a reason beside it is "
         "not defined, and counts as chance.",
+        spare=("items",),
     )
 
 
