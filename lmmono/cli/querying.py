@@ -14,12 +14,11 @@ from lmmono.recipe.tree import read_override
 from lmmono.runs.folder import open_run
 
 if TYPE_CHECKING:
-    from duckdb import DuckDBPyRelation
     from pyarrow import RecordBatch
 
-    from activation_store import Store
+    from activation_store import QueryResult, Store
 else:  # for annotations only
-    DuckDBPyRelation = RecordBatch = Store = object
+    QueryResult = RecordBatch = Store = object
 
 LAKE = "ducklake:"
 """How the address of a lake begins."""
@@ -149,7 +148,7 @@ def _statements(query: str, values: dict[str, Any]) -> list[tuple[str, dict[str,
     return [(each.query, {name: values[name] for name in each.named_parameters}) for each in parsed]
 
 
-def _write_arrow(relation: DuckDBPyRelation, limit: int | None) -> None:
+def _write_arrow(relation: QueryResult, limit: int | None) -> None:
     from pyarrow import ipc
 
     names = _told_apart(relation.columns)
@@ -161,7 +160,7 @@ def _write_arrow(relation: DuckDBPyRelation, limit: int | None) -> None:
             stream.write_batch(batch)
 
 
-def _write_csv(relation: DuckDBPyRelation, limit: int | None) -> None:
+def _write_csv(relation: QueryResult, limit: int | None) -> None:
     from pyarrow import csv
 
     heads = _told_apart([printable(name) for name in _told_apart(relation.columns)])
@@ -207,7 +206,7 @@ def help_tables(store: Store, names: Sequence[str] = ()) -> list[OutputTable]:
     return tables
 
 
-def _rows(relation: DuckDBPyRelation, limit: int | None, title: str = "") -> OutputTable:
+def _rows(relation: QueryResult, limit: int | None, title: str = "") -> OutputTable:
     """Return the rows of a relation with nested values as lists and dictionaries."""
     import json
 
@@ -234,7 +233,7 @@ def _rows(relation: DuckDBPyRelation, limit: int | None, title: str = "") -> Out
     return OutputTable(names, cells, title=title, note=note)
 
 
-def _as_text(relation: DuckDBPyRelation, names: Sequence[str]) -> DuckDBPyRelation:
+def _as_text(relation: QueryResult, names: Sequence[str]) -> QueryResult:
     """Return a relation whose columns are numbers or text: nested values as JSON.
 
     Dates beyond Python's years, intervals, blobs, bits and rows without names have text in DuckDB
