@@ -42,10 +42,15 @@ def template(seed: int) -> Small:
 
 
 def small_store(path: Path, seed: int = 0) -> Small:
-    shutil.copytree(template(seed).path, path, dirs_exist_ok=True)
-    # a copy of what this process made is no stranger's file; a look at one takes 60 ms
-    catalogue._looked_at.add(catalogue._signature(catalogue.place(path).file))
+    copied(template(seed).path, path)
     return replace(template(seed), path=path)
+
+
+def copied(store: Path, path: Path) -> Path:
+    """Copy a store that this process made: no stranger's file, which takes 60 ms to look at."""
+    shutil.copytree(store, path, dirs_exist_ok=True)
+    catalogue._looked_at.add(catalogue._signature(catalogue.place(path).file))
+    return path
 
 
 def make(path: Path, seed: int) -> Small:

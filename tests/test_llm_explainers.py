@@ -30,8 +30,8 @@ def truthful(path: str, body: dict[str, Any]) -> Any:
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch):
-    with astore.open(planted_store(tmp_path / "run", monkeypatch), mode="a") as opened:
+def store(tmp_path: Path):
+    with astore.open(planted_store(tmp_path / "run"), mode="a") as opened:
         yield opened
 
 

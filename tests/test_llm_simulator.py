@@ -147,11 +147,11 @@ def test_a_straight_line_is_that_of_least_squares() -> None:
     assert straight_line(np.zeros(3), y[:3]) == (1.5, 0.0)
 
 
-def test_calibration_gives_units_of_the_hook(tmp_path: Path, monkeypatch) -> None:
+def test_calibration_gives_units_of_the_hook(tmp_path: Path) -> None:
     explanations = [Explanation(HOOK, 1, "llm", "the token cat"), Explanation(HOOK, 2, "llm", "x")]
     with (
         serving(expecting(ten_on_the_token)) as calls,
-        astore.open(planted_store(tmp_path / "run", monkeypatch)) as store,
+        astore.open(planted_store(tmp_path / "run")) as store,
     ):
         client = ServerClient("judge", base_url=calls.base_url, n_retries=0)
         reader = RecordReader(store)
@@ -170,11 +170,11 @@ def test_calibration_gives_units_of_the_hook(tmp_path: Path, monkeypatch) -> Non
     assert 0 < flat[0] < 2.5
 
 
-def test_rows_say_what_asking_took_and_what_was_asked(tmp_path: Path, monkeypatch) -> None:
+def test_rows_say_what_asking_took_and_what_was_asked(tmp_path: Path) -> None:
     price = Price(1.0, 2.0)
     with (
         serving(expecting(ten_on_the_token)) as calls,
-        astore.open(planted_store(tmp_path / "run", monkeypatch), mode="a") as store,
+        astore.open(planted_store(tmp_path / "run"), mode="a") as store,
     ):
         said = [Explanation(HOOK, u, "llm", f"the token {WORDS[u].strip()}") for u in (0, 1)]
         store.append("explanations", [each.row() for each in said])
