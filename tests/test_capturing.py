@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from small_models import tiny
 
 import activation_store as astore
 import lmmono as lm
@@ -53,6 +54,19 @@ def all_activations(corpus: TokenCorpus, model: torch.nn.Module, hook: str) -> n
     ids = np.concatenate([corpus.tokens("explain").ids, corpus.tokens("score").ids])
     _, acts = run_with_cache(model, torch.from_numpy(ids.astype(np.int64)), hook)
     return acts[hook].flatten(0, 1).numpy()
+
+
+def test_gated_neurons_are_stored_with_both_signs_where_asked(corpus: TokenCorpus, tmp_path: Path):
+    llama, rows = tiny("llama", vocab_size=len(corpus.tokenizer)), corpus.tokens("explain")
+    with astore.open(tmp_path / "store.duckdb", mode="w") as store:
+        capture(llama, rows, hooks=HOOK, into=store, signed=True, max_density=0.9)
+        query = "SELECT hook, sum(act) FROM activations GROUP BY ALL ORDER BY ALL"
+        sums = store.sql(query).fetchall()
+    ids = torch.from_numpy(rows.ids.astype(np.int64))
+    acts = run_with_cache(llama, ids, HOOK)[1][HOOK].double()
+    assert [hook for hook, _ in sums] == [HOOK, f"{HOOK}_neg"]
+    wanted = [float(half.clamp_min(0).sum()) for half in (acts, -acts)]
+    assert [total for _, total in sums] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_every_stored_activation_is_the_models_own(

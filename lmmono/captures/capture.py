@@ -21,7 +21,7 @@ from lmmono.data.sources import tokenize
 from lmmono.data.tokens import TokenCorpus, TokenRows
 from lmmono.errors import RunError
 from lmmono.files.processes import Processes, best_device, this_process
-from lmmono.models.hooks import hook_width, match_hooks, run_until
+from lmmono.models.hooks import hook_width, match_hooks, negative_halves, run_until
 from lmmono.recipe.sections import Capture, SkippedTokens
 from lmmono.runs.folder import Run
 from lmmono.types import SPLITS, Progress, silent
@@ -147,7 +147,20 @@ def capture_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
         if not here.is_main:
             return {}
         info = store.info()
-        return {"n_tokens": info.n_tokens, "n_acts": info.n_acts, "n_bytes": info.n_bytes}
+        facts = {"n_tokens": info.n_tokens, "n_acts": info.n_acts, "n_bytes": info.n_bytes}
+        left_out = negative_halves(run.model, _row_hooks(run.model, settings))
+        if left_out:
+            facts["warnings"] = [
+                f"gated neurons have both signs, and rows hold what is above {settings.threshold:g}"
+                f"; capture.signed=true stores the rest as {left_out[0]} and so on"
+            ]
+        return facts
+
+
+def _row_hooks(model: nn.Module, settings: Capture) -> list[str]:
+    """Return the hooks that are stored as rows, negative halves after the others if asked for."""
+    names = match_hooks(model, settings.hooks) if settings.hooks else []
+    return [*names, *negative_halves(model, names)] if settings.signed else names
 
 
 def _opened(run: Run, parts: Sequence[TokenRows], here: Processes) -> astore.Store:
@@ -191,7 +204,7 @@ def stream(
     here: Processes = ALONE,
 ) -> None:
     """Run the model over this process' share of all parts, batch by batch, into the store."""
-    names = match_hooks(model, settings.hooks) if settings.hooks else []
+    names = _row_hooks(model, settings)
     cuts = _stored_cuts(store, names) or measure_cuts(model, parts, names, settings)
     parts = [_share(part, here) for part in parts]
     dense = match_hooks(model, settings.vectors) if settings.vectors else []

@@ -83,6 +83,12 @@ def match_hooks(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
     return sorted(set(matches), key=order.__getitem__)
 
 
+def negative_halves(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the hooks of the negative halves of signed neurons that `names` leave out."""
+    known = set(hook_names(model)) - set(names)
+    return [half for name in names if (half := f"{name}_neg") in known]
+
+
 def hook_width(model: nn.Module, name: str) -> int:
     """Return how many numbers the hook has per token; found by running one token.
 

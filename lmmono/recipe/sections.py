@@ -336,6 +336,8 @@ class Capture(Section):
 
     hooks: tuple[str, ...] = ("blocks.*.mlp.hook_post",)
     """Hook names or globs whose activations are stored as sparse rows with statistics."""
+    signed: bool = False
+    """Store what gated neurons are below 0 too, max(-act, 0), as hook `mlp.hook_post_neg`."""
     vectors: tuple[str, ...] = ()
     """Hook names or globs whose activations are stored as dense vectors."""
     splits: tuple[Split, ...] = ("explain", "score")

@@ -189,8 +189,10 @@ class Run:
 
     @property
     def warnings(self) -> list[str]:
-        """What suggests that a pretrained model, its tokenizer and the text do not fit."""
-        return [str(line) for line in self.model_facts.get("warnings", [])]
+        """What suggests that model and text do not fit; what a capture leaves out."""
+        capture = self.manifest.stages.get("capture")
+        facts = (self.model_facts, dict(capture.facts) if capture else {})
+        return [str(line) for each in facts for line in each.get("warnings", [])]
 
     @property
     def cache_dir(self) -> Path:
