@@ -11,7 +11,8 @@ import activation_store as astore
 import lmmono as lm
 from lmmono.data.truth import planted_language, row_truth
 
-recipe = lm.Recipe.load("recipes/quickstart.yaml", "name=tour", "model.arch=crate")
+changes = ("name=tour", "model.arch=crate", "train.steps=60")
+recipe = lm.Recipe.load("recipes/quickstart.yaml", *changes)
 run = lm.train(recipe)
 print(f"{run}: {run.val_loss:.3f} nats per token on held-out documents")
 
