@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lmmono.errors import ModelError
 from lmmono.files.atomic import atomic_folder
+from lmmono.models.storage import no_progress_bars
 
 HEADER = struct.Struct("<7i")
 MAGIC = 0x616B3432
@@ -31,7 +32,7 @@ BOS, EOS = 1, 2
 def import_llama2c(
     bin_path: Path | str, out: Path | str, tok_path: Path | str | None = None
 ) -> Path:
-    """Convert a llama2.c model to a folder that `lm.load_model` reads, atomically; return it.
+    """Convert a llama2.c model to a folder that `lm.open_model` reads, atomically; return it.
 
     Args:
         bin_path: The `.bin` of version 0.
@@ -45,7 +46,7 @@ def import_llama2c(
     if folder.exists():
         raise ModelError(f"{folder}: something is there already; choose another folder")
     model, tokenizer = load_llama2c(bin_path, tok_path)
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder) as partial, no_progress_bars():
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
