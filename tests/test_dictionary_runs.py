@@ -347,7 +347,7 @@ def test_the_command_line_learns_and_lists_dictionaries(here, monkeypatch, capsy
     learn = "dictionary.learn=[{arch: raw}, {arch: pca, d_sae: 4}]"
     overrides = (*ALONE[:1], learn, *ALONE[2:])
     assert call(monkeypatch, "dictionary", "tiny.yaml", *overrides) == 0
-    assert capsys.readouterr().out.startswith("Run(runs/tiny, ")
+    assert "Dictionaries of tiny, " in capsys.readouterr().out
     (here / f"runs/tiny/dictionaries/{HOOK}/begun").mkdir()
     assert call(monkeypatch, "ls", "dictionaries", "runs/tiny") == 0
     listed = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
