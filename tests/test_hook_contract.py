@@ -61,6 +61,10 @@ def test_the_contract(family: str):
 
     # the last block stands for all; the first has the experts' dense neighbour
     names = [name for name in everything if not name.startswith("blocks.0")]
+    if families.family_of(model) is families.FAMILIES["llama"] and family != "llama":
+        # families of one record: each has another third of the points outside its MLP
+        rest = [name for name in names if ".mlp." not in name][ALL.index(family) % 3 :: 3]
+        names = [name for name in names if ".mlp." in name or name in rest]
     for name in names:
         value, want = acts.get(name), plain
         if value is None:
