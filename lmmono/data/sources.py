@@ -72,7 +72,7 @@ def tokenize(
             or a setting is out of range.
     """
     tokenizer = _tokenizer(model, tokenizer)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     context = getattr(config, "max_position_embeddings", None)
     paths = _paths(texts)
