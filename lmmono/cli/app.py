@@ -509,14 +509,20 @@ def _done(target: str, overrides: Sequence[str] | None, *verbs: str) -> "list[Ru
     for recipe, folder in _recipes_of(target, overrides or ()):
         run = open_for(recipe, folder)
         if run.set_aside:
-            before = changes(open_run(run.set_aside).recipe, recipe)
+            differences = changes(open_run(run.set_aside).recipe, recipe)
             _tell(f"{run.dir}: other settings' results set aside in {run.set_aside}")
-            _tell("\n".join(f"  {line}" for line in before))
+            _tell("\n".join(f"  {line}" for line in differences))
+        before = run.manifest.stages
         with shown_progress() if this_process().is_main else nullcontext(silent) as progress:
             runs.append(run_stages(run, *verbs, progress=progress))
         if this_process().is_main:
             for warning in run.warnings:
                 _tell(f"{run.dir}: warning: {warning}")
+            # a call that read no text does not open the corpus
+            readers, stages = (run.model_stage, "capture"), run.manifest.stages
+            has_read = any(stages.get(name) != before.get(name) for name in readers)
+            for note in run.corpus.notes if has_read else ():
+                _tell(f"{run.dir}: text: {note}")
     return runs
 
 
