@@ -14,10 +14,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from lmmono.errors import RunError
 from lmmono.files import provenance
 from lmmono.files.atomic import disk_faults, write_atomic
+from lmmono.pipeline import run_stages
 from lmmono.recipe import SECTIONS, Recipe
 from lmmono.recipe.explain_settings import Explain
-from lmmono.recipe.sections import Capture, CrateModel, Train
+from lmmono.recipe.robustness_settings import Robustness
+from lmmono.recipe.sections import Capture, CrateModel, Data, Train
 from lmmono.runs.folder import Run, changes, find_runs, open_run
+from lmmono.runs.stages import STAGES
 
 
 @pytest.fixture
@@ -290,3 +293,26 @@ def test_prepared_corpora_lie_beside_the_runs_or_where_the_environment_says(reci
     assert run.cache_dir == Path("elsewhere")
     monkeypatch.delenv("LMMONO_CACHE")
     assert run.cache_dir == run.dir.parent / ".cache"
+
+
+def test_results_of_text_that_was_edited_are_not_taken_for_those_of_the_new_text(recipe, tmp_path):
+    text, table = tmp_path / "a.txt", tmp_path / "reviews.csv"
+    text.write_text("one\n")
+    table.write_text("text,label\ngood,1\n")
+    sources = Data(corpus={"kind": "files", "paths": (str(tmp_path / "*.txt"),)})
+    own = Robustness(suites=("noisy_labels",), tasks=({"path": str(table)},))
+    run = Run.create(changed(recipe, data=sources, robustness=own))
+    for name in ("train", "robustness"):
+        finish(run, name, **run.text_facts(STAGES[name]))
+    os.utime(text)  # another time, the same bytes
+    open_run(run.dir).require_same_texts()
+    table.write_text("text,label\ngood,0\n")
+    with pytest.raises(RunError, match=r"robustness has read other text.*reviews.csv has other"):
+        run_stages(open_run(run.dir))
+    table.unlink()
+    (tmp_path / "b.txt").write_text("two\n")
+    with pytest.raises(RunError, match=r"stage train has read other text.*b.txt is new"):
+        run_stages(open_run(run.dir), "train")
+    text.unlink()
+    (tmp_path / "b.txt").unlink()
+    open_run(run.dir).require_same_texts()  # results stand without the text

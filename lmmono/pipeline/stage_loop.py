@@ -35,6 +35,8 @@ def run_stages(run: Run, *verbs: str, progress: Progress = silent) -> Run:
         LmmonoError: What the stage itself raises.
     """
     here = this_process()
+    if here.is_main:
+        run.require_same_texts()
     for stage in STAGES.values() if here.is_main else ():
         is_due = not verbs or (stage.verb or stage.name) in verbs
         if stage.inputs and is_due and stage.is_asked(run.recipe) and not run.is_done(stage.name):
@@ -57,6 +59,7 @@ def run_stages(run: Run, *verbs: str, progress: Progress = silent) -> Run:
         _require(run, stage)
         # what the main process does by itself must not share itself out, nor wait for the others
         with run.stage(stage.name) as facts, nullcontext() if stage.is_shared else alone():
+            facts |= run.text_facts(stage)
             facts |= load(stage.run)(run, progress=progress)
     return run
 

@@ -33,7 +33,7 @@ from lmmono.files.locks import lock_folder
 from lmmono.recipe import SECTIONS, Recipe
 from lmmono.recipe.sections import Data, FolderTokenizer, ModelTokenizer, PretrainedModel
 from lmmono.runs.manifest import Manifest, StageRecord
-from lmmono.runs.stages import STAGES
+from lmmono.runs.stages import STAGES, Stage
 from lmmono.types import Split
 
 if TYPE_CHECKING:
@@ -335,6 +335,36 @@ class Run:
                 f"{'; '.join(faults)}; give the new model's run another name or out, or bring the "
                 "old files back"
             )
+
+    def text_facts(self, stage: Stage) -> dict[str, Any]:
+        """Return the fact of which text files a stage is about to read, if it reads any.
+
+        Raises:
+            DataError: A file is missing or cannot be read.
+        """
+        from lmmono.runs.source_texts import named_texts, text_marks
+
+        paths = named_texts(self.recipe, stage.reads)
+        return {"texts": text_marks(paths)} if paths else {}
+
+    def require_same_texts(self) -> None:
+        """Refuse text files that are not those which finished stages have read.
+
+        Raises:
+            RunError: A file has changed, came or went; names each.
+        """
+        for name, record in self.manifest.stages.items():
+            marks = record.facts.get("texts")
+            if record.state != "finished" or not marks or not self.is_done(name):
+                continue
+            from lmmono.runs.source_texts import changed_texts, named_texts
+
+            if faults := changed_texts(named_texts(self.recipe, STAGES[name].reads), marks):
+                raise RunError(
+                    f"{self.dir}: stage {name} has read other text than there is now: "
+                    f"{'; '.join(faults)}; give the new text's run another name or out, or bring "
+                    "the old files back"
+                )
 
     def _record(self, name: str, record: StageRecord) -> None:
         stages = {**self.manifest.stages, name: record}
