@@ -63,7 +63,7 @@ def numbers(folder: Path, shared: Path) -> dict[str, list[float]]:
     losses = [row["value"] for row in log if (row["split"], row["metric"]) == ("train", "loss")]
     if not (shared / "model").exists():  # the first process leaves its weights to the second
         run.model.save_pretrained(shared / "model")
-    model = lm.load_model(shared / "model").to(device)
+    model = lm.open_model(shared / "model")
     rows = run.tokens("explain").limit(40_000, seed=0)
     with astore.open(folder / "store.duckdb", mode="w") as store:
         lm.capture(model, rows, hooks=NEURONS, vectors=STREAM, into=store, max_density=1.0)

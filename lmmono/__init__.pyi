@@ -36,7 +36,6 @@ from lmmono.models.hooks import hook_names as hook_names
 from lmmono.models.hooks import run_with_cache as run_with_cache
 from lmmono.models.hooks import run_with_edit as run_with_edit
 from lmmono.models.pretrained import open_model as open_model
-from lmmono.models.storage import load_model as load_model
 from lmmono.models.untrained import untrained as untrained
 from lmmono.pipeline.stage_loop import run_stages as run_stages
 from lmmono.pipeline.stage_loop import train as train

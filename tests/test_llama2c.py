@@ -153,7 +153,7 @@ def test_the_verb_writes_a_folder_that_loads_with_its_tokenizer(files, stories, 
     out = import_llama2c(files[0], tmp_path / "stories", files[1])
     ids = torch.tensor([tokenizer.encode(stories[0])[:40]])
     with torch.no_grad():
-        assert torch.equal(lm.load_model(out)(ids).logits, model(ids).logits)
+        assert torch.equal(lm.open_model(out)(ids).logits, model(ids).logits)
     again = PreTrainedTokenizerFast.from_pretrained(out)
     assert again.encode(stories[0]) == tokenizer.encode(stories[0])
     with pytest.raises(ModelError, match="something is there already"):
