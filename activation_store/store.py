@@ -309,17 +309,17 @@ class Store:
                 relation = self._run(cursor, query, params)
         except duckdb.Error as fault:
             raise fault_of(fault) from fault
-        # a statement without rows gives None, which DuckDB's types do not say
-        if cast(duckdb.DuckDBPyRelation | None, relation) is None:
+        if relation is None:  # as of a statement without rows
             relation = cursor.sql("SELECT 1 AS done WHERE false")
         return QueryResult(relation, cursor, self.limits, fault_of)
 
     def _run(
         self, cursor: duckdb.DuckDBPyConnection, query: str, params: Mapping[str, Any]
-    ) -> duckdb.DuckDBPyRelation:
+    ) -> duckdb.DuckDBPyRelation | None:
         with door.watched(cursor, self.limits.seconds):
             statement = query if self._trusted else door.read_only(cursor, query)
-            return _bound(cursor, statement, params=params) if params else cursor.sql(statement)
+            relation = _bound(cursor, statement, params=params) if params else cursor.sql(statement)
+            return cast(duckdb.DuckDBPyRelation | None, relation)  # DuckDB's types say never None
 
     def _fault(self, fault: duckdb.Error, query: str, params: Mapping[str, Any]) -> StoreError:
         """Return what DuckDB says, with the way out that belongs to it."""

@@ -88,7 +88,7 @@ def test_a_changed_scorer_leaves_the_explanations_and_a_changed_explainer_does_n
 
     assert stale("score.controls=false") == ["control", "score"]
     assert stale("explain.units=5") == ["explain", "control", "score"]
-    unread = {"train", "vectors"}
+    unread = {"train", "open", "vectors"}
     assert stale("capture.top_k=5") == [name for name in STAGES if name not in unread]
 
 

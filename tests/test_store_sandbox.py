@@ -318,6 +318,15 @@ def test_a_query_ends_at_its_limit_of_time(store, query):
         assert limited.sql("SELECT 1").fetchall() == [(1,)]
 
 
+@pytest.fixture
+def default_sigint():
+    """Python's own handler, also where a background job has inherited that SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_sigint")
 @pytest.mark.parametrize("params", [{}, {"x": 1}])
 def test_ctrl_c_stops_a_query_and_the_store_stays_usable(store, params):
     query = f"{ENDLESS['count']} WHERE {'$x' if params else '1'} = 1"
@@ -332,7 +341,9 @@ def test_ctrl_c_stops_a_query_and_the_store_stays_usable(store, params):
 QUERYING = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits none
+import activation_store as astore
 from lmmono.cli import main
+astore.open(sys.argv[1]).sql("SELECT $n", n=1).df()  # what a query imports is imported
 sys.argv = ["lmmono", "sql", sys.argv[1], sys.argv[2]]
 print("begin", flush=True)
 main()

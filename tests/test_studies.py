@@ -91,7 +91,7 @@ def test_other_settings_make_no_twins(study):
 
 
 def test_the_verb_prints_the_tables_and_names_what_is_not_scored(study, capsys, tmp_path):
-    assert call("compare", study) == 0
+    assert call("compare", study, "--wide") == 0
     printed = capsys.readouterr().out
     assert "Arms" in printed and "Twins" in printed and "crate - gpt2" in printed
     run = open_run(next(iter(find_runs(study))))

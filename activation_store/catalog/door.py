@@ -242,6 +242,10 @@ def _check_names(names: Iterable[str]) -> None:
 # --- how long it runs ---------------------------------------------------------------------------
 
 
+_SETTLE = 255
+"""Byte that asks the watching thread to say when it has read all before; no signal's number."""
+
+
 class _Watch:
     """A thread that interrupts queries on Ctrl-C and at their deadline.
 
@@ -258,6 +262,8 @@ class _Watch:
         self._next = 0
         self._wakes_at = float("inf")
         self._overdue: set[int] = set()
+        self._settled = threading.Condition(self._guard)
+        self._n_asked = self._n_settled = 0
         threading.Thread(target=self._run, name="activation_store queries", daemon=True).start()
 
     @contextmanager
@@ -289,6 +295,8 @@ class _Watch:
             # where Python's handler came first, DuckDB left the call but not the query, and whoever
             # lets go of the connection would wait for its end
             con.interrupt()
+            if by_signal:
+                self._settle()
             if isinstance(fault, KeyboardInterrupt):
                 raise
             if number in self._overdue:
@@ -306,6 +314,15 @@ class _Watch:
                 del self._active[number]
                 self._overdue.discard(number)
 
+    def _settle(self) -> None:
+        """Wait until all signals so far are read, so that none of them ends a later query."""
+        with self._settled:
+            self._n_asked += 1
+            asked = self._n_asked
+            os.write(self._writer, bytes([_SETTLE]))
+            # the thread answers at once; a pipe full of signals must not hang the program
+            self._settled.wait_for(lambda: self._n_settled >= asked, timeout=1.0)
+
     def _run(self) -> None:
         while True:
             with self._guard:
@@ -318,6 +335,10 @@ class _Watch:
             )
             signals = os.read(self._reader, 4096) if ready else b""
             self._interrupt(by_signal=signal.SIGINT in signals)
+            if n_asked := signals.count(_SETTLE):
+                with self._settled:
+                    self._n_settled += n_asked
+                    self._settled.notify_all()
 
     def _interrupt(self, by_signal: bool) -> None:
         # a method of its own, so that this thread keeps no connection in a variable while it waits
