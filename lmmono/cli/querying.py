@@ -321,6 +321,8 @@ def open_stores(places: Sequence[str | Path], data_path: str | None = None) -> S
 
     files = list(dict.fromkeys(store_address(place) for place in places))
     store = astore.open(files[0], data_path=data_path)
+    for lake in (file for file in files[1:] if file.startswith(LAKE)):
+        store.attach(lake, "lake")  # says why it cannot be
     attached = [file for file in files if not file.startswith(LAKE)] if len(files) > 1 else []
     for file, name in zip(attached, schema_names(attached), strict=True):
         store.attach(file, name)
