@@ -11,7 +11,7 @@ import activation_store as astore
 import lmmono as lm
 from lmmono.data.truth import planted_language, row_truth
 
-changes = ("name=tour", "model.arch=crate", "train.steps=60")
+changes = ("name=tour", "model.arch=crate", "train.steps=50")
 recipe = lm.Recipe.load("recipes/quickstart.yaml", *changes)
 run = lm.train(recipe)
 print(f"{run}: {run.val_loss:.3f} nats per token on held-out documents")
