@@ -147,7 +147,11 @@ def capture_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
         if not here.is_main:
             return {}
         info = store.info()
-        facts = {"n_tokens": info.n_tokens, "n_acts": info.n_acts, "n_bytes": info.n_bytes}
+        facts: dict[str, Any] = {
+            "n_tokens": info.n_tokens,
+            "n_acts": info.n_acts,
+            "n_bytes": info.n_bytes,
+        }
         left_out = negative_halves(run.model, _row_hooks(run.model, settings))
         if left_out:
             facts["warnings"] = [

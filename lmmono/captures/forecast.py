@@ -4,6 +4,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -57,19 +58,22 @@ def forecast(model: nn.Module, settings: Capture, *, n_ctx: int, seed: int = 0) 
     """
     settings = settings.model_copy(update={"skip": SkippedTokens()})  # random rows have no BOS
     n_rows = max(1, settings.batch_tokens // n_ctx)
-    d_vocab = bare(model).config.vocab_size
+    network: Any = bare(model)  # torch types what a module holds as tensors and modules
+    d_vocab = int(network.config.vocab_size)
     shape = (N_BATCHES * n_rows, n_ctx)
     ids = np.random.default_rng(seed).integers(0, d_vocab, shape).astype(np.uint32)
     docs = np.repeat(np.arange(len(ids), dtype=np.int32)[:, None], n_ctx, axis=1)
     times: list[float] = []
+
+    def tick(*_: Any, **_known: Any) -> None:
+        times.append(time.perf_counter())
+
     with (
         tempfile.TemporaryDirectory() as folder,
         astore.open(Path(folder) / "store.duckdb", mode="w") as store,
     ):
         rows = TokenRows(ids, docs, 0, "explain")
-        stream(
-            model, [rows], settings, store, seed, lambda *_, **__: times.append(time.perf_counter())
-        )
+        stream(model, [rows], settings, store, seed, tick)
         ((n_bytes,),) = store.sql("SELECT sum(n_bytes) FROM shards").fetchall()
     timed = (N_BATCHES - 1) * n_rows * n_ctx
     return Forecast(timed / (times[-1] - times[0]), n_bytes / ids.size)

@@ -10,7 +10,7 @@ transpose of the paper's D. Refuses flash-attention, which has not been tested h
 
 import math
 from dataclasses import fields
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 try:
     from jaxtyping import Float, Int
 except ImportError:  # shapes are then words
-    Float = Int = Annotated
+    from typing import Annotated as Float
+    from typing import Annotated as Int
 try:
     from lmmono.errors import ModelError
 except ImportError:

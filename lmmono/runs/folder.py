@@ -191,7 +191,10 @@ class Run:
     def warnings(self) -> list[str]:
         """What suggests that model and text do not fit; what a capture leaves out."""
         capture = self.manifest.stages.get("capture")
-        facts = (self.model_facts, dict(capture.facts) if capture else {})
+        facts: tuple[dict[str, Any], ...] = (
+            self.model_facts,
+            dict(capture.facts) if capture else {},
+        )
         return [str(line) for each in facts for line in each.get("warnings", [])]
 
     @property
@@ -354,7 +357,7 @@ class Run:
             RunError: A file has changed, came or went; names each.
         """
         for name, record in self.manifest.stages.items():
-            marks = record.facts.get("texts")
+            marks: Any = record.facts.get("texts")
             if record.state != "finished" or not marks or not self.is_done(name):
                 continue
             from lmmono.runs.source_texts import changed_texts, named_texts
