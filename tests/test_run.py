@@ -309,6 +309,14 @@ def test_results_of_text_that_was_edited_are_not_taken_for_those_of_the_new_text
     table.write_text("text,label\ngood,0\n")
     with pytest.raises(RunError, match=r"robustness has read other text.*reviews.csv has other"):
         run_stages(open_run(run.dir))
+    file = run.dir / "manifest.json"
+    whole = file.read_text()
+    manifest = json.loads(whole)
+    manifest["stages"]["train"]["facts"]["texts"] = {"a.txt": 1}
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=r"train.facts.texts: want digest, size and time"):
+        open_run(run.dir).require_same_texts()
+    file.write_text(whole)
     table.unlink()
     (tmp_path / "b.txt").write_text("two\n")
     with pytest.raises(RunError, match=r"stage train has read other text.*b.txt is new"):

@@ -360,6 +360,13 @@ class Run:
             marks: Any = record.facts.get("texts")
             if record.state != "finished" or not marks or not self.is_done(name):
                 continue
+            if not isinstance(marks, dict) or any(
+                not isinstance(mark, list) or len(mark) != 3 for mark in marks.values()
+            ):
+                raise RunError(
+                    f"{self.dir / 'manifest.json'}: stages.{name}.facts.texts: want digest, size "
+                    "and time of each file; bring the manifest back as it was written"
+                )
             from lmmono.runs.source_texts import changed_texts, named_texts
 
             if faults := changed_texts(named_texts(self.recipe, STAGES[name].reads), marks):
