@@ -22,6 +22,7 @@ PROMISED = {
         "dictionaries",
         "explanations",
         "scores",
+        "promotes",
         "robustness",
         "all_scores",
         "hook_scores",

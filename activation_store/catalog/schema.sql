@@ -1,4 +1,4 @@
--- The contract of a store's catalogue, `store.duckdb`, schema version 4.
+-- The contract of a store's catalogue, `store.duckdb`, schema version 5.
 --
 -- The catalogue lists what exists; bulk data lies beside it in `store/*.parquet`. A shard that
 -- `shards` does not list does not exist. Views and macros are in `views.sql`. Rows are unique by the
@@ -233,6 +233,24 @@ COMMENT ON COLUMN dictionaries.fvu IS 'Fraction of variance unexplained over the
 COMMENT ON COLUMN dictionaries.dead_fraction IS 'Share of latents that never fired, 0 to 1';
 COMMENT ON COLUMN dictionaries.seconds IS 'Wall time of the fit in seconds, >= 0';
 COMMENT ON COLUMN dictionaries.created_at IS 'When the row was written, UTC';
+
+CREATE TABLE IF NOT EXISTS promotes (
+    hook VARCHAR NOT NULL,
+    unit INTEGER NOT NULL,
+    sign VARCHAR NOT NULL CHECK (sign IN ('up', 'down')),
+    rank INTEGER NOT NULL,
+    token_id INTEGER NOT NULL,
+    logit DOUBLE NOT NULL,
+    control DOUBLE
+);
+COMMENT ON TABLE promotes IS 'Tokens that a unit makes likelier or less likely: its direction read through the last norm and the unembedding';
+COMMENT ON COLUMN promotes.hook IS 'Hook of the unit; key with unit, sign, rank';
+COMMENT ON COLUMN promotes.unit IS 'Index of the unit, 0 to d - 1';
+COMMENT ON COLUMN promotes.sign IS 'up: the tokens promoted most; down: those suppressed most';
+COMMENT ON COLUMN promotes.rank IS 'Order within hook, unit and sign, 1 is strongest';
+COMMENT ON COLUMN promotes.token_id IS 'Token id, 0 to d_vocab - 1';
+COMMENT ON COLUMN promotes.logit IS 'Change of the logit, less the mean over the vocabulary, for a stream that is the direction scaled to a root mean square of 1';
+COMMENT ON COLUMN promotes.control IS 'The same at the same rank of a random direction, the median over those drawn; NULL where none was';
 
 CREATE TABLE IF NOT EXISTS explanations (
     hook VARCHAR NOT NULL,

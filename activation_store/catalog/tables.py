@@ -70,6 +70,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "unit_stats": ("hook", "unit"),
     "exemplars": ("hook", "unit", "kind", "rank"),
     "dictionaries": ("hook", "name"),
+    "promotes": ("hook", "unit", "sign", "rank"),
     "explanations": ("hook", "unit", "explainer", "seed", "rank", "prompt_hash"),
     "all_scores": (
         "metric",
@@ -107,6 +108,7 @@ APPENDABLE = (
     "dictionaries",
     "documents",
     "explanations",
+    "promotes",
     "robustness",
     "runs",
     "vocabulary",

@@ -33,6 +33,7 @@ _TABLES = (
     "explanations",
     "hooks",
     "meta",
+    "promotes",
     "robustness",
     "runs",
     "unit_stats",
