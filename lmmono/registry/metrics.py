@@ -84,6 +84,114 @@ def _with_defined(metrics: list[Metric]) -> list[Metric]:
     ]
 
 
+def _interpreters() -> list[Metric]:
+    """Return the measures of an interpreter g of a classifier f by attributes phi (FLINT)."""
+    where = {
+        "": "texts",
+        "_errors": "texts that f gets wrong",
+        "_ood": "texts of other domains",
+        "_noisy": "texts with noise",
+    }
+    tokens = {
+        "": "tokens where relevant attributes act",
+        "_random": "as many random tokens",
+        "_irrelevant": "as many tokens where other attributes act",
+        "_gradients": "as many tokens of largest integrated gradient",
+    }
+    return [
+        *(
+            Metric(
+                f"fidelity{end}", 1, "[0, 1]", "higher", f"share of {what} that f and g agree on"
+            )
+            for end, what in where.items()
+        ),
+        Metric("fidelity_kl", 1, "nats", "lower", "mean KL(softmax f || softmax g)"),
+        *(
+            Metric(
+                f"conciseness_{f'{tau:g}'.replace('.', '_')}",
+                1,
+                ">= 0",
+                "lower",
+                f"mean number of attributes with r > 1 / {tau:g}, r = alpha / max |alpha|",
+            )
+            for tau in (1.5, 2, 2.5, 3, 4, 5)
+        ),
+        Metric("attribute_dead", 1, "[0, 1]", "lower", "share of attributes above 0 on no text"),
+        Metric("attribute_effective", 1, ">= 1", "neither", "exp H(mean phi over its sum)"),
+        Metric(
+            "attribute_exclusivity",
+            1,
+            "[0, 1]",
+            "neither",
+            "mean over attributes of max_c r_jc / sum_c r_jc, r_jc mean relevance, positive part",
+        ),
+        Metric(
+            "attribute_redundancy",
+            1,
+            "[0, 1]",
+            "lower",
+            "mean over j of max_i |corr(phi_j, phi_i)|",
+        ),
+        Metric(
+            "attribute_absent", 1, "[0, 1]", "lower", "share of texts whose largest |alpha| is < 0"
+        ),
+        Metric(
+            "attribute_stability",
+            1,
+            "[-1, 1]",
+            "higher",
+            "mean correlation over texts of attributes of two seeds, matched one to one",
+        ),
+        *(
+            Metric(
+                f"comprehensiveness{end}",
+                1,
+                "[-1, 1]",
+                "higher" if not end else "neither",
+                f"median of p(class) - p(class | text without {what}), p of f",
+            )
+            for end, what in tokens.items()
+        ),
+        *(
+            Metric(
+                f"sufficiency{end}",
+                1,
+                "[-1, 1]",
+                "lower" if not end else "neither",
+                f"median of p(class) - p(class | only {what}), p of f",
+            )
+            for end, what in tokens.items()
+        ),
+        Metric(
+            "word_gain",
+            1,
+            "nats per word",
+            "higher",
+            "-ln p(word) of the unigram model less that given phi, held out",
+        ),
+        Metric(
+            "gradient_agreement",
+            1,
+            "[-1, 1]",
+            "higher",
+            "mean Spearman over tokens of acts with integrated gradients of the top attribute",
+        ),
+        Metric("attribute_flips", 1, "[0, 1]", "lower", "share of edits that change argmax_j r_j"),
+        Metric(
+            "attribute_overlap", 1, "[0, 1]", "higher", "mean Jaccard of {j: r_j > 1/3} over edits"
+        ),
+        Metric(
+            "attribute_distance",
+            1,
+            "[0, 1]",
+            "lower",
+            "mean |phi(x) - phi(x')|_1 / (|phi(x)|_1 + |phi(x')|_1 + 1e-6)",
+        ),
+        Metric("relevance_distance", 1, "[0, 2]", "lower", "mean 1 - cos(r(x), r(x'))"),
+        Metric("attribute_norm", 1, ">= 0", "neither", "mean |phi(x)|_1"),
+    ]
+
+
 _CLASSIFIED = (
     ("detection", "records that fire against silent ones"),
     ("detection_near_miss", "records that fire against silent ones with the favourite token"),
@@ -231,5 +339,6 @@ METRICS: dict[str, Metric] = {
         ),
         *(metric for scorer, records in _SIMULATED for metric in _simulated(scorer, records)),
         *(metric for name, contrast in _CLASSIFIED for metric in _classified(name, contrast)),
+        *_interpreters(),
     )
 }
