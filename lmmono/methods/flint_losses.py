@@ -89,7 +89,7 @@ def output_fidelity(scores: Float[Tensor, "batch c"], logits: Float[Tensor, "bat
 def paper_output_fidelity(
     scores: Float[Tensor, "batch c"], logits: Float[Tensor, "batch c"]
 ) -> Scalar:
-    """Return -sum softmax(h) log softmax(f), as the paper writes it: h the target, f the student."""
+    """Return -sum softmax(h) log softmax(f), as the paper writes it: h is the target."""
     return -(scores.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
 
 

@@ -1,8 +1,8 @@
 """What FLINT's attributes are worth, as numbers on arrays; each has its record in `METRICS`.
 
 alpha_jx = phi_j(x) w_jc for c, the class that the interpreter gives x; relevance r_jx =
-alpha_jx / max_i |alpha_ix|, in [-1, 1]. Explanations are of texts on which interpreter and predictor
-agree. Formulas of arXiv 2010.09345; where its text and code differ the docstring says what is done.
+alpha_jx / max_i |alpha_ix|, in [-1, 1]. Explanations are of texts on which both models
+agree. Formulas of arXiv 2010.09345; where text and code differ the docstring says what is done.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ TAUS = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
 """Thresholds 1 / tau of the paper's conciseness curve."""
 
 PAIR = 0.2
-"""Least global relevance of a class-attribute pair that is shown: the paper's for natural images."""
+"""Least global relevance of a class-attribute pair that is shown: the paper, natural images."""
 
 Attributes = Float[ndarray, "n attribute"]
 Relevance = Float[ndarray, "n attribute"]
@@ -58,7 +58,7 @@ def global_relevance(
 
 
 def relevant(r: Relevance, tau: float) -> Bool[ndarray, "n attribute"]:
-    """Return which attributes explain each text: r > 1 / tau, so that what speaks against is not."""
+    """Return which attributes explain each text: r > 1 / tau, so nothing that speaks against."""
     return r > 1.0 / tau
 
 
@@ -154,7 +154,7 @@ def flips(ours: Relevance, theirs: Relevance) -> float:
 
 
 def overlap(ours: Relevance, theirs: Relevance, tau: float) -> float:
-    """Return the mean Jaccard index of {j: r > 1 / tau} before and after an edit; 1 if both empty."""
+    """Return the mean Jaccard index of {j: r > 1 / tau} before and after; 1 if both are empty."""
     before, after = relevant(ours, tau), relevant(theirs, tau)
     either = (before | after).sum(axis=1)
     both = (before & after).sum(axis=1)
