@@ -53,7 +53,11 @@ def test_an_empty_store_answers_every_view_and_macro_with_typed_nothing(tmp_path
     with astore.open(tmp_path, "w") as store:
         for source in ("tokens", "activations", "vectors", "vector_shards", "unit('h', 1)"):
             assert store.sql(f"FROM {source}").fetchall() == []
-        for source in ("exemplars('h', 1)", "excerpt(1, 2)", "token_profile('h', 1)"):
+        for source in (
+            *("exemplars('h', 1)", "excerpt(1, 2)", "token_profile('h', 1)", "fires('h', 1)"),
+            *("fires_both('h:1', 'h:2')", "fires_only('h:1', 'h:2')", "follows('h:1', 'h:2')"),
+            *("like_this(1, 2)", "units_on('cat')"),
+        ):
             assert store.sql(f"FROM {source}").fetchall() == []
         kinds = store.sql("FROM activations").types
         assert [str(kind) for kind in kinds] == [
@@ -219,6 +223,13 @@ MACROS = (
     "unit('no hook', 1)",
     "coactivation($hook, 1, 2)",
     "token_profile($hook, 1)",
+    "fires($hook, 1)",
+    "fires_both($hook || ':1', $hook || ':2')",
+    "fires_only($hook || ':1', $hook || ':2')",
+    "follows($hook || ':1', $hook || ':2')",
+    "like_this(3, 4, of_hook := $hook)",
+    "units_on('cat')",
+    "twins('', '')",
 )
 
 

@@ -34,7 +34,10 @@ MEANS = (
     "SELECT metric, avg(value) FROM hook_scores GROUP BY metric ORDER BY metric",
     "SELECT count(*) FROM all_scores WHERE metric IN ('m', 'fvu')",
 )
-MACROS = {"exemplars", "excerpt", "unit", "coactivation", "token_profile"}
+MACROS = {
+    *("exemplars", "excerpt", "unit", "coactivation", "token_profile", "fires", "fires_both"),
+    *("fires_only", "follows", "like_this", "units_on", "twins"),
+}
 
 
 @pytest.fixture
