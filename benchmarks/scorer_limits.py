@@ -55,7 +55,7 @@ def trained(path: str) -> None:
         n = row[0] if row else 0
         for hook, d, few, none in store.sql(NEVER_SILENT, n=n).fetchall():
             print(f"{path} {hook}: of {d} units {few} leave < 5 of {n} windows silent, {none} none")
-            settings = dict(find_scorer("feature_decorrelation").settings)
+            settings = find_scorer("feature_decorrelation").settings
             job = ScoreJob(store, hook, RecordReader(store), settings=settings)
             for each in score_decorrelation(job):
                 ends = f"[{each['ci_low']:.4f}, {each['ci_high']:.4f}]"

@@ -35,14 +35,13 @@ def store(planted):
 
 
 def rows_of(store, scorer, client=None, seed=0, **settings):
-    settings = {**SETTINGS, **settings}
-    defaults = find_scorer(scorer).settings
+    settings = find_scorer(scorer).with_settings(changes=SETTINGS | settings)
     job = ScoreJob(
         store,
         HOOK,
         RecordReader(store, seed=seed),
         tuple(KNOWN),
-        {**defaults, **settings},
+        settings,
         explainer="token_lookup",
         seed=seed,
         client=client,

@@ -67,7 +67,8 @@ def store(planted):
 
 
 def rows_of(store, scorer, client=None, **settings):
-    settings = {**find_scorer(scorer).settings, "window": 16, "n": 20, **settings}
+    changes = {"window": 16, "n": 20, **settings}
+    settings = find_scorer(scorer).with_settings(changes=changes)
     reader = RecordReader(store)
     job = ScoreJob(store, HOOK, reader, UNITS, settings, explainer="token_lookup", client=client)
     rows = find_scorer(scorer).load()(job)

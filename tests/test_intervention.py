@@ -62,9 +62,9 @@ def store(path):
 
 
 def job_of(store, model, scorer="effect", units=(0, 1, 2, 3), **settings):
-    settings = {**find_scorer(scorer).settings, "prompt": 8, **settings}
+    typed = find_scorer(scorer).with_settings(changes={"prompt": 8, **settings})
     reader = RecordReader(store)
-    return ScoreJob(store, HOOK, reader, units, settings, explainer="token_lookup", model=model)
+    return ScoreJob(store, HOOK, reader, units, typed, explainer="token_lookup", model=model)
 
 
 def test_steering_reaches_the_kl_asked_for_and_is_an_edit_of_the_last_token(store, model):

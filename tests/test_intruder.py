@@ -33,7 +33,7 @@ def store(planted):
 
 
 def rows_of(store, scorer, client=None):
-    settings = {**find_scorer(scorer).settings, **SETTINGS}
+    settings = find_scorer(scorer).with_settings(changes=SETTINGS)
     reader = RecordReader(store)
     job = ScoreJob(store, HOOK, reader, UNITS, settings, explainer="token_lookup", client=client)
     rows = find_scorer(scorer).load()(job)

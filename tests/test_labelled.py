@@ -17,6 +17,7 @@ import activation_store as astore
 import lmmono as lm
 from lmmono.errors import ExplainError
 from lmmono.records.record_reader import RecordReader
+from lmmono.registry.scorer_settings import LabelledSettings
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.labelled import selectivity, strongest
 from lmmono.scores.labelled_items import TokenLabels, read_labelled
@@ -44,8 +45,8 @@ def labels(planted):
 
 
 def rows_of(store, scorer, labels, units=None, **settings):
-    settings = {**find_scorer(scorer).settings, **settings}
-    job = ScoreJob(store, HOOK, RecordReader(store), units, settings, labels=labels)
+    typed = find_scorer(scorer).with_settings(changes=settings)
+    job = ScoreJob(store, HOOK, RecordReader(store), units, typed, labels=labels)
     rows = find_scorer(scorer).load()(job)
     return {(row["metric"], row["unit"], row["control"]): row for row in rows}
 
@@ -120,7 +121,9 @@ def test_fms_follows_its_equation_by_hand():
 
 
 def test_shuffled_labels_keep_how_many_items_have_each_concept(store, labels):
-    job = ScoreJob(store, HOOK, RecordReader(store), settings={"items": 2000}, labels=labels)
+    job = ScoreJob(
+        store, HOOK, RecordReader(store), settings=LabelledSettings(items=2000), labels=labels
+    )
     found = read_labelled(job, "score")
     for seed in range(3):
         other = found.shuffled(np.random.default_rng(seed))

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from lmmono.errors import ExplainError
+from lmmono.files.docstrings import field_sentences
 from lmmono.recipe.explain_settings import Explain, Scoring
 from lmmono.recipe.robustness_settings import FamilySettings, Robustness
 from lmmono.registry.dictionary_kinds import DICTIONARY_KINDS
@@ -65,6 +66,31 @@ def test_recipes_take_every_name_that_needs_nothing_else():
 def test_a_scorer_that_no_recipe_can_call_says_which_argument_it_wants_in_python(name):
     with pytest.raises(ValueError, match=f"{SCORERS[name].argument}=..."):
         Scoring(name=name)
+
+
+def test_settings_of_scorers_have_a_sentence_each_and_defaults_that_pass_their_own_check():
+    for scorer in SCORERS.values():
+        values = {name: getattr(scorer.settings, name) for name in scorer.setting_names}
+        assert set(field_sentences(type(scorer.settings))) == set(values)
+        assert scorer.with_settings(changes=values) == scorer.settings
+        for preset in scorer.presets:
+            assert scorer.with_settings(preset) != scorer.settings
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"n": "ten"}, "detection: n: want a whole number >= 1, got 'ten'"),
+        ({"n": 0}, "n: want a whole number >= 1, got 0"),
+        ({"ranked": 1}, "ranked: want true or false, got 1"),
+        ({"windows": 32}, "no setting 'windows'; did you mean window"),
+    ],
+)
+def test_a_wrong_setting_of_a_scorer_is_refused_in_python_and_in_recipes(changes, message):
+    with pytest.raises(ExplainError, match=message):
+        find_scorer("detection").with_settings(changes=changes)
+    with pytest.raises(ValueError, match=message):
+        Scoring(name="detection", settings=changes)
 
 
 def test_an_unknown_name_is_answered_with_those_that_are_near():

@@ -159,7 +159,7 @@ def test_what_is_said_of_another_unit_is_read_on_the_scale_of_the_unit_itself(st
 
 
 def test_shuffled_pairing_keeps_a_record_with_others_of_its_kind(store):
-    settings = {**find_scorer("simulation_tar").settings, "top": 4, "random": 6}
+    settings = find_scorer("simulation_tar").with_settings(changes={"top": 4, "random": 6})
     job = ScoreJob(store, HOOK, RecordReader(store), settings=settings, explainer="token_lookup")
     records = scored_records(job, ("top", "random"))
     partner = simulation._partners(job, records, np.arange(6))

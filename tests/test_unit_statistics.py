@@ -39,8 +39,8 @@ def store(planted):
 
 
 def rows_of(store, scorer, labels=None, units=None, **settings):
-    settings = {**find_scorer(scorer).settings, **settings}
-    job = ScoreJob(store, HOOK, RecordReader(store), units, settings, labels=labels)
+    typed = find_scorer(scorer).with_settings(changes=settings)
+    job = ScoreJob(store, HOOK, RecordReader(store), units, typed, labels=labels)
     rows = find_scorer(scorer).load()(job)
     return {(row["metric"], row["unit"], row["control"]): row for row in rows}
 

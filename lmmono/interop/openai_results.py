@@ -23,6 +23,7 @@ from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import kept_explanations, read_vocabulary
 from lmmono.records.record_reader import RecordReader
 from lmmono.records.sampler import Records
+from lmmono.registry.scorer_settings import SimulationSettings
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.score_job import ScoreJob
 from lmmono.scores.simulation import UNITS_AT_ONCE, scored_records
@@ -80,7 +81,7 @@ def export_simulations(
     """
     check_shards(store, [hook])  # first: what is simulated is read from them
     scorer, reader = find_scorer("simulation_tar"), RecordReader(store, seed=seed)
-    settings = {**scorer.settings, **scorer.presets.get(preset or "", {}), "simulator": simulator}
+    settings = scorer.with_settings(preset, {"simulator": simulator})
     names = list(explainers or _explainers(store, hook, simulator))
     stored = {name: kept_explanations(reader, hook, name) for name in names}
     wanted = sorted({unit for said in stored.values() for unit in said})
@@ -151,8 +152,8 @@ def _sequences(
     words: tuple[str, ...],
 ) -> list[Json]:
     """Return the records that there are, each with its own scores."""
-    normalised = job.settings["simulator"] == "llm"
-    by_program = job.settings["simulator"] == "program"
+    simulator = job.settings_as(SimulationSettings).simulator
+    normalised, by_program = simulator == "llm", simulator == "program"
     found: list[Json] = []
     for record in np.flatnonzero((ids >= 0).any(axis=1)):
         there = ids[record] >= 0

@@ -5,7 +5,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from lmmono.errors import nearest
+from lmmono.errors import ExplainError, nearest
 from lmmono.recipe.sections import Count, OneOf, Section, clash
 from lmmono.registry.explainers import EXPLAINERS, ProtocolName
 from lmmono.registry.scorers import SCORERS
@@ -74,6 +74,8 @@ class Scoring(
     """The scorer; see `lmmono ls scorers`."""
     preset: str | None = None
     """Settings as in a paper; null takes the scorer's own."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Changed settings of the scorer; see the tables of scorers below."""
 
     @model_validator(mode="after")
     def _check_names(self) -> "Scoring":
@@ -86,6 +88,10 @@ class Scoring(
         if self.preset is not None and self.preset not in known:
             way_out = nearest(self.preset, known) if known else "it has none"
             raise clash(f"{self.name} has no preset {self.preset!r}; {way_out}", "preset")
+        try:
+            scorer.with_settings(self.preset, self.settings)
+        except ExplainError as fault:
+            raise clash(str(fault), "settings") from None
         return self
 
     @property

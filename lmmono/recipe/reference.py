@@ -2,14 +2,17 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
 
 from lmmono.files.docstrings import field_sentences
 from lmmono.recipe.recipe import SECTIONS, Recipe
 from lmmono.recipe.sections import OneOf, Section
+from lmmono.registry.scorer_settings import ScorerSettings
+from lmmono.registry.scorers import SCORERS
 
 _LIMITS = (("ge", ">= {}"), ("gt", "> {}"), ("le", "<= {}"), ("lt", "< {}"))
 _PLAIN = {int: "integer", float: "number", str: "text", bool: "true or false", Any: "anything"}
@@ -31,12 +34,34 @@ def settings_markdown() -> str:
     for name in SECTIONS:
         parts += ["", f"## {name}", "", _section_sentence(name), ""]
         parts += _chapter(Recipe.model_fields[name], name)
+        if name == "score":
+            parts += _scorer_tables()
     return "\n".join(parts) + "\n"
 
 
 def _section_sentence(name: str) -> str:
     """Return the sentence of a section of a recipe."""
     return " ".join(field_sentences(Recipe)[name].split())
+
+
+def _scorer_tables() -> Iterator[str]:
+    """Yield the settings of scorers, a table for each kind."""
+    by_kind: dict[type[ScorerSettings], list[str]] = {}
+    for scorer in SCORERS.values():
+        by_kind.setdefault(type(scorer.settings), []).append(scorer.name)
+    for kind, names in by_kind.items():
+        if not fields(kind):
+            continue
+        yield from (f"### settings of {', '.join(names)}", "", first_sentence(kind), "")
+        yield from ("| key | type | default | what |", "|---|---|---|---|")
+        sentences, defaults = field_sentences(kind), kind()
+        for each, hint in get_type_hints(kind).items():
+            what = " ".join(sentences[each].split())
+            least = kind.__dataclass_fields__[each].metadata.get("least")
+            about = type_text(hint) + ("" if least is None else f" >= {least:g}")
+            cells = (f"`{each}`", about, f"`{_yaml(getattr(defaults, each))}`", what)
+            yield "| " + " | ".join(cells) + " |"
+        yield ""
 
 
 def _chapter(field: FieldInfo, path: str) -> Iterator[str]:

@@ -1,11 +1,28 @@
 """The scorers: what each measures, needs and cites. Adding one is adding a record."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lmmono.errors import ExplainError
 from lmmono.registry.lookup import find, load
+from lmmono.registry.scorer_settings import (
+    AskedTrialSettings,
+    ClassificationSettings,
+    DecorrelationSettings,
+    EmbeddingSettings,
+    FmsSettings,
+    IntervalSettings,
+    LabelledItemSettings,
+    LabelledSettings,
+    ScorerSettings,
+    SimulationSettings,
+    StatisticsSettings,
+    SteeringSettings,
+    SurprisalSettings,
+    TrialSettings,
+    changed,
+)
 
 Need = Literal["explanation", "program", "client", "model", "labels", "encoder"]
 """What a scorer wants besides a store."""
@@ -32,7 +49,7 @@ class Scorer:
     """Where the algorithm comes from."""
     about: str
     """What it measures, in a sentence."""
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: ScorerSettings = field(default_factory=ScorerSettings)
     """Every setting with its default; a preset or a caller may change these and no others."""
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Changed settings by name, such as `openai`."""
@@ -51,41 +68,36 @@ class Scorer:
         """The argument that it wants in Python and no recipe can give; None for the others."""
         return next((need for need in UNGIVEN if need in self.needs), None)
 
+    @property
+    def setting_names(self) -> tuple[str, ...]:
+        """Names of its settings."""
+        return tuple(each.name for each in fields(self.settings))
+
     def load(self) -> Callable[[Any], Any]:
         """Import and return the function that scores."""
         return load(self.home)
 
+    def with_settings(
+        self, preset: str | None = None, changes: Mapping[str, Any] | None = None
+    ) -> ScorerSettings:
+        """Return the settings of a preset, with some changed.
 
-_SIMULATION: dict[str, Any] = {
-    "top": 20,
-    "random": 20,
-    "window": 64,
-    "protocol": None,
-    "simulator": "program",
-}
+        Raises:
+            ExplainError: No such preset or setting, or a value that does not fit.
+        """
+        if preset is not None and preset not in self.presets:
+            presets = ", ".join(self.presets) or "none"
+            raise ExplainError(f"{self.name}: no preset {preset!r}; it has: {presets}")
+        of_preset = {} if preset is None else self.presets[preset]
+        return changed(self.settings, self.name, {**of_preset, **(changes or {})})
+
 
 _PAPERS: dict[str, dict[str, Any]] = {
     "openai": {"protocol": "openai"},
     "openai_crate": {"protocol": "openai_crate"},
 }
 
-_CLASSES: dict[str, Any] = {
-    "n": 50,
-    "window": 32,
-    "ranked": False,
-    "batch": 5,
-    "max_tokens": None,
-}
-
 _RANKED: dict[str, dict[str, Any]] = {"ranked": {"ranked": True}}
-
-_TEXTS: dict[str, Any] = {"n": 50, "window": 32, "ranked": False}
-
-_TRIALS: dict[str, Any] = {"trials": 20, "size": 5, "window": 32, "ranked": False}
-
-_ASKED_TRIALS: dict[str, Any] = {**_TRIALS, "max_tokens": None}
-
-_STEERED: dict[str, Any] = {"prompts": 8, "prompt": 32, "kl": 0.5}
 
 _RATES = ("", "_auroc", "_average_precision")
 
@@ -110,7 +122,7 @@ _ALL = (
         chance=0.0,
         citation="Bills et al. 2023, Language models can explain neurons in language models",
         about="agreement of simulated and true activations on top and random records together",
-        settings=_SIMULATION,
+        settings=SimulationSettings(),
         presets=_PAPERS,
     ),
     Scorer(
@@ -121,7 +133,7 @@ _ALL = (
         chance=0.0,
         citation="Bills et al. 2023, Language models can explain neurons in language models",
         about="agreement of simulated and true activations on random records, firing or not",
-        settings=_SIMULATION,
+        settings=SimulationSettings(),
         presets=_PAPERS,
     ),
     Scorer(
@@ -132,7 +144,7 @@ _ALL = (
         chance=0.5,
         citation="Paulo et al. 2024 (arXiv 2410.13928); near misses: own",
         about="telling records in which the unit fires from silent ones by its explanation",
-        settings=_CLASSES,
+        settings=ClassificationSettings(),
         presets=_RANKED,
     ),
     Scorer(
@@ -143,7 +155,7 @@ _ALL = (
         chance=0.5,
         citation="Paulo et al. 2024 (arXiv 2410.13928)",
         about="telling by the explanation whether marked tokens are those on which the unit fires",
-        settings=_CLASSES,
+        settings=ClassificationSettings(),
         presets=_RANKED,
     ),
     Scorer(
@@ -160,7 +172,7 @@ _ALL = (
         chance=None,
         citation="moments: textbook; scale: arXiv 2312.11560; tokens and n-grams: own",
         about="how rarely a unit fires, how far it stands out, and on how few tokens and n-grams",
-        settings={"ngram": 2},
+        settings=StatisticsSettings(),
         seeded=False,
     ),
     Scorer(
@@ -171,7 +183,7 @@ _ALL = (
         chance=None,
         citation="Yan et al. 2024 (arXiv 2406.17969); units: Zbontar et al. 2021, Barlow Twins",
         about="how little the activations of different tokens, and different units, are alike",
-        settings={"tokens": 4096},
+        settings=DecorrelationSettings(),
         per="hook",
     ),
     Scorer(
@@ -188,7 +200,7 @@ _ALL = (
         chance=0.0,
         citation="arXiv 2410.21331; chance correction: own; Morcos et al. 2018 (arXiv 1803.06959)",
         about="how well a unit keeps to one concept of given labels, raw and beyond chance",
-        settings={"items": 20_000, "permutations": 20, "top_share": 0.01},
+        settings=LabelledSettings(),
     ),
     Scorer(
         "sparse_probing",
@@ -198,7 +210,7 @@ _ALL = (
         chance=0.5,
         citation="Gurnee et al. 2023 (arXiv 2305.01610)",
         about="how much of a concept the best 1, 2 or 5 units of a hook hold",
-        settings={"items": 20_000},
+        settings=LabelledItemSettings(),
         per="hook",
     ),
     Scorer(
@@ -209,7 +221,7 @@ _ALL = (
         chance=None,
         citation="Härle et al. 2025 (arXiv 2506.19382)",
         about="whether one unit holds a concept, and nothing but that unit does",
-        settings={"items": 20_000, "per_class": 500, "depth": 4},
+        settings=FmsSettings(),
         per="hook",
     ),
     Scorer(
@@ -220,7 +232,7 @@ _ALL = (
         chance=0.2,
         citation="Paulo et al. 2024 (arXiv 2410.13928)",
         about="whether a language model finds the one record of five that has no true marks",
-        settings=_ASKED_TRIALS,
+        settings=AskedTrialSettings(),
         presets=_RANKED,
     ),
     Scorer(
@@ -231,7 +243,7 @@ _ALL = (
         chance=0.2,
         citation="Paulo et al. 2024 (arXiv 2410.13928), with a program for the judge",
         about="whether an explanation's program predicts least for the one record of five",
-        settings=_TRIALS,
+        settings=TrialSettings(),
         presets=_RANKED,
     ),
     Scorer(
@@ -242,7 +254,7 @@ _ALL = (
         chance=0.0,
         citation="Bricken et al. 2023, Towards Monosemanticity",
         about="rank agreement of predicted and true activations on examples of all levels",
-        settings={"simulator": "program"},
+        settings=IntervalSettings(),
     ),
     Scorer(
         "effect",
@@ -252,7 +264,7 @@ _ALL = (
         chance=None,
         citation="Paulo et al. 2024 (arXiv 2410.13928); strength by matched KL",
         about="how much a unit changes the next token, and which tokens it promotes",
-        settings=_STEERED,
+        settings=SteeringSettings(),
     ),
     Scorer(
         "intervention",
@@ -262,7 +274,7 @@ _ALL = (
         chance=0.0,
         citation="after Paulo et al. 2024 (arXiv 2410.13928), with a program for the reader",
         about="whether steering a unit promotes the tokens that its explanation predicts",
-        settings=_STEERED,
+        settings=SteeringSettings(),
     ),
     Scorer(
         "embedding",
@@ -272,7 +284,7 @@ _ALL = (
         chance=0.5,
         citation="Paulo et al. 2024 (arXiv 2410.13928)",
         about="whether the explanation lies nearer to texts in which the unit fires",
-        settings={**_TEXTS, "encoder": "sentence-transformers/all-MiniLM-L6-v2"},
+        settings=EmbeddingSettings(),
         presets=_RANKED,
     ),
     Scorer(
@@ -283,7 +295,7 @@ _ALL = (
         chance=0.5,
         citation="Paulo et al. 2024 (arXiv 2410.13928)",
         about="whether the explanation makes a model expect texts in which the unit fires",
-        settings={**_TEXTS, "n": 20},
+        settings=SurprisalSettings(),
         presets=_RANKED,
     ),
 )

@@ -22,6 +22,7 @@ from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Class, Contrasts
 from lmmono.records.seeds import stream
+from lmmono.registry.scorer_settings import ClassificationSettings
 from lmmono.scores.judging import (
     CHANCE,
     MIN_RECORDS,
@@ -134,11 +135,10 @@ class _Classification:
         ]
 
     def _read(self, split: Any) -> _Asked:
-        settings = self._job.settings
-        n, window = int(settings["n"]), int(settings["window"])
-        job, ranked = self._job, bool(settings["ranked"])
+        job, settings = self._job, self._job.settings_as(ClassificationSettings)
+        n = settings.n
         contrasts = job.reader.contrasts(
-            job.hook, split, n, window=window, units=job.units, ranked=ranked
+            job.hook, split, n, window=settings.window, units=job.units, ranked=settings.ranked
         )
         ids, marks = contrasts.token_ids(self._classes), self._marks(contrasts, self._job.seed)
         present = contrasts.of(self._classes) >= 0
@@ -170,7 +170,7 @@ class _Classification:
         job, score = self._job, self._score
         if job.client is not None:
             words = read_vocabulary(job.store)
-            batch = int(job.settings["batch"])
+            settings = job.settings_as(ClassificationSettings)
             order = [
                 places if self._lacks(i) is None else places[:0]
                 for i, places in enumerate(self._order)
@@ -181,8 +181,8 @@ class _Classification:
                 score.items,
                 order,
                 words,
-                batch,
-                job.settings.get("max_tokens"),
+                settings.batch,
+                settings.max_tokens,
             )
         return [self._by_program(i, each) for i, each in enumerate(explanations)]
 

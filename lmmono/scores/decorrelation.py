@@ -13,6 +13,7 @@ from numpy import ndarray
 from lmmono.records.seeds import stream
 from lmmono.records.unit_rows import read_unit_rows
 from lmmono.records.units import checked_units
+from lmmono.registry.scorer_settings import DecorrelationSettings
 from lmmono.scores.score_job import Row, ScoreJob
 from lmmono.scores.unit_statistics import METHOD, Corpus, columns_of, read_corpus
 from lmmono.stats.intervals import jackknife_interval
@@ -47,7 +48,7 @@ def score_decorrelation(job: ScoreJob) -> list[Row]:
     corpus = read_corpus(job, "score")
     units = checked_units(job.store, job.hook, job.units)
     rng = stream("tokens of a hook", job.seed, job.hook)
-    cells = draw_cells(corpus, int(job.settings["tokens"]), rng)
+    cells = draw_cells(corpus, job.settings_as(DecorrelationSettings).tokens, rng)
     dense, groups = read_dense(job, corpus, cells, units), corpus.groups[cells]
     rng, rows = stream("shuffled tokens", job.seed, job.hook), list[Row]()
     kinds: list[tuple[str | None, Dense]] = [(None, dense)]

@@ -15,6 +15,7 @@ from lmmono.errors import ExplainError
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Class
 from lmmono.records.seeds import stream
+from lmmono.registry.scorer_settings import EmbeddingSettings
 from lmmono.scores.judging import area_row, present_classes, shown_text
 from lmmono.scores.score_job import Row, ScoreJob
 
@@ -63,14 +64,15 @@ def open_encoder(encoder: SentenceEncoder | str) -> SentenceEncoder:
 
 def score_embedding(job: ScoreJob) -> list[Row]:
     """Score units by the AUROC of the cosines of firing and silent texts, and of near misses."""
-    encoder, settings = open_encoder(job.settings["encoder"]), job.settings
+    settings = job.settings_as(EmbeddingSettings)
+    encoder = open_encoder(settings.encoder)
     contrasts = job.reader.contrasts(
         job.hook,
         "score",
-        int(settings["n"]),
-        window=int(settings["window"]),
+        settings.n,
+        window=settings.window,
         units=job.units,
-        ranked=bool(settings["ranked"]),
+        ranked=settings.ranked,
     )
     units, index = contrasts.units.tolist(), contrasts.of(CLASSES)
     used = np.unique(index[index >= 0])

@@ -19,6 +19,7 @@ from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Contrasts
 from lmmono.records.seeds import stream
+from lmmono.registry.scorer_settings import AskedTrialSettings, TrialSettings
 from lmmono.scores.classification import marked_tokens
 from lmmono.scores.judging import MIN_RECORDS, Items, failure_of, joined_hash, predicted, shown_text
 from lmmono.scores.score_job import Row, ScoreJob, program_of, undefined, usage_columns
@@ -83,14 +84,15 @@ def _inserted(own: ndarray, other: ndarray, places: Int[ndarray, " trials"]) -> 
 
 
 def _read(job: ScoreJob) -> tuple[list[int], list[Trials]]:
-    n, size = int(job.settings["trials"]), int(job.settings["size"])
+    settings = job.settings_as(TrialSettings)
+    n, size = settings.trials, settings.size
     contrasts = job.reader.contrasts(
         job.hook,
         "score",
         n * (size - 1),
-        window=int(job.settings["window"]),
+        window=settings.window,
         units=job.units,
-        ranked=bool(job.settings["ranked"]),
+        ranked=settings.ranked,
     )
     return contrasts.units.tolist(), draw_trials(contrasts, n, size, job.seed)
 
@@ -131,7 +133,9 @@ def score_by_client(job: ScoreJob) -> list[Row]:
     words = read_vocabulary(job.store)
     prompts = [_prompts(of_unit, words) for of_unit in trials]
     asked_all = [prompt for of_unit in prompts for prompt in of_unit]
-    max_tokens = job.settings.get("max_tokens") or 8  # one number, and a word or two before it
+    max_tokens = (
+        job.settings_as(AskedTrialSettings).max_tokens or 8
+    )  # one number, and a word or two before it
     answers = iter(job.client.complete(asked_all, max_tokens=max_tokens))
     rows: list[Row] = []
     for unit, of_unit, asked in zip(units, trials, prompts, strict=True):
@@ -189,7 +193,7 @@ def _row(
     control: str | None,
 ) -> Row:
     """Return the row of one unit; a trial without an answer counts as a guess."""
-    n, chance = len(trials.intruder), 1 / int(job.settings["size"])
+    n, chance = len(trials.intruder), 1 / job.settings_as(TrialSettings).size
     known: Row = {"control": control, "n": n, "n_documents": trials.n_documents}
     known |= {"n_records": n * trials.token_ids.shape[1]}
     known |= {"n_tokens": int((trials.token_ids >= 0).sum())}

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from lmmono.records.seeds import stream
+from lmmono.registry.scorer_settings import LabelledSettings
 from lmmono.scores.labelled_items import LabelledItems, read_labelled
 from lmmono.scores.score_job import Row, ScoreJob
 from lmmono.scores.unit_statistics import METHOD, N_GROUPS
@@ -113,13 +114,13 @@ def _measure(
             [selectivity(scored.acts[k], labels[k], concepts) for k in kept], axis=1
         )
     }
-    firing = fires(scored.acts)
+    firing, settings = fires(scored.acts), job.settings_as(LabelledSettings)
     support = {"class_selectivity": firing.sum(axis=0)}
     shuffles = [
         scored.shuffled(stream("shuffled classes", job.seed, i))
-        for i in range(int(job.settings["permutations"]))
+        for i in range(settings.permutations)
     ]
-    tops = strongest(scored.acts, float(job.settings["top_share"]))
+    tops = strongest(scored.acts, settings.top_share)
     for name, active in (("semantic_consistency", firing), ("semantic_consistency_top", tops)):
         raw = np.stack([consistency(active[k], labels[k]) for k in kept], axis=1)
         chance = np.mean([consistency(active, labels) for labels in shuffles], axis=0)[:, None]

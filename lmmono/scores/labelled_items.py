@@ -17,6 +17,7 @@ from lmmono.errors import ExplainError
 from lmmono.records.seeds import stream
 from lmmono.records.unit_rows import read_unit_rows
 from lmmono.records.units import checked_units
+from lmmono.registry.scorer_settings import LabelledItemSettings
 from lmmono.scores.decorrelation import draw_cells, read_dense
 from lmmono.scores.score_job import ScoreJob
 from lmmono.scores.unit_statistics import read_corpus
@@ -110,7 +111,7 @@ def _of_tokens(job: ScoreJob, split: Split, labels: TokenLabels) -> LabelledItem
     corpus = read_corpus(job, split)
     grid, units = corpus.grid, checked_units(job.store, job.hook, job.units)
     rng = stream("labelled items", job.seed, job.hook, split)
-    cells = draw_cells(corpus, int(job.settings["items"]), rng)
+    cells = draw_cells(corpus, job.settings_as(LabelledItemSettings).items, rng)
     order = np.argsort(labels.seq_ids)
     labelled_rows = labels.seq_ids[order]
     wanted = grid.seq_ids[cells // grid.n_ctx]
@@ -142,7 +143,7 @@ def _of_documents(job: ScoreJob, split: Split, labels: Mapping[int, str]) -> Lab
     number = {name: i for i, name in enumerate(names)}
     classes = np.array([number[labels[doc]] for doc in excerpts.doc_ids.tolist()])
     rng = stream("labelled items", job.seed, split)
-    n = min(len(excerpts), int(job.settings["items"]))
+    n = min(len(excerpts), job.settings_as(LabelledItemSettings).items)
     chosen = np.sort(rng.choice(len(excerpts), n, replace=False))
     truth = classes[chosen, None] == np.arange(len(names))
     return LabelledItems(

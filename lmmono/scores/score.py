@@ -8,7 +8,7 @@ from typing import Any
 import activation_store as astore
 from activation_store.write.recorder import digest as weights_digest
 from lmmono.clients.client import UNANSWERED, Client
-from lmmono.errors import ExplainError, nearest
+from lmmono.errors import ExplainError
 from lmmono.explanations.protocols import variant
 from lmmono.explanations.stored_explanations import (
     explained_units,
@@ -193,15 +193,24 @@ def _other_model(store: astore.Store, model: Any) -> dict[str, str]:
     return {} if rows == [(of_model,)] else {"model": of_model[:12]}
 
 
+def _shown(value: object) -> object:
+    """Return a setting as column `preset` says it: the sides of records as `active+predicted`."""
+    return "+".join(map(str, value)) if isinstance(value, tuple) else value
+
+
 class _ScorerPlan:
     """One scorer with its settings, ready to score hooks of a store."""
 
     def __init__(self, scorer: Scorer, request: _Request) -> None:
         self._scorer, self._request = scorer, request
         self._check()
-        preset = {} if request.preset is None else scorer.presets[request.preset]
-        self._settings = {**scorer.settings, **preset, **request.settings}
-        changes = {k: v for k, v in request.settings.items() if scorer.settings[k] != v}
+        self._settings = scorer.with_settings(request.preset, request.settings)
+        own = scorer.settings
+        changes: dict[str, object] = {
+            name: _shown(value)
+            for name in request.settings
+            if (value := getattr(self._settings, name)) != getattr(own, name)
+        }
         if "labels" in scorer.needs:
             changes["labels"] = labels_digest(request.labels)
         if "model" in scorer.needs:
@@ -209,7 +218,7 @@ class _ScorerPlan:
         self.preset = variant(None, request.preset, changes)
         self.explainer: str | None = None
         if scorer.reads_explanations:
-            protocol = self._settings.get("protocol")
+            protocol = getattr(self._settings, "protocol", None)
             is_whole = protocol is None or ":" in request.explainer
             name = request.explainer if is_whole else variant(request.explainer, protocol, {})
             # with the language model that wrote them, which decides what is scored
@@ -220,13 +229,6 @@ class _ScorerPlan:
 
     def _check(self) -> None:
         scorer, request = self._scorer, self._request
-        if request.preset is not None and request.preset not in scorer.presets:
-            presets = ", ".join(scorer.presets) or "none"
-            raise ExplainError(f"{scorer.name}: no preset {request.preset!r}; it has: {presets}")
-        for name in request.settings:
-            if name not in scorer.settings:
-                way_out = nearest(name, scorer.settings) if scorer.settings else "it has none"
-                raise ExplainError(f"{scorer.name}: no setting {name!r}; {way_out}")
         for need in ("client", "model", "labels"):
             if need in scorer.needs and getattr(request, need) is None:
                 raise ExplainError(f"{scorer.name} needs {need}=; {scorer.about}")

@@ -1,8 +1,7 @@
 """What a scorer is asked to do, and the parts of a row that all scorers write alike."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import activation_store as astore
 from lmmono.clients.client import Client, Failed, Usage
@@ -12,11 +11,14 @@ from lmmono.explanations.explanation_controls import other_units
 from lmmono.explanations.stored_explanations import kept_explanations, read_densities
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.metrics import METRICS
+from lmmono.registry.scorer_settings import ScorerSettings
 from lmmono.stats.estimate import LEVEL
 from lmmono.types import Progress, Split, silent
 
 Row = dict[str, Any]
 """A row of table `all_scores`; columns that are not named are NULL."""
+
+Settings = TypeVar("Settings", bound=ScorerSettings)
 
 UNSCORED: tuple[Failure, ...] = ("unparsed", "refused", "no_answer")
 """Failures of a judge or a writer. A unit that is silent or fires too rarely counts as chance."""
@@ -39,7 +41,7 @@ class ScoreJob:
     """Where records come from; shared by the scorers of a hook, so that it is read once."""
     units: tuple[int, ...] | None = None
     """Units; None takes all."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: ScorerSettings = field(default_factory=ScorerSettings)
     """Settings of the scorer, its preset's and the caller's together."""
     preset: str | None = None
     """Name of the preset and the settings that the caller changed, as stored."""
@@ -57,6 +59,11 @@ class ScoreJob:
     """What supervised scorers compare with."""
     progress: Progress = silent
     """Called with how far the work is."""
+
+    def settings_as(self, kind: type[Settings]) -> Settings:
+        """Return the settings, which are of the kind that the scorer's record names."""
+        assert isinstance(self.settings, kind), f"want {kind.__name__}, got {self.settings}"
+        return self.settings
 
     def row(
         self, metric: str, unit: int | None, split: Split | None = "score", **columns: Any

@@ -15,8 +15,9 @@ from lmmono.types import Progress, silent
 UNTRAINED = "untrained_model"
 """Name of the untrained control in table `all_scores`."""
 
-Round = tuple[str, str | None, list[str]]
-"""Explainer, preset, and the scorers that share what they read; "" where nothing is explained."""
+Round = tuple[str, str | None, dict[str, Any], list[str]]
+"""Explainer, preset, changed settings, and the scorers that share what they read; the explainer is
+"" where nothing is explained."""
 
 
 def score_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def score_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
         control_path = run.dir / "untrained" / "store.duckdb"
         if STAGES["control"].is_asked(recipe) and control_path.exists():
             controls = {UNTRAINED: stack.enter_context(astore.open(control_path))}
-        for explainer, preset, names in _rounds(run):
+        for explainer, preset, settings, names in _rounds(run):
             needs_model = any("model" in find_scorer(name).needs for name in names)
             scores = score(
                 store,
@@ -48,21 +49,27 @@ def score_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
                 seed=recipe.seed,
                 model=run.model if needs_model else None,
                 progress=progress,
+                **settings,
             )
             hooks.update(scores.hooks)
     return {"hooks": sorted(hooks)}
 
 
 def _rounds(run: Run) -> Iterator[Round]:
-    """Yield what is scored together: the same explanations under the same preset."""
+    """Yield what is scored together: the same explanations under the same preset and settings."""
     scorings, section = run.recipe.score.scorers, run.recipe.explain
-    for preset in dict.fromkeys(scoring.preset for scoring in scorings):
-        of_preset = [scoring for scoring in scorings if scoring.preset == preset]
-        if alone := [scoring.name for scoring in of_preset if not scoring.explained]:
-            yield "", preset, alone
-        if together := [scoring.name for scoring in of_preset if scoring.explained]:
+    # settings are dicts, which no set takes; recipes have few scorers
+    kinds: list[tuple[str | None, dict[str, Any]]] = []
+    for scoring in scorings:
+        if (kind := (scoring.preset, scoring.settings)) not in kinds:
+            kinds.append(kind)
+    for preset, settings in kinds:
+        alike = [each for each in scorings if (each.preset, each.settings) == (preset, settings)]
+        if alone := [scoring.name for scoring in alike if not scoring.explained]:
+            yield "", preset, settings, alone
+        if together := [scoring.name for scoring in alike if scoring.explained]:
             changes: dict[str, object] = {} if section.window == 64 else {"window": section.window}
             for explainer in section.explainers:
                 is_preset = preset in section.presets
                 name = explainer if is_preset else variant(explainer, None, changes)
-                yield str(name), preset, together
+                yield str(name), preset, settings, together

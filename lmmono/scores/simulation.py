@@ -18,6 +18,7 @@ from lmmono.explanations.protocols import Protocol, find_protocol
 from lmmono.explanations.stored_explanations import read_maxima
 from lmmono.records.sampler import Records
 from lmmono.records.seeds import stream
+from lmmono.registry.scorer_settings import SimulationSettings
 from lmmono.scores.score_job import Row, ScoreJob, over_documents, undefined, usage_columns
 from lmmono.scores.simulators import UNCALIBRATED, predictions
 from lmmono.stats.agreement import AGREEMENTS, record_sums
@@ -55,11 +56,12 @@ class Series:
 
 def scored_records(job: ScoreJob, kinds: tuple[str, ...]) -> Records:
     """Return the records that a job scores, of some kinds."""
-    if job.settings["protocol"] is not None:
-        protocol = find_protocol(job.settings["protocol"])
+    settings = job.settings_as(SimulationSettings)
+    if settings.protocol is not None:
+        protocol = find_protocol(settings.protocol)
     else:
-        top, random = tuple(range(job.settings["top"])), tuple(range(job.settings["random"]))
-        protocol = Protocol("", {"top": top, "random": random}, window=job.settings["window"])
+        top, random = tuple(range(settings.top)), tuple(range(settings.random))
+        protocol = Protocol("", {"top": top, "random": random}, window=settings.window)
     records = job.reader.ranked(
         job.hook,
         protocol.score_split,
@@ -135,7 +137,10 @@ def _rows(job: ScoreJob, scorer: str, kinds: tuple[str, ...]) -> list[Row]:
             metric = scorer if name == "pearson" else f"{scorer}_{name}"
             for i, answer in enumerate(series.answers):
                 numbers = _numbers(answer, float(value[i]), float(low[i]), float(high[i]))
-                if agreement.scale == "explained" and job.settings["simulator"] in UNCALIBRATED:
+                if (
+                    agreement.scale == "explained"
+                    and job.settings_as(SimulationSettings).simulator in UNCALIBRATED
+                ):
                     numbers = {"value": None, "failure": "uncalibrated", "ci_method": None}
                 # what the answer took is said once, with the headline
                 took = _usage(answer) if name == "pearson" else {}

@@ -18,6 +18,7 @@ from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.llm_simulation import Simulation, simulate
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Ranks
+from lmmono.registry.scorer_settings import IntervalSettings, SimulationSettings
 from lmmono.scores.score_job import ScoreJob, program_of
 
 N_TOP, N_RANDOM = 5, 5
@@ -135,7 +136,9 @@ def predictions(
     Raises:
         ExplainError: There is no such simulator, or it lacks a client or a program.
     """
-    name = job.settings["simulator"]
+    settings = job.settings
+    assert isinstance(settings, SimulationSettings | IntervalSettings)
+    name = settings.simulator
     if name not in SIMULATORS:
         raise ExplainError(f"simulator: want one of {', '.join(SIMULATORS)}, got {name!r}")
     explained = [i for i, explanation in enumerate(explanations) if explanation.failed is None]

@@ -24,6 +24,7 @@ from lmmono.records.corpus_excerpts import TokenGrid, read_grid
 from lmmono.records.seeds import stream
 from lmmono.records.unit_rows import read_unit_rows
 from lmmono.records.units import checked_units
+from lmmono.registry.scorer_settings import SteeringSettings
 from lmmono.scores.score_job import ScoreJob
 
 UNITS_AT_ONCE = 32
@@ -67,8 +68,9 @@ class Steering:
                 f"of dictionaries have no place in the model"
             )
         self.units = checked_units(job.store, job.hook, job.units)
-        self._length, self._n = int(job.settings["prompt"]), int(job.settings["prompts"])
-        self._target, self._job = float(job.settings["kl"]), job
+        settings = job.settings_as(SteeringSettings)
+        self._length, self._n = settings.prompt, settings.prompts
+        self._target, self._job = settings.kl, job
         query = "SELECT unit, max_act FROM unit_stats WHERE hook = $hook"
         self.max_act: dict[int, float] = dict(job.store.sql(query, hook=job.hook).fetchall())
         self.grid = read_grid(job.store, "score")

@@ -16,6 +16,7 @@ from lmmono.clients.client import Failed, Prompt, Reading, Usage
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Class, Contrasts
+from lmmono.registry.scorer_settings import SurprisalSettings
 from lmmono.scores.judging import area_row, failure_of, joined_hash, present_classes, shown_text
 from lmmono.scores.score_job import Row, ScoreJob, usage_columns
 
@@ -48,14 +49,14 @@ def mean_logprob(reading: Reading, before: str) -> float:
 def score_surprisal(job: ScoreJob) -> list[Row]:
     """Score units by the AUROC of the gain; texts are read once without an explanation."""
     assert job.client is not None
-    settings = job.settings
+    settings = job.settings_as(SurprisalSettings)
     contrasts = job.reader.contrasts(
         job.hook,
         "score",
-        int(settings["n"]),
-        window=int(settings["window"]),
+        settings.n,
+        window=settings.window,
         units=job.units,
-        ranked=bool(settings["ranked"]),
+        ranked=settings.ranked,
     )
     units, index = contrasts.units.tolist(), contrasts.of(CLASSES)
     texts = _texts(job, contrasts)

@@ -15,6 +15,7 @@ from numpy import ndarray
 
 from lmmono.errors import ExplainError
 from lmmono.records.seeds import stream
+from lmmono.registry.scorer_settings import FmsSettings
 from lmmono.scores.labelled import mean_differences
 from lmmono.scores.labelled_items import LabelledItems, read_labelled
 from lmmono.scores.score_job import Row, ScoreJob
@@ -55,18 +56,18 @@ def score_probes(job: ScoreJob) -> list[Row]:
 def score_fms(job: ScoreJob) -> list[Row]:
     """Score a hook by FMS, the mean over concepts; details say its parts for each."""
     sides = read_labelled(job, "explain"), read_labelled(job, "score")
-    rows: list[Row] = []
+    rows, settings = list[Row](), job.settings_as(FmsSettings)
     for control, learned, scored in _with_control(job, *sides):
         details: dict[str, dict[str, float]] = {}
         for concept in _usable(learned, scored):
             rng = np.random.default_rng((job.seed, 29, int(concept)))
-            most = int(job.settings["per_class"])
+            most = settings.per_class
             train = _balanced(learned.labels[:, concept], most, rng)
             test = _balanced(scored.labels[:, concept], most, rng)
             details[scored.names[concept]] = _parts(
                 (learned.acts[train], learned.labels[train, concept]),
                 (scored.acts[test], scored.labels[test, concept]),
-                int(job.settings["depth"]),
+                settings.depth,
             )
         for metric in ("fms", "fms_corrected"):
             values = [each[metric] for each in details.values()]

@@ -17,6 +17,7 @@ from activation_store.compiled import compiled
 from lmmono.records.corpus_excerpts import TokenGrid, read_grid
 from lmmono.records.unit_rows import UnitRows, read_unit_rows
 from lmmono.records.units import checked_units
+from lmmono.registry.scorer_settings import StatisticsSettings
 from lmmono.scores.score_job import Row, ScoreJob
 from lmmono.stats.formulas import entropies, kurtosis
 from lmmono.stats.intervals import jackknife_interval
@@ -246,7 +247,10 @@ class _Favourites:
 
     @classmethod
     def learn(cls, job: ScoreJob, units: ndarray) -> "_Favourites":
-        lengths = {"token_purity": 1, "ngram_consistency": int(job.settings["ngram"])}
+        lengths = {
+            "token_purity": 1,
+            "ngram_consistency": job.settings_as(StatisticsSettings).ngram,
+        }
         corpus = read_corpus(job, "explain")
         readers = _ngram_readers(corpus, lengths)
         least: dict[int, float] = {}

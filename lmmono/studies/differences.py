@@ -351,7 +351,6 @@ def _read_sums(store: astore.Store, scorer: Scorer, hooks: str, key: ScoreKey) -
     """Score a store's explained units again, keeping the sums of their records."""
     assert key.explainer is not None and key.seed is not None
     reader, of_hooks = RecordReader(store, seed=key.seed), list[_HookUnits]()
-    preset = {} if key.preset is None else scorer.presets[key.preset]
     for hook in match_stored_hooks(store, hooks):
         units = tuple(explained_units(store, hook, key.explainer, key.seed))
         job = ScoreJob(
@@ -359,7 +358,7 @@ def _read_sums(store: astore.Store, scorer: Scorer, hooks: str, key: ScoreKey) -
             hook,
             reader,
             units=units,
-            settings={**scorer.settings, **preset},
+            settings=scorer.with_settings(key.preset),
             explainer=key.explainer,
             controls=False,
             seed=key.seed,
