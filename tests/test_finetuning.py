@@ -1,7 +1,7 @@
 """A model tuned to classify texts under wrong labels: whole, and by LoRA."""
 
-import builtins
 import copy
+import sys
 
 import lookup_model
 import numpy as np
@@ -140,13 +140,6 @@ def test_what_cannot_be_learned_is_an_error():
 
 
 def test_without_peft_the_error_says_what_to_install(monkeypatch):
-    whole = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("peft"):
-            raise ImportError(name)
-        return whole(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(RobustnessError, match=r"lora needs.*lmmono\[noise\]"):
         tuned()

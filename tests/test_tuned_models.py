@@ -107,3 +107,35 @@ def test_every_rank_is_a_model_of_its_own_and_nothing_to_a_whole_one():
     assert names == ["tuned-full", "tuned-lora-4", "tuned-lora-8"]
     one, other = (tuners(Tuning(ranks=(rank,)))[0].identity for rank in (4, 8))
     assert one == other, "a rank is nothing to a whole model"
+
+
+def test_adapters_are_tuned_by_name_and_their_sparsity_is_told():
+    made = study(
+        modes=["monolora", "two_branch"], variants=["relu_out", "topk_code"], k=2, margins=[1.0]
+    )
+    assert made.features[1:] == (
+        "tuned-monolora-relu_out-2",
+        "tuned-monolora-topk_code-2",
+        "tuned-two_branch-2",
+    )
+    said = {r["feature"]: r["settings"] for r in made.rows if r["feature"] != "raw"}
+    assert {(each["mode"], each.get("variant")) for each in said.values()} == {
+        ("monolora", "relu_out"),
+        ("monolora", "topk_code"),
+        ("two_branch", None),
+    }
+    assert len({each["n_trained"] for each in said.values()}) == 1, "matched"
+    assert said["tuned-monolora-relu_out-2"]["update_zeros"] > 0.2
+    assert said["tuned-monolora-topk_code-2"]["update_zeros"] < 0.2
+    assert {row["failure"] for row in study(modes=["topk_lora"], k=3, margins=[1.0]).rows} == {
+        None,
+        "topk_lora: k: want 1 to the rank, 2, got 3",
+    }
+
+
+def test_settings_of_one_adapter_change_no_digest_of_another():
+    for mode, same in (("lora", True), ("topk_lora", False)):
+        few, many = (tuners(Tuning(modes=(mode,), k=k))[0].identity for k in (2, 4))
+        assert (few == many) == same
+    old = Tuning().model_dump()
+    assert "variants" not in old and "k" not in old, "recipes from before keep their digest"

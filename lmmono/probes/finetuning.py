@@ -1,4 +1,4 @@
-"""A language model tuned to classify texts whose labels may be wrong: whole, or by peft's LoRA.
+"""A language model tuned to classify texts whose labels may be wrong: whole, or by an adapter.
 
 A linear head reads the last stream, pooled over a text's tokens; texts are read after an
 end-of-text token. The model that is given is left as it was.
@@ -6,9 +6,9 @@ end-of-text token. The model that is given is left as it was.
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from numpy import ndarray
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lmmono.errors import RobustnessError
 from lmmono.models.hooks import bare
 from lmmono.probes import losses
 from lmmono.probes.text_reader import TextReader
-from lmmono.registry.suites import TuningLoss, TuningMode
+from lmmono.registry.lookup import load
+from lmmono.registry.suites import MonoVariant, TuningLoss, TuningMode
 from lmmono.types import Progress, silent
 
 LOSSES: dict[TuningLoss, Callable[[Tensor, Tensor], Tensor]] = {
@@ -31,8 +31,11 @@ LOSSES: dict[TuningLoss, Callable[[Tensor, Tensor], Tensor]] = {
     "gce": losses.generalised_cross_entropy,
     "sce": losses.symmetric_cross_entropy,
 }
-LEARNING_RATES: dict[TuningMode, float] = {"full": 5e-5, "lora": 5e-4}
-"""Highest learning rates where none is given: LoRA's few weights want larger steps."""
+FULL_RATE, ADAPTER_RATE = 5e-5, 5e-4
+"""Highest learning rates where none is given: an adapter's few weights want larger steps."""
+
+ADAPTERS = "lmmono.methods.adapters:adapted"
+"""Takes a model and the settings, returns the model with adapters; a room above this one."""
 
 MAX_NORM = 1.0
 """Gradients are shortened to this length, as language models are trained."""
@@ -43,7 +46,10 @@ class FineTuning:
     """How a model is tuned."""
 
     method: TuningMode = "full"
-    """`full` moves every weight; `lora` adds low-rank updates to the model's linear layers."""
+    """`full` moves every weight; the others add low-rank updates to the model's linear layers; see
+    `lmmono.methods.adapters`."""
+    variant: MonoVariant = "relu_both"
+    """Where `monolora` has its non-negative maps: candidates, for the paper's could not be read."""
     loss: TuningLoss = "ce"
     epochs: int = 3
     """Passes over the training texts, each judged on the validation texts."""
@@ -51,14 +57,20 @@ class FineTuning:
     """Steps in all, in place of `epochs`: the last pass is then cut short."""
     batch_texts: int = 16
     lr: float | None = None
-    """Highest learning rate, after a tenth of the steps; None: 5e-5, for LoRA 5e-4."""
+    """Highest learning rate, after a tenth of the steps; None: 5e-5, for adapters 5e-4."""
     weight_decay: float = 0.01
     rank: int = 8
-    """Rank of LoRA's updates."""
+    """Rank of an adapter's updates."""
     alpha: int = 16
-    """LoRA's updates are scaled by alpha / rank."""
+    """An adapter's updates are scaled by alpha / rank."""
     dropout: float = 0.05
-    """Dropout before LoRA's updates."""
+    """Dropout before an adapter's updates."""
+    k: int = 4
+    """Coordinates of a code that stay, of `topk_code` and `topk_lora`."""
+    start_std: float = 1e-3
+    """Standard deviation that B begins with where a ReLU follows it; elsewhere B begins at 0."""
+    anneal_steps: int = 0
+    """Training passes over which `topk_lora` cools its soft gate to a tenth; 0 leaves it warm."""
     pooling: Literal["mean", "last"] = "mean"
     """How the tokens of a text become one vector."""
 
@@ -92,7 +104,7 @@ class Classifier:
     """
 
     def __init__(self, network: "_Network", reader: TextReader) -> None:
-        self._network, self._reader = network, reader
+        self.network, self._reader = network, reader
         self.history: tuple[TuningEpoch, ...] = ()
         self.chosen_epoch = 0
         self.n_trained = sum(p.numel() for p in network.trained())
@@ -101,7 +113,7 @@ class Classifier:
     @torch.no_grad()
     def predict(self, texts: Sequence[str], *, batch_texts: int = 32) -> Float32[ndarray, "n c"]:
         """Return log-probabilities of the classes of texts."""
-        self._network.eval()
+        self.network.eval()
         ids = self._reader.read(texts)[0]
         batches = np.array_split(np.arange(len(ids)), range(batch_texts, len(ids), batch_texts))
         log_p = [self.logits([ids[i] for i in rows]).log_softmax(dim=-1) for rows in batches]
@@ -110,7 +122,7 @@ class Classifier:
     def logits(self, ids: Sequence[Int64[ndarray, "_"]]) -> Float[Tensor, "batch c"]:
         """Return the logits of texts that were read, one batch."""
         lengths = torch.tensor([len(row) for row in ids])
-        return self._network(self._reader.block(ids), lengths)
+        return self.network(self._reader.block(ids), lengths)
 
     def accuracy(self, data: LabelledTexts) -> float:
         """Return the share of texts that are put in their class."""
@@ -157,6 +169,7 @@ def finetune(
     Raises:
         RobustnessError: Labels that cannot be learned from, no tokenizer, peft is not installed, or
             the loss is no number any more.
+        ModelError: The settings do not fit the adapter, or the model has one that does not merge.
     """
     how, network = settings or FineTuning(), bare(model)
     if hasattr(model, "peft_config"):  # what the adapter learned goes into the weights of a copy
@@ -194,7 +207,7 @@ class _Network(nn.Module):
         body: Any = copy.deepcopy(getattr(network, "base_model", network))
         d_model = int(body.config.hidden_size)
         body.requires_grad_(True)  # a model that was frozen to be studied is tuned all the same
-        self.body = body if how.method == "full" else _with_lora(body, how)
+        self.body = body if how.method == "full" else _adapted(body, how)
         self.head = nn.Linear(d_model, n_classes, device=next(body.parameters()).device)
         nn.init.normal_(self.head.weight, std=0.02)  # as GPT-2 begins
         nn.init.zeros_(self.head.bias)
@@ -218,23 +231,14 @@ class _Network(nn.Module):
         return self.head((stream * used).sum(dim=1) / used.sum(dim=1))
 
 
-def _with_lora(body: Any, how: FineTuning) -> nn.Module:
+def _adapted(body: Any, how: FineTuning) -> nn.Module:
     try:
-        from peft import LoraConfig, get_peft_model
+        import_module("peft")  # which the room of adapters imports at its top
     except ImportError as fault:
         raise RobustnessError(
-            "method lora needs one package more: pip install 'lmmono[noise]'"
+            f"method {how.method} needs one package more: pip install 'lmmono[noise]'"
         ) from fault
-    config = LoraConfig(
-        r=how.rank,
-        lora_alpha=how.alpha,
-        lora_dropout=how.dropout,
-        target_modules="all-linear",
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in body.modules()),
-    )
-    with warnings.catch_warnings():  # peft asks transformers 5 for a name it will drop
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        return get_peft_model(body, config)
+    return load(ADAPTERS)(body, how)
 
 
 def _train(
@@ -246,12 +250,12 @@ def _train(
     progress: Progress,
 ) -> None:
     """Train epoch by epoch and leave the weights of the best one in place."""
-    network, reader = classifier._network, classifier._reader  # pyright: ignore[reportPrivateUsage]
+    network, reader = classifier.network, classifier._reader  # pyright: ignore[reportPrivateUsage]
     ids, classifier.n_truncated, _ = reader.read(train.texts)
     labels, order = torch.from_numpy(train.labels), np.random.default_rng(seed)
     per_epoch = -(-len(ids) // how.batch_texts)
     n_steps = how.epochs * per_epoch if how.steps is None else how.steps
-    lr = LEARNING_RATES[how.method] if how.lr is None else how.lr
+    lr = (FULL_RATE if how.method == "full" else ADAPTER_RATE) if how.lr is None else how.lr
     optimizer = torch.optim.AdamW(network.trained(), lr=lr, weight_decay=how.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _slope(step, n_steps))
     best: tuple[tuple[float, float], list[Tensor]] | None = None

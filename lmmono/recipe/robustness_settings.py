@@ -22,6 +22,7 @@ from lmmono.registry.suites import (
     TEXT_CORRUPTIONS,
     Attack,
     LabelNoise,
+    MonoVariant,
     Pooling,
     TuningLoss,
     TuningMode,
@@ -172,9 +173,15 @@ class Tuning(Section):
     """Suite `fine_tuning`: the model itself, tuned on the draws of `noisy_labels`."""
 
     modes: tuple[TuningMode, ...] = Field(default=("full", "lora"), min_length=1)
-    """`full` moves every weight; `lora` adds low-rank updates to the model's linear layers."""
+    """`full` moves every weight; the others add low-rank updates to the model's linear layers."""
+    variants: tuple[MonoVariant, ...] = Field(
+        default=("relu_both",), min_length=1, exclude_if=lambda v: v == ("relu_both",)
+    )
+    """Where `monolora` has its non-negative maps, each tuned by itself; see `docs/methods.md`."""
+    k: Count = Field(default=4, exclude_if=lambda v: v == 4)
+    """Coordinates of a code that stay, of variant `topk_code` and mode `topk_lora`."""
     ranks: tuple[Count, ...] = Field(default=(8,), min_length=1)
-    """Ranks of LoRA's updates, each tuned by itself; whatever the rank, updates are scaled by 2."""
+    """Ranks of an adapter's updates, each tuned by itself; whatever it is, they are scaled by 2."""
     loss: TuningLoss = "ce"
     """What is made small."""
     epochs: Count = 3
@@ -186,7 +193,7 @@ class Tuning(Section):
     full_lr: tuple[LearningRate, ...] = Field(default=(5e-5,), min_length=1)
     """Highest learning rates of mode full; of several, the best on noisy validation labels."""
     lora_lr: tuple[LearningRate, ...] = Field(default=(5e-4,), min_length=1)
-    """The same for LoRA."""
+    """The same for adapters."""
     pooling: Literal["mean", "last"] = "mean"
     """How the tokens of a text become the one vector that the head reads."""
     margins: tuple[Fraction, ...] = (1.0, 0.8, 0.4, 0.2)
@@ -198,7 +205,7 @@ class Tuning(Section):
 
     @model_validator(mode="after")
     def _check_once(self) -> "Tuning":
-        raise_repeats(self, ("modes", "ranks", "full_lr", "lora_lr"))
+        raise_repeats(self, ("modes", "variants", "ranks", "full_lr", "lora_lr"))
         return self
 
 

@@ -30,8 +30,12 @@ Attack = Literal["characters", "words"]
 Pooling = Literal["mean", "max", "last"]
 """How the codes of a text's tokens become one."""
 
-TuningMode = Literal["full", "lora"]
-"""What is moved when the model itself is tuned."""
+TuningMode = Literal["full", "lora", "rslora", "dora", "monolora", "two_branch", "topk_lora"]
+"""What is moved when the model itself is tuned: every weight, or those of an adapter; see
+`lmmono.methods.adapters`."""
+
+MonoVariant = Literal["relu_out", "relu_both", "relu_code", "topk_code"]
+"""Where `monolora` has its non-negative maps: M1 to M4."""
 
 TuningLoss = Literal["ce", "label_smoothing", "gce", "sce"]
 """What a tuned model minimises."""

@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Int64
 
 from lmmono.data.tasks.task import Labelled
-from lmmono.errors import RobustnessError
+from lmmono.errors import ModelError, RobustnessError
 from lmmono.probes.finetuning import Classifier, FineTuning, LabelledTexts, finetune
 from lmmono.probes.probe_jobs import Solver
 from lmmono.probes.problems import NO_VALIDATION
 from lmmono.recipe.robustness_settings import Tuning
+from lmmono.registry.lookup import load
 from lmmono.registry.suites import Suite
 from lmmono.suites.bench import Bench, Condition, Key, Measurement, Rows, judged_texts
 from lmmono.suites.grid import suite_rows
@@ -27,7 +28,18 @@ from lmmono.suites.results import FINE_TUNING, FULL
 from lmmono.suites.suite_draws import SuiteDraw, drawn
 
 SCALE = 2
-"""LoRA's alpha over its rank, the same for every rank: so ranks differ in nothing else."""
+"""An adapter's alpha over its rank, the same for every rank: so ranks differ in nothing else."""
+
+SPARSITY = "lmmono.methods.adapters:counted_sparsity"
+"""Counts zeros of an adapter's codes and updates while it runs; a room above this one."""
+
+_MAPPED = {
+    "variant": ("monolora",),
+    "k": ("monolora", "topk_lora"),
+    "start_std": ("monolora", "two_branch"),
+    "anneal_steps": ("topk_lora",),
+}
+# to other methods these settings are nothing, and must change no digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +53,11 @@ class Tuner:
 
     @property
     def label(self) -> str:
-        """Name in tables: tuned-full, or tuned-lora-8 with the rank."""
-        rank = f"-{self.how.rank}" if self.how.method == "lora" else ""
-        return f"tuned-{self.how.method}{rank}"
+        """Name in tables: tuned-full, tuned-lora-8 with the rank, tuned-monolora-relu_both-8."""
+        how = self.how
+        variant = f"-{how.variant}" if how.method == "monolora" else ""
+        rank = "" if how.method == "full" else f"-{how.rank}"
+        return f"tuned-{how.method}{variant}{rank}"
 
     @property
     def learner(self) -> str:
@@ -53,32 +67,47 @@ class Tuner:
     @property
     def identity(self) -> tuple[list[Any], list[Any]]:
         """What it reads is the model; how it learns are its settings."""
-        return [FINE_TUNING], [asdict(self.how), list(self.rates)]
+        how = asdict(self.how)
+        for name, methods in _MAPPED.items():
+            if self.how.method not in methods:
+                del how[name]
+        return [FINE_TUNING], [how, list(self.rates)]
 
     @property
     def facts(self) -> dict[str, Any]:
         """What a row says of it."""
-        lora = {"rank": self.how.rank} if self.how.method == "lora" else {}
-        return {"budget": FULL, "mode": self.how.method, "pooling": self.how.pooling, **lora}
+        how = self.how
+        facts: dict[str, Any] = {"budget": FULL, "mode": how.method, "pooling": how.pooling}
+        if how.method != "full":
+            facts["rank"] = how.rank
+        if how.method == "monolora":
+            facts["variant"] = how.variant
+        return facts
 
 
 def tuners(settings: Tuning) -> list[Tuner]:
     """Return the ways to tune that a recipe names."""
     ways: list[Tuner] = []
+    plain = FineTuning(
+        loss=settings.loss,
+        epochs=settings.epochs,
+        steps=settings.steps,
+        batch_texts=settings.batch_texts,
+        pooling=settings.pooling,
+        k=settings.k,
+    )
     for mode in settings.modes:
-        for rank in settings.ranks if mode == "lora" else settings.ranks[:1]:
-            how = FineTuning(
-                method=mode,
-                loss=settings.loss,
-                epochs=settings.epochs,
-                steps=settings.steps,
-                batch_texts=settings.batch_texts,
-                pooling=settings.pooling,
-            )
-            if mode == "lora":  # to a whole model a rank is nothing, and must change no digest
-                how = replace(how, rank=rank, alpha=SCALE * rank)
-            rates = settings.full_lr if mode == "full" else settings.lora_lr
-            ways.append(Tuner(how, rates))
+        if mode == "full":
+            ways.append(Tuner(replace(plain, method=mode), settings.full_lr))
+            continue
+        for variant in settings.variants if mode == "monolora" else (plain.variant,):
+            ways += [
+                Tuner(
+                    replace(plain, method=mode, variant=variant, rank=rank, alpha=SCALE * rank),
+                    settings.lora_lr,
+                )
+                for rank in settings.ranks
+            ]
     return ways
 
 
@@ -109,10 +138,10 @@ def _measured(bench: Bench, tuner: Tuner, draw: SuiteDraw, test: LabelledTexts) 
         if draw.failure is not None:
             raise RobustnessError(draw.failure)
         classifier, lr = _tuned(bench, tuner, draw)
-    except RobustnessError as fault:
+    except (RobustnessError, ModelError) as fault:
         return Measurement(n=n, failure=str(fault), seconds=time.perf_counter() - began)
     best = classifier.best
-    facts = {
+    facts: dict[str, Any] = {
         "lr": lr,
         "n_trained": classifier.n_trained,
         "epoch": classifier.chosen_epoch + 1,
@@ -120,7 +149,12 @@ def _measured(bench: Bench, tuner: Tuner, draw: SuiteDraw, test: LabelledTexts) 
         "val_accuracy": round(best.val_accuracy, 6),
         "n_truncated": classifier.n_truncated,
     }
-    n_right = round(classifier.accuracy(test) * n) if n else 0
+    if tuner.how.method == "full":
+        n_right = round(classifier.accuracy(test) * n) if n else 0
+    else:
+        with load(SPARSITY)(classifier.network) as sparsity:
+            n_right = round(classifier.accuracy(test) * n) if n else 0
+        facts |= {"code_zeros": round(sparsity.code, 6), "update_zeros": round(sparsity.update, 6)}
     return Measurement(n_right, n, None, time.perf_counter() - began, facts)
 
 
@@ -129,6 +163,7 @@ def _tuned(bench: Bench, tuner: Tuner, draw: SuiteDraw) -> tuple[Classifier, flo
 
     Raises:
         RobustnessError: The draw cannot be learned from, or no learning rate gives a number.
+        ModelError: The settings do not fit the adapter.
     """
     if not len(draw.val):
         raise RobustnessError(NO_VALIDATION)
@@ -140,7 +175,7 @@ def _tuned(bench: Bench, tuner: Tuner, draw: SuiteDraw) -> tuple[Classifier, flo
         )
     )
     candidates: list[tuple[Classifier, float]] = []
-    faults: list[RobustnessError] = []
+    faults: list[RobustnessError | ModelError] = []
     for lr in tuner.rates:
         try:
             classifier = finetune(
@@ -152,7 +187,7 @@ def _tuned(bench: Bench, tuner: Tuner, draw: SuiteDraw) -> tuple[Classifier, flo
                 settings=replace(tuner.how, lr=lr),
                 tokenizer=bench.encoder.reader.tokenizer,
             )
-        except RobustnessError as fault:
+        except (RobustnessError, ModelError) as fault:
             faults.append(fault)
         else:
             candidates.append((classifier, lr))
