@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := 2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-newest check bench gpu hf-suite soak lint types imports recipes
+.PHONY: demo test test-newest check bench gpu hf-suite soak docs pages lint types imports recipes
 
 demo: recipes/recipe.schema.json
 	$(BIN)/lmmono run recipes/quickstart.yaml
@@ -48,6 +48,16 @@ gpu: $(VENV)/.installed
 # every kind of kill 50 times, at random moments; the tests alone do it a few times
 soak: $(VENV)/.installed-dev
 	STORE_KILLS=50 $(BIN)/python -m pytest -rP -k kill tests/test_store_*.py $(ARGS)
+
+# the pages that are written from the code: settings, metrics, recipes, public names
+pages: $(VENV)/.installed
+	set -e; for page in settings metrics recipes api; do \
+	  $(BIN)/lmmono schema --page $$page --out docs/$$page.md; done
+
+# the documentation as a site that opens from disk: site/index.html
+docs: pages
+	$(PIP) -e '.[docs]'
+	$(BIN)/zensical build --strict -f mkdocs.yml
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -570,7 +570,7 @@ def test_the_json_schema_agrees_with_loading_and_make_writes_it_where_recipes_lo
 
 def test_the_page_of_settings_is_up_to_date_and_has_a_sentence_for_every_key():
     page = (RECIPES.parent / "docs/settings.md").read_text(encoding="utf-8")
-    assert page == settings_markdown(), "lmmono schema --markdown --out docs/settings.md"
+    assert page == settings_markdown(), "lmmono schema --page settings --out docs/settings.md"
     keys = [line for line in page.splitlines() if line.startswith("| `")]
     assert len(keys) > 150
     bare = [line for line in keys if line.endswith("|  |") and not re.search(r"kind`|arch`", line)]

@@ -130,18 +130,19 @@ def check(
 @app.command()
 def schema(
     out: Annotated[Path | None, typer.Option(help="File to write instead of stdout.")] = None,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Write a page to read instead, as docs/settings.md.")
-    ] = False,
+    page: Annotated[
+        str | None, typer.Option(help="A page to read instead: settings, metrics, recipes, api.")
+    ] = None,
 ) -> None:
-    """Print the JSON Schema of recipes, for editors, or every setting as a page.
+    """Print the JSON Schema of recipes, for editors, or a page of the documentation.
 
     Example: lmmono schema --out recipe.schema.json
     """
+    from lmmono.cli.doc_pages import PAGES
     from lmmono.recipe.recipe import schema_text
-    from lmmono.recipe.reference import settings_markdown
+    from lmmono.registry.lookup import find
 
-    text = settings_markdown() if markdown else schema_text()
+    text = schema_text() if page is None else find("page", page, PAGES)()
     if out is None:
         print(text, end="")
     else:
