@@ -18,8 +18,8 @@ def metrics_markdown() -> str:
     parts = [
         "# Metrics and scorers",
         "",
-        "One name is one formula. Every stored row names its metric and the version of its formula;",
-        "a changed formula gets a new version. `lmmono schema --page metrics` writes this page.",
+        "One name is one formula. Every stored row names its metric and its version; a changed",
+        "formula gets a new one. `lmmono schema --page metrics` writes this page.",
         "",
         "## Metrics",
         "",
@@ -42,9 +42,7 @@ def metrics_markdown() -> str:
         needs = ", ".join(scorer.needs) or "the store alone"
         chance = "" if scorer.chance is None else f"{scorer.chance:g}"
         writes = ", ".join(f"`{name}`" for name in scorer.metrics)
-        parts.append(
-            _row(f"`{scorer.name}`", scorer.about, needs, chance, writes, scorer.citation)
-        )
+        parts.append(_row(f"`{scorer.name}`", scorer.about, needs, chance, writes, scorer.citation))
     return "\n".join(parts) + "\n"
 
 
@@ -53,8 +51,8 @@ def recipes_markdown() -> str:
     parts = [
         "# Recipes",
         "",
-        "They come with lmmono: `lmmono recipes` lists them, `lmmono recipes NAME` copies one to be",
-        "changed, `lmmono run NAME` runs it. Every key is told in [settings](settings.md);",
+        "They come with lmmono: `lmmono recipes` lists them, `lmmono recipes NAME` copies one to",
+        "be changed, `lmmono run NAME` runs it. Every key is told in [settings](settings.md);",
         "`lmmono schema --page recipes` writes this page.",
     ]
     for name, path in shipped_recipes().items():

@@ -22,9 +22,9 @@ MANY = 12
 HEAD = """\
 # Settings
 
-Every key of a recipe; `lmmono schema --page settings` writes this page. A key without a default has to
-be given. On the command line and in arms keys have dots: `train.steps=500`. The same names are the
-keywords of `lm.SAE(...)` and of the verbs in Python.
+Every key of a recipe; `lmmono schema --page settings` writes this page. A key without a default
+has to be given. On the command line and in arms keys have dots: `train.steps=500`. The same names
+are the keywords of `lm.SAE(...)` and of the verbs in Python.
 """
 
 
