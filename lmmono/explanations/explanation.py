@@ -30,6 +30,8 @@ class Program(ABC):
 
     kind: ClassVar[str]
     """Name in the stored JSON."""
+    reads_one_token: ClassVar[bool] = False
+    """Whether a prediction depends on its token alone: then a table of the vocabulary says all."""
 
     @abstractmethod
     def simulate(

@@ -23,6 +23,7 @@ class Constant(Program):
     """The same activation on every token."""
 
     kind: ClassVar[str] = "constant"
+    reads_one_token: ClassVar[bool] = True
     act: float
     """Predicted activation, in units of the hook."""
 

@@ -22,6 +22,7 @@ class Lookup(Program):
     """An activation per token; one for all others."""
 
     kind: ClassVar[str] = "token_lookup"
+    reads_one_token: ClassVar[bool] = True
     tokens: Int[ndarray, " tokens"]
     """Token ids, ascending."""
     acts: Float[ndarray, " tokens"]

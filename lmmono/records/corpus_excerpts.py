@@ -155,8 +155,15 @@ def read_excerpts(
     return excerpts
 
 
-def cut(grid: TokenGrid, window: int, min_tokens: int) -> Excerpts:
-    """Cut a grid into excerpts of one document each, without duplicates and short ones."""
+def cut(grid: TokenGrid, window: int, min_tokens: int, *, repeats: bool = False) -> Excerpts:
+    """Cut a grid into excerpts of one document each, without duplicates and short ones.
+
+    Args:
+        grid: The tokens.
+        window: Most tokens of an excerpt.
+        min_tokens: Shorter ones are left out.
+        repeats: Keep the same tokens again, for what counts every token.
+    """
     # a new row, a new document or a full window begins a piece
     doc, cell = grid.doc_ids, np.arange(len(grid.doc_ids))
     begins_run = cell % grid.n_ctx == 0
@@ -171,8 +178,9 @@ def cut(grid: TokenGrid, window: int, min_tokens: int) -> Excerpts:
     cells = np.minimum(starts[:, None] + columns, len(grid.token_ids) - 1)
     token_ids = np.where(columns < lengths[:, None], grid.token_ids[cells], np.int32(PADDING))
     is_long_enough = lengths >= min_tokens
-    is_first = np.zeros(len(starts), bool)
-    is_first[np.unique(token_ids, axis=0, return_index=True)[1]] = True
+    is_first = np.full(len(starts), repeats)
+    if not repeats:
+        is_first[np.unique(token_ids, axis=0, return_index=True)[1]] = True
     kept = is_long_enough & is_first
     return Excerpts(
         grid=grid,

@@ -293,6 +293,20 @@ METRICS: dict[str, Metric] = {
         Metric("fms_corrected", 1, "[0, 1]", "higher", "FMS with 2 acc - 1 for acc: 0 at chance"),
         *_with_defined(
             [
+                Metric(f"population_{name}", 1, scale, "higher", formula)
+                for name, scale, formula in (
+                    ("f1", "[0, 1]", "2 TP / (2 TP + FP + FN) over every stored token"),
+                    ("precision", "[0, 1]", "TP / (TP + FP) over every stored token"),
+                    ("recall", "[0, 1]", "TP / (TP + FN) over every stored token"),
+                    ("iou", "[0, 1]", "TP / (TP + FP + FN) over every stored token"),
+                    ("auprc", "[0, 1]", "sum (R_k - R_{k-1}) P_k over levels of the prediction"),
+                    ("cosine", "[-1, 1]", "sum t p / sqrt(sum t^2 sum p^2), every stored token"),
+                    ("pearson", "[-1, 1]", "Pearson of t and p over every stored token"),
+                )
+            ]
+        ),
+        *_with_defined(
+            [
                 Metric("intruder", 1, "[0, 1]", "higher", "share of trials, by a language model"),
                 Metric("intruder_program", 1, "[0, 1]", "higher", "share of trials, by a program"),
                 Metric(

@@ -110,6 +110,14 @@ class IntervalSettings(ScorerSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PopulationSettings(ScorerSettings):
+    """How programs read every stored token."""
+
+    window: int = _least(1, 64)
+    """Most tokens that a program reads at once, where it looks at more than one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SteeringSettings(ScorerSettings):
     """How a unit is steered."""
 
