@@ -12,6 +12,7 @@ from lmmono.recipe.robustness_settings import FamilySettings, Robustness
 from lmmono.registry.dictionary_kinds import DICTIONARY_KINDS
 from lmmono.registry.explainers import EXPLAINERS
 from lmmono.registry.lookup import load
+from lmmono.registry.methods import METHODS
 from lmmono.registry.metrics import METRICS
 from lmmono.registry.scorers import SCORERS, find_scorer
 from lmmono.registry.suites import (
@@ -24,7 +25,7 @@ from lmmono.registry.suites import (
 )
 from lmmono.registry.tasks import TASK_NAMES
 
-TABLES = (SCORERS, EXPLAINERS, LEARNERS, FAMILIES, SUITES, HYPOTHESES, TEXT_CORRUPTIONS)
+TABLES = (SCORERS, EXPLAINERS, LEARNERS, FAMILIES, SUITES, HYPOTHESES, TEXT_CORRUPTIONS, METHODS)
 HOMES = {record.home for table in TABLES for record in table.values()} - {None}
 
 

@@ -56,6 +56,7 @@ class Listed(StrEnum):
     explainers = "explainers"
     scorers = "scorers"
     tasks = "tasks"
+    methods = "methods"
 
 
 RecipeFile = Annotated[
@@ -176,7 +177,7 @@ def list_(
         Path | None, typer.Argument(help="Folder to look in; for hooks and dictionaries, a run.")
     ] = None,
 ) -> OutputTable:
-    """List recipes, runs, stores; hooks, dictionaries of a run; explainers, scorers or tasks.
+    """List recipes, runs, stores; hooks or dictionaries of a run; explainers, scorers, methods ...
 
     Example: lmmono ls dictionaries runs/quickstart/crate
     """

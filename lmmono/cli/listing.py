@@ -100,6 +100,18 @@ def list_scorers(_: Path) -> OutputTable:
     return OutputTable(("scorer", "needs", "chance", "presets", "about"), tuple(rows))
 
 
+def list_methods(_: Path) -> OutputTable:
+    """List loss terms, adapters, heads, interpreters and comparators, with source and status."""
+    from lmmono.registry.methods import METHODS
+
+    rows = (
+        (m.name, m.role, ", ".join(m.places), m.paper, m.variant, m.status, m.about)
+        for m in METHODS.values()
+    )
+    names = ("method", "role", "named in", "paper", "variant", "status", "about")
+    return OutputTable(names, tuple(rows))
+
+
 def list_tasks(_: Path) -> OutputTable:
     """List the tasks of the robustness suites, with their other domains and where they lie."""
     from lmmono.data.tasks.planted_tasks import PLANTED_TASKS

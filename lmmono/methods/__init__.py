@@ -1,1 +1,5 @@
-"""Methods that train or read a model in a way of their own: see `lmmono ls methods`."""
+"""Methods that change a model or stand beside it: loss terms, adapters, interpreters, comparators.
+
+Their records stand in `lmmono.registry.methods`, which names each home as a string: nothing below
+imports this room.
+"""

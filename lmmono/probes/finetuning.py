@@ -5,31 +5,65 @@ end-of-text token. The model that is given is left as it was.
 """
 
 import copy
+import hashlib
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from numpy import ndarray
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lmmono.errors import RobustnessError
+from lmmono.errors import RobustnessError, TrainError
+from lmmono.files.atomic import atomic_folder, remove_folder
+from lmmono.files.digests import damaged_files, folder_digests
+from lmmono.files.json_files import read_json
 from lmmono.models.hooks import bare
 from lmmono.probes import losses
 from lmmono.probes.text_reader import TextReader
+from lmmono.recipe.objective_settings import AnyObjective
 from lmmono.registry.lookup import load
 from lmmono.registry.suites import MonoVariant, TuningLoss, TuningMode
+from lmmono.training.checkpoint import Position, load_checkpoint, save_checkpoint
+from lmmono.training.objectives import (
+    ObjectiveContext,
+    Outputs,
+    Term,
+    Terms,
+    TokenBatch,
+    Trainee,
+    build_terms,
+    take_step,
+)
 from lmmono.types import Progress, silent
 
-LOSSES: dict[TuningLoss, Callable[[Tensor, Tensor], Tensor]] = {
-    "ce": losses.cross_entropy,
-    "label_smoothing": losses.label_smoothing,
-    "gce": losses.generalised_cross_entropy,
-    "sce": losses.symmetric_cross_entropy,
+
+@dataclass(frozen=True, slots=True)
+class TuningCriterion:
+    """What a tuned model minimises, and what reads its features."""
+
+    loss: Callable[[Float[Tensor, "c n"], Int64[Tensor, "n"]], Float[Tensor, "n"]]
+    """Loss of each text from the logits of all."""
+    head: str | None = None
+    """`module:name` of what is called with d_model and the number of classes, and returns the
+    module from features to logits; None for a linear layer."""
+
+
+LOSSES: dict[TuningLoss, TuningCriterion] = {
+    "ce": TuningCriterion(losses.cross_entropy),
+    "label_smoothing": TuningCriterion(losses.label_smoothing),
+    "gce": TuningCriterion(losses.generalised_cross_entropy),
+    "sce": TuningCriterion(losses.symmetric_cross_entropy),
 }
 FULL_RATE, ADAPTER_RATE = 5e-5, 5e-4
 """Highest learning rates where none is given: an adapter's few weights want larger steps."""
@@ -73,6 +107,15 @@ class FineTuning:
     """Training passes over which `topk_lora` cools its soft gate to a tenth; 0 leaves it warm."""
     pooling: Literal["mean", "last"] = "mean"
     """How the tokens of a text become one vector."""
+    objectives: tuple[AnyObjective, ...] = ()
+    """Loss terms added to the loss; `lmmono ls methods` lists them."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Every setting as JSON has it; objectives only where there are some."""
+        settings = {name: value for name, value in asdict(self).items() if name != "objectives"}
+        dumped = [objective.model_dump(mode="json") for objective in self.objectives]
+        return {**settings, "objectives": dumped} if dumped else settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +123,11 @@ class TuningEpoch:
     """What is known after one pass over the training texts."""
 
     train_loss: float
-    """Mean loss over the texts as they were seen."""
+    """Mean loss over the texts as they were seen, without that of objectives."""
     val_accuracy: float
     """Share of validation texts put in their given, possibly wrong class."""
+    terms: dict[str, float] = field(default_factory=dict[str, float])
+    """Mean of each column of the objectives, over the steps that had it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,24 +142,34 @@ class Classifier:
     """A tuned model: the weights after the epoch that did best on given validation labels.
 
     Attributes:
+        network: Body and head.
+        reader: How texts become token ids.
+        settings: How it was tuned.
         history: What each epoch came to.
         chosen_epoch: Index of the epoch whose weights these are.
         n_trained: Number of weights that were moved, the head's included.
         n_truncated: Training texts longer than the context, cut there.
+        terms: The objectives that it was tuned with, as they were after that epoch.
     """
 
-    def __init__(self, network: "_Network", reader: TextReader) -> None:
-        self.network, self._reader = network, reader
+    def __init__(self, network: "TextNetwork", reader: TextReader, settings: FineTuning) -> None:
+        self.network, self.reader, self.settings = network, reader, settings
         self.history: tuple[TuningEpoch, ...] = ()
         self.chosen_epoch = 0
         self.n_trained = sum(p.numel() for p in network.trained())
         self.n_truncated = 0
+        self.terms = Terms()
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes."""
+        return self.network.n_classes
 
     @torch.no_grad()
     def predict(self, texts: Sequence[str], *, batch_texts: int = 32) -> Float32[ndarray, "n c"]:
         """Return log-probabilities of the classes of texts."""
         self.network.eval()
-        ids = self._reader.read(texts)[0]
+        ids = self.reader.read(texts)[0]
         batches = np.array_split(np.arange(len(ids)), range(batch_texts, len(ids), batch_texts))
         log_p = [self.logits([ids[i] for i in rows]).log_softmax(dim=-1) for rows in batches]
         return torch.cat(log_p).float().cpu().numpy() if log_p else np.empty((0, 0), np.float32)
@@ -122,7 +177,7 @@ class Classifier:
     def logits(self, ids: Sequence[Int64[ndarray, "_"]]) -> Float[Tensor, "batch c"]:
         """Return the logits of texts that were read, one batch."""
         lengths = torch.tensor([len(row) for row in ids])
-        return self.network(self._reader.block(ids), lengths)
+        return self.network(self.reader.block(ids), lengths)
 
     def accuracy(self, data: LabelledTexts) -> float:
         """Return the share of texts that are put in their class."""
@@ -133,12 +188,96 @@ class Classifier:
         """What is known of the epoch whose weights these are."""
         return self.history[self.chosen_epoch]
 
+    def save(self, folder: str | Path) -> None:
+        """Write the weights and what is known of them; a failure leaves what was there.
+
+        Raises:
+            RunError: The disk refuses.
+        """
+        facts = StoredClassifier(
+            settings=self.settings.identity,
+            n_classes=self.n_classes,
+            history=self.history,
+            chosen_epoch=self.chosen_epoch,
+            n_truncated=self.n_truncated,
+            files={},
+        )
+        with atomic_folder(Path(folder)) as fresh:
+            save_file(_tensors(self.network), fresh / "weights.safetensors")
+            stored = asdict(facts) | {"files": folder_digests(fresh)}
+            (fresh / "classifier.json").write_text(json.dumps(stored, indent=1))
+
     def __repr__(self) -> str:
+        if not self.history:
+            return f"Classifier({self.n_trained} weights, not trained)"
         best = self.best
         return (
             f"Classifier({self.n_trained} weights trained, epoch {self.chosen_epoch + 1} of "
             f"{len(self.history)}, {best.val_accuracy:.3f} of given validation labels)"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredClassifier:
+    """What `classifier.json` holds."""
+
+    settings: dict[str, Any]
+    """How the model was tuned."""
+    n_classes: int
+    """Number of classes."""
+    history: tuple[TuningEpoch, ...]
+    """What each epoch came to."""
+    chosen_epoch: int
+    """Index of the epoch whose weights are stored."""
+    n_truncated: int
+    """Training texts that were cut."""
+    files: dict[str, str]
+    """SHA-256 of the other files."""
+
+
+def load_classifier(folder: str | Path, model: nn.Module, tokenizer: Any = None) -> Classifier:
+    """Return a classifier that `Classifier.save` wrote, to the bit.
+
+    Args:
+        folder: Where it was saved.
+        model: The model that was tuned, or another one of its shape: only that is taken.
+        tokenizer: Its tokenizer; None takes `model.tokenizer`.
+
+    Raises:
+        RobustnessError: The files are damaged, or do not fit the model.
+    """
+    folder = Path(folder)
+    stored = read_json(folder / "classifier.json", StoredClassifier, RobustnessError)
+    if faults := damaged_files(folder, stored.files):
+        raise RobustnessError(f"{folder}: {'; '.join(faults)}; tune the model again")
+    settings = TypeAdapter(FineTuning).validate_json(json.dumps(stored.settings))
+    with torch.random.fork_rng(devices=[]):
+        network = TextNetwork(bare(model), stored.n_classes, settings)
+    try:
+        _fill(network, load_file(folder / "weights.safetensors"))
+    except (KeyError, RuntimeError, SafetensorError) as fault:
+        raise RobustnessError(
+            f"{folder}: its weights do not fit this {type(bare(model)).__name__} ({fault}); give "
+            "the model that was tuned"
+        ) from fault
+    classifier = Classifier(network, TextReader(bare(model), tokenizer), settings)
+    classifier.history, classifier.chosen_epoch = stored.history, stored.chosen_epoch
+    classifier.n_truncated = stored.n_truncated
+    return classifier
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    return {name: tensor.detach().contiguous() for name, tensor in named.items()}
+
+
+@torch.no_grad()
+def _fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in {
+        **dict(network.named_parameters()),
+        **dict(network.named_buffers()),
+    }.items():
+        tensor.copy_(tensors[name])
 
 
 def finetune(
@@ -150,11 +289,13 @@ def finetune(
     seed: int,
     settings: FineTuning | None = None,
     tokenizer: Any = None,
+    terms: Sequence[Term] = (),
+    folder: str | Path | None = None,
     progress: Progress = silent,
 ) -> Classifier:
     """Tune a copy of a model to tell classes of texts apart.
 
-    The same seed gives the same bits on one machine.
+    The same seed gives the same bits on one machine, whether stopped and resumed or not.
 
     Args:
         model: A causal language model of transformers or of lmmono.
@@ -164,12 +305,16 @@ def finetune(
         seed: Seed of the head, the order of texts and dropout.
         settings: How; None takes the defaults.
         tokenizer: Its tokenizer; None takes `model.tokenizer`.
+        terms: Objectives of your own, beside those that the settings name.
+        folder: Where the state after each epoch is kept until all are done, so that the same call
+            goes on there; None keeps nothing.
         progress: Called after every epoch.
 
     Raises:
         RobustnessError: Labels that cannot be learned from, no tokenizer, peft is not installed, or
             the loss is no number any more.
         ModelError: The settings do not fit the adapter, or the model has one that does not merge.
+        TrainError: An objective does not fit.
     """
     how, network = settings or FineTuning(), bare(model)
     if hasattr(model, "peft_config"):  # what the adapter learned goes into the weights of a copy
@@ -178,9 +323,50 @@ def finetune(
     reader = TextReader(network, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = Classifier(_Network(network, n_classes, how), reader)
-        _train(classifier, train, val, how, seed, progress)
+        classifier = Classifier(TextNetwork(network, n_classes, how), reader, how)
+        _train(_Tuning(classifier, train, val, how, seed, terms, folder=folder), progress)
     return classifier
+
+
+def tune(
+    classifier: Classifier,
+    train: LabelledTexts,
+    val: LabelledTexts,
+    *,
+    seed: int,
+    settings: FineTuning | None = None,
+    terms: Sequence[Term] = (),
+    frozen: bool = False,
+    keep: Literal["best", "last"] = "best",
+    folder: str | Path | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Train a classifier further, in place.
+
+    Args:
+        classifier: What is trained.
+        train: Texts to learn from.
+        val: Texts to choose the epoch on.
+        seed: Seed of the order of texts, of dropout and of what objectives draw.
+        settings: How; None takes those it was tuned by. Its kind of adapter and its head stay.
+        terms: Objectives beside those that the settings name.
+        frozen: Keep the classifier's weights, to the bit, and train only those of objectives; it is
+            then in evaluation mode.
+        keep: Whether the best epoch is kept, as in `finetune`, or the last one.
+        folder: As in `finetune`.
+        progress: Called after every epoch.
+
+    Raises:
+        RobustnessError: Labels that cannot be learned from, or the loss is no number any more.
+        TrainError: An objective does not fit, or nothing is left to train.
+    """
+    _check(train, val, classifier.n_classes)
+    how = settings or classifier.settings
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        job = _Tuning(classifier, train, val, how, seed, terms, frozen, keep, folder)
+        with _frozen(classifier.network) if frozen else nullcontext():
+            _train(job, progress)
 
 
 def _check(train: LabelledTexts, val: LabelledTexts, n_classes: int) -> None:
@@ -199,18 +385,23 @@ def _check(train: LabelledTexts, val: LabelledTexts, n_classes: int) -> None:
         )
 
 
-class _Network(nn.Module):
+class TextNetwork(nn.Module):
     """A copy of a model's body with a linear head."""
 
     def __init__(self, network: nn.Module, n_classes: int, how: FineTuning) -> None:
         super().__init__()
         body: Any = copy.deepcopy(getattr(network, "base_model", network))
-        d_model = int(body.config.hidden_size)
+        self.d_model, self.n_classes = int(body.config.hidden_size), n_classes
+        device = next(body.parameters()).device
         body.requires_grad_(True)  # a model that was frozen to be studied is tuned all the same
         self.body = body if how.method == "full" else _adapted(body, how)
-        self.head = nn.Linear(d_model, n_classes, device=next(body.parameters()).device)
-        nn.init.normal_(self.head.weight, std=0.02)  # as GPT-2 begins
-        nn.init.zeros_(self.head.bias)
+        criterion = LOSSES[how.loss]
+        if criterion.head is not None:
+            self.head: nn.Module = load(criterion.head)(self.d_model, n_classes).to(device)
+        else:
+            self.head = nn.Linear(self.d_model, n_classes, device=device)
+            nn.init.normal_(self.head.weight, std=0.02)  # as GPT-2 begins
+            nn.init.zeros_(self.head.bias)
         self._pooling = how.pooling
 
     def trained(self) -> list[nn.Parameter]:
@@ -221,14 +412,73 @@ class _Network(nn.Module):
         self, ids: Int64[Tensor, "batch pos"], lengths: Int64[Tensor, "batch"]
     ) -> Float[Tensor, "batch c"]:
         """Return logits; tokens beyond a text's length come after it and change nothing."""
-        ids, lengths = ids.to(self.head.weight.device), lengths.to(self.head.weight.device)
+        return self.head(self.features(ids, lengths))
+
+    def features(
+        self, ids: Int64[Tensor, "batch pos"], lengths: Int64[Tensor, "batch"]
+    ) -> Float[Tensor, "batch d_model"]:
+        """Return what the head reads: the last stream, pooled over a text's tokens."""
+        device = next(self.body.parameters()).device
+        ids, lengths = ids.to(device), lengths.to(device)
         stream = self.body(input_ids=ids, use_cache=False).last_hidden_state
         if self._pooling == "last":
-            return self.head(stream[torch.arange(len(ids)), lengths - 1])
-        place = torch.arange(ids.shape[1], device=ids.device)
-        begins = (lengths - 1).clamp_max(1)[:, None]  # the first token, unless it is all there is
-        used = ((place >= begins) & (place < lengths[:, None])).to(stream.dtype)[..., None]
-        return self.head((stream * used).sum(dim=1) / used.sum(dim=1))
+            return stream[torch.arange(len(ids)), lengths - 1]
+        used = pooled_tokens(ids.shape[1], lengths).to(stream.dtype)[..., None]
+        return (stream * used).sum(dim=1) / used.sum(dim=1)
+
+
+def pooled_tokens(n_pos: int, lengths: Int64[Tensor, "batch"]) -> Bool[Tensor, "batch pos"]:
+    """Return which tokens count in a mean: all but the first, unless it is all there is."""
+    place = torch.arange(n_pos, device=lengths.device)
+    begins = (lengths - 1).clamp_max(1)[:, None]
+    return (place >= begins) & (place < lengths[:, None])
+
+
+class ClassifierTrainee(Trainee):
+    """A classifier of texts that learns their classes."""
+
+    is_classifier = True
+
+    def __init__(self, network: TextNetwork, reader: TextReader, loss: TuningLoss) -> None:
+        """Take body, head and the name of the main loss."""
+        self.network, self.reader, self._criterion = network, reader, LOSSES[loss]
+
+    @property
+    def model(self) -> nn.Module:
+        """The body, whose hooks have the names that they have in the whole model."""
+        return self.network.body
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return the weights that move."""
+        return self.network.trained()
+
+    def run(self, batch: TokenBatch, *, is_main: bool = False) -> Outputs:  # noqa: ARG002
+        """Run texts; every pass is alike."""
+        features = self.network.features(batch.ids, batch.is_token.sum(dim=1))
+        logits = self.network.head(features)
+        return Outputs(logits, self.loss_of(logits, batch.labels), features)
+
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Float[Tensor, ""]:
+        """Return the mean of the main loss over texts."""
+        return self._criterion.loss(logits.T, labels).mean()
+
+    def read(self, texts: Sequence[str], labels: Tensor) -> TokenBatch:
+        """Return texts as a batch, on the model's device."""
+        return self.batch(self.reader.read(texts)[0], labels, tuple(texts))
+
+    def batch(
+        self,
+        ids: Sequence[Int64[ndarray, "_"]],
+        labels: Int64[Tensor, "batch"],
+        texts: tuple[str, ...],
+        rows: Int64[ndarray, "batch"] | None = None,
+    ) -> TokenBatch:
+        """Return texts that were read as a batch, on the model's device."""
+        device = next(self.network.parameters()).device
+        block = self.reader.block(ids)
+        lengths = torch.tensor([len(row) for row in ids])
+        is_token = torch.arange(block.shape[1]) < lengths[:, None]
+        return TokenBatch(block.to(device), is_token.to(device), labels.to(device), texts, rows)
 
 
 def _adapted(body: Any, how: FineTuning) -> nn.Module:
@@ -241,52 +491,153 @@ def _adapted(body: Any, how: FineTuning) -> nn.Module:
     return load(ADAPTERS)(body, how)
 
 
-def _train(
-    classifier: Classifier,
-    train: LabelledTexts,
-    val: LabelledTexts,
-    how: FineTuning,
-    seed: int,
-    progress: Progress,
-) -> None:
-    """Train epoch by epoch and leave the weights of the best one in place."""
-    network, reader = classifier.network, classifier._reader  # pyright: ignore[reportPrivateUsage]
-    ids, classifier.n_truncated, _ = reader.read(train.texts)
-    labels, order = torch.from_numpy(train.labels), np.random.default_rng(seed)
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """Let no weight of a network move, in the block."""
+    moving = [p for p in network.parameters() if p.requires_grad]
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in moving:
+            weight.requires_grad_(True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tuning:
+    """One training of a classifier."""
+
+    classifier: Classifier
+    train: LabelledTexts
+    val: LabelledTexts
+    how: FineTuning
+    seed: int
+    terms: Sequence[Term] = ()
+    is_frozen: bool = False
+    keep: Literal["best", "last"] = "best"
+    folder: str | Path | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what decides the result, the model's own weights apart."""
+        texts = [[*map(str, d.texts), *d.labels.tolist()] for d in (self.train, self.val)]
+        names = [term.name for term in self.terms]
+        parts = [self.how.identity, self.seed, self.is_frozen, self.keep, names, texts]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def build_terms(self, n_steps: int) -> Terms:
+        """Return the objectives that the settings name, and those that were given."""
+        network = self.classifier.network
+        context = ObjectiveContext(
+            model=network.body,
+            is_classifier=True,
+            n_steps=n_steps,
+            seed=self.seed,
+            d_model=network.d_model,
+            n_classes=network.n_classes,
+            tokenizer=self.classifier.reader.tokenizer,
+        )
+        named = build_terms(self.how.objectives, context).terms
+        return Terms([*named, *self.terms]).to(context.device)
+
+
+class _Kept(nn.Module):
+    """Copies of the weights of the epoch that is kept, and of its objectives' state."""
+
+    def __init__(self, network: TextNetwork, terms: Terms) -> None:
+        super().__init__()
+        self._sources = [*network.trained(), *terms.parameters(), *terms.buffers()]
+        for i, tensor in enumerate(self._sources):
+            self.register_buffer(f"copy_{i}", tensor.detach().clone())
+
+    @torch.no_grad()
+    def take(self) -> None:
+        for copied, tensor in zip(self.buffers(), self._sources, strict=True):
+            copied.copy_(tensor)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for copied, tensor in zip(self.buffers(), self._sources, strict=True):
+            tensor.copy_(copied)
+
+
+def _train(job: _Tuning, progress: Progress) -> None:
+    """Train epoch by epoch and leave the weights of the epoch to keep in place.
+
+    Raises:
+        RobustnessError: The loss is no number any more.
+        TrainError: An objective does not fit, its term is no number, nothing is left to train, or
+            the state in the job's folder is damaged or of another training.
+    """
+    classifier, how = job.classifier, job.how
+    network, reader = classifier.network, classifier.reader
+    trainee = ClassifierTrainee(network, reader, how.loss)
+    ids, classifier.n_truncated, _ = reader.read(job.train.texts)
+    labels, order = torch.from_numpy(job.train.labels), np.random.default_rng(job.seed)
     per_epoch = -(-len(ids) // how.batch_texts)
     n_steps = how.epochs * per_epoch if how.steps is None else how.steps
+    n_epochs = -(-n_steps // per_epoch)
     lr = (FULL_RATE if how.method == "full" else ADAPTER_RATE) if how.lr is None else how.lr
-    optimizer = torch.optim.AdamW(network.trained(), lr=lr, weight_decay=how.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _slope(step, n_steps))
-    best: tuple[tuple[float, float], list[Tensor]] | None = None
-    for epoch in range(-(-n_steps // per_epoch)):
-        network.train()
-        total, n_seen = 0.0, 0
+    terms = job.build_terms(n_steps)
+    weights = [*network.trained(), *terms.parameters()]
+    if not weights:
+        raise TrainError("nothing to train: the classifier is frozen and no objective has weights")
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=how.weight_decay)
+    kept, history, chosen = _Kept(network, terms), list[TuningEpoch](), 0
+    whole = nn.ModuleDict({"network": network, "objectives": terms, "kept": kept})
+    folder = None if job.folder is None else Path(job.folder)
+    position = None if folder is None else load_checkpoint(folder, whole, optimizer, job.digest)
+    if position is not None:
+        history = TypeAdapter(list[TuningEpoch]).validate_python(position.facts["history"])
+        chosen = int(position.facts["chosen"])
+    for epoch in range(n_epochs):
+        permutation = order.permutation(len(ids))
+        if epoch < len(history):  # done before a stop; its order is drawn all the same
+            continue
+        network.train(not job.is_frozen)
+        terms.train()
+        n_seen, vectors = 0, list[list[float]]()
+        total = 0.0
         left = n_steps - epoch * per_epoch
-        shuffled = np.array_split(
-            order.permutation(len(ids)), range(how.batch_texts, len(ids), how.batch_texts)
-        )
-        for rows in shuffled[:left]:
-            logits = classifier.logits([ids[i] for i in rows])
-            loss = LOSSES[how.loss](logits.T, labels[rows].to(logits.device)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.trained(), MAX_NORM)
-            optimizer.step()
-            schedule.step()
-            total, n_seen = total + float(loss.detach()) * len(rows), n_seen + len(rows)
+        shuffled = np.array_split(permutation, range(how.batch_texts, len(ids), how.batch_texts))
+        for i, rows in enumerate(shuffled[:left], start=epoch * per_epoch):
+            batch = trainee.batch(
+                [ids[row] for row in rows],
+                labels[rows],
+                tuple(job.train.texts[row] for row in rows),
+                rows,
+            )
+            loss, *columns = take_step(
+                trainee,
+                [(batch, 1.0)],
+                terms,
+                optimizer,
+                lr=lr * _slope(i, n_steps),
+                clip_norm=MAX_NORM,
+                index=i,
+                n_steps=n_steps,
+                with_main=not job.is_frozen,
+            ).tolist()
+            vectors.append(columns)
+            total, n_seen = total + loss * len(rows), n_seen + len(rows)
         if not math.isfinite(total):
             raise RobustnessError(f"tuning diverged in epoch {epoch + 1}: want an lr below {lr:g}")
-        done = TuningEpoch(total / n_seen, classifier.accuracy(val))
-        classifier.history += (done,)
-        progress("epochs", epoch + 1, -(-n_steps // per_epoch), loss=done.train_loss)
-        value = (done.val_accuracy, -done.train_loss)
-        if best is None or value[0] > best[0][0]:
-            classifier.chosen_epoch = epoch
-            best = value, [p.detach().clone() for p in network.trained()]
-    assert best is not None
-    for weight, best_weight in zip(network.trained(), best[1], strict=True):
-        weight.data.copy_(best_weight)
+        terms.require_finite(vectors, epoch * per_epoch, n_steps)
+        accuracy = classifier.accuracy(job.val)
+        history.append(TuningEpoch(total / n_seen, accuracy, terms.means(vectors)))
+        progress("epochs", epoch + 1, n_epochs, loss=history[-1].train_loss)
+        if job.keep == "last" or not epoch or accuracy > history[chosen].val_accuracy:
+            chosen = epoch
+            kept.take()
+        if folder is not None:
+            facts = {"history": [asdict(each) for each in history], "chosen": chosen}
+            at = Position((epoch + 1) * per_epoch, job.digest, None, [], facts=facts)
+            save_checkpoint(folder, whole, optimizer, at)
+    kept.put_back()
+    terms.eval()
+    classifier.history, classifier.chosen_epoch, classifier.terms = tuple(history), chosen, terms
+    if folder is not None:
+        remove_folder(folder)
 
 
 def _slope(step: int, n_steps: int) -> float:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from lmmono.errors import DataError, RecipeError, nearest
+from lmmono.recipe.base import Section
 from lmmono.recipe.faults import clash_fault, faults_of, keys_of, shown
 from lmmono.recipe.recipe import SECTIONS, Recipe, recipe_schema, row_clash
 from lmmono.recipe.sections import (
@@ -18,7 +19,6 @@ from lmmono.recipe.sections import (
     FolderTokenizer,
     HubCorpus,
     PretrainedModel,
-    Section,
     Train,
 )
 from lmmono.recipe.shipped import find_recipe, shipped_recipes

@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from lmmono.errors import RecipeError
 from lmmono.files.docstrings import field_sentences
+from lmmono.recipe.base import Section, clash
 from lmmono.recipe.dictionary_settings import Dictionaries
 from lmmono.recipe.explain_settings import Explain, Score, unexplained_clash
 from lmmono.recipe.robustness_settings import Robustness
@@ -26,9 +27,7 @@ from lmmono.recipe.sections import (
     Model,
     ModelTokenizer,
     PretrainedModel,
-    Section,
     Train,
-    clash,
 )
 from lmmono.registry.lookup import load
 

@@ -12,7 +12,8 @@ from pydantic import (
 )
 
 from lmmono.errors import nearest
-from lmmono.recipe.sections import Count, Fraction, OneOf, Section, clash
+from lmmono.recipe.base import Count, Fraction, OneOf, Section, clash
+from lmmono.recipe.objective_settings import AnyObjective, raise_equal_names
 from lmmono.registry.suites import (
     FAMILIES,
     HYPOTHESES,
@@ -202,10 +203,22 @@ class Tuning(Section):
     """Further rates of label noise."""
     seeds: Count | None = None
     """Repetitions; null takes as many as the other suites."""
+    # left out where empty, so that recipes without objectives keep the digests that they had
+    objectives: tuple[AnyObjective, ...] = Field(default=(), exclude_if=lambda chosen: not chosen)
+    """Loss terms added to the loss; `lmmono ls methods` lists them."""
+    objective_sets: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], tuple[AnyObjective, ...]
+    ] = Field(default={}, exclude_if=lambda chosen: not chosen)
+    """Named lists of objectives in place of that, each tuned by itself: rows `tuned-full+NAME`."""
 
     @model_validator(mode="after")
     def _check_once(self) -> "Tuning":
         raise_repeats(self, ("modes", "variants", "ranks", "full_lr", "lora_lr"))
+        raise_equal_names(self.objectives)
+        for name, objectives in self.objective_sets.items():
+            raise_equal_names(objectives, f"objective_sets.{name}")
+        if self.objectives and self.objective_sets:
+            raise clash("want objectives, or sets of them", "objectives", "objective_sets")
         return self
 
 

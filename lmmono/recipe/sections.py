@@ -4,53 +4,13 @@ Holds no torch and reads no file: `lmmono check` answers from here in under a se
 Choices between kinds are tags (`kind`, `arch`), never class paths.
 """
 
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import Field, model_validator
 
+from lmmono.recipe.base import Count, Fraction, Section, clash
+from lmmono.recipe.objective_settings import AnyObjective, raise_equal_names
 from lmmono.types import Split
-
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """Base of all settings: strict types, unknown keys refused, never changed after loading.
-
-    Sentences under fields are read from the source where they are shown, by
-    `lmmono.recipe.reference`: pydantic would parse every class at every start.
-    """
-
-    model_config = ConfigDict(
-        strict=True,
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        # only what is used is built: `lmmono check` answers a tenth sooner; so defaults that are
-        # sections are made by factories
-        defer_build=True,
-    )
-
-
-class OneOf:
-    """Text that is one of some names, as a `Literal` of them; the names come from a registry."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = list(names)
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
-        """Return the schema that pydantic makes of a `Literal`."""
-        return core_schema.literal_schema(self.names)
-
-
-def clash(message: str, *fields: str) -> PydanticCustomError:
-    """Return the fault of fields that do not fit each other; the first is the one to change.
-
-    Fields are dotted, relative to the section whose validator raises the fault.
-    """
-    return PydanticCustomError("clash", "{message}", {"message": message, "fields": fields})
 
 
 def _heads_divide_width(model: "CrateModel | Gpt2Model") -> None:
@@ -308,6 +268,9 @@ class Train(Section):
     """Recompute activations in the backward pass to save memory."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Trackers to log to, beside `metrics.parquet`; wandb runs offline."""
+    # left out where empty, so that recipes without objectives keep the digests that they had
+    objectives: tuple[AnyObjective, ...] = Field(default=(), exclude_if=lambda chosen: not chosen)
+    """Loss terms added to that of next tokens; `lmmono ls methods` lists them."""
 
     @model_validator(mode="after")
     def _leave_steps_after_warmup(self) -> "Train":
@@ -317,6 +280,7 @@ class Train(Section):
                 "warmup_steps",
                 "steps",
             )
+        raise_equal_names(self.objectives)
         return self
 
 

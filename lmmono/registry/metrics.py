@@ -204,6 +204,14 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("loss", 1, "nats per token", "lower", "mean of -ln p(next token)"),
         Metric("lr", 1, "per step", "neither", "learning rate of the step"),
+        Metric(
+            "objective",
+            1,
+            "its own",
+            "neither",
+            "objective/NAME: mean of a loss term before its weight, over the steps that had it; "
+            "objective/NAME/COLUMN: a further number of it",
+        ),
         Metric("grad_norm", 1, "1", "neither", "L2 norm of all gradients before clipping"),
         Metric("minimal_pairs", 1, "[0, 1]", "higher", "share of pairs with p(good) > p(bad)"),
         Metric("accuracy", 1, "[0, 1]", "higher", "share of texts whose likeliest class is true"),

@@ -7,14 +7,14 @@ those of the first learner on all coordinates. Column `probe` of a tuned model i
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
 from lmmono.data.tasks.task import Labelled
-from lmmono.errors import ModelError, RobustnessError
+from lmmono.errors import ModelError, RobustnessError, TrainError
 from lmmono.probes.finetuning import Classifier, FineTuning, LabelledTexts, finetune
 from lmmono.probes.probe_jobs import Solver
 from lmmono.probes.problems import NO_VALIDATION
@@ -50,14 +50,20 @@ class Tuner:
     """Its settings but the learning rate."""
     rates: tuple[float, ...]
     """Learning rates; the best on noisy validation labels is taken."""
+    objective_set: str = ""
+    """Name of its list of objectives, where a recipe has several."""
 
     @property
     def label(self) -> str:
-        """Name in tables: tuned-full, tuned-lora-8 with the rank, tuned-monolora-relu_both-8."""
+        """Name in tables: tuned-full, tuned-lora-8 with the rank, tuned-monolora-relu_both-8.
+
+        A set of objectives is named behind a `+`.
+        """
         how = self.how
         variant = f"-{how.variant}" if how.method == "monolora" else ""
         rank = "" if how.method == "full" else f"-{how.rank}"
-        return f"tuned-{how.method}{variant}{rank}"
+        objectives = f"+{self.objective_set}" if self.objective_set else ""
+        return f"tuned-{how.method}{variant}{rank}{objectives}"
 
     @property
     def learner(self) -> str:
@@ -67,7 +73,7 @@ class Tuner:
     @property
     def identity(self) -> tuple[list[Any], list[Any]]:
         """What it reads is the model; how it learns are its settings."""
-        how = asdict(self.how)
+        how = self.how.identity
         for name, methods in _MAPPED.items():
             if self.how.method not in methods:
                 del how[name]
@@ -88,26 +94,29 @@ class Tuner:
 def tuners(settings: Tuning) -> list[Tuner]:
     """Return the ways to tune that a recipe names."""
     ways: list[Tuner] = []
-    plain = FineTuning(
-        loss=settings.loss,
-        epochs=settings.epochs,
-        steps=settings.steps,
-        batch_texts=settings.batch_texts,
-        pooling=settings.pooling,
-        k=settings.k,
-    )
-    for mode in settings.modes:
-        if mode == "full":
-            ways.append(Tuner(replace(plain, method=mode), settings.full_lr))
-            continue
-        for variant in settings.variants if mode == "monolora" else (plain.variant,):
-            ways += [
-                Tuner(
-                    replace(plain, method=mode, variant=variant, rank=rank, alpha=SCALE * rank),
-                    settings.lora_lr,
-                )
-                for rank in settings.ranks
-            ]
+    for name, objectives in (settings.objective_sets or {"": settings.objectives}).items():
+        plain = FineTuning(
+            loss=settings.loss,
+            epochs=settings.epochs,
+            steps=settings.steps,
+            batch_texts=settings.batch_texts,
+            pooling=settings.pooling,
+            k=settings.k,
+            objectives=objectives,
+        )
+        for mode in settings.modes:
+            if mode == "full":
+                ways.append(Tuner(replace(plain, method=mode), settings.full_lr, name))
+                continue
+            for variant in settings.variants if mode == "monolora" else (plain.variant,):
+                ways += [
+                    Tuner(
+                        replace(plain, method=mode, variant=variant, rank=rank, alpha=SCALE * rank),
+                        settings.lora_lr,
+                        name,
+                    )
+                    for rank in settings.ranks
+                ]
     return ways
 
 
@@ -138,7 +147,7 @@ def _measured(bench: Bench, tuner: Tuner, draw: SuiteDraw, test: LabelledTexts) 
         if draw.failure is not None:
             raise RobustnessError(draw.failure)
         classifier, lr = _tuned(bench, tuner, draw)
-    except (RobustnessError, ModelError) as fault:
+    except (RobustnessError, ModelError, TrainError) as fault:
         return Measurement(n=n, failure=str(fault), seconds=time.perf_counter() - began)
     best = classifier.best
     facts: dict[str, Any] = {
@@ -148,6 +157,7 @@ def _measured(bench: Bench, tuner: Tuner, draw: SuiteDraw, test: LabelledTexts) 
         "train_loss": round(best.train_loss, 6),
         "val_accuracy": round(best.val_accuracy, 6),
         "n_truncated": classifier.n_truncated,
+        **{f"objective/{name}": round(value, 6) for name, value in best.terms.items()},
     }
     if tuner.how.method == "full":
         n_right = round(classifier.accuracy(test) * n) if n else 0
@@ -164,6 +174,7 @@ def _tuned(bench: Bench, tuner: Tuner, draw: SuiteDraw) -> tuple[Classifier, flo
     Raises:
         RobustnessError: The draw cannot be learned from, or no learning rate gives a number.
         ModelError: The settings do not fit the adapter.
+        TrainError: An objective does not fit the model.
     """
     if not len(draw.val):
         raise RobustnessError(NO_VALIDATION)
@@ -175,7 +186,7 @@ def _tuned(bench: Bench, tuner: Tuner, draw: SuiteDraw) -> tuple[Classifier, flo
         )
     )
     candidates: list[tuple[Classifier, float]] = []
-    faults: list[RobustnessError | ModelError] = []
+    faults: list[RobustnessError | ModelError | TrainError] = []
     for lr in tuner.rates:
         try:
             classifier = finetune(
@@ -187,7 +198,7 @@ def _tuned(bench: Bench, tuner: Tuner, draw: SuiteDraw) -> tuple[Classifier, flo
                 settings=replace(tuner.how, lr=lr),
                 tokenizer=bench.encoder.reader.tokenizer,
             )
-        except (RobustnessError, ModelError) as fault:
+        except (RobustnessError, ModelError, TrainError) as fault:
             faults.append(fault)
         else:
             candidates.append((classifier, lr))

@@ -6,8 +6,9 @@ of a run that never stopped.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +33,10 @@ class Position:
     """Smoothed training loss, nats per token; None before the first reading."""
     unread_losses: list[float]
     """Losses of the last steps, not logged yet."""
+    unread_terms: list[list[float | None]] = field(default_factory=list[list[float | None]])
+    """The columns of their objectives; None where a term was no part of a step."""
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What a loop keeps besides, as JSON."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ class LogRow:
     split: str
     """Split it was measured on."""
     metric: str
-    """Name in `lmmono.registry.metrics.METRICS`."""
+    """Name in `lmmono.registry.metrics.METRICS`, or `objective/NAME` for a term of the loss."""
     value: float
     """The number."""
     n_tokens: int
@@ -60,7 +60,9 @@ class TrainingLog:
     def table(self) -> pa.Table:
         """Return all rows as a table with the columns of `SCHEMA`."""
         records = [
-            {**asdict(row), "metric_version": METRICS[row.metric].version} for row in self._rows
+            # a term of the loss is `objective/NAME`
+            {**asdict(row), "metric_version": METRICS[row.metric.partition("/")[0]].version}
+            for row in self._rows
         ]
         return pa.Table.from_pylist(records, schema=SCHEMA)
 

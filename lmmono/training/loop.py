@@ -5,10 +5,11 @@ the number of processes changes nothing but speed. Held-out loss and code statis
 `metrics.parquet`; nothing is printed and no tracker runs unless asked.
 """
 
+import math
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmmono.data.batches import train_batches
@@ -28,6 +29,7 @@ from lmmono.errors import DataError, RecipeError, TrainingStopped
 from lmmono.files.atomic import remove_folder
 from lmmono.files.signals import StopRequest, stop_requests
 from lmmono.models.build import build_model
+from lmmono.models.hooks import bare as bare_network
 from lmmono.recipe.sections import Train
 from lmmono.runs.folder import Run
 from lmmono.runs.stages import STAGES
@@ -38,7 +40,16 @@ from lmmono.training.checkpoint import (
 )
 from lmmono.training.held_out import Evaluation, evaluate, minimal_pair_accuracy
 from lmmono.training.log import LogRow, TrainingLog, evaluation_rows
-from lmmono.training.optimizer import build_optimizer, lr_at, set_lr
+from lmmono.training.objectives import (
+    ObjectiveContext,
+    Outputs,
+    Terms,
+    TokenBatch,
+    Trainee,
+    build_terms,
+    take_step,
+)
+from lmmono.training.optimizer import build_optimizer, lr_at
 from lmmono.training.watch import LossWatch
 from lmmono.types import Progress, silent
 
@@ -110,6 +121,39 @@ def _start_trackers(accelerator: Accelerator, run: Run) -> None:
         )
 
 
+class LanguageTrainee(Trainee):
+    """A causal language model that learns next tokens."""
+
+    is_classifier = False
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator | None = None) -> None:
+        """Take a model, in wrappers or not."""
+        self._model, self._network = model, bare_network(model)
+        self._accelerator = accelerator
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in its wrappers."""
+        return self._model
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Return all its weights."""
+        return self._model.parameters()
+
+    def run(self, batch: TokenBatch, *, is_main: bool = False) -> Outputs:
+        """Run rows of tokens; further passes of a step go past the wrapper of several processes."""
+        network = self._model if is_main else self._network
+        autocast = None if is_main or self._accelerator is None else self._accelerator.autocast()
+        with autocast or nullcontext():
+            output = network(input_ids=batch.ids, labels=batch.labels, use_cache=False)
+        return Outputs(output.logits, output.loss)
+
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Float[Tensor, ""]:
+        """Return the mean loss of next tokens, in nats."""
+        network: Any = self._network
+        return network.loss_function(logits, labels, vocab_size=logits.shape[-1])
+
+
 @dataclass(slots=True)
 class _Loop:
     """Everything that one training holds while it runs."""
@@ -118,7 +162,10 @@ class _Loop:
     run: Run
     bare: PreTrainedModel
     """The model itself; `model` may wrap it for several processes or compilation."""
-    model: torch.nn.Module
+    trainee: LanguageTrainee
+    terms: Terms
+    whole: nn.Module
+    """What checkpoints hold: the model, with its objectives where there are some."""
     optimizer: torch.optim.Optimizer
     rows: TokenRows
     log: TrainingLog
@@ -128,7 +175,7 @@ class _Loop:
     step: int
     started: float = field(default_factory=time.perf_counter)
     unread: list[Tensor] = field(default_factory=list[Tensor])
-    """Losses of this process since they were last read from the device."""
+    """Main loss and columns of this process' steps since they were last read from the device."""
 
     @classmethod
     def start(
@@ -138,10 +185,12 @@ class _Loop:
         recipe, corpus = run.recipe, run.corpus
         bare = _new_model(run).to(accelerator.device)
         torch.manual_seed(recipe.seed)
-        optimizer = build_optimizer(bare, recipe.train)
+        terms = build_terms(recipe.train.objectives, _context(run, bare))
+        whole = nn.ModuleDict({"model": bare, "objectives": terms}) if len(terms) else bare
+        optimizer = build_optimizer(whole, recipe.train)
         position = load_checkpoint(
             run.dir / "checkpoint",
-            bare,
+            whole,
             optimizer,
             recipe.digest(*STAGES["train"].sections),
         )
@@ -153,7 +202,9 @@ class _Loop:
             accelerator=accelerator,
             run=run,
             bare=bare,
-            model=model,
+            trainee=LanguageTrainee(model, accelerator),
+            terms=terms,
+            whole=whole,
             optimizer=optimizer,
             rows=corpus.tokens("train"),
             log=log,
@@ -161,10 +212,7 @@ class _Loop:
             request=request,
             progress=progress,
             step=position.step if position else 0,
-            unread=[
-                torch.tensor(loss, device=accelerator.device)
-                for loss in (position.unread_losses if position else ())
-            ],
+            unread=_unread(position, len(terms.columns), accelerator.device),
         )
 
     @property
@@ -191,52 +239,60 @@ class _Loop:
             if stop:
                 raise _stopped(stop, self.run, self.step)
 
-    def _take_step(self, batch: np.ndarray) -> Float[Tensor, ""]:
-        """Step on a global batch [batch_rows, n_ctx]; return the loss of this process' share."""
+    def _take_step(self, batch: np.ndarray) -> Float[Tensor, "loss_and_columns"]:
+        """Step on a global batch [batch_rows, n_ctx]; return the losses of this process' share."""
         accelerator, settings = self.accelerator, self._settings
-        set_lr(self.optimizer, lr_at(self.step, settings))
         share = len(batch) // accelerator.num_processes
         first = accelerator.process_index * share
         ids = torch.from_numpy(batch[first : first + share]).to(accelerator.device)
         micro_tokens = settings.micro_batch_tokens or settings.batch_tokens
         parts = ids.split(max(1, micro_tokens // ids.shape[1]))
-        total = torch.zeros((), device=accelerator.device)
         is_target = batch[first : first + share, 1:] >= 0  # padding is none; counted on the CPU
         n_rows = len(parts[0])
         n_targets = [int(is_target[i : i + n_rows].sum()) for i in range(0, share, n_rows)]
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                # padding stands last in its row, so no token sees what it is clamped to
-                inputs = part.clamp(min=0)
-                output = self.model(input_ids=inputs, labels=part, use_cache=False)
-                weight = n_targets[i] / max(1, sum(n_targets))
-                # the mean over no target is NaN
-                loss = output.loss * weight if weight else output.logits.sum() * 0.0
-                accelerator.backward(loss)
-            total += loss.detach()
-        accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total
+        shares = [n / max(1, sum(n_targets)) for n in n_targets]
+        return take_step(
+            self.trainee,
+            # padding stands last in its row, so no token sees what it is clamped to
+            [
+                (TokenBatch(part.clamp(min=0), part >= 0, part), share)
+                for part, share in zip(parts, shares, strict=True)
+            ],
+            self.terms,
+            self.optimizer,
+            lr=lr_at(self.step, settings),
+            clip_norm=settings.clip_norm,
+            index=self.step,
+            n_steps=settings.steps,
+            accelerator=accelerator,
+        )
 
-    def _read_losses(self) -> list[float]:
-        """Return the mean loss over processes of each step not logged yet; all must be finite."""
+    def _read_losses(self) -> list[list[float]]:
+        """Return main loss and columns of each step not logged yet, means over processes.
+
+        Raises:
+            TrainError: A loss is no finite number.
+        """
         if not self.unread:
             return []
         reduced = self.accelerator.reduce(torch.stack(self.unread), reduction="mean")
         assert isinstance(reduced, Tensor)
-        losses: list[float] = reduced.tolist()
-        self.watch.require_finite(losses, self.step - len(losses), self.bare, self._settings)
-        return losses
+        vectors: list[list[float]] = reduced.tolist()
+        losses, first = [vector[0] for vector in vectors], self.step - len(vectors)
+        self.watch.require_finite(losses, first, self.bare, self._settings)
+        self.terms.require_finite([v[1:] for v in vectors], first, self._settings.steps)
+        return vectors
 
     def _log_losses(self) -> None:
         """Read the losses of the last steps; check, log and report them."""
-        losses, settings = self._read_losses(), self._settings
+        vectors, settings = self._read_losses(), self._settings
+        losses = [vector[0] for vector in vectors]
         self.unread.clear()
         self.watch.follow(losses, self.step - len(losses), self.bare, settings)
         n_tokens, seconds = settings.batch_tokens * len(losses), time.perf_counter() - self.started
         values = {"loss": sum(losses) / len(losses), "lr": lr_at(self.step - 1, settings)}
+        means = self.terms.means([vector[1:] for vector in vectors])
+        values |= {f"objective/{name}": mean for name, mean in means.items()}
         self.log.add(
             LogRow(self.step, "train", name, value, n_tokens, seconds)
             for name, value in values.items()
@@ -263,15 +319,17 @@ class _Loop:
 
     def _save(self) -> None:
         """Save a checkpoint and the log so far."""
-        losses = self._read_losses()
+        vectors = self._read_losses()
         if self.accelerator.is_main_process:
             position = Position(
                 step=self.step,
                 digest=self.run.recipe.digest(*STAGES["train"].sections),
                 smooth_loss=self.watch.smooth_loss,
-                unread_losses=losses,
+                unread_losses=[vector[0] for vector in vectors],
+                # JSON has no NaN
+                unread_terms=[[None if math.isnan(x) else x for x in v[1:]] for v in vectors],
             )
-            save_checkpoint(self.run.dir / "checkpoint", self.bare, self.optimizer, position)
+            save_checkpoint(self.run.dir / "checkpoint", self.whole, self.optimizer, position)
             self.log.save()
         self.accelerator.wait_for_everyone()
 
@@ -302,6 +360,29 @@ class _Loop:
         self.run.save_model(self.bare, self.run.corpus.tokenizer)
         remove_folder(self.run.dir / "checkpoint")
         return facts
+
+
+def _context(run: Run, network: PreTrainedModel) -> ObjectiveContext:
+    recipe = run.recipe
+    return ObjectiveContext(
+        model=network,
+        is_classifier=False,
+        n_steps=recipe.train.steps,
+        seed=recipe.seed,
+        d_model=int(network.config.hidden_size),
+        tokenizer=run.corpus.tokenizer,
+    )
+
+
+def _unread(position: Position | None, n_columns: int, device: torch.device) -> list[Tensor]:
+    """Return what `_Loop.unread` held when a checkpoint was saved."""
+    if position is None:
+        return []
+    terms = position.unread_terms or [[math.nan] * n_columns for _ in position.unread_losses]
+    return [
+        torch.tensor([loss, *(math.nan if x is None else x for x in row)], device=device)
+        for loss, row in zip(position.unread_losses, terms, strict=True)
+    ]
 
 
 def _pairs_that_fit(run: Run) -> list[MinimalPair]:

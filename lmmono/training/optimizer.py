@@ -9,7 +9,10 @@ from lmmono.recipe.sections import Train
 
 
 def build_optimizer(model: nn.Module, settings: Train) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices and embeddings and leaves vectors alone (as nanoGPT)."""
+    """Return AdamW that decays matrices and embeddings and leaves vectors alone (as nanoGPT).
+
+    The weights of objectives are trained with those of the model, if both are one module.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
