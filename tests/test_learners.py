@@ -59,7 +59,7 @@ def fitted():
 
 def test_every_learner_beats_chance_and_gives_a_reason_where_it_has_no_probe(fitted):
     _, (x, clean), found = fitted
-    assert len(found) == 12
+    assert len(found) == len(LEARNERS) == 13
     for name, probes in found.items():
         accuracy = probes.accuracy(x, clean)
         # on 90 rows ten neighbours outvote right labels too, and small losses say little

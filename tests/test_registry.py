@@ -45,7 +45,8 @@ def test_scorers_write_metrics_that_exist_and_no_two_write_the_same():
 
 
 def test_recipes_take_every_name_that_needs_nothing_else():
-    takes = {name: dict.fromkeys(kind.takes, 4) for name, kind in FAMILIES.items()}
+    values = {"d": 4, "k": 4, "steps": 4, "positives": "spans", "map": "relu", "spread": True}
+    takes = {name: {each: values[each] for each in kind.takes} for name, kind in FAMILIES.items()}
     section = Robustness(
         suites=tuple(SUITES),
         tasks=TASK_NAMES,

@@ -76,7 +76,7 @@ def solve(job: ProbeJob) -> FittedProbes:
 
 def count_right(probes: Probes, part: JudgedPart) -> list[int]:
     """Return how many texts each probe has right; 0 for one that failed."""
-    x, labels = torch.from_numpy(part.x), torch.from_numpy(part.labels)
+    x, labels = probes.inputs(torch.from_numpy(part.x)), torch.from_numpy(part.labels)
     counts = [0] * len(probes)
     for i, failure in enumerate(probes.failures):
         if failure is None and len(labels):
@@ -112,6 +112,7 @@ def fit_probes(problems: Problems, learner: str, budget: int | None = None) -> P
             chosen = telling(part.x[rows], part.y[0][rows], part.n_classes, k)
             part = replace(part, x=part.x[:, chosen], x_val=part.x_val[:, chosen])
         fitted = fit(part)
+        probes = replace(probes, reads=fitted.reads)
         probes.weight[members] = 0.0
         for at, i in enumerate(members):
             probes.weight[i][:, chosen] = fitted.weight[at].float()

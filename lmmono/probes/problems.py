@@ -6,6 +6,7 @@ match) with an error; what ails one problem among many is a reason in `Probes.fa
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -142,14 +143,20 @@ class Probes:
     notes: tuple[str | None, ...] = ()
     """What a reader of the row must know, such as a fit stopped before it converged; may be empty.
     """
+    reads: Literal["features", "positive"] = "features"
+    """What the weights are multiplied with: features as they came, or what of them is above 0."""
 
     def __len__(self) -> int:
         return len(self.weight)
 
+    def inputs(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """Return what the weights are multiplied with."""
+        return x.clamp_min(0) if self.reads == "positive" else x
+
     def predict(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "p n c"]:
         """Return log-probabilities of the classes."""
         p, c, d = self.weight.shape
-        logits = x.to(self.weight.dtype) @ self.weight.reshape(p * c, d).T
+        logits = self.inputs(x).to(self.weight.dtype) @ self.weight.reshape(p * c, d).T
         logits = logits.reshape(len(x), p, c).transpose(0, 1) + self.bias[:, None]
         return logits.log_softmax(dim=-1)
 

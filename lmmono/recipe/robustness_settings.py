@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -22,9 +22,12 @@ from lmmono.registry.suites import (
     SUITES,
     TEXT_CORRUPTIONS,
     Attack,
+    FamilySetting,
     LabelNoise,
     MonoVariant,
+    NonNegativeMap,
     Pooling,
+    Positives,
     TuningLoss,
     TuningMode,
 )
@@ -41,6 +44,10 @@ MARGINS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1)
 REALISTIC = (0.0, 0.02, 0.05, 0.1)
 """Rates of label noise that real sets have."""
 SHOTS = (1, 4, 16, 64, 256)
+
+
+def _is_none(value: Any) -> bool:
+    return value is None  # a field that came later: recipes without it keep their digest
 
 
 def _named(entry: Any) -> Any:
@@ -67,6 +74,15 @@ class FamilySettings(
     """Width of the code."""
     k: Count | None = None
     """Coordinates that stay."""
+    positives: Positives | None = Field(default=None, exclude_if=_is_none)
+    """What a contrastive head holds together; null takes spans. See `docs/methods.md`."""
+    map: NonNegativeMap | None = Field(default=None, exclude_if=_is_none)
+    """What keeps the code of `ncl` from going below 0; null takes rep_relu."""
+    spread: bool | None = Field(default=None, exclude_if=_is_none)
+    """Add the undocumented term of 2410.21331's code that spreads activations; null leaves it out.
+    """
+    steps: Count | None = Field(default=None, exclude_if=_is_none)
+    """Steps of a contrastive head's training; null takes its own number."""
 
     @model_validator(mode="after")
     def _check_names(self) -> "FamilySettings":
@@ -74,7 +90,7 @@ class FamilySettings(
             way_out = nearest(self.name, FAMILIES)
             raise clash(f"want a feature family, got {self.name!r}; {way_out}", "name")
         takes = FAMILIES[self.name].takes
-        for setting in ("d", "k"):
+        for setting in get_args(FamilySetting):
             if getattr(self, setting) is not None and setting not in takes:
                 known = ", ".join(takes) or "none"
                 raise clash(f"{self.name} has no such setting; it has: {known}", setting)
@@ -82,9 +98,10 @@ class FamilySettings(
 
     @property
     def label(self) -> str:
-        """Name in tables: the kind with its settings, such as pca-16."""
-        sizes = [str(size) for size in (self.d, self.k) if size is not None]
-        return "-".join([self.name, *sizes])
+        """Name in tables: the kind with its settings, such as pca-16 or ncl-512-sentences."""
+        values = [self.d, self.k, self.positives, self.map]
+        values += [name for name in ("spread",) if self.spread]
+        return "-".join([self.name, *(str(value) for value in values if value is not None)])
 
 
 def raise_repeats(section: Section, fields: tuple[str, ...]) -> None:

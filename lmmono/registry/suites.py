@@ -27,6 +27,13 @@ MODEL_NOISE: tuple[ModelNoise, ...] = get_args(ModelNoise)
 Attack = Literal["characters", "words"]
 """What an attack edits; see `lmmono.suites.attacks`."""
 
+NonNegativeMap = Literal["relu", "rep_relu", "gelu", "sigmoid", "softplus", "exp", "leakyrelu"]
+"""What keeps a code from going below 0; see `lmmono.methods.nonneg`."""
+
+Positives = Literal["dropout", "spans", "sentences"]
+"""What a contrastive head holds together: two passes of a text with the model's dropout, two spans
+of a text, neighbouring sentences of a text."""
+
 Pooling = Literal["mean", "max", "last"]
 """How the codes of a text's tokens become one."""
 
@@ -111,6 +118,10 @@ def find_suite(name: str) -> Suite:
     return find("suite", name, SUITES, RobustnessError)
 
 
+FamilySetting = Literal["d", "k", "positives", "map", "spread", "steps"]
+"""What a family may be given; see `FamilySettings`."""
+
+
 @dataclass(frozen=True, slots=True)
 class FamilyKind:
     """One kind of feature family: a code that a probe reads and that needs no dictionary."""
@@ -121,10 +132,12 @@ class FamilyKind:
     """What the code is, in one line."""
     home: str
     """`module:function`; takes rows and settings, returns the code."""
-    takes: tuple[Literal["d", "k"], ...] = ()
-    """Settings that it knows: width, and coordinates that stay."""
+    takes: tuple[FamilySetting, ...] = ()
+    """Settings that it knows."""
     point: Literal["stream", "neurons"] = "stream"
     """Where it reads: the hook that is probed, or the MLP's neurons of the same layer."""
+    reads: Literal["tokens", "texts"] = "tokens"
+    """Whether it makes a code of each token, pooled afterwards, or one of a text's mean row."""
 
 
 _CODES = "lmmono.suites.feature_families"
@@ -165,6 +178,27 @@ _FAMILIES = (
     ),
     FamilyKind(
         "top_neurons", "the k neurons that vary most", f"{_CODES}:top_neurons", ("k",), "neurons"
+    ),
+    FamilyKind(
+        "cl",
+        "a contrastive head on a text's mean row: the polysemantic arm of 2410.21331",
+        "lmmono.methods.contrastive:cl",
+        ("d", "positives", "spread", "steps"),
+        reads="texts",
+    ),
+    FamilyKind(
+        "ncl",
+        "the same head with a non-negative map at its end (Wang et al. 2024)",
+        "lmmono.methods.contrastive:ncl",
+        ("d", "positives", "map", "spread", "steps"),
+        reads="texts",
+    ),
+    FamilyKind(
+        "csr",
+        "a tied top-k SAE of a text's mean row with a contrastive term (2503.01776)",
+        "lmmono.methods.contrastive:csr",
+        ("d", "k", "positives", "steps"),
+        reads="texts",
     ),
 )
 
@@ -219,6 +253,11 @@ _LEARNERS = (
         "knn_relabel",
         "labels outvoted by those of ten neighbours replaced",
         "lmmono.probes.cleaning:relabelled",
+    ),
+    Learner(
+        "nonneg_ce",
+        "cross entropy of max(x, 0) and weights >= 0, without a bias (Wang et al. 2024)",
+        "lmmono.methods.nonneg:nonneg_logistic",
     ),
     _descended("label_smoothing", "labels smoothed by 0.1 (Szegedy et al. 2016)"),
     _descended("gce", "generalised cross entropy, q 0.7 (Zhang and Sabuncu 2018)"),

@@ -8,13 +8,14 @@ sparsity, to width, or to neither.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
+from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -22,7 +23,7 @@ from lmmono.dictionaries.coding import random_directions
 from lmmono.errors import RobustnessError
 from lmmono.recipe.robustness_settings import FamilySettings
 from lmmono.registry.lookup import find, load
-from lmmono.registry.suites import FAMILIES
+from lmmono.registry.suites import FAMILIES, NonNegativeMap, Positives
 
 HookRows = Float[Tensor, "n d_in"]
 Encode = Callable[[Tensor], Tensor]
@@ -44,8 +45,36 @@ class CodeSettings:
     """Width of the code."""
     k: int | None = None
     """Coordinates that stay."""
+    positives: Positives | None = None
+    """What a contrastive head holds together."""
+    map: NonNegativeMap | None = None
+    """What keeps a code from going below 0."""
+    spread: bool | None = None
+    """Whether activations are spread over coordinates by a loss."""
+    steps: int | None = None
+    """Steps of a training."""
     seed: int = 0
     """Seed of everything random in it."""
+
+
+@runtime_checkable
+class TextRows(Protocol):
+    """Texts, and the rows that a model gives of them at a hook."""
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """Some training texts."""
+        ...
+
+    def ids(self, texts: Sequence[str]) -> list[Int64[ndarray, " pos"]]:
+        """Return the token ids of texts, the token before each first."""
+        ...
+
+    def means(
+        self, ids: Sequence[Int64[ndarray, "_"]], dropout_seed: int | None = None
+    ) -> Float[Tensor, "n d_in"]:
+        """Return the mean row of each text; with a seed, under the model's dropout."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +93,7 @@ class FeatureFamily:
     Attributes:
         name: Its name; of a kind, or free for an encoder.
         point: Where it reads, unless `hook` says so.
+        reads: Whether it codes each token, or the mean row of a text.
         hook: The only hook it reads, such as that of a dictionary; None for any.
         d: Width of the code; 0 before `fit`, as the next ones.
         d_in: Width of the rows.
@@ -72,21 +102,23 @@ class FeatureFamily:
         digest: Says which code this is, over runs.
     """
 
-    def __init__(
-        self, name: str, *, d: int | None = None, k: int | None = None, seed: int = 0
-    ) -> None:
-        """Check the settings; nothing is computed before `fit`.
+    def __init__(self, name: str, *, seed: int = 0, **settings: Any) -> None:
+        """Check the settings, those of `CodeSettings`; nothing is computed before `fit`.
 
         Raises:
             RobustnessError: The name is unknown, or a setting is not one of the kind's.
         """
         kind = find("feature family", name, FAMILIES, RobustnessError)
-        for setting, value in (("d", d), ("k", k)):
-            if value is not None and (setting not in kind.takes or value < 1):
-                takes = ", ".join(kind.takes) or "none"
+        takes = ", ".join(kind.takes) or "none"
+        for setting, value in settings.items():
+            if value is None:
+                continue
+            if setting in ("d", "k", "steps") and (setting not in kind.takes or value < 1):
                 raise RobustnessError(f"{name}: {setting}={value}: want a number >= 1 of {takes}")
-        self.name, self.point, self.hook = name, kind.point, None
-        self._settings, self._learn = CodeSettings(d, k, seed), load(kind.home)
+            if setting not in kind.takes:
+                raise RobustnessError(f"{name}: {setting}={value}: it has the settings: {takes}")
+        self.name, self.point, self.hook, self.reads = name, kind.point, None, kind.reads
+        self._settings, self._learn = CodeSettings(**settings, seed=seed), load(kind.home)
         self._given_digest: str | None = None
         self.d, self.d_in, self.l0, self.digest = 0, 0, 0.0, ""
         self.n_parameters: int | None = None
@@ -96,13 +128,14 @@ class FeatureFamily:
     def of_encoder(cls, name: str, encode: Encode) -> "FeatureFamily":
         """Return the family of any function from rows to codes, such as `sae.encode`.
 
-        A bound method's object says more, where it has it: `hook`, `digest`, `tensors()`.
+        A bound method's object says more, where it has it: `hook`, `digest`, `tensors()`, `reads`.
         """
         family, owner = cls("raw"), getattr(encode, "__self__", None)
         weights: Any = getattr(owner, "tensors", None)
         tensors: dict[str, Tensor] = {} if weights is None else weights()
         n_parameters = sum(tensor.numel() for tensor in tensors.values()) if tensors else None
         family.name, family.hook = name, getattr(owner, "hook", None) or None
+        family.reads = getattr(owner, "reads", "tokens")
         family._learn = partial(_given, FittedCode(encode, n_parameters))
         family._given_digest = str(getattr(owner, "digest", "") or "")
         return family
@@ -111,18 +144,27 @@ class FeatureFamily:
         shape = f"d {self.d}, L0 {self.l0:.1f}" if self.d else "not fitted"
         return f"FeatureFamily({self.name}: {shape})"
 
-    def fit(self, rows: HookRows, *, origin: str = "") -> "FeatureFamily":
+    def fit(
+        self, rows: HookRows, *, origin: str = "", texts: TextRows | None = None
+    ) -> "FeatureFamily":
         """Learn the code of some rows.
 
         Args:
-            rows: Token rows, float32.
+            rows: Rows of tokens, or the mean rows of texts where it reads those; float32.
             origin: Says which rows these are; goes into the digest.
+            texts: Their texts, for a family that is learned from pairs of rows.
 
         Raises:
             RobustnessError: A setting does not fit the rows, or the code is not [n, d].
         """
         rows = rows.float()
-        code = self._learn(rows, self._settings)
+        learns_pairs = self.reads == "texts" and self._given_digest is None
+        if learns_pairs and texts is None:
+            raise RobustnessError(
+                f"{self.name}: learned from pairs of a text's rows: name it in `features` or a "
+                "recipe, or fit a lmmono.methods.contrastive.ContrastiveHead and give its encode"
+            )
+        code = self._learn(texts if learns_pairs else rows, self._settings)
         self._encode, self.n_parameters = code.encode, code.n_parameters
         acts = self.transform(rows)
         self.d, self.d_in = acts.shape[1], rows.shape[1]
@@ -151,6 +193,8 @@ class FeatureFamily:
         given, settings = self._given_digest, self._settings
         if given is None:
             parts: list[Any] = [self.name, settings.d, settings.k, settings.seed, origin]
+            later = (settings.positives, settings.map, settings.spread, settings.steps)
+            parts += [later] if any(each is not None for each in later) else []
         else:
             sample = acts[:SAMPLE_ROWS].cpu().contiguous().numpy().tobytes()
             parts = [given or hashlib.sha256(sample).hexdigest()]
@@ -172,7 +216,7 @@ def as_family(name: str, given: Any, *, seed: int = 0) -> FeatureFamily:
     if isinstance(given, FeatureFamily):
         family = given
     elif isinstance(given, FamilySettings):
-        family = FeatureFamily(given.name, d=given.d, k=given.k, seed=seed)
+        family = FeatureFamily(given.name, seed=seed, **given.model_dump(exclude={"name"}))
     elif given is None or isinstance(given, str):
         family = FeatureFamily(given or "raw", seed=seed)
     elif callable(given):

@@ -49,7 +49,7 @@ class CleanProbes:
         probes, one = self.fitted.probes, slice(i, i + 1)
         return Probes(
             *(probes.weight[one], probes.bias[one], probes.chosen_l2[one]),
-            *(probes.failures[one], probes.notes[one]),
+            *(probes.failures[one], probes.notes[one], probes.reads),
         )
 
 

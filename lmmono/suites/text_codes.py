@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from activation_store.write.recorder import digest as weights_digest
@@ -155,8 +155,14 @@ class TextEncoder:
             here = torch.cat(rows[hook])[:FIT_TOKENS]
             self._scales[hook] = here.std(0)
             for code in self.codes.values():
-                if code.hook == hook and not code.family.d:
+                if code.hook != hook or code.family.d:
+                    continue
+                if code.family.reads == "tokens":
                     code.family.fit(here, origin=f"{hook} {origin}")
+                else:
+                    whole = EncodedTexts(self, hook, [texts[i] for i in chosen[:FIT_TEXTS]])
+                    means = whole.means(ids)
+                    code.family.fit(means, origin=f"{hook} {origin}", texts=whole)
         return self
 
     @torch.no_grad()
@@ -188,8 +194,13 @@ class TextEncoder:
             acts: dict[tuple[str, int], Tensor] = {}  # of a family once, whatever its poolings
             for code in wanted:
                 key = (code.hook, id(code.family))
+                rows = batch.rows[code.hook]
+                if code.family.reads == "texts":
+                    made = code.family.transform(pool(rows, batch.lengths, "mean"))
+                    pooled[code.name].append(made.cpu())
+                    continue
                 if key not in acts:
-                    acts[key] = code.family.transform(batch.rows[code.hook])
+                    acts[key] = code.family.transform(rows)
                 pooled[code.name].append(pool(acts[key], batch.lengths, code.pooling).cpu())
         place = np.argsort(order)
         codes = {
@@ -204,12 +215,27 @@ class TextEncoder:
                 )
         return TextCodes(codes, n_truncated, n_tokenless)
 
+    @torch.no_grad()
+    def means(
+        self, hook: str, ids: Sequence[np.ndarray], dropout_seed: int | None = None
+    ) -> Float[Tensor, "n d"]:
+        """Return the mean row of each text at a hook; with a seed, under the model's dropout."""
+        order: list[int] = []
+        parts: list[Tensor] = []
+        device = next(self.model.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(dropout_seed or 0)
+            for batch in self._batches(ids, None, with_dropout=dropout_seed is not None):
+                order += batch.texts
+                parts.append(pool(batch.rows[hook], batch.lengths, "mean"))
+        return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(parts[0].device)]
+
     def _batches(
-        self, ids: Sequence[np.ndarray], noise: InputNoise | None
+        self, ids: Sequence[np.ndarray], noise: InputNoise | None, *, with_dropout: bool = False
     ) -> "Iterator[_TokenRows]":
         """Run the model over texts of similar length together; yields rows without padding."""
         was_training = self.model.training
-        self.model.eval()
+        self.model.train(with_dropout)
         try:
             for texts in _alike([len(row) for row in ids]):
                 yield self._run([ids[i] for i in texts], texts, noise)
@@ -262,6 +288,25 @@ class TextEncoder:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class EncodedTexts:
+    """Texts with their rows at one hook: the `TextRows` that families are fitted on."""
+
+    encoder: TextEncoder
+    hook: str
+    texts: Sequence[str]
+
+    def ids(self, texts: Sequence[str]) -> list[Int64[np.ndarray, " pos"]]:
+        """Return the token ids of texts, the token before each first."""
+        return self.encoder.reader.read(texts)[0]
+
+    def means(
+        self, ids: Sequence[np.ndarray], dropout_seed: int | None = None
+    ) -> Float[Tensor, "n d"]:
+        """Return the mean row of each text; with a seed, under the model's dropout."""
+        return self.encoder.means(self.hook, ids, dropout_seed)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _TokenRows:
     """Token rows of some texts."""
 
@@ -297,6 +342,11 @@ def probed_codes(
     """
     codes: list[ProbedCode] = []
     for name, family in families.items():
+        if family.reads == "texts" and tuple(poolings) != ("mean",):
+            raise RobustnessError(
+                f"{name}: reads the mean row of a text, so poolings want to be [mean], got "
+                f"{list(poolings)}; take it in a study of its own"
+            )
         place = family.hook or hook
         if not family.hook and family.point == "neurons":
             before, _, rest = hook.partition("blocks.")
