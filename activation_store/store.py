@@ -27,7 +27,7 @@ from activation_store.errors import ContentError, LockedError, QueryError, Store
 from activation_store.lake.lake_backend import LakeBackend
 from activation_store.lake.lake_place import PREFIX, lake_place
 from activation_store.shards.names import Shard, listed
-from activation_store.unit import Exemplar, ExemplarKind, Unit, read_exemplars, read_unit
+from activation_store.unit import ExemplarKind, Exemplars, Unit, read_exemplars, read_unit
 
 if TYPE_CHECKING:
     from activation_store.catalog.compaction import Compaction, Sizes
@@ -364,7 +364,7 @@ class Store:
             raise
 
     def unit(self, hook: str, unit: int) -> Unit:
-        """Return a unit with its statistics and exemplars; a notebook shows its excerpts.
+        """Return a unit with its statistics and exemplars; a notebook shows its whole page.
 
         Raises:
             ContentError: the store has no such unit.
@@ -380,7 +380,7 @@ class Store:
         *,
         before: int = 16,
         after: int = 8,
-    ) -> list[Exemplar]:
+    ) -> Exemplars:
         """Return up to k exemplars of a unit, best first, with their tokens and activations."""
         return read_exemplars(self, hook, unit, k, kind, before, after)
 

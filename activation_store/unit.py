@@ -1,13 +1,17 @@
-"""One unit as people look at it: its statistics, and its exemplars with the tokens highlighted."""
+"""One unit of a store: its statistics, and its exemplars with the tokens around them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from activation_store.errors import ContentError
 from activation_store.read.characters import whole_characters
+
+if TYPE_CHECKING:
+    from activation_store.pages.heatmap import Heatmap
+else:  # for annotations only: most who open a store look at no page
+    Heatmap = object
 
 ExemplarKind = Literal["top", "random", "quantile"]
 
@@ -56,14 +60,29 @@ class Exemplar:
     def __repr__(self) -> str:
         return f"{self.act:10.4g}  {self.text!r}"
 
-    def html(self, scale: float) -> str:
-        """Return the excerpt as HTML: the darker a token, the closer its act is to `scale`."""
-        peak = self.pos - self.first_pos
-        spans = [
-            _span(token, act / scale if scale > 0 else 0.0, i == peak)
-            for i, (token, act) in enumerate(zip(self.tokens, self.acts, strict=True))
-        ]
-        return f"<td>{self.act:.4g}</td><td style='text-align:left'>{''.join(spans)}</td>"
+    @property
+    def heatmap(self) -> Heatmap:
+        """Its tokens coloured by activation, the deepest at the largest of them."""
+        from activation_store.pages.heatmap import Heatmap
+
+        return Heatmap(
+            self.tokens, self.acts, max(self.acts, default=0.0), self.pos - self.first_pos
+        )
+
+    def _repr_html_(self) -> str:
+        return self.heatmap._repr_html_()
+
+
+class Exemplars(list[Exemplar]):
+    """Exemplars of a unit: a list, which a notebook shows as coloured text."""
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self))
+
+    def _repr_html_(self) -> str:
+        from activation_store.pages.heatmap import excerpts_html
+
+        return excerpts_html(exemplar.heatmap for exemplar in self)
 
 
 def marked(token: str) -> str:
@@ -76,15 +95,6 @@ def marked(token: str) -> str:
     if not bare.strip():
         return f"«{token}»"
     return " " * (len(token) - len(bare)) + f"«{bare}»"
-
-
-def _span(token: str, share: float, peak: bool) -> str:
-    shade = min(max(share, 0.0), 1.0)
-    style = f"background:rgba(255,140,0,{shade:.2f});white-space:pre-wrap"
-    if peak:
-        style += ";outline:1px solid"
-    shown = escape(token.replace("\n", "↵"))
-    return f"<span style='{style}' title='{share:.2f}'>{shown}</span>"
 
 
 class Unit:
@@ -114,7 +124,7 @@ class Unit:
 
     def exemplars(
         self, k: int = 8, kind: ExemplarKind = "top", *, before: int = 16, after: int = 8
-    ) -> list[Exemplar]:
+    ) -> Exemplars:
         """Return up to k exemplars of a kind with `before` and `after` tokens of context."""
         return read_exemplars(self._store, self.hook, self.unit, k, kind, before, after)
 
@@ -124,12 +134,9 @@ class Unit:
         return "\n".join([head, *(repr(e) for e in self.exemplars())])
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr>{e.html(self.max_act or 0.0)}</tr>" for e in self.exemplars())
-        density = "unknown" if self.density is None else f"{self.density:.4%}"
-        return (
-            f"<b>{escape(self.hook)}</b> unit {self.unit}: density {density}, max {self.max_act}"
-            f"<table>{rows}</table>"
-        )
+        from activation_store.pages.unit_page import notebook_html, unit_page
+
+        return notebook_html([unit_page(self._store, self.hook, self.unit)])
 
 
 _WINDOWS = """
@@ -168,14 +175,14 @@ def read_unit(store: Queried, hook: str, unit: int) -> Unit:
 
 def read_exemplars(
     store: Queried, hook: str, unit: int, k: int, kind: ExemplarKind, before: int, after: int
-) -> list[Exemplar]:
+) -> Exemplars:
     """Return up to k exemplars of a unit with their tokens and activations, by rank."""
     settings = {"kind": kind, "k": k, "before": before, "after": after}
     rows = store.sql(_WINDOWS, hook=hook, unit=unit, **settings).fetchall()
     seqs = sorted({row[4] for row in rows})
     stored = store.sql(_ACTS, hook=hook, unit=unit, seqs=seqs).fetchall()
     acts = {(seq_id, pos): act for seq_id, pos, act in stored}
-    return [_exemplar(row, acts) for row in rows]
+    return Exemplars(_exemplar(row, acts) for row in rows)
 
 
 def _exemplar(row: Sequence[Any], acts: Mapping[tuple[int, int], float]) -> Exemplar:

@@ -75,4 +75,4 @@ def test_exemplars_show_characters_in_python_sql_and_html(tmp_path, size):
             assert text.replace("«", "").replace("»", "") == TEXT
             marked = text[text.index("«") + 1 : text.index("»")]
             assert marked and marked in whole_characters(tokens, unit)[unit]
-            assert "&lt;0x" not in exemplar.html(1.0)
+            assert "&lt;0x" not in exemplar._repr_html_()

@@ -23,6 +23,7 @@ PROMISED = {
         "explanations",
         "scores",
         "promotes",
+        "neighbours",
         "robustness",
         "all_scores",
         "hook_scores",

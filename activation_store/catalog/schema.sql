@@ -252,6 +252,24 @@ COMMENT ON COLUMN promotes.token_id IS 'Token id, 0 to d_vocab - 1';
 COMMENT ON COLUMN promotes.logit IS 'Change of the logit, less the mean over the vocabulary, for a stream that is the direction scaled to a root mean square of 1';
 COMMENT ON COLUMN promotes.control IS 'The same at the same rank of a random direction, the median over those drawn; NULL where none was';
 
+CREATE TABLE IF NOT EXISTS neighbours (
+    hook VARCHAR NOT NULL,
+    unit INTEGER NOT NULL,
+    kind VARCHAR NOT NULL CHECK (kind IN ('coactivation', 'weights')),
+    rank INTEGER NOT NULL,
+    neighbour INTEGER NOT NULL,
+    cosine DOUBLE NOT NULL,
+    control DOUBLE
+);
+COMMENT ON TABLE neighbours IS 'The units of a hook that are most like a unit: by what they fire on, and by what they write';
+COMMENT ON COLUMN neighbours.hook IS 'Hook of both units; key with unit, kind, rank';
+COMMENT ON COLUMN neighbours.unit IS 'Index of the unit, 0 to d - 1';
+COMMENT ON COLUMN neighbours.kind IS 'coactivation: activations on the same tokens; weights: directions in the stream';
+COMMENT ON COLUMN neighbours.rank IS 'Order within hook, unit and kind, 1 is nearest';
+COMMENT ON COLUMN neighbours.neighbour IS 'Index of the other unit, 0 to d - 1';
+COMMENT ON COLUMN neighbours.cosine IS 'Cosine of the two, -1 to 1; activations are taken as they are, on a sample of tokens';
+COMMENT ON COLUMN neighbours.control IS 'coactivation: the cosine of two such units if they were independent; weights: the median, over random mixtures of the units, of the cosine at the same rank; NULL where none was drawn';
+
 CREATE TABLE IF NOT EXISTS explanations (
     hook VARCHAR NOT NULL,
     unit INTEGER NOT NULL,

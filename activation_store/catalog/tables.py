@@ -70,6 +70,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "unit_stats": ("hook", "unit"),
     "exemplars": ("hook", "unit", "kind", "rank"),
     "dictionaries": ("hook", "name"),
+    "neighbours": ("hook", "unit", "kind", "rank"),
     "promotes": ("hook", "unit", "sign", "rank"),
     "explanations": ("hook", "unit", "explainer", "seed", "rank", "prompt_hash"),
     "all_scores": (
@@ -108,6 +109,7 @@ APPENDABLE = (
     "dictionaries",
     "documents",
     "explanations",
+    "neighbours",
     "promotes",
     "robustness",
     "runs",

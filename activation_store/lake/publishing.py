@@ -38,7 +38,10 @@ from activation_store.write.accumulator import new_seen
 from activation_store.write.sequences import SequenceTable, from_ranges, shared, to_ranges
 from activation_store.write.summary import RowsTotal, VectorsTotal, write_tables
 
-_COPIED = ("runs", "dictionaries", "promotes", "explanations", "all_scores", "robustness")
+_COPIED = (
+    *("runs", "dictionaries", "neighbours", "promotes"),
+    *("explanations", "all_scores", "robustness"),
+)
 _CAPTURE = "capture "
 _TOKENS = "tokens"
 _ATTEMPTS = 5

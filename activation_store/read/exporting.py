@@ -33,6 +33,7 @@ _TABLES = (
     "explanations",
     "hooks",
     "meta",
+    "neighbours",
     "promotes",
     "robustness",
     "runs",

@@ -255,6 +255,16 @@ def score(target: RecipeOrRun, overrides: Overrides = None) -> Outcome | None:
 
 @app.command()
 @prints_rows
+def promotes(target: RecipeOrRun, overrides: Overrides = None) -> Outcome | None:
+    """Read each unit's direction through the last layers: tokens it makes likelier, and less so.
+
+    Example: lmmono promotes runs/quickstart/crate
+    """
+    return outcome.promoted(_done(target, overrides, "promotes"))
+
+
+@app.command()
+@prints_rows
 def show(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a store.")],
     unit: Annotated[

@@ -63,6 +63,13 @@ def scored(runs: "Sequence[Run]") -> Outcome | None:
     return _of_stores(runs, score_tables)
 
 
+def promoted(runs: "Sequence[Run]") -> Outcome | None:
+    """Return the units that stand out most from random mixtures of units, with their tokens."""
+    from lmmono.reports.unit_tables import promotes_table
+
+    return _of_stores(runs, lambda store, name: [promotes_table(store, name)])
+
+
 def finished(runs: "Sequence[Run]") -> Outcome | None:
     """Return all runs side by side, and where they are explained what that scores."""
     if not this_process().is_main:

@@ -39,6 +39,7 @@ STREAMS: dict[str, int | None] = {
     "continuations": 53,
     "misplaced intervals": 59,
     "embedding pairing": 61,
+    "mixtures of units": 67,
 }
 """Number of each stream; None adds nothing to the seed."""
 

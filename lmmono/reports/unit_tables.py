@@ -103,6 +103,15 @@ WHERE hook = $hook AND unit = $unit AND control IS DISTINCT FROM 'untrained_mode
 ORDER BY explainer NULLS FIRST, metric, preset NULLS FIRST, judge, control NULLS FIRST, created_at
 """
 
+_PROMOTES = """
+SELECT hook || ':' || unit AS unit, max(logit) AS logit, any_value(control) FILTER (rank = 1),
+    list(coalesce(token, '[' || token_id || ']') ORDER BY rank)[:5] AS promoted
+FROM promotes LEFT JOIN vocabulary USING (token_id)
+WHERE sign = 'up'
+GROUP BY hook, promotes.unit
+ORDER BY logit - any_value(control) FILTER (rank = 1) DESC, hook, promotes.unit LIMIT $k
+"""
+
 Row = dict[str, Any]
 
 
@@ -211,6 +220,18 @@ def explanation_tables(store: astore.Store, name: str) -> list[ReportTable]:
             )
         )
     return tables
+
+
+def promotes_table(store: astore.Store, name: str) -> ReportTable:
+    """Return the units whose most promoted token stands out most from random mixtures of units."""
+    rows = store.sql(_PROMOTES, k=2 * N_SHOWN).fetchall()
+    return ReportTable(
+        title=f"Units of {name} by what they promote",
+        columns=("unit", "logit", "random", "promoted tokens"),
+        rows=tuple((*numbers, " ".join(map(repr, tokens))) for *numbers, tokens in rows),
+        note="logit: of the most promoted token, less the mean over the vocabulary, from the "
+        "unit's direction alone at a root mean square of 1. random: the same of mixtures of units.",
+    )
 
 
 def hook_table(store: astore.Store, name: str) -> ReportTable:

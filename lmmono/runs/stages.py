@@ -150,6 +150,14 @@ _LIST = (
         is_additive=True,
     ),
     Stage(
+        "promotes",
+        "lmmono.scores.promotes:promotes_run",
+        needs=("capture", "dictionary"),
+        is_additive=True,
+        is_asked=lambda recipe: recipe.has_learned,  # untrained directions are random ones
+        wants="train.steps: want a trained model, got an untrained one",
+    ),
+    Stage(
         "robustness",
         "lmmono.suites.robustness_run:robustness_run",
         needs=("capture", "dictionary"),

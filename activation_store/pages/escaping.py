@@ -1,0 +1,38 @@
+"""Text of corpora, models and judges on its way to a page: the one place where it is made safe.
+
+Templates send every value through `shown`, then escape it; Python that builds markup itself calls
+`escaped`. Nothing else may make markup of text.
+"""
+
+import re
+from typing import Any
+
+from markupsafe import Markup, escape
+
+# control characters but tab and newline; marks that change the direction of text, and other line
+# separators (Unicode TR 36, "bidirectional text spoofing"); halves of surrogate pairs
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def shown(value: Any) -> Any:
+    r"""Return text with control and direction characters shown by their number, as in a terminal.
+
+    What is no text, and markup that this package made, stays as it is. Not yet escaped.
+
+    >>> shown("a\x1b]0;title\x07 b\u202ec")
+    'a<U+001B>]0;title<U+0007> b<U+202E>c'
+    """
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return _UNSAFE.sub(lambda match: f"<U+{ord(match.group()):04X}>", value)
+
+
+def escaped(value: Any) -> Markup:
+    r"""Return a value as markup that shows it and does nothing.
+
+    >>> escaped("<script>\x1b")
+    Markup('&lt;script&gt;&lt;U+001B&gt;')
+    """
+    return escape(shown(value))
