@@ -1,3 +1,4 @@
+from activation_store.pages import text_heatmap as text_heatmap
 from lmmono import clients as clients
 from lmmono import data as data
 from lmmono import dictionaries as dictionaries
