@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import duckdb
 import numpy as np
 import pytest
-from small_store import D, HOOK, HOSTILE, N_CTX, N_SEQ, WORDS, small_store
+from small_store import HOOK, HOSTILE, N_CTX, WORDS, D, small_store
 
 import activation_store as astore
 from activation_store.pages import shown, text_heatmap, unit_page, unit_pages
