@@ -22,6 +22,7 @@ BLOCKS = BLOCK.findall((ROOT / "README.md").read_text())
 GUIDE_BLOCKS = BLOCK.findall((ROOT / "docs" / "dictionaries.md").read_text())
 EXPLAINING_BLOCKS = BLOCK.findall((ROOT / "docs" / "explaining.md").read_text())
 YOUR_MODEL_BLOCKS = BLOCK.findall((ROOT / "docs" / "your_model.md").read_text())
+METHODS_BLOCKS = BLOCK.findall((ROOT / "docs" / "methods.md").read_text())
 STORE_BLOCKS = BLOCK.findall((ROOT / "activation_store" / "README.md").read_text())
 RUNS = "runs/quickstart/crate"
 SMALL = {
@@ -169,6 +170,29 @@ def test_the_guide_to_a_model_of_ones_own_does_what_it_says(tmp_path):
             counted += {"bash": run_bash, "python": run_python}[language](block, tmp_path)
     assert counted == {"lmmono": 4, "python": 1, "accelerate": 1}
     assert (tmp_path / "runs" / "mine" / "my-model" / "untrained" / "store.duckdb").is_file()
+
+
+def test_the_guide_to_methods_does_what_it_says(folder):
+    counted: Counter[str] = Counter()
+    script = ""
+    for language, block in METHODS_BLOCKS:
+        if language == "yaml":
+            text = "name: guide\nseed: 0\nmodel: {arch: crate}\n" + block
+            (folder / "guide.yaml").write_text(text)
+            counted += run_bash("lmmono check guide.yaml", folder)
+        elif language == "python":  # one reader, one session: names go on from block to block
+            script += block
+        else:
+            counted += run_bash(block, folder)
+    counted += run_python(script, folder)
+    assert counted["python"] == 1 and counted["lmmono"] >= 2
+
+
+def test_the_guide_to_methods_names_every_method():
+    from lmmono.registry.methods import METHODS
+
+    named = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "methods.md").read_text()))
+    assert set(METHODS) <= named
 
 
 def test_the_guide_to_explaining_names_every_explainer_scorer_and_kind():
