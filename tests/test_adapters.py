@@ -15,7 +15,9 @@ from test_finetuning import TEST, TRAIN, VAL
 from lmmono.errors import ModelError
 from lmmono.methods import adapters
 from lmmono.methods.adapters import FORMULAS, NOISY_STARTS, adapted, code_and_update
-from lmmono.probes.finetuning import FineTuning, finetune
+from lmmono.methods.nonneg import NonNegativeHead
+from lmmono.probes.finetuning import FineTuning, finetune, load_classifier
+from lmmono.recipe.objective_settings import SparsePenalty
 
 MERGED = ("lora", "rslora", "dora")
 HOWS = {
@@ -105,7 +107,7 @@ def test_the_first_step_has_a_gradient_in_every_layer(name, family):
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_what_is_not_linear_does_not_merge(name):
+def test_what_is_not_linear_does_not_merge(name, tmp_path):
     model = moved(name)
     before = copy.deepcopy(model.state_dict())
     for merge in (model.merge_and_unload, lambda: model.merge_and_unload(safe_merge=True)):
@@ -113,7 +115,7 @@ def test_what_is_not_linear_does_not_merge(name):
             merge()
     assert all(torch.equal(w, before[key]) for key, w in model.state_dict().items())
     with pytest.raises(ModelError, match="would be read as plain LoRA"):
-        model.save_pretrained("nowhere")
+        model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="not linear in x"):
         finetune(model, TRAIN, VAL, n_classes=2, seed=0, tokenizer=lookup_model.tokenizer())
     plain = model.unload()
@@ -157,6 +159,36 @@ def test_crates_query_key_and_value_stay_one():
         if use_cache:
             first = made
     assert torch.equal(first, made), "one cached tensor is keys and values"
+
+
+def test_a_tuned_adapter_is_saved_to_the_same_bits(tmp_path):
+    for name in ("two_branch", "topk_lora"):
+        how = replace(HOWS[name], steps=3, loss="nonneg_ce", anneal_steps=2)
+        words = lookup_model.tokenizer()
+        made = finetune(
+            tiny("gpt2"), TRAIN, VAL, n_classes=2, seed=0, settings=how, tokenizer=words
+        )
+        made.save(tmp_path / name)
+        again = load_classifier(tmp_path / name, tiny("gpt2"), words)
+        assert np.array_equal(again.predict(TEST.texts), made.predict(TEST.texts))
+        assert isinstance(again.network.head, NonNegativeHead) and again.settings == how
+    counts = [int(layer.n_passes) for layer in layers(again.network)]
+    assert counts == [3] * len(counts)
+
+
+def test_a_loss_term_on_codes_makes_lora_sparse_ones_and_kills_no_other():
+    words, made = lookup_model.tokenizer(), []
+    for weight in (0.0, 50.0):
+        term = SparsePenalty(kind="sparsity", hooks=("*lora_A.default",), weight=weight)
+        how = replace(HOWS["relu_out"], method="lora", steps=12, lr=2e-2, objectives=(term,))
+        made.append(
+            finetune(tiny("gpt2"), TRAIN, VAL, n_classes=2, seed=0, settings=how, tokenizer=words)
+        )
+    norms = [
+        sum(layer.lora_A["default"].weight.detach().norm().item() for layer in layers(each.network))
+        for each in made
+    ]
+    assert norms[1] < 0.8 * norms[0]
 
 
 @pytest.mark.parametrize("name", FORMULAS)

@@ -31,6 +31,7 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ class MappedConfig(LoraConfig):
     map_name: str = "relu_both"
     how: FineTuning = field(default_factory=FineTuning)
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Refuse: peft would read the folder as plain LoRA and compute something else."""
         del kwargs
         raise ModelError(

@@ -33,6 +33,7 @@ from lmmono.probes import losses
 from lmmono.probes.text_reader import TextReader
 from lmmono.recipe.objective_settings import AnyObjective
 from lmmono.registry.lookup import load
+from lmmono.registry.methods import find_method
 from lmmono.registry.suites import MonoVariant, TuningLoss, TuningMode
 from lmmono.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from lmmono.training.objectives import (
@@ -64,12 +65,10 @@ LOSSES: dict[TuningLoss, TuningCriterion] = {
     "label_smoothing": TuningCriterion(losses.label_smoothing),
     "gce": TuningCriterion(losses.generalised_cross_entropy),
     "sce": TuningCriterion(losses.symmetric_cross_entropy),
+    "nonneg_ce": TuningCriterion(losses.cross_entropy, "lmmono.methods.nonneg:NonNegativeHead"),
 }
 FULL_RATE, ADAPTER_RATE = 5e-5, 5e-4
 """Highest learning rates where none is given: an adapter's few weights want larger steps."""
-
-ADAPTERS = "lmmono.methods.adapters:adapted"
-"""Takes a model and the settings, returns the model with adapters; a room above this one."""
 
 MAX_NORM = 1.0
 """Gradients are shortened to this length, as language models are trained."""
@@ -488,7 +487,7 @@ def _adapted(body: Any, how: FineTuning) -> nn.Module:
         raise RobustnessError(
             f"method {how.method} needs one package more: pip install 'lmmono[noise]'"
         ) from fault
-    return load(ADAPTERS)(body, how)
+    return find_method(how.method).load()(body, how)
 
 
 @contextmanager

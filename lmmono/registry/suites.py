@@ -44,7 +44,7 @@ TuningMode = Literal["full", "lora", "rslora", "dora", "monolora", "two_branch",
 MonoVariant = Literal["relu_out", "relu_both", "relu_code", "topk_code"]
 """Where `monolora` has its non-negative maps: M1 to M4."""
 
-TuningLoss = Literal["ce", "label_smoothing", "gce", "sce"]
+TuningLoss = Literal["ce", "label_smoothing", "gce", "sce", "nonneg_ce"]
 """What a tuned model minimises."""
 
 Judged = Literal["clean", "noisy", "attacked", "tuned"]
