@@ -9,8 +9,9 @@
     ├── ContentError     rows, settings or a model that do not fit
     └── QueryError       SQL that is refused, fails, or takes too long
 
-A message says what is wrong, where, what was found, what was wanted, and the way out. Our own
-mistakes are asserts.
+A message says what is wrong, where, what was found, what was wanted, and the way out. It quotes
+stores that others made, so control characters in it are shown and never sent. Our own mistakes are
+asserts.
 """
 
 import errno
@@ -21,9 +22,14 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from activation_store.printable import printable
+
 
 class StoreError(Exception):
     """Root of every error of this package."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class NotAStoreError(StoreError):
@@ -55,7 +61,7 @@ class QueryError(StoreError):
 
 
 class DroppedWarning(UserWarning):
-    """Activations that a capture could not store: not finite, or beyond the range of their type."""
+    """Activations that a capture leaves out: not finite, beyond their type's range, of one sign."""
 
 
 def damaged_shard(fault: duckdb.Error, file: Path) -> ShardError:

@@ -21,7 +21,7 @@ files, so control characters in it are shown and never sent. Our own mistakes ar
 import difflib
 from collections.abc import Iterable
 
-from lmmono.printable import printable
+from activation_store.printable import printable
 
 
 class LmmonoError(Exception):

@@ -5,6 +5,7 @@ run folder as its recipe says, and resumes an interrupted capture after its last
 """
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -81,6 +82,9 @@ def capture(
         DataError: texts cannot be read, or are none.
         DictionaryError: a dictionary does not fit, or its code is negative without `halves`.
         StoreError: the store is read-only, full, of another model, or refuses a dense hook.
+
+    Warns:
+        DroppedWarning: Rows of gated neurons leave out their negative half; `signed=True` keeps it.
     """
     of_text = {key: settings.pop(key) for key in _TEXT_SETTINGS if key in settings}
     given = {"hooks": _names(hooks), "vectors": _names(vectors), "max_tokens": max_tokens}
@@ -88,6 +92,8 @@ def capture(
         chosen = Capture.model_validate({**given, **settings})
     except ValidationError as error:
         raise RunError(f"capture: {error}") from None
+    if left_out := _left_out(model, chosen):
+        warnings.warn(left_out, astore.DroppedWarning, stacklevel=2)
     parts = _token_rows(model, texts, of_text, progress)
     latents = claim_all(into, dictionaries, halves, lambda hook: hook_width(model, hook))
     limited = [part.limit(max_tokens, seed=seed) for part in parts]
@@ -152,13 +158,20 @@ def capture_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
             "n_acts": info.n_acts,
             "n_bytes": info.n_bytes,
         }
-        left_out = negative_halves(run.model, _row_hooks(run.model, settings))
-        if left_out:
-            facts["warnings"] = [
-                f"gated neurons have both signs, and rows hold what is above {settings.threshold:g}"
-                f"; capture.signed=true stores the rest as {left_out[0]} and so on"
-            ]
+        if left_out := _left_out(run.model, settings):
+            facts["warnings"] = [left_out]
         return facts
+
+
+def _left_out(model: nn.Module, settings: Capture) -> str | None:
+    """Say what rows of gated neurons leave out; None where they leave out nothing."""
+    halves = negative_halves(model, _row_hooks(model, settings))
+    if not halves:
+        return None
+    return (
+        f"gated neurons have both signs, and rows hold what is above {settings.threshold:g}; "
+        f"capture.signed=true (in Python signed=True) stores the rest as {halves[0]} and so on"
+    )
 
 
 def _row_hooks(model: nn.Module, settings: Capture) -> list[str]:

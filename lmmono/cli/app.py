@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from activation_store.printable import printable
 from lmmono.cli import outcome
 from lmmono.cli.output import Format, Outcome, OutputTable, prints_rows, reports
 from lmmono.cli.store_verbs import DataPath, store_app
 from lmmono.cli.toy_verbs import toy_app
 from lmmono.errors import LmmonoError, RecipeError, RunError, TrainingStopped
 from lmmono.files.processes import this_process
-from lmmono.printable import printable
 from lmmono.types import silent
 
 if TYPE_CHECKING:

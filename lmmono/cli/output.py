@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lmmono.printable import UNSAFE, printable
+from activation_store.printable import UNSAFE, printable
 from lmmono.reports.table import Interval, ReportTable
 
 if TYPE_CHECKING:

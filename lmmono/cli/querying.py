@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from activation_store.printable import printable
 from lmmono.cli.output import Format, OutputTable, write_tables
 from lmmono.errors import RecipeError, RunError, nearest
-from lmmono.printable import printable
 from lmmono.recipe.tree import read_override
 from lmmono.runs.folder import open_run
 

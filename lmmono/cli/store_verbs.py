@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from activation_store.printable import printable
 from lmmono.cli.output import OutputTable, prints_rows
-from lmmono.printable import printable
 
 store_app = typer.Typer(help="Inspect, check and export activation stores.", no_args_is_help=True)
 

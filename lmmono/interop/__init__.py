@@ -1,5 +1,5 @@
 """Foreign formats: what other tools write, and what they read."""
 
-from lmmono.exports import lazy_exports
+from activation_store.exports import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

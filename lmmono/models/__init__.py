@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from lmmono.exports import lazy_exports
+from activation_store.exports import lazy_exports
 from lmmono.models import crate
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

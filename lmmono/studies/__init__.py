@@ -1,5 +1,5 @@
 """What is concluded from rows: paired differences, hypotheses, doses."""
 
-from lmmono.exports import lazy_exports
+from activation_store.exports import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -2,7 +2,7 @@
 
 Text of a corpus, a model or a file may hold escape sequences (which set titles, fill the clipboard,
 move the cursor) and characters that turn lines around. Every verb prints through `printable`, and
-every `LmmonoError` says its message through it.
+every `StoreError` and `LmmonoError` says its message through it.
 """
 
 import re
