@@ -9,7 +9,7 @@ import pytest
 from small_store import HOOK, HOSTILE, N_CTX, WORDS, D, small_store
 
 import activation_store as astore
-from activation_store.pages import shown, text_heatmap, unit_page, unit_pages
+from activation_store.pages import text_heatmap, unit_page, unit_pages
 from activation_store.pages.templating import static
 
 UNIT = 3
@@ -199,13 +199,6 @@ def test_characters_of_several_tokens_are_shown_whole():
     bytes_of_cat = ["<0xF0><0x9F>", "<0x90>", "<0xB1>"]
     heat = text_heatmap(["a", *bytes_of_cat, "家"], [0, 0, 3.0, 0, 1.0], peak=2)
     assert heat.html.startswith('a<b class="h9" title="3">🐱</b><span class="h3" title="1">家')
-
-
-def test_what_is_shown_is_what_a_terminal_shows():
-    from lmmono.printable import UNSAFE, printable
-
-    text = "".join(map(chr, range(0x3000)))
-    assert shown(text) == printable(text) and not UNSAFE.search(shown(text))
 
 
 def test_a_store_without_exemplars_or_acts_has_a_page_too(tmp_path):

@@ -4,16 +4,11 @@ Templates send every value through `shown`, then escape it; Python that builds m
 `escaped`. Nothing else may make markup of text.
 """
 
-import re
 from typing import Any
 
 from markupsafe import Markup, escape
 
-# control characters but tab and newline; marks that change the direction of text, and other line
-# separators (Unicode TR 36, "bidirectional text spoofing"); halves of surrogate pairs
-_UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+from activation_store.printable import printable
 
 
 def shown(value: Any) -> Any:
@@ -26,7 +21,7 @@ def shown(value: Any) -> Any:
     """
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
-    return _UNSAFE.sub(lambda match: f"<U+{ord(match.group()):04X}>", value)
+    return printable(value)
 
 
 def escaped(value: Any) -> Markup:
