@@ -535,6 +535,7 @@ class _Tuning:
             d_model=network.d_model,
             n_classes=network.n_classes,
             tokenizer=self.classifier.reader.tokenizer,
+            texts=tuple(self.train.texts),
         )
         named = build_terms(self.how.objectives, context).terms
         return Terms([*named, *self.terms]).to(context.device)
@@ -578,10 +579,11 @@ def _train(job: _Tuning, progress: Progress) -> None:
     n_epochs = -(-n_steps // per_epoch)
     lr = (FULL_RATE if how.method == "full" else ADAPTER_RATE) if how.lr is None else how.lr
     terms = job.build_terms(n_steps)
-    weights = [*network.trained(), *terms.parameters()]
-    if not weights:
+    groups = [{"params": network.trained()}, *terms.groups(how.weight_decay)]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
         raise TrainError("nothing to train: the classifier is frozen and no objective has weights")
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=how.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=how.weight_decay)
     kept, history, chosen = _Kept(network, terms), list[TuningEpoch](), 0
     whole = nn.ModuleDict({"network": network, "objectives": terms, "kept": kept})
     folder = None if job.folder is None else Path(job.folder)

@@ -187,7 +187,7 @@ class _Loop:
         torch.manual_seed(recipe.seed)
         terms = build_terms(recipe.train.objectives, _context(run, bare))
         whole = nn.ModuleDict({"model": bare, "objectives": terms}) if len(terms) else bare
-        optimizer = build_optimizer(whole, recipe.train)
+        optimizer = build_optimizer(bare, recipe.train, terms.groups(recipe.train.weight_decay))
         position = load_checkpoint(
             run.dir / "checkpoint",
             whole,

@@ -195,6 +195,8 @@ class ObjectiveContext:
     n_classes: int | None = None
     """Classes of texts."""
     tokenizer: Any = None
+    texts: tuple[str, ...] | None = None
+    """The training texts of a classifier."""
 
     @property
     def device(self) -> torch.device:
@@ -253,6 +255,10 @@ class Objective(nn.Module, ABC):
     """Whether it computes the main loss itself; one objective of a training may."""
     hooks: tuple[str, ...] = ()
     """Exact names of the hooks that are recorded in the main pass."""
+    lr_scale: float = 1.0
+    """Learning rate of its own weights, as a multiple of the model's."""
+    weight_decay: float | None = None
+    """Decay of its own matrices; None takes that of the training. Vectors are never decayed."""
 
     def edits(self) -> Mapping[str, Watch]:
         """Return functions that change activations in the main pass of training steps, by hook."""
@@ -342,6 +348,22 @@ class Terms(nn.Module):
 
     def __len__(self) -> int:
         return len(self.terms)
+
+    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the groups of an optimizer for the objectives' own weights."""
+        groups: list[dict[str, Any]] = []
+        for objective in self.by_name.values():
+            own = objective.weight_decay
+            decay = weight_decay if own is None else own
+            weights = [p for p in objective.parameters() if p.requires_grad]
+            for part, its_decay in (
+                ([p for p in weights if p.dim() >= 2], decay),
+                ([p for p in weights if p.dim() < 2], 0.0),
+            ):
+                if part:
+                    scale = objective.lr_scale
+                    groups.append({"params": part, "weight_decay": its_decay, "lr_scale": scale})
+        return groups
 
     def edits(self, index: int, n_steps: int) -> dict[str, Watch]:
         """Return the edits of the objectives of a step, those of one hook one after the other."""

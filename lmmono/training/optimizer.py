@@ -1,6 +1,8 @@
 """AdamW and its learning rate, as the paper's recipe has them."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,15 +10,21 @@ from torch import nn
 from lmmono.recipe.sections import Train
 
 
-def build_optimizer(model: nn.Module, settings: Train) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, settings: Train, more: Sequence[dict[str, Any]] = ()
+) -> torch.optim.AdamW:
     """Return AdamW that decays matrices and embeddings and leaves vectors alone (as nanoGPT).
 
-    The weights of objectives are trained with those of the model, if both are one module.
+    Args:
+        model: What is trained.
+        settings: How.
+        more: Further groups of weights, those of objectives.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        *more,
     ]
     return torch.optim.AdamW(
         groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True
@@ -39,6 +47,6 @@ def lr_at(step: int, settings: Train) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Give every parameter group this learning rate, times its own scale."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
