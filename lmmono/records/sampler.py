@@ -1,12 +1,13 @@
 """The one sampler of activation records: excerpts chosen for each unit, with its activations.
 
-All activations of a hook are read once (`_sample`); what differs between those who ask is which
-windows they choose for a unit, from what it does in them:
+All activations of a hook are read once (`sample_windows`); what differs between those who ask is
+which windows they choose for a unit, from what it does in them:
 
     explaining, simulation    read_records           top, quantile, random, firing, near misses
     classification, intruder  read_contrasts         firing excerpts next to silent ones
     papers' protocols         read_token_windows     text around single tokens, across documents
     Bricken et al. 2023       read_interval_records  nine tokens at every level of the activation
+    two-sided scores          sides.read_sides       where a unit fires, is said to, anywhere
 
 Draws depend on the seed, the hook, the unit and the kind alone, so a unit gets the same records
 whichever other units or kinds are asked for.
@@ -48,7 +49,7 @@ class UnitActs:
     """Largest activation in each excerpt, 0 where it is silent; empty where windows are none."""
 
 
-def _sample(
+def sample_windows(
     store: astore.Store,
     hook: str,
     units: Int[ndarray, " units"],
@@ -92,7 +93,7 @@ def _sample(
     return chosen, np.concatenate(acts), max_act
 
 
-def _filled(chosen: ndarray, n: int) -> Int[ndarray, " n"]:
+def filled(chosen: ndarray, n: int) -> Int[ndarray, " n"]:
     """Return n choices, -1 for those that there are not."""
     return np.concatenate([chosen, np.full(n - len(chosen), -1)])
 
@@ -215,10 +216,10 @@ def read_records(
         for kind in KINDS:
             if n := getattr(counts, kind):
                 rng = stream(f"records {kind}", seed, hook, unit.unit)
-                columns.append(_filled(_of_kind(kind, n, rng, unit, excerpts, doc_ids), n))
+                columns.append(filled(_of_kind(kind, n, rng, unit, excerpts, doc_ids), n))
         return np.concatenate(columns)
 
-    index, acts, max_act = _sample(
+    index, acts, max_act = sample_windows(
         store, hook, wanted, excerpts.grid, counts.total(), choose, excerpts.cells_of, excerpts
     )
     return Records(hook, excerpts, wanted, counts.kinds(), index, acts, max_act)
@@ -243,19 +244,22 @@ def _of_kind(
             bins = np.minimum(bins, N_BINS - 1)  # the maximum itself closes the last bin
             shares = [len(part) for part in np.array_split(np.arange(n), N_BINS)]
             drawn = [
-                _drawn(rng, firing[bins == b], share)
+                draw_up_to(rng, firing[bins == b], share)
                 for b, share in zip(range(N_BINS)[::-1], shares, strict=True)
             ]
             return np.concatenate(drawn)
         case "random":
-            return _drawn(rng, np.arange(len(largest)), n)
+            return draw_up_to(rng, np.arange(len(largest)), n)
         case "firing":
-            return _drawn(rng, np.flatnonzero(largest), n)
+            return draw_up_to(rng, np.flatnonzero(largest), n)
         case "near_miss":
-            return _drawn(rng, np.flatnonzero(_holds_favourite(unit, excerpts) & (largest == 0)), n)
+            return draw_up_to(
+                rng, np.flatnonzero(_holds_favourite(unit, excerpts) & (largest == 0)), n
+            )
 
 
-def _drawn(rng: np.random.Generator, among: ndarray, n: int) -> ndarray:
+def draw_up_to(rng: np.random.Generator, among: ndarray, n: int) -> ndarray:
+    """Return up to n items, each at most once."""
     return rng.choice(among, min(n, len(among)), replace=False)
 
 
@@ -366,9 +370,9 @@ def read_contrasts(
         near[silent] = False  # no record twice
         near_miss = rng.permutation(np.flatnonzero(near))[:n]
         classes = (firing[:n], silent, near_miss, firing[n : 2 * n])
-        return np.concatenate([_filled(records, n) for records in classes])
+        return np.concatenate([filled(records, n) for records in classes])
 
-    index, acts, _ = _sample(
+    index, acts, _ = sample_windows(
         store,
         hook,
         wanted,
@@ -412,8 +416,8 @@ def read_token_windows(
     def choose(unit: UnitActs) -> Int[ndarray, " centres"]:
         top = unit.cells[np.lexsort((unit.cells, -unit.acts))[: counts.top]]
         rng = stream("records random", seed, hook, unit.unit)
-        random = _drawn(rng, token_cells, counts.random)
-        return np.concatenate([_filled(top, counts.top), _filled(random, counts.random)])
+        random = draw_up_to(rng, token_cells, counts.random)
+        return np.concatenate([filled(top, counts.top), filled(random, counts.random)])
 
     def bounds(centres: ndarray) -> tuple[ndarray, ndarray]:
         start = centres - window // 2
@@ -425,7 +429,9 @@ def read_token_windows(
         is_inside = (cells < stop[..., None]) & (centres >= 0)[..., None]
         return np.where(is_inside & (grid.token_ids[np.where(is_inside, cells, 0)] >= 0), cells, -1)
 
-    centres, acts, max_act = _sample(store, hook, wanted, grid, counts.total(), choose, cells_of)
+    centres, acts, max_act = sample_windows(
+        store, hook, wanted, grid, counts.total(), choose, cells_of
+    )
     # windows become excerpts, each once, told apart by first cell and length
     first, stop = bounds(centres)
     keys = np.where(centres >= 0, first * 2 * window + (stop - first), -1)
@@ -511,7 +517,7 @@ def read_interval_records(
                     kept.append(int(cell))
                 if len(kept) == n:
                     break
-            return _filled(np.array(kept, np.int64), n)
+            return filled(np.array(kept, np.int64), n)
 
         cells, acts = unit.cells, unit.acts
         strongest = cells[np.argsort(-acts, kind="stable")]
@@ -533,5 +539,5 @@ def read_interval_records(
         return np.concatenate(columns)
 
     n = len(INTERVAL_KINDS)
-    cells, acts, _ = _sample(store, hook, wanted, grid, n, choose, cells_of)
+    cells, acts, _ = sample_windows(store, hook, wanted, grid, n, choose, cells_of)
     return IntervalRecords(grid, wanted, cells, grid.tokens_at(cells_of(cells)), acts)

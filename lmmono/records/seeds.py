@@ -20,6 +20,7 @@ STREAMS: dict[str, int | None] = {
     "records near_miss": 4,
     # these two are seeded without a hook and without a unit: never equal to a kind of records
     "known units": 1,
+    "court": 67,
     "false explanations": 2,
     "shuffled tokens": 1,
     "explanation of another unit": 7,
@@ -40,6 +41,9 @@ STREAMS: dict[str, int | None] = {
     "misplaced intervals": 59,
     "embedding pairing": 61,
     "mixtures of units": 67,
+    "side active": 71,
+    "side predicted": 73,
+    "side random": 79,
 }
 """Number of each stream; None adds nothing to the seed."""
 

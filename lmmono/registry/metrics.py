@@ -192,6 +192,22 @@ def _interpreters() -> list[Metric]:
     ]
 
 
+def _sided(scorer: str, counted: str, weighted: str) -> list[Metric]:
+    """Return the measures of a scorer on records of both sides, and their means where defined."""
+    formulas = {
+        "recall": f"share of firing {counted} that are predicted, on records where the unit fires",
+        "precision": f"share of predicted {counted} that fire, on records predicted to fire",
+        "f1": "harmonic mean of the recall and the precision of both sides",
+        "weighted": f"{weighted} over all excerpts, from draws weighted by 1 / (mean draws)",
+    }
+    return _with_defined(
+        [
+            Metric(f"{scorer}_{name}", 1, "<= 1", "higher", formula)
+            for name, formula in formulas.items()
+        ]
+    )
+
+
 _CLASSIFIED = (
     ("detection", "records that fire against silent ones"),
     ("detection_near_miss", "records that fire against silent ones with the favourite token"),
@@ -361,6 +377,8 @@ METRICS: dict[str, Metric] = {
         ),
         *(metric for scorer, records in _SIMULATED for metric in _simulated(scorer, records)),
         *(metric for name, contrast in _CLASSIFIED for metric in _classified(name, contrast)),
+        *(metric for name, _ in _SIMULATED for metric in _sided(name, "tokens", "Pearson")),
+        *_sided("detection", "records", "F1"),
         *_interpreters(),
     )
 }

@@ -14,6 +14,10 @@ from lmmono.errors import ExplainError, nearest
 
 Settings = TypeVar("Settings", bound="ScorerSettings")
 
+Side = Literal["active", "predicted", "random"]
+"""Where records are drawn. active: the unit fires in them. predicted: the explanation predicts that
+it does. random: anywhere."""
+
 
 def _least(least: float | int, default: Any) -> Any:
     """Return a field with a default that takes numbers from `least` on."""
@@ -39,6 +43,11 @@ class SimulationSettings(ScorerSettings):
     """Records as in a paper, `openai` or `openai_crate`; None takes the two numbers above."""
     simulator: str = "program"
     """What predicts: `program`, `llm`, or `llm_calibrated`."""
+    sides: tuple[Side, ...] = ()
+    """Records of which sides are scored besides, as `_recall`, `_precision`, `_f1`, `_weighted`:
+    `active`, `predicted`, `random`."""
+    per_side: int = _least(1, 20)
+    """Most records of each side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +70,17 @@ class ClassificationSettings(ContrastSettings):
     """Records per question to a language model."""
     max_tokens: int | None = _least(1, None)
     """Most tokens of an answer; None takes what a list of labels needs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectionSettings(ClassificationSettings):
+    """Whole records that a judge tells apart."""
+
+    sides: tuple[Side, ...] = ()
+    """Records of which sides are scored besides, as `_recall`, `_precision`, `_f1`, `_weighted`:
+    `active`, `predicted`, `random`."""
+    per_side: int = _least(1, 20)
+    """Most records of each side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

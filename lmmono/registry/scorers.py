@@ -10,6 +10,7 @@ from lmmono.registry.scorer_settings import (
     AskedTrialSettings,
     ClassificationSettings,
     DecorrelationSettings,
+    DetectionSettings,
     EmbeddingSettings,
     FmsSettings,
     IntervalSettings,
@@ -102,6 +103,9 @@ _RANKED: dict[str, dict[str, Any]] = {"ranked": {"ranked": True}}
 
 _RATES = ("", "_auroc", "_average_precision")
 
+_SIDED = ("_recall", "_precision", "_f1", "_weighted")
+"""Written where setting `sides` names some."""
+
 _MEASURES = ("", "_spearman", "_r2", "_uncentred_r2", "_deviation")
 
 _ALL = (
@@ -117,7 +121,7 @@ _ALL = (
     ),
     Scorer(
         "simulation_tar",
-        tuple(f"simulation_tar{name}" for name in _MEASURES),
+        tuple(f"simulation_tar{name}" for name in (*_MEASURES, *_SIDED)),
         "lmmono.scores.simulation:score_top_and_random",
         needs=("explanation",),
         chance=0.0,
@@ -128,7 +132,7 @@ _ALL = (
     ),
     Scorer(
         "simulation_random",
-        tuple(f"simulation_random{name}" for name in _MEASURES),
+        tuple(f"simulation_random{name}" for name in (*_MEASURES, *_SIDED)),
         "lmmono.scores.simulation:score_random",
         needs=("explanation",),
         chance=0.0,
@@ -157,13 +161,16 @@ _ALL = (
     ),
     Scorer(
         "detection",
-        tuple(f"{name}{end}" for name in ("detection", "detection_near_miss") for end in _RATES),
+        (
+            *(f"{name}{end}" for name in ("detection", "detection_near_miss") for end in _RATES),
+            *(f"detection{name}" for name in _SIDED),
+        ),
         "lmmono.scores.classification:detect",
         needs=("explanation",),
         chance=0.5,
         citation="Paulo et al. 2024 (arXiv 2410.13928); near misses: own",
         about="telling records in which the unit fires from silent ones by its explanation",
-        settings=ClassificationSettings(),
+        settings=DetectionSettings(),
         presets=_RANKED,
     ),
     Scorer(

@@ -11,6 +11,7 @@ and what the judge leaves unanswered is counted.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Class, Contrasts
 from lmmono.records.seeds import stream
-from lmmono.registry.scorer_settings import ClassificationSettings
+from lmmono.records.sides import SidedRecords
+from lmmono.registry.scorer_settings import ClassificationSettings, DetectionSettings
 from lmmono.scores.judging import (
     CHANCE,
     MIN_RECORDS,
@@ -33,6 +35,7 @@ from lmmono.scores.judging import (
     predicted,
 )
 from lmmono.scores.score_job import Row, ScoreJob, program_of, undefined, usage_columns
+from lmmono.scores.two_sided import sided_rows
 from lmmono.stats.rates import (
     ACCURACY_METHOD,
     AUROC_METHOD,
@@ -50,7 +53,34 @@ def detect(job: ScoreJob) -> list[Row]:
     """Score units by whole records: firing ones against silent ones and against near misses."""
     classes: tuple[Class, ...] = ("firing", "silent", "near_miss")
     names = {"silent": "detection", "near_miss": "detection_near_miss"}
-    return _Classification(job, classes, names, _whole).rows()
+    rows = _Classification(job, classes, names, _whole).rows()
+    settings = job.settings_as(DetectionSettings)
+    if settings.sides:
+        judge = None if job.client is None else partial(_ask_sides, job, settings)
+        sides = settings.sides, settings.per_side, settings.window
+        rows += sided_rows(job, "detection", *sides, by_token=False, judge=judge)
+    return rows
+
+
+def _ask_sides(
+    job: ScoreJob,
+    settings: DetectionSettings,
+    records: SidedRecords,
+    explanations: Sequence[Explanation],
+) -> list[Bool[ndarray, "sides n"] | Failed]:
+    """Ask a language model about the records of both sides; what it does not answer is a no."""
+    assert job.client is not None
+    shape = records.index.shape[1:]
+    items = [Items(ids.reshape(-1, ids.shape[-1]), None) for ids in records.token_ids()]
+    order: list[Int[ndarray, " places"]] = []
+    for unit, index in zip(records.units, records.index, strict=True):
+        rng = stream("order of judged items", job.seed, job.hook, int(unit))
+        order.append(rng.permutation(np.flatnonzero(index.ravel() >= 0)))
+    words = read_vocabulary(job.store)
+    answers = judge_by_client(
+        job.client, explanations, items, order, words, settings.batch, settings.max_tokens
+    )
+    return [each.failed or (each.fires == 1).reshape(shape) for each in answers]
 
 
 def fuzz(job: ScoreJob) -> list[Row]:

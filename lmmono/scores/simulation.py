@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from lmmono.clients.client import Failed, Usage
+from lmmono.errors import ExplainError
 from lmmono.explanations.llm_simulation import Simulation
 from lmmono.explanations.protocols import Protocol, find_protocol
 from lmmono.explanations.stored_explanations import read_maxima
@@ -21,6 +22,7 @@ from lmmono.records.seeds import stream
 from lmmono.registry.scorer_settings import SimulationSettings
 from lmmono.scores.score_job import Row, ScoreJob, over_documents, undefined, usage_columns
 from lmmono.scores.simulators import UNCALIBRATED, predictions
+from lmmono.scores.two_sided import sided_rows
 from lmmono.stats.agreement import AGREEMENTS, record_sums
 from lmmono.stats.intervals import unit_intervals, unit_method
 
@@ -148,6 +150,12 @@ def _rows(job: ScoreJob, scorer: str, kinds: tuple[str, ...]) -> list[Row]:
                 unit = int(records.units[series.places[i]])
                 split = records.excerpts.split
                 rows.append(job.row(metric, unit, split, **facts[i] | numbers | took))
+    settings = job.settings_as(SimulationSettings)
+    if settings.sides:
+        if settings.simulator != "program" or settings.protocol is not None:
+            raise ExplainError("sides want simulator='program' and no protocol")
+        sides = settings.sides, settings.per_side, settings.window
+        rows += sided_rows(job, scorer, *sides, by_token=True)
     seconds = (time.perf_counter() - started) / max(len(rows), 1)
     return [{"seconds": seconds, **row} for row in rows]
 

@@ -1,0 +1,265 @@
+"""Recall and precision of an explanation on records of both sides, for scorers that draw records.
+
+`_recall`, of what the unit does, on the active side; `_precision`, of what is predicted, on the
+predicted side; `_f1`, their harmonic mean. `_weighted` is what all draws together, weighted, say of
+every excerpt: Pearson's correlation for simulation, the F1 of whole records for detection. See
+`lmmono.records.sides`. A token is predicted where the program predicts more than the threshold of
+the best F1 on split `explain`, a record where one of its tokens is.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+from numpy import ndarray
+
+from lmmono.clients.client import Failed
+from lmmono.errors import ExplainError
+from lmmono.explanations.explanation import Explanation, Program
+from lmmono.records.sides import SidedRecords, read_sides
+from lmmono.records.unit_rows import read_unit_rows
+from lmmono.records.units import checked_units
+from lmmono.registry.scorer_settings import Side
+from lmmono.scores.population import read_tokens
+from lmmono.scores.score_job import Row, ScoreJob, over_documents, undefined
+from lmmono.stats.agreement import pearson
+from lmmono.stats.intervals import jackknife_interval
+from lmmono.stats.ratios import ratio_interval
+
+SIDED = ("recall", "precision", "f1", "weighted")
+"""Last parts of the metrics' names."""
+
+METHOD = "delta method over documents, four more added (Agresti and Coull), Student t"
+F1_METHOD = "delta method from recall and precision, each over documents"
+PEARSON_METHOD = "jackknife over documents, Student t on Fisher's z, weighted draws"
+
+Judge = Callable[[SidedRecords, Sequence[Explanation]], "list[Bool[ndarray, 'sides n'] | Failed]"]
+"""Says of each record of each unit whether the unit fires in it, or why there is no answer."""
+
+
+def sided_rows(
+    job: ScoreJob,
+    scorer: str,
+    sides: tuple[Side, ...],
+    per_side: int,
+    window: int,
+    *,
+    by_token: bool,
+    judge: Judge | None = None,
+) -> list[Row]:
+    """Return the rows of a scorer's units by side, controls included.
+
+    Args:
+        job: The job of the scorer.
+        scorer: First part of the metrics' names.
+        sides: Sides to draw; recall wants `active`, precision `predicted`, `_weighted` all three.
+        per_side: Most records of a side.
+        window: Most tokens of a record.
+        by_token: Count tokens; else whole records.
+        judge: Who says yes to whole records; None lets the program.
+
+    Raises:
+        ExplainError: An explanation without a program.
+    """
+    units = checked_units(job.store, job.hook, job.units)
+    by_control = job.explanations(units.tolist())
+    thresholds = _thresholds(job, by_control, units, window)
+    excerpts = job.reader.excerpts("score", window)
+    said = list(by_control)
+
+    def predicted(row: int) -> list[Bool[ndarray, " excerpts"]]:
+        frames: list[ndarray] = []
+        for control in said:
+            program = by_control[control][row].program
+            is_yes = np.zeros(len(excerpts), bool)
+            if program is not None:
+                acts = simulate_many(program, excerpts.token_ids)
+                is_yes = ((acts > thresholds[control][row]) & (excerpts.token_ids >= 0)).any(axis=1)
+            frames.append(is_yes)
+        return frames
+
+    drawn = read_sides(
+        job.store, job.hook, excerpts, sides, per_side, predicted,
+        units=units.tolist(), seed=job.seed,
+    )  # fmt: skip
+    rows: list[Row] = []
+    for control, records in zip(said, drawn, strict=True):
+        explanations = by_control[control]
+        ids, weights = records.token_ids(), records.weights()
+        answers = judge(records, explanations) if judge is not None else [None] * len(units)
+        for i, unit in enumerate(units.tolist()):
+            explanation, answer = explanations[i], answers[i]
+            failed = explanation.failed or (answer if isinstance(answer, Failed) else None)
+            if failed is None and "active" in sides and not records.sizes[i].any():
+                failed = Failed("silent")
+            facts = _facts(records, i) | {"control": control}
+            columns: dict[str, Row] = {}
+            if failed is None:
+                assert explanation.program is not None
+                acts = simulate_many(explanation.program, ids[i]) * (ids[i] >= 0)
+                seen = _Seen(
+                    records.acts[i].astype(np.float64),
+                    acts,
+                    (acts > thresholds[control][i]) & (ids[i] >= 0),
+                    ids[i] >= 0,
+                    weights[i],
+                    np.where(records.index[i] >= 0, excerpts.doc_ids[records.index[i]], -1),
+                    None if isinstance(answer, Failed) else answer,
+                )
+                columns = _measured(seen, sides, by_token)
+            for name in SIDED:
+                told = undefined(failed, 0.0) if failed else columns[name]
+                rows.append(job.row(f"{scorer}_{name}", unit, **facts, **told))
+    return rows
+
+
+def simulate_many(program: Program, ids: ndarray) -> Float[ndarray, "*shape"]:
+    """Return what a program predicts; one that reads one token at a time by a table."""
+    if not program.reads_one_token:
+        return program.simulate(ids.reshape(-1, ids.shape[-1])).reshape(ids.shape)
+    table = program.simulate(np.arange(max(int(ids.max(initial=0)), 0) + 1)[None, :])[0]
+    return np.where(ids >= 0, table[ids], 0.0)
+
+
+def _thresholds(
+    job: ScoreJob, by_control: Mapping[str | None, list[Explanation]], units: ndarray, window: int
+) -> dict[str | None, list[float]]:
+    """Return the threshold of each control's explanation of each unit; NaN where it failed."""
+    tokens = read_tokens(job.store, "explain", window)
+    found: dict[str | None, list[float]] = {control: [] for control in by_control}
+    done = 0
+    for rows in read_unit_rows(job.store, job.hook, units, tokens.grid):
+        for i in range(len(rows.units)):
+            firing = tokens.place[rows.of(i)[0]]
+            for control, explanations in by_control.items():
+                explanation = explanations[done + i]
+                if explanation.failure is None and explanation.program is None:
+                    raise ExplainError(
+                        f"{job.hook}: explanations by {explanation.explainer} have no program to "
+                        f"draw the predicted side by; leave out sides="
+                    )
+                threshold = np.nan
+                if explanation.program is not None:
+                    threshold = tokens.predicted(explanation.program).best_threshold(firing)
+                found[control].append(threshold)
+        done += len(rows.units)
+    return found
+
+
+def _facts(records: SidedRecords, i: int) -> Row:
+    index = records.index[i]
+    drawn = (index >= 0).sum(axis=1)
+    documents = records.excerpts.doc_ids[index[index >= 0]]
+    return {
+        "n": int(drawn.sum()),
+        "n_records": int(drawn.sum()),
+        "n_documents": len(np.unique(documents)),
+        "n_tokens": int((records.excerpts.tokens_of(index) >= 0).sum()),
+        "details": {
+            side: {"n": int(drawn[at]), "of": int(records.sizes[i, at])}
+            for at, side in enumerate(records.sides)
+        },
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """The records of one unit, and what one explanation says of them."""
+
+    truth: Float[ndarray, "sides n window"]
+    predicted: Float[ndarray, "sides n window"]
+    is_yes: Bool[ndarray, "sides n window"]
+    is_token: Bool[ndarray, "sides n window"]
+    weights: Float[ndarray, "sides n"]
+    documents: ndarray
+    """Document of each record; -1 where there is none."""
+    answers: Bool[ndarray, "sides n"] | None
+    """What a judge said of each record; None where the program is asked."""
+
+    def counted(self, by_token: bool) -> tuple[ndarray, ndarray, ndarray]:
+        """Return by record how much fires, is said to fire, and both."""
+        fires = (self.truth > 0) & self.is_token
+        if by_token:
+            both = (fires & self.is_yes).sum(axis=2).astype(float)
+            return fires.sum(axis=2).astype(float), self.is_yes.sum(axis=2).astype(float), both
+        says = self.is_yes.any(axis=2) if self.answers is None else self.answers
+        active = fires.any(axis=2)
+        return active.astype(float), says.astype(float), (active & says).astype(float)
+
+
+def _measured(seen: _Seen, sides: tuple[Side, ...], by_token: bool) -> dict[str, Row]:
+    """Return value and interval of each measure of one unit."""
+    fires, says, both = seen.counted(by_token)
+    columns: dict[str, Row] = {}
+    for name, side, below in (("recall", "active", fires), ("precision", "predicted", says)):
+        columns[name] = {"value": 0.0, "nan_fraction": 1.0, "failure": None}
+        if side in sides:
+            at = sides.index(side)
+            columns[name] = _ratio(both[at], below[at], seen.documents[at])
+    columns["f1"] = _harmonic(columns["recall"], columns["precision"], sides)
+    if set(sides) != {"active", "predicted", "random"}:
+        columns["weighted"] = {"value": 0.0, "nan_fraction": 1.0}
+    elif by_token:
+        columns["weighted"] = _weighted_pearson(seen)
+    else:
+        w = seen.weights
+        documents, over, under = seen.documents, 2 * both * w, (fires + says) * w
+        columns["weighted"] = _ratio(over.ravel(), under.ravel(), documents.ravel())
+    return columns
+
+
+def _ratio(over: ndarray, under: ndarray, documents: ndarray) -> Row:
+    """Return a ratio of sums with its interval over documents; not defined where nothing counts."""
+    present = documents >= 0
+    number = np.unique(documents[present], return_inverse=True)[1]
+    above, below = (np.bincount(number, each[present]) for each in (over, under))
+    has_any = below > 0
+    if not has_any.any():
+        return {"value": 0.0, "nan_fraction": 1.0}
+    value = float(above.sum() / below.sum())
+    low, high = np.clip(ratio_interval(above[has_any], below[has_any]), 0.0, 1.0)
+    ends = {"ci_low": float(min(low, value)), "ci_high": float(max(high, value))}
+    method = over_documents(METHOD, int(has_any.sum()))
+    return {"value": value, "nan_fraction": 0.0, **ends, "ci_method": method}
+
+
+def _harmonic(recall: Row, precision: Row, sides: tuple[Side, ...]) -> Row:
+    """Return the harmonic mean of recall and precision; 0 where nothing is predicted."""
+    if recall["nan_fraction"] or not {"active", "predicted"} <= set(sides):
+        return {"value": 0.0, "nan_fraction": 1.0}
+    r, p = recall["value"], precision["value"]
+    if precision["nan_fraction"] or not r or not p:
+        return {"value": 0.0, "nan_fraction": 0.0}
+    f1 = 2 * r * p / (r + p)
+    # d f1 / d r = f1^2 / (2 r^2), and as much for p; the two sides are drawn apart
+    halves = [
+        f1**2 / (2 * each["value"] ** 2) * (each["ci_high"] - each["ci_low"]) / 2
+        for each in (recall, precision)
+    ]
+    half = float(np.hypot(*halves))
+    ends = {"ci_low": max(f1 - half, 0.0), "ci_high": min(f1 + half, 1.0)}
+    return {"value": f1, "nan_fraction": 0.0, **ends, "ci_method": F1_METHOD}
+
+
+def _weighted_pearson(seen: _Seen) -> Row:
+    """Return Pearson's correlation over all excerpts, estimated from the weighted draws."""
+    t, p = seen.truth * seen.is_token, seen.predicted * seen.is_token
+    parts = (seen.is_token, t, p, t * t, p * p, t * p)
+    sums = np.stack([part.sum(axis=2) for part in parts], axis=-1) * seen.weights[..., None]
+    present = seen.documents >= 0
+    names, number = np.unique(seen.documents[present], return_inverse=True)
+    by_document = np.zeros((len(names), 6))
+    np.add.at(by_document, number, sums[present])
+    totals = by_document.sum(axis=0)
+    value = float(pearson(totals))
+    if np.isnan(value):
+        return {"value": 0.0, "nan_fraction": 1.0}
+    without = np.nan_to_num(pearson(totals - by_document))
+    z, centre = (np.arctanh(np.clip(x, -1 + 1e-12, 1 - 1e-12)) for x in (without, np.array(value)))
+    low, high = (float(end) for end in np.tanh(jackknife_interval(centre, z)))
+    columns: Row = {"value": value, "nan_fraction": 0.0}
+    if not np.isnan(low):
+        columns |= {"ci_low": min(low, value), "ci_high": max(high, value)}
+        columns["ci_method"] = over_documents(PEARSON_METHOD, len(names))
+    return columns
