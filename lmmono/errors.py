@@ -6,6 +6,7 @@
     │   ├── DataError          text, tokens, tokenizers, tasks, label and text noise
     │   ├── ModelError         models, checkpoints, hook names, edits
     │   ├── TrainError         training that cannot start or must not go on
+    │   │   └── TrainingDiverged   its loss became NaN or rose beyond guessing
     │   ├── TrainingStopped    asked to stop, everything saved: exit 143
     │   ├── DictionaryError    dictionaries and the vectors they are fitted on
     │   ├── ExplainError       explainers, scorers, the units and splits they are given
@@ -49,6 +50,10 @@ class ModelError(LmmonoError):
 
 class TrainError(LmmonoError):
     """Training that cannot start or must not go on."""
+
+
+class TrainingDiverged(TrainError):
+    """A loss that became NaN, or worse than guessing."""
 
 
 class TrainingStopped(LmmonoError):

@@ -86,8 +86,8 @@ def test_a_changed_scorer_leaves_the_explanations_and_a_changed_explainer_does_n
         parts = {name: stage.sections for name, stage in STAGES.items()}
         return [n for n, of in parts.items() if now.digest(*of) != before.digest(*of)]
 
-    assert stale("score.controls=false") == ["control", "score"]
-    assert stale("explain.units=5") == ["explain", "control", "score"]
+    assert stale("score.controls=false") == ["control", "step_scores", "score"]
+    assert stale("explain.units=5") == ["explain", "control", "step_scores", "score"]
     unread = {"train", "open", "vectors"}
     assert stale("capture.top_k=5") == [name for name in STAGES if name not in unread]
 

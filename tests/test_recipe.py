@@ -492,7 +492,7 @@ def test_a_changed_dictionary_and_what_reads_it_are_all_that_is_stale(write):
     def stale(now: Recipe) -> list[str]:
         return [n for n, parts in sections.items() if now.digest(*parts) != before.digest(*parts)]
 
-    readers = ["explain", "control", "score", "promotes", "robustness", "figures"]
+    readers = ["explain", "control", "step_scores", "score", "promotes", "robustness", "figures"]
     assert stale(more) == ["dictionary", *readers]
     assert stale(other) == ["vectors", "dictionary", *readers]
     assert stale(deeper) == list(STAGES)

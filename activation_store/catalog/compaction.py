@@ -338,6 +338,32 @@ def compact_folder(where: Place, sizes: Sizes | None = None) -> Compaction:
     )
 
 
+def drop_acts(where: Place) -> int:
+    """Drop the stored activations of a store in a folder; return how many rows there were.
+
+    Statistics, exemplars, tokens, explanations and scores stay; `hooks.units` becomes an empty
+    list. No capture can add to the store any more.
+
+    Raises:
+        NotAStoreError: there is no store.
+        LockedError: a process is writing the store.
+        WriteError: the machine refused; nothing is changed.
+    """
+    with ExitStack() as locks:
+        ranks = sorted({0, *(_rank(shard) for shard in _read(where)[0])})
+        for rank in ranks:
+            locks.enter_context(catalogue.locked(Rank(rank, rank + 1).lock(where)))
+        with catalogue.commit(where) as con:
+            ((n_rows,),) = con.execute(
+                "SELECT coalesce(sum(n_rows), 0)::BIGINT FROM shards WHERE kind = 'acts'"
+            ).fetchall()
+            con.execute("DELETE FROM shards WHERE kind = 'acts'")
+            con.execute("UPDATE hooks SET units = [], n_acts = 0 WHERE kind = 'rows'")
+            con.execute("DELETE FROM writer_state")
+        _sweep(where, ranks)
+    return n_rows
+
+
 def _read(where: Place) -> tuple[list[Shard], int, str]:
     """Return the shards, how many hooks have acts, and the store's id."""
     with catalogue.opened(where) as con:

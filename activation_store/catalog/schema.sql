@@ -23,6 +23,7 @@ CREATE TABLE IF NOT EXISTS runs (
     d_vocab INTEGER,
     n_ctx INTEGER,
     seed BIGINT,
+    step BIGINT,
     recipe JSON,
     git_commit VARCHAR,
     versions JSON,
@@ -39,6 +40,7 @@ COMMENT ON COLUMN runs.d_model IS 'Width of the residual stream, >= 1';
 COMMENT ON COLUMN runs.d_vocab IS 'Token ids of the model, >= 1';
 COMMENT ON COLUMN runs.n_ctx IS 'Longest sequence of the model in tokens, >= 1';
 COMMENT ON COLUMN runs.seed IS 'Seed of the training run';
+COMMENT ON COLUMN runs.step IS 'Optimizer steps that the model has taken, >= 0; NULL where it was trained elsewhere';
 COMMENT ON COLUMN runs.recipe IS 'Resolved settings as JSON';
 COMMENT ON COLUMN runs.git_commit IS 'Commit of the code, 40 hexadecimal digits';
 COMMENT ON COLUMN runs.versions IS 'Package versions as a JSON object';
@@ -91,7 +93,7 @@ COMMENT ON TABLE hooks IS 'Hook points captured, with the settings that decide w
 COMMENT ON COLUMN hooks.hook IS 'Name of the tensor, TransformerLens grammar; key with kind';
 COMMENT ON COLUMN hooks.kind IS 'rows: sparse acts above the threshold; vectors: dense shards';
 COMMENT ON COLUMN hooks.d IS 'Width of the tensor in units, >= 1';
-COMMENT ON COLUMN hooks.units IS 'Units kept, each 0 to d - 1; NULL means all';
+COMMENT ON COLUMN hooks.units IS 'Units kept, each 0 to d - 1; NULL means all, an empty list that acts were dropped';
 COMMENT ON COLUMN hooks.dtype IS 'Type that acts were rounded to: float16 or float32';
 COMMENT ON COLUMN hooks.threshold IS 'An act is kept and counts as active where act > threshold';
 COMMENT ON COLUMN hooks.max_density IS 'Share of kept acts above which the capture refuses, in (0, 1]';
@@ -175,6 +177,66 @@ COMMENT ON COLUMN unit_stats.q75 IS 'Quantile 0.75 within hooks.quantile_error';
 COMMENT ON COLUMN unit_stats.q90 IS 'Quantile 0.90 within hooks.quantile_error';
 COMMENT ON COLUMN unit_stats.q99 IS 'Quantile 0.99 within hooks.quantile_error';
 COMMENT ON COLUMN unit_stats.q999 IS 'Quantile 0.999 within hooks.quantile_error';
+
+CREATE TABLE IF NOT EXISTS unit_steps (
+    hook VARCHAR NOT NULL,
+    unit INTEGER NOT NULL,
+    step BIGINT NOT NULL,
+    density DOUBLE,
+    correlation DOUBLE,
+    ci_low DOUBLE,
+    ci_high DOUBLE,
+    other_unit DOUBLE,
+    ci_level DOUBLE,
+    ci_method VARCHAR,
+    n_tokens BIGINT,
+    n_documents BIGINT,
+    model_digest VARCHAR,
+    created_at TIMESTAMP
+);
+COMMENT ON TABLE unit_steps IS 'Each unit at each kept step of the training beside its final self, over the same tokens; the view unit_history adds births and deaths';
+COMMENT ON COLUMN unit_steps.hook IS 'Hook of the unit; key with unit, step';
+COMMENT ON COLUMN unit_steps.unit IS 'Index of the unit, 0 to d - 1';
+COMMENT ON COLUMN unit_steps.step IS 'Optimizer steps that the model had taken, >= 0';
+COMMENT ON COLUMN unit_steps.density IS 'Share of tokens with act > hooks.threshold at this step, 0 to 1';
+COMMENT ON COLUMN unit_steps.correlation IS 'Pearson correlation over tokens of the act at this step with that of the last, -1 to 1; NULL where one is constant';
+COMMENT ON COLUMN unit_steps.ci_low IS 'Lower end of the interval of correlation';
+COMMENT ON COLUMN unit_steps.ci_high IS 'Upper end of the interval of correlation';
+COMMENT ON COLUMN unit_steps.other_unit IS 'The same correlation with the last act of the next unit: what two units have in common anyway';
+COMMENT ON COLUMN unit_steps.ci_level IS 'Coverage aimed at by the interval, in (0, 1)';
+COMMENT ON COLUMN unit_steps.ci_method IS 'How the interval was made and what was resampled';
+COMMENT ON COLUMN unit_steps.n_tokens IS 'Tokens of all documents together, >= 0';
+COMMENT ON COLUMN unit_steps.n_documents IS 'Documents, >= 0';
+COMMENT ON COLUMN unit_steps.model_digest IS 'sha256 of the weights at this step, 64 hexadecimal digits';
+COMMENT ON COLUMN unit_steps.created_at IS 'When the row was written, UTC';
+
+CREATE TABLE IF NOT EXISTS unit_lives (
+    hook VARCHAR NOT NULL,
+    unit INTEGER NOT NULL,
+    birth BIGINT,
+    birth_low BIGINT,
+    birth_high BIGINT,
+    death BIGINT,
+    death_low BIGINT,
+    death_high BIGINT,
+    ci_level DOUBLE,
+    ci_method VARCHAR,
+    n_documents BIGINT,
+    created_at TIMESTAMP
+);
+COMMENT ON TABLE unit_lives IS 'When each unit became what it is at the end of training, and when it fell silent; macros birth and death';
+COMMENT ON COLUMN unit_lives.hook IS 'Hook of the unit; key with unit';
+COMMENT ON COLUMN unit_lives.unit IS 'Index of the unit, 0 to d - 1';
+COMMENT ON COLUMN unit_lives.birth IS 'First kept step at which unit_steps.correlation is above 0.5; NULL where it never is';
+COMMENT ON COLUMN unit_lives.birth_low IS 'Earliest end of the interval of birth, a kept step';
+COMMENT ON COLUMN unit_lives.birth_high IS 'Latest end; NULL where the unit is not born in that share of draws';
+COMMENT ON COLUMN unit_lives.death IS 'First kept step from which the unit is above hooks.threshold on no token to the end; NULL where it lives';
+COMMENT ON COLUMN unit_lives.death_low IS 'Earliest end of the interval of death, a kept step; NULL where the unit lives in that share of draws';
+COMMENT ON COLUMN unit_lives.death_high IS 'Latest end; NULL where the unit lives in that share of draws';
+COMMENT ON COLUMN unit_lives.ci_level IS 'Coverage aimed at by the intervals, in (0, 1)';
+COMMENT ON COLUMN unit_lives.ci_method IS 'How the intervals were made and what was resampled';
+COMMENT ON COLUMN unit_lives.n_documents IS 'Documents drawn again, >= 0';
+COMMENT ON COLUMN unit_lives.created_at IS 'When the row was written, UTC';
 
 CREATE TABLE IF NOT EXISTS exemplars (
     hook VARCHAR NOT NULL,

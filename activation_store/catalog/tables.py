@@ -68,6 +68,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "hooks": ("hook", "kind"),
     "shards": ("file",),
     "unit_stats": ("hook", "unit"),
+    "unit_steps": ("hook", "unit", "step"),
+    "unit_lives": ("hook", "unit"),
     "exemplars": ("hook", "unit", "kind", "rank"),
     "dictionaries": ("hook", "name"),
     "neighbours": ("hook", "unit", "kind", "rank"),
@@ -113,6 +115,8 @@ APPENDABLE = (
     "promotes",
     "robustness",
     "runs",
+    "unit_lives",
+    "unit_steps",
     "vocabulary",
 )
 """Tables that callers add rows to; the others belong to the writer."""

@@ -79,7 +79,7 @@ def further_views(at: str = "", store_id: str | None = None) -> tuple[str, str]:
 def score_views() -> list[str]:
     """Return the statements of `views.sql` that make views over tables alone, for any catalogue."""
     text = views_sql().replace("{at}", "")
-    return re.findall(r"CREATE OR REPLACE VIEW \w*scores\b[^;]*", text)
+    return re.findall(r"CREATE OR REPLACE VIEW (?:\w*scores|unit_history)\b[^;]*", text)
 
 
 @cache

@@ -19,6 +19,15 @@ FROM {at}all_scores
 WHERE control IS NULL AND unit IS NULL AND dictionary IS NULL;
 COMMENT ON VIEW {at}hook_scores IS 'Means of hooks, and of all blocks (hook blocks.*. ...), over their units, and what only hooks have; without controls';
 
+CREATE OR REPLACE VIEW {at}unit_history AS
+SELECT
+    s.hook, s.unit, s.step, s.density, s.correlation, s.ci_low, s.ci_high, s.other_unit,
+    s.step >= l.birth AS is_born, coalesce(s.step >= l.death, false) AS is_dead,
+    s.n_tokens, s.n_documents
+FROM {at}unit_steps s
+LEFT JOIN {at}unit_lives l ON l.hook = s.hook AND l.unit = s.unit;
+COMMENT ON VIEW {at}unit_history IS 'Each unit at each kept step of the training: how often it fires, how much it is its final self';
+
 CREATE OR REPLACE VIEW {at}tokens AS
 SELECT t.seq_id, t.pos, t.doc_id, t.split, t.token_id, v.token
 FROM {at}token_ids t
@@ -134,6 +143,18 @@ FROM {at}unit_stats s
 LEFT JOIN {at}hooks h ON h.hook = s.hook AND h.kind = 'rows'
 WHERE {own} AND s.hook = of_hook AND s.unit = of_unit;
 COMMENT ON MACRO TABLE {at}unit IS 'The statistics of a unit and the settings they depend on: one row';
+
+CREATE OR REPLACE MACRO {at}birth(of_hook, of_unit) AS TABLE
+SELECT l.birth, l.birth_low, l.birth_high, l.n_documents
+FROM {at}unit_lives l
+WHERE {own} AND l.hook = of_hook AND l.unit = of_unit;
+COMMENT ON MACRO TABLE {at}birth IS 'The first kept step at which a unit correlates above 0.5 with its final self, with its interval: one row';
+
+CREATE OR REPLACE MACRO {at}death(of_hook, of_unit) AS TABLE
+SELECT l.death, l.death_low, l.death_high, l.n_documents
+FROM {at}unit_lives l
+WHERE {own} AND l.hook = of_hook AND l.unit = of_unit;
+COMMENT ON MACRO TABLE {at}death IS 'The first kept step from which a unit fires on no token, with its interval: one row';
 
 CREATE OR REPLACE MACRO {at}coactivation(of_hook, a, b) AS TABLE
 WITH stored AS (

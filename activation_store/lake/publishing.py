@@ -41,6 +41,7 @@ from activation_store.write.summary import RowsTotal, VectorsTotal, write_tables
 _COPIED = (
     *("runs", "dictionaries", "neighbours", "promotes"),
     *("explanations", "all_scores", "robustness"),
+    *("unit_lives", "unit_steps"),
 )
 _CAPTURE = "capture "
 _TOKENS = "tokens"

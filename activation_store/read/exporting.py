@@ -37,7 +37,9 @@ _TABLES = (
     "promotes",
     "robustness",
     "runs",
+    "unit_lives",
     "unit_stats",
+    "unit_steps",
     "vocabulary",
 )
 Tensors: TypeAlias = dict[str, np.ndarray]

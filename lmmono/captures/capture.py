@@ -204,6 +204,7 @@ def _run_row(run: Run) -> dict[str, Any]:
         "d_vocab": config.vocab_size,
         "n_ctx": recipe.data.n_ctx,
         "seed": recipe.seed,
+        "step": None if recipe.is_pretrained else recipe.train.last_step,
         "recipe": recipe.model_dump(mode="json"),
         "git_commit": run.manifest.stages[run.model_stage].commit,
         "versions": run.manifest.versions,

@@ -22,7 +22,7 @@ from lmmono.cli.store_verbs import DataPath, store_app
 from lmmono.cli.toy_verbs import toy_app
 from lmmono.errors import LmmonoError, RecipeError, RunError, TrainingStopped
 from lmmono.files.processes import this_process
-from lmmono.types import silent
+from lmmono.types import Progress, silent
 
 if TYPE_CHECKING:
     from lmmono.recipe import Recipe
@@ -213,6 +213,45 @@ def train(target: RecipeOrRun, overrides: Overrides = None) -> Outcome | None:
 
 @app.command()
 @prints_rows
+def sweep(recipe: RecipeFile, overrides: Overrides = None) -> OutputTable:
+    """Search the learning rate of every arm of a recipe that has a sweep, and show all trials.
+
+    `lmmono run` does the same first; trials that are finished are not made again.
+
+    Example: lmmono sweep recipes/study_depth.yaml
+    """
+    from lmmono.cli.terminal import shown_progress
+    from lmmono.pipeline.sweep import sweep
+    from lmmono.recipe import Recipe
+
+    study = Recipe.load(recipe, *(overrides or ()))
+    if not study.sweep.lr:
+        raise RecipeError([f"{recipe}: sweep.lr: want learning rates to try, got none"])
+    with shown_progress() as progress:
+        trials = sweep(study, progress=progress)
+    columns = ("arm", "lr", "val loss", "± se", "density of layers", "kurtosis of layers", "chosen")
+    marks = {(True, True): "yes, at the edge", (True, False): "yes", (False, False): ""}
+    rows = [
+        (
+            trial.arm,
+            trial.lr,
+            round(trial.val_loss, 4),
+            round(trial.val_loss_se, 4),
+            " ".join(f"{density:.3f}" for density in trial.densities),
+            " ".join(f"{kurtosis:.1f}" for kurtosis in trial.kurtoses),
+            marks[trial.is_chosen, trial.is_edge],
+        )
+        for trial in trials
+    ]
+    note = (
+        "val loss: nats per token on held-out documents, with its standard error over documents. "
+        "At the edge: a better rate may lie beyond those tried."
+    )
+    return OutputTable(columns, rows, title="Learning rates", note=note, is_report=True)
+
+
+@app.command()
+@prints_rows
 def capture(target: RecipeOrRun, overrides: Overrides = None) -> Outcome | None:
     """Stream activations of trained models into their stores.
 
@@ -284,6 +323,34 @@ def show(
     with open_stores([run]) as store:
         hook, index = find_unit(store, unit)
         return reports(unit_tables(store, hook, index, k=exemplars))
+
+
+@app.command()
+@prints_rows
+def history(
+    target: Annotated[Path, typer.Argument(metavar="RUN", help="A run with kept steps.")],
+    unit: Annotated[
+        str | None,
+        typer.Argument(metavar="[HOOK:UNIT]", help="One unit, such as blocks.1.mlp.hook_post:17."),
+    ] = None,
+) -> Sequence[OutputTable]:
+    """Show the kept steps of a training: losses, scores, and when units are born and die.
+
+    Steps are kept by train.keep, as in train.keep.log=true.
+
+    Example: lmmono history runs/study_depth/crate-2l-seed0 blocks.1.mlp:17
+    """
+    import activation_store as astore
+    from lmmono.reports.history_tables import history_tables, unit_history_table
+    from lmmono.reports.unit_tables import find_unit
+    from lmmono.runs.folder import open_run
+
+    run = open_run(target)
+    if unit is None:
+        return reports(history_tables(run))
+    with astore.open(run.store_path) as store:
+        hook, index = find_unit(store, unit)
+    return reports([unit_history_table(run, hook, index)])
 
 
 @app.command()
@@ -517,8 +584,13 @@ def _done(target: str, overrides: Sequence[str] | None, *verbs: str) -> "list[Ru
     from lmmono.pipeline import open_for, run_stages
     from lmmono.runs.folder import changes, open_run
 
-    runs: list[Run] = []
-    for recipe, folder in _recipes_of(target, overrides or ()):
+    with shown_progress() if this_process().is_main else nullcontext(silent) as progress:
+        wanted = _recipes_of(target, overrides or (), progress)
+    runs: dict[int, Run] = {}
+    # every arm with the first seed, then with the next: a study that is stopped has whole seeds
+    seeds = list(dict.fromkeys(recipe.seed for recipe, _ in wanted))
+    for i in sorted(range(len(wanted)), key=lambda i: seeds.index(wanted[i][0].seed)):
+        recipe, folder = wanted[i]
         run = open_for(recipe, folder)
         if run.set_aside:
             differences = changes(open_run(run.set_aside).recipe, recipe)
@@ -526,7 +598,7 @@ def _done(target: str, overrides: Sequence[str] | None, *verbs: str) -> "list[Ru
             _tell("\n".join(f"  {line}" for line in differences))
         before = run.manifest.stages
         with shown_progress() if this_process().is_main else nullcontext(silent) as progress:
-            runs.append(run_stages(run, *verbs, progress=progress))
+            runs[i] = run_stages(run, *verbs, progress=progress)
         if this_process().is_main:
             for warning in run.warnings:
                 _tell(f"{run.dir}: warning: {warning}")
@@ -535,11 +607,15 @@ def _done(target: str, overrides: Sequence[str] | None, *verbs: str) -> "list[Ru
             has_read = any(stages.get(name) != before.get(name) for name in readers)
             for note in run.corpus.notes if has_read else ():
                 _tell(f"{run.dir}: text: {note}")
-    return runs
+    return [runs[i] for i in sorted(runs)]
 
 
-def _recipes_of(target: str, overrides: Sequence[str]) -> "list[tuple[Recipe, Path | None]]":
+def _recipes_of(
+    target: str, overrides: Sequence[str], progress: Progress
+) -> "list[tuple[Recipe, Path | None]]":
     """Return the recipe of every run, with the folder of a run that is named itself.
+
+    The learning rates of a sweep are searched for first, where that is not done.
 
     A run folder may have been moved since its recipe was written, so it is worked on where it is,
     unless an override says where else. Settings alone are a pretrained model and its text.
@@ -556,7 +632,12 @@ def _recipes_of(target: str, overrides: Sequence[str]) -> "list[tuple[Recipe, Pa
             )
         return [(one, None) for one in recipe.runs()]
     if not (folder / "manifest.json").is_file():
-        return [(recipe, None) for recipe in Recipe.load(target, *overrides).runs()]
+        study = Recipe.load(target, *overrides)
+        if not study.sweep.lr:
+            return [(recipe, None) for recipe in study.runs()]
+        from lmmono.pipeline.sweep import settled_runs
+
+        return [(recipe, None) for recipe in settled_runs(study, progress=progress)]
     recipe = Recipe.load(folder / "recipe.yaml", *overrides)
     is_elsewhere = any(text.partition("=")[0].strip() in ("out", "name") for text in overrides)
     return [(recipe, None if is_elsewhere else folder)]

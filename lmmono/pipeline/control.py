@@ -12,7 +12,7 @@ from typing import Any
 from lmmono.models.hooks import match_hooks
 from lmmono.pipeline.stage_loop import open_for, run_stages
 from lmmono.recipe import Recipe
-from lmmono.recipe.sections import PretrainedModel
+from lmmono.recipe.sections import Keep, PretrainedModel
 from lmmono.runs.folder import Run
 from lmmono.types import Progress, silent
 
@@ -28,28 +28,38 @@ def control_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
 
 
 def control_recipe(run: Run) -> Recipe:
-    """Return the recipe of a run's untrained control.
+    """Return the recipe of a run's untrained control."""
+    recipe = of_neurons(run)
+    model, train = recipe.model, recipe.train
+    if isinstance(model, PretrainedModel):
+        # its own architecture, drawn anew: an adapter has nothing to be merged into
+        model = model.model_copy(update={"untrained": True, "adapter": None})
+    else:
+        train = train.model_copy(update={"steps": 0, "warmup_steps": 0, "keep": Keep()})
+    changes = {
+        "model": model,
+        "train": train,
+        "score": recipe.score.model_copy(update={"controls": False}),
+    }
+    return recipe.model_copy(update={**changes, "folder": "untrained"})
 
-    Its hooks are those of the model that the run explains: latents have no untrained counterpart.
-    It stores them at any density, since nothing has made an untrained model sparse.
+
+def of_neurons(run: Run) -> Recipe:
+    """Return the recipe of a run for another model in its place: an untrained one, a kept step.
+
+    Its hooks are those of the model that the run explains: latents have no counterpart there. It
+    stores them at any density, since nothing has made an untrained model sparse.
     """
     recipe = run.recipe
     captured = match_hooks(run.model, recipe.capture.hooks) if recipe.capture.hooks else []
     asked = recipe.explain.hooks or ("*",)
     hooks = tuple(h for h in captured if any(fnmatchcase(h, pattern) for pattern in asked))
-    model, train = recipe.model, recipe.train.model_copy(update={"steps": 0, "warmup_steps": 0})
-    if isinstance(model, PretrainedModel):
-        # its own architecture, drawn anew: an adapter has nothing to be merged into
-        model, train = model.model_copy(update={"untrained": True, "adapter": None}), recipe.train
     changes = {
-        "model": model,
-        "train": train,
         "capture": recipe.capture.model_copy(
             update={"hooks": hooks, "vectors": (), "max_density": 1.0}
         ),
         "dictionary": type(recipe.dictionary)(),
         "explain": recipe.explain.model_copy(update={"hooks": hooks}),
-        "score": recipe.score.model_copy(update={"controls": False}),
         "robustness": type(recipe.robustness)(),
     }
-    return recipe.model_copy(update={**changes, "folder": "untrained"})
+    return recipe.model_copy(update=changes)

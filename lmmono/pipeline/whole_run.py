@@ -74,7 +74,7 @@ def check_run(folder: Path) -> RunReport:
         report.faults.append(str(error))
     _check_dictionaries(run, report)
     _check_stores(run, report)
-    for inner in sorted(folder.glob("*/manifest.json")):
+    for inner in sorted([*folder.glob("*/manifest.json"), *folder.glob("steps/*/manifest.json")]):
         of_inner = check_run(inner.parent)
         report.faults += of_inner.faults
         report.n_files += of_inner.n_files

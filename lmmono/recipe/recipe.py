@@ -27,6 +27,7 @@ from lmmono.recipe.sections import (
     Model,
     ModelTokenizer,
     PretrainedModel,
+    Sweep,
     Train,
 )
 from lmmono.registry.lookup import load
@@ -79,6 +80,8 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
     """Scores of units and of their explanations."""
     robustness: Robustness = Field(default_factory=Robustness)
     """Tasks made harder, and which codes serve best then; none by default."""
+    sweep: Sweep = Field(default_factory=Sweep)
+    """Learning rates to try for every arm before its runs; none by default."""
     arms: dict[Name, dict[str, Any]] = {}
     """Named changes, one run each: dotted keys (`model.arch: gpt2`) or whole sections."""
     arm: Name | None = None
@@ -127,6 +130,16 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
         if "train" in self.model_fields_set:
             message = "a pretrained model is not trained; leave train out"
             raise clash(message, "train", "model.arch")
+        return self
+
+    @model_validator(mode="after")
+    def _fit_sweep(self) -> "Recipe":
+        steps = self.sweep.steps
+        if self.sweep.lr and self.is_pretrained:
+            raise clash("a pretrained model is not trained; leave sweep out", "sweep.lr")
+        if self.sweep.lr and steps is not None and steps <= self.train.warmup_steps:
+            message = f"want more than train.warmup_steps ({self.train.warmup_steps}), got {steps}"
+            raise clash(message, "sweep.steps", "train.warmup_steps")
         return self
 
     @model_validator(mode="after")
@@ -201,7 +214,7 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
         """Whether the model knows anything: it has taken a training step, here or elsewhere."""
         if isinstance(self.model, PretrainedModel):
             return not self.model.untrained
-        return self.train.steps > 0
+        return self.train.last_step > 0
 
     @property
     def dir(self) -> Path:

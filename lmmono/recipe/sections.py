@@ -229,11 +229,30 @@ class PretrainedModel(Section):
 Model = Annotated[CrateModel | Gpt2Model | PretrainedModel, Field(discriminator="arch")]
 
 
+class Keep(Section):
+    """Steps of a training whose model stays, each as a run folder in `steps/` of the run."""
+
+    at: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False)
+    """Steps, ascending, `train.steps` at most; the model of the last step is the run's own."""
+    log: bool = False
+    """Steps 0, 1, 2, 4, 8, ... too, where features are learned fastest."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "Keep":
+        if list(self.at) != sorted(set(self.at)):
+            raise clash("want ascending steps, each once", "at")
+        return self
+
+
 class Train(Section):
     """How the model is trained: AdamW with warm-up and cosine, as the paper's recipe."""
 
     steps: Annotated[int, Field(ge=0)] = 1000
     """Optimizer steps; 0 leaves the model untrained, as a control."""
+    until: Annotated[int, Field(ge=0)] | None = None
+    """Stop after this many of `steps`, whose schedule stays; lmmono writes it for kept steps."""
+    keep: Keep = Field(default_factory=Keep)
+    """Steps whose models stay beside that of the last step; none by default."""
     batch_tokens: Count = 8192
     """Tokens per optimizer step over all processes; a multiple of `data.n_ctx`."""
     micro_batch_tokens: Count | None = None
@@ -281,6 +300,40 @@ class Train(Section):
                 "steps",
             )
         raise_equal_names(self.objectives)
+        if self.until is not None and self.until > self.steps:
+            raise clash(f"want train.steps ({self.steps}) at most, got {self.until}", "until")
+        if self.keep.at and self.keep.at[-1] > self.steps:
+            message = f"want steps up to train.steps ({self.steps}), got {self.keep.at[-1]}"
+            raise clash(message, "keep.at", "steps")
+        return self
+
+    @property
+    def last_step(self) -> int:
+        """The step whose model is the run's own."""
+        return self.steps if self.until is None else self.until
+
+    @property
+    def kept_steps(self) -> tuple[int, ...]:
+        """Steps before the last one whose models stay, ascending."""
+        powers = [0, *(2**k for k in range(self.last_step.bit_length()))] if self.keep.log else []
+        return tuple(sorted(step for step in {*self.keep.at, *powers} if step < self.last_step))
+
+
+class Sweep(Section):
+    """A search for the learning rate of every arm before its runs, by the loss on held-out text."""
+
+    lr: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(default=(), strict=False)
+    """Peak learning rates to try, ascending; each arm takes the one of the least loss. None by
+    default: `train.lr` is taken as it is."""
+    steps: Count | None = None
+    """Steps of each trial, with a schedule of its own; null takes `train.steps`."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the trials."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "Sweep":
+        if list(self.lr) != sorted(set(self.lr)):
+            raise clash("want ascending learning rates, each once", "lr")
         return self
 
 
@@ -335,6 +388,9 @@ class Capture(Section):
     """Tokens left out of rows, vectors, statistics and exemplars; none by default."""
     batch_tokens: Count = 8192
     """Tokens per forward pass."""
+    step_rows: bool = True
+    """Keep the activations of kept steps (`train.keep`) once they are scored; false drops them, and
+    their statistics, exemplars, explanations and scores stay."""
 
     @model_validator(mode="after")
     def _check_units(self) -> "Capture":

@@ -48,13 +48,18 @@ def checked_units(
     Raises:
         ExplainError: The hook is not stored as rows, or has no such unit.
     """
-    query = "SELECT d FROM hooks WHERE hook = $hook AND kind = 'rows'"
+    query = "SELECT d, units FROM hooks WHERE hook = $hook AND kind = 'rows'"
     rows = store.sql(query, hook=hook).fetchall()
     if not rows:
         query = "SELECT hook FROM hooks WHERE kind = 'rows' ORDER BY hook"
         names = ", ".join(name for (name,) in store.sql(query).fetchall()) or "none"
         raise ExplainError(f"{store.path}: {hook!r} is not stored as rows; stored so: {names}")
-    ((d,),) = rows
+    ((d, stored),) = rows
+    if stored == []:
+        raise ExplainError(
+            f"{store.path}: the activations of {hook} were dropped once they were scored "
+            "(capture.step_rows); capture them again"
+        )
     chosen = np.arange(d) if units is None else np.unique(np.asarray(units, np.int64))
     if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < d:
         raise ExplainError(f"{hook}: want units 0 to {d - 1}, got {chosen[0]} to {chosen[-1]}")

@@ -8,6 +8,7 @@
            dictionaries/     <hook>/<name>/, learned from vectors.duckdb
            robustness/       figures of the robustness suites
            untrained/        its untrained control, a run folder like this one
+           steps/            the models of kept steps, a run folder each
            replaced/         what other settings made, each a run folder of its own
 
 What a stage made with other settings is never reused and never deleted: it moves to `replaced/`;
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmmono.errors import ModelError, RecipeError, RunError, nearest
 from lmmono.files import provenance
-from lmmono.files.atomic import atomic_folder, disk_faults, write_atomic
+from lmmono.files.atomic import atomic_folder, disk_faults, remove_folder, write_atomic
 from lmmono.files.digests import damaged_files, file_digest, folder_digests
 from lmmono.files.locks import lock_folder
 from lmmono.recipe import SECTIONS, Recipe
@@ -202,8 +203,9 @@ class Run:
         """Prepared corpora: $LMMONO_CACHE, or `.cache` in the folder of the runs."""
         if shared := os.environ.get("LMMONO_CACHE"):
             return Path(shared)
-        if (self.dir.parent / "manifest.json").is_file():  # a control inside its run
-            return open_run(self.dir.parent).cache_dir
+        for folder in self.dir.absolute().parents[:2]:  # a control or a kept step inside its run
+            if (folder / "manifest.json").is_file():
+                return open_run(folder).cache_dir
         return (self.dir.parent.parent if self.recipe.folder else self.dir.parent) / ".cache"
 
     @cached_property
@@ -282,13 +284,30 @@ class Run:
             done = {"state": "finished", "facts": facts, "files": self._digests(STAGES[name].makes)}
             self._record(name, StageRecord.model_validate({**dict(record.after(began)), **done}))
 
+    def undo(self, name: str) -> None:
+        """Remove what a stage has made, so that it and those that build on it are done again.
+
+        Raises:
+            RunError: Another process works in the folder, or it cannot be written.
+        """
+        with lock_folder(self.dir), disk_faults(self.dir):
+            self.manifest = Manifest.read(self.dir)
+            gone = {name, *(n for n, stage in STAGES.items() if name in stage.below)}
+            stages = {n: record for n, record in self.manifest.stages.items() if n not in gone}
+            self.manifest = self.manifest.model_copy(update={"stages": stages, "earlier": ()})
+            self.manifest.write(self.dir)
+            for product in STAGES[name].makes:
+                path = self.dir / product
+                remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
+
     def _digests(self, makes: Sequence[str]) -> dict[str, str]:
-        """Return the digests of what a stage has made; a store has its own, in its catalogue."""
+        """Return the digests of what a stage has made; stores and runs inside have their own."""
         stores = {name.removesuffix(".duckdb") for name in makes if name.endswith(".duckdb")}
         digests: dict[str, str] = {}
         for name in makes:
             path = self.dir / name
-            if name.partition(".")[0] in stores or not path.exists():
+            has_own = name.partition(".")[0] in stores or any(path.glob("*/manifest.json"))
+            if has_own or not path.exists():
                 continue
             inner = folder_digests(path) if path.is_dir() else {"": file_digest(path)}
             digests |= {f"{name}/{rest}".rstrip("/"): digest for rest, digest in inner.items()}

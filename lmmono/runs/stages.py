@@ -65,6 +65,14 @@ def _explains(recipe: Recipe) -> bool:
     return bool(recipe.explain.explainers)
 
 
+def _keeps_steps(recipe: Recipe) -> bool:
+    return not recipe.is_pretrained and bool(recipe.train.kept_steps)
+
+
+def _is_kept_step(recipe: Recipe) -> bool:
+    return not recipe.is_pretrained and recipe.train.until is not None
+
+
 def _is_tested(recipe: Recipe) -> bool:
     return bool(recipe.robustness.suites)
 
@@ -81,7 +89,8 @@ _LIST = (
         reads=("data", "model", "train"),
         # features of tasks' texts are a cache of what the model says: they leave with the model
         makes=(
-            *("model", "metrics.parquet", "checkpoint", "checkpoint.old", "checkpoint.tmp"),
+            *("model", "steps", "metrics.parquet"),
+            *("checkpoint", "checkpoint.old", "checkpoint.tmp"),
             *_files("features"),
         ),
         is_asked=lambda recipe: not recipe.is_pretrained,
@@ -103,6 +112,15 @@ _LIST = (
         reads=("capture",),
         makes=_files("store"),
         is_shared=True,
+    ),
+    Stage(
+        "steps",
+        "lmmono.pipeline.kept_steps:capture_steps",
+        needs=("capture",),
+        verb="capture",  # of runs in `steps/`, which set aside by themselves
+        is_additive=True,
+        is_shared=True,
+        is_asked=_keeps_steps,
     ),
     Stage(
         "vectors",
@@ -140,7 +158,20 @@ _LIST = (
         verb="score",  # makes a run folder `untrained/`, which sets aside by itself
         is_additive=True,
         is_shared=True,
-        is_asked=lambda r: r.score.controls and _explains(r) and r.has_learned,
+        is_asked=lambda r: (
+            # the run that kept a step has the control of all its steps
+            r.score.controls and _explains(r) and r.has_learned and not _is_kept_step(r)
+        ),
+    ),
+    Stage(
+        "step_scores",
+        "lmmono.pipeline.kept_steps:score_steps",
+        needs=("steps", "explain"),
+        reads=("score",),
+        verb="score",
+        is_additive=True,
+        is_shared=True,
+        is_asked=_keeps_steps,
     ),
     Stage(
         "score",

@@ -66,13 +66,13 @@ class TrainingLog:
         ]
         return pa.Table.from_pylist(records, schema=SCHEMA)
 
-    def save(self) -> None:
-        """Write `metrics.parquet` whole; a crash leaves the old one.
+    def save(self, path: Path | None = None) -> None:
+        """Write `metrics.parquet` whole, or a copy elsewhere; a crash leaves the old one.
 
         Raises:
             RunError: The disk refuses.
         """
-        with atomic_file(self.path) as partial:
+        with atomic_file(path or self.path) as partial:
             pq.write_table(self.table(), partial)
 
     def resume(self, before_step: int) -> None:

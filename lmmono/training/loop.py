@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,16 +22,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from activation_store.write.recorder import digest as weights_digest
 from lmmono.data.batches import train_batches
 from lmmono.data.minimal_pairs import MinimalPair, read_minimal_pairs
 from lmmono.data.tokens import TokenRows
-from lmmono.errors import DataError, RecipeError, TrainingStopped
+from lmmono.errors import DataError, RecipeError, TrainError, TrainingStopped
 from lmmono.files.atomic import remove_folder
 from lmmono.files.signals import StopRequest, stop_requests
 from lmmono.models.build import build_model
 from lmmono.models.hooks import bare as bare_network
 from lmmono.recipe.sections import Train
-from lmmono.runs.folder import Run
+from lmmono.runs.folder import Run, open_run
+from lmmono.runs.kept import kept_dir, kept_recipe
 from lmmono.runs.stages import STAGES
 from lmmono.training.checkpoint import (
     Position,
@@ -60,7 +62,7 @@ def train_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
     """Train the model of a run, or resume it; return the facts. See `lmmono.train`."""
     accelerator = _accelerator(run)
     with accelerator.main_process_first():  # the others find the corpus prepared
-        corpus = run.corpus
+        run.corpus  # noqa: B018
     pairs = _pairs_that_fit(run)
     with stop_requests() as request:
         _start_trackers(accelerator, run)
@@ -72,7 +74,7 @@ def train_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
     # thread waits for the interpreter's lock, whose holder waits for the thread)
     for tracker in accelerator.trackers:
         tracker.finish()
-    return {**facts, "data_digest": corpus.digest}
+    return facts
 
 
 def _accelerator(run: Run) -> Accelerator:
@@ -222,16 +224,21 @@ class _Loop:
     def optimize(self) -> None:
         """Take every step that is left, evaluating, saving and stopping where due."""
         settings = self._settings
+        kept = settings.kept_steps
         batch_rows = settings.batch_tokens // self.run.recipe.data.n_ctx
         batches = train_batches(self.rows, batch_rows, self.run.recipe.seed, self.step)
-        while self.step < settings.steps:
+        if self.step == 0 and 0 in kept:
+            self._keep()
+        while self.step < settings.last_step:
             self.unread.append(self._take_step(next(batches)))
             self.step += 1
             stop = self.request.agreed(self.accelerator)
-            last = self.step == settings.steps
+            last = self.step == settings.last_step
             if last or self.step % CHECK_EVERY_STEPS == 0:
                 self._log_losses()
-            if not last and self.step % settings.eval_every_steps == 0:
+            if self.step in kept:
+                self._keep()
+            elif not last and self.step % settings.eval_every_steps == 0:
                 self._evaluate()
             every = settings.checkpoint_every_steps
             if stop or (every and self.step % every == 0):
@@ -300,7 +307,7 @@ class _Loop:
         self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.step)
         if self.accelerator.is_main_process:
             what = f"train {self.run.name}"
-            self.progress(what, self.step, settings.steps, loss=values["loss"])
+            self.progress(what, self.step, settings.last_step, loss=values["loss"])
 
     def _evaluate(self) -> Evaluation | None:
         """Evaluate on held-out documents in the main process, and log the result."""
@@ -316,6 +323,43 @@ class _Loop:
             self.accelerator.log({"val/loss": result.loss}, step=self.step)
         self.accelerator.wait_for_everyone()
         return result
+
+    def _keep(self) -> None:
+        """Keep the model of this step as a run of its own; it is written anew after a resume.
+
+        Raises:
+            TrainError: Its weights are those of an earlier kept step.
+        """
+        result = self._evaluate()
+        if result is not None:
+            run, step = self.run, self.step
+            kept = Run.create(kept_recipe(run.recipe, step), kept_dir(run, step))
+            with kept.stage("train") as facts:
+                facts |= self._facts(result)
+                require_new_weights(facts["model_digest"], step, self._kept_digests(before=step))
+                kept.save_model(self.bare, run.corpus.tokenizer)
+                self.log.save(kept.dir / "metrics.parquet")
+        self.accelerator.wait_for_everyone()
+
+    def _kept_digests(self, before: int) -> dict[int, str]:
+        """Return the digests of the weights of the kept steps before a step."""
+        steps = [step for step in self._settings.kept_steps if step < before]
+        facts = {step: open_run(kept_dir(self.run, step)).model_facts for step in steps}
+        return {step: str(each["model_digest"]) for step, each in facts.items()}
+
+    def _facts(self, result: Evaluation) -> dict[str, Any]:
+        """Return what the manifest says of the model of this step."""
+        return {
+            "val_loss": result.loss,
+            "val_loss_se": result.loss_se,
+            "val_tokens": result.n_tokens,
+            "train_tokens": self.step * self._settings.batch_tokens,
+            "step": self.step,
+            "model_digest": weights_digest(self.bare),
+            "data_digest": self.run.corpus.digest,
+            "n_parameters": sum(p.numel() for p in self.bare.parameters()),
+            "n_processes": self.accelerator.num_processes,
+        }
 
     def _save(self) -> None:
         """Save a checkpoint and the log so far."""
@@ -333,7 +377,7 @@ class _Loop:
             self.log.save()
         self.accelerator.wait_for_everyone()
 
-    def finish(self, pairs: Sequence[MinimalPair]) -> dict[str, float | int | str]:
+    def finish(self, pairs: Sequence[MinimalPair]) -> dict[str, Any]:
         """Evaluate a last time, save the model whole, and return the facts of the run.
 
         The checkpoint of the last step goes only when the model is saved, so a fault on the way
@@ -343,15 +387,10 @@ class _Loop:
         result = self._evaluate()
         if result is None:
             return {}
-        settings = self._settings
-        facts: dict[str, float | int | str] = {
-            "val_loss": result.loss,
-            "val_loss_se": result.loss_se,
-            "val_tokens": result.n_tokens,
-            "train_tokens": settings.steps * settings.batch_tokens,
-            "n_parameters": sum(p.numel() for p in self.bare.parameters()),
-            "n_processes": self.accelerator.num_processes,
-        }
+        facts = self._facts(result)
+        if kept := self._kept_digests(before=self.step):
+            require_new_weights(facts["model_digest"], self.step, kept)
+            facts["kept"] = {str(step): digest for step, digest in kept.items()}
         if pairs:
             accuracy = minimal_pair_accuracy(self.bare, self.run.corpus.tokenizer, pairs)
             facts |= {"minimal_pairs": accuracy, "n_minimal_pairs": len(pairs)}
@@ -408,6 +447,22 @@ def _pairs_that_fit(run: Run) -> list[MinimalPair]:
     return pairs
 
 
+def require_new_weights(digest: str, step: int, earlier: Mapping[int, str]) -> None:
+    """Refuse weights that an earlier kept step has: one of the two is not what its name says.
+
+    Public checkpoints are wrong like that: 86 of the 154 of Pythia-2.8B share their weights.
+
+    Raises:
+        TrainError: Names both steps.
+    """
+    for other, known in earlier.items():
+        if known == digest:
+            raise TrainError(
+                f"steps {other} and {step} have the same weights (sha256 {digest[:12]}): nothing "
+                "was learned between them; raise train.lr, or keep steps that are further apart"
+            )
+
+
 def _new_model(run: Run) -> PreTrainedModel:
     """Return the freshly initialised model of a run, ready to train."""
     recipe, tokenizer = run.recipe, run.corpus.tokenizer
@@ -429,6 +484,6 @@ def _stopped(number: int, run: Run, step: int) -> BaseException:
     if number == signal.SIGINT:
         return KeyboardInterrupt()
     return TrainingStopped(
-        f"{run.dir}: stopped by SIGTERM after step {step} of {run.recipe.train.steps}; "
+        f"{run.dir}: stopped by SIGTERM after step {step} of {run.recipe.train.last_step}; "
         "all is saved, the same command goes on from here"
     )

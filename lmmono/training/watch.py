@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from lmmono.errors import TrainError
+from lmmono.errors import TrainingDiverged
 from lmmono.recipe.sections import Train
 
 SMOOTHING = 0.9
@@ -29,17 +29,17 @@ class LossWatch:
         """Check the losses in nats per token of steps `first_step`, `first_step + 1`, ...
 
         Raises:
-            TrainError: one is NaN or infinite; says at which step and what to change.
+            TrainingDiverged: one is NaN or infinite; says at which step and what to change.
         """
         for step, loss in enumerate(losses, start=first_step):
             if not math.isfinite(loss):
-                raise TrainError(_message(f"loss became {loss}", step, model, train))
+                raise TrainingDiverged(_message(f"loss became {loss}", step, model, train))
 
     def follow(self, losses: list[float], first_step: int, model: nn.Module, train: Train) -> None:
         """Take finite losses into the smoothed one.
 
         Raises:
-            TrainError: they diverge; says at which step and what to change.
+            TrainingDiverged: they diverge; says at which step and what to change.
         """
         for step, loss in enumerate(losses, start=first_step):
             before = loss if self.smooth_loss is None else self.smooth_loss
@@ -47,7 +47,7 @@ class LossWatch:
             if self.smooth_loss > self.limit:
                 guessing = self.limit - WORSE_THAN_GUESSING_NATS
                 what = f"loss diverged to {self.smooth_loss:.2f} nats (guessing: {guessing:.2f})"
-                raise TrainError(_message(what, step, model, train))
+                raise TrainingDiverged(_message(what, step, model, train))
 
 
 def _message(what: str, step: int, model: nn.Module, train: Train) -> str:
