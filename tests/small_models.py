@@ -16,7 +16,8 @@ EVERY_OPTION = {
     "separate_query": True,
     "learned_threshold": True,
 }
-VARIANTS = [{}, *({name: value} for name, value in EVERY_OPTION.items()), EVERY_OPTION]
+MLPS = [{"relu_mlp": True}, {"relu_mlp": True, "ista_skip": True}]
+VARIANTS = [{}, *({name: value} for name, value in EVERY_OPTION.items()), *MLPS, EVERY_OPTION]
 
 
 def small(seed: int = 0, **options: object) -> CrateForCausalLM:

@@ -9,6 +9,7 @@ from pathlib import Path
 import forks
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from small_models import VARIANTS, small, some_tokens
 from torch import Tensor
@@ -119,6 +120,27 @@ def test_the_code_equals_slow_proximal_gradient_steps_from_zero(n_steps, options
     expected = reference_code(x, ista.dictionary.detach(), n_steps, step, threshold)
     assert (ista.encode(x).detach() - expected).abs().max() < 1e-5
     assert expected.count_nonzero() > 10
+
+
+def test_a_relu_mlp_in_istas_place_is_one_with_and_without_skip():
+    for skip in (False, True):
+        model = small(relu_mlp=True, ista_skip=skip)
+        mlp: CrateIsta = model.model.blocks[0].mlp
+        assert mlp.decoder is not None and mlp.b_in is not None and mlp.b_out is not None
+        assert torch.equal(mlp.decoder, mlp.dictionary)  # the start of an untied decoder
+        assert not mlp.b_in.any() and not mlp.b_out.any()
+        with torch.no_grad():
+            for parameter in (mlp.decoder, mlp.b_in, mlp.b_out):
+                parameter.normal_()
+        _, acts = run_with_cache(model, some_tokens(1, 5), ["blocks.0.*", "model.blocks.0.ln2"])
+        x = acts["model.blocks.0.ln2"]
+        code = (x @ mlp.dictionary.T + mlp.b_in).clamp(min=0)
+        torch.testing.assert_close(acts["blocks.0.mlp.hook_post"], code)
+        out = code @ mlp.decoder + mlp.b_out
+        before = acts["blocks.0.hook_resid_mid"] if skip else torch.zeros_like(out)
+        torch.testing.assert_close(acts["blocks.0.hook_resid_post"], before + out)
+    with pytest.raises(ValidationError, match="relu_mlp puts an MLP in its place"):
+        CrateModel(arch="crate", relu_mlp=True, n_ista_steps=3)
 
 
 def test_the_first_iterate_is_a_hook_and_every_further_one_too():
@@ -380,6 +402,7 @@ def test_hidden_states_and_attentions_are_returned_when_asked():
 
 COMPILED = """
 import torch
+from pydantic import ValidationError
 from lmmono.models.crate import CrateConfig, CrateForCausalLM
 for options in ({}, {"step_size": "lipschitz", "learned_threshold": True}):
     torch.manual_seed(0)

@@ -10,12 +10,12 @@ from lmmono.errors import ExplainError
 from lmmono.registry.metrics import METRICS
 from lmmono.stats.agreement import record_sums
 from lmmono.stats.intervals import Z
-from lmmono.studies.differences import _HookUnits, _Pair
+from lmmono.studies.differences import HookUnits, UnitPair
 
 
 def units(rng, n, mean, densities=None):
     densities = rng.random(n) if densities is None else densities
-    return _HookUnits(rng.normal(mean, 0.2, n), np.ones(n, bool), densities)
+    return HookUnits(rng.normal(mean, 0.2, n), np.ones(n, bool), densities)
 
 
 def interval(pair, rng, kind=0, n_draws=50):
@@ -30,7 +30,7 @@ def test_the_interval_over_units_covers_the_true_difference():
     for _ in range(200):
         a = [units(rng, 60, 0.6), units(rng, 40, 0.4)]
         b = [units(rng, 60, 0.5), units(rng, 40, 0.2)]
-        low, high = interval(_Pair(a, b), rng)
+        low, high = interval(UnitPair(a, b), rng)
         covered += low <= 0.15 <= high
     assert 0.90 <= covered / 200 <= 0.985
 
@@ -41,8 +41,8 @@ def test_a_score_that_only_follows_density_does_not_differ_at_equal_density():
     for shape in ((2.0, 1.0), (1.0, 2.0)):
         densities = rng.beta(*shape, 2000)
         noise = rng.normal(0, 0.05, 2000)
-        sides.append([_HookUnits(densities + noise, np.ones(2000, bool), densities)])
-    pair = _Pair(*sides)
+        sides.append([HookUnits(densities + noise, np.ones(2000, bool), densities)])
+    pair = UnitPair(*sides)
     raw, _, matched = pair.means(None)
     assert raw[0] - raw[1] == pytest.approx(1 / 3, abs=0.03)
     assert matched[0] - matched[1] == pytest.approx(0.0, abs=0.02)
@@ -51,21 +51,21 @@ def test_a_score_that_only_follows_density_does_not_differ_at_equal_density():
 
 def test_a_mean_of_defined_scores_leaves_the_others_out():
     values = np.array([0.5, 0.7, 0.0, 0.0])
-    half = _HookUnits(values, np.array([True, True, False, False]), np.full(4, 0.1))
-    whole = _HookUnits(np.full(4, 0.4), np.ones(4, bool), np.full(4, 0.1))
-    raw, defined, _ = _Pair([half], [whole]).means(None)
+    half = HookUnits(values, np.array([True, True, False, False]), np.full(4, 0.1))
+    whole = HookUnits(np.full(4, 0.4), np.ones(4, bool), np.full(4, 0.1))
+    raw, defined, _ = UnitPair([half], [whole]).means(None)
     assert raw.tolist() == pytest.approx([0.3, 0.4])
     assert defined.tolist() == pytest.approx([0.6, 0.4])
 
 
 def layer(values, defined=None, n=20):
     defined = np.ones(n, bool) if defined is None else defined
-    return _HookUnits(np.where(defined, values, 0.0), defined, np.full(n, 0.1))
+    return HookUnits(np.where(defined, values, 0.0), defined, np.full(n, 0.1))
 
 
 def test_a_layer_without_a_defined_unit_counts_for_nothing_among_the_defined():
     empty, full = layer(0.0, np.zeros(20, bool)), layer(0.8)
-    pair = _Pair([empty, full], [full, full])
+    pair = UnitPair([empty, full], [full, full])
     raw, defined, _ = pair.means(None)
     assert raw.tolist() == pytest.approx([0.4, 0.8])
     assert defined.tolist() == pytest.approx([0.8, 0.8])
@@ -77,21 +77,21 @@ def test_a_layer_without_a_defined_unit_counts_for_nothing_among_the_defined():
 def test_few_defined_units_make_no_interval_and_none_no_difference():
     few = layer(0.8, np.arange(20) < 3)
     none = layer(0.0, np.zeros(20, bool))
-    assert "3 and 20 defined units; want 10" in _Pair([few], [layer(0.5)]).failures()[1]
-    assert np.isnan(_Pair([none], [layer(0.5)]).means(None)[1]).tolist() == [True, False]
+    assert "3 and 20 defined units; want 10" in UnitPair([few], [layer(0.5)]).failures()[1]
+    assert np.isnan(UnitPair([none], [layer(0.5)]).means(None)[1]).tolist() == [True, False]
 
 
 def test_a_layer_with_few_defined_units_does_not_make_half_of_the_mean():
     few, many = layer(0.0, np.arange(20) < 1), layer(0.9)
-    _, defined, _ = _Pair([few, many], [many, many]).means(None)
+    _, defined, _ = UnitPair([few, many], [many, many]).means(None)
     assert defined[0] == pytest.approx(0.9 * 20 / 21)
 
 
 def test_densities_that_hardly_overlap_are_not_matched():
     rng = np.random.default_rng(0)
-    low = _HookUnits(np.ones(50), np.ones(50, bool), rng.uniform(0, 0.1, 50))
-    high = _HookUnits(np.ones(50), np.ones(50, bool), rng.uniform(0.5, 0.6, 50))
-    pair = _Pair([low], [high])
+    low = HookUnits(np.ones(50), np.ones(50, bool), rng.uniform(0, 0.1, 50))
+    high = HookUnits(np.ones(50), np.ones(50, bool), rng.uniform(0.5, 0.6, 50))
+    pair = UnitPair([low], [high])
     assert np.isnan(pair.means(None)[2]).all() and "overlap" in pair.failures()[2]
 
 
@@ -132,9 +132,9 @@ def test_what_a_document_does_to_both_models_cancels():
         predicted = truth + rng.normal(0, 0.5, truth.shape)
         sums = record_sums(truth, predicted, there)
         nothing = np.ones(40)
-        return [_HookUnits(nothing, np.ones(40, bool), nothing, sums, docs)]
+        return [HookUnits(nothing, np.ones(40, bool), nothing, sums, docs)]
 
-    pair = _Pair(model(), model())
+    pair = UnitPair(model(), model())
     draws = np.array([pair.means(rng)[0] for _ in range(200)])
     assert np.corrcoef(draws.T)[0, 1] > 0.8
     assert (draws[:, 0] - draws[:, 1]).std() < 0.5 * draws[:, 0].std()

@@ -11,13 +11,13 @@ import activation_store as astore
 from lmmono.errors import RunError
 from lmmono.reports.robustness_figures import robustness_figures
 from lmmono.reports.robustness_tables import (
-    area_table,
     comparison_table,
     dose_table,
     effective_table,
     level_tables,
+    noise_table,
     robustness_tables,
-    verdict_table,
+    verdict_tables,
 )
 from lmmono.studies.comparisons import compare_families
 from lmmono.studies.doses import Dose
@@ -48,17 +48,36 @@ def test_what_failed_is_told_and_not_averaged_over():
 def test_differences_and_areas_come_with_interval_p_and_seeds():
     table = comparison_table(compare_families(ROWS, "raw"), title="Differences")
     assert len(table.rows) == 2 * 3 and all(row[-1] == "6" for row in table.rows)
-    areas = area_table(ROWS, "raw")
-    assert [row[2] for row in areas.rows] == ["pca-16", "sae"]
-    assert float(areas.rows[1][5].split()[0]) == pytest.approx(0.0175, abs=0.005)
-    assert "Area over levels" in areas.note
+
+
+def test_what_noise_takes_stands_beside_what_there_was_without_it():
+    falls = {"a": (0.9, 0.8, 0.6), "b": (0.7, 0.65, 0.6)}
+    rows = [
+        result(name, value, seed=seed, level=level, corruption="symmetric" if level else None)
+        for name, values in falls.items()
+        for seed in (0, 1)
+        for level, value in zip((0.0, 0.1, 0.4), values, strict=True)
+    ]
+    table = noise_table(rows)
+    cells = {row[2]: [float(cell.split()[0]) for cell in row[3:]] for row in table.rows}
+    for name, (clean, low, high) in falls.items():
+        area = (0.1 * (clean + low) / 2 + 0.3 * (low + high) / 2) / 0.4
+        assert cells[name] == pytest.approx([clean, area - clean, area / clean], abs=6e-4)
+    assert cells["a"][0] > cells["b"][0] and cells["a"][1] < cells["b"][1]
+
+
+def test_every_control_has_a_verdict_of_its_own():
+    rows = noisy_labels({"raw": 0.0, "pca-16": 0.2, "sae": 0.1}, seeds=12)
+    joint, single = verdict_tables(verdicts(["H1"], Evidence(rows)))
+    assert joint.rows[0][2] == "not supported"  # neither better than both, nor worse than both
+    assert {row[2]: row[-1] for row in single.rows} == {"raw": "supported", "pca-16": "opposite"}
 
 
 def test_other_domains_and_verdicts_have_tables():
     found = effective_robustness(other_domain({"raw": 0.0, "pca-16": 0.0, "sae": 0.5}), ["raw"])
     table = effective_table(found)
     assert [row[2] for row in table.rows] == ["pca-16", "sae"]
-    told = verdict_table(verdicts(["H1", "H4"], Evidence(ROWS)))
+    told, *_ = verdict_tables(verdicts(["H1", "H4"], Evidence(ROWS)))
     assert [row[0] for row in told.rows] == ["H1", "H4"]
     assert [row[2] for row in told.rows] == ["supported", "not tested"]
 
@@ -89,13 +108,14 @@ def test_a_store_tells_all_of_it_and_says_what_could_not_be_worked_out(tmp_path)
         store.append("robustness", stored_rows([*ROWS, *above]))
         tables = robustness_tables(store, hypotheses=["H1", "H3", "H4"])
     titles = [each.title for each in tables]
-    assert titles[-4:] == [
-        "Area under the severity curve",
+    assert titles[-5:] == [
+        "Without noise, and what noise takes",
         "Change under noise",
         "Effective robustness",
         "Hypotheses registered before the run",
+        "Hypotheses, control by control",
     ]
-    verdict = {row[0]: row[2] for row in tables[-1].rows}
+    verdict = {row[0]: row[2] for row in tables[-2].rows}
     assert verdict == {"H1": "supported", "H3": "not tested", "H4": "supported"}
     with astore.open(tmp_path / "b", "w") as store:
         store.append("robustness", stored_rows(other_domain({"raw": 0.0}, shots=(4,), seeds=2)))

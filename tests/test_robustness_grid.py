@@ -154,6 +154,37 @@ def test_consistency_is_corrected_for_chance():
     assert active == pytest.approx(0.25, abs=0.01)
 
 
+def test_a_bag_of_words_learns_from_the_texts_and_labels_of_the_probes(model, task):
+    settings = {"seeds": 2, "margins": (1.0, 0.4), "rates": (), "bag_of_words": True}
+    made = measured(model, task, "noisy_labels", **settings)
+    words = [row for row in made.rows if row["feature"] == "bag_of_words"]
+    codes = [row for row in made.rows if row["feature"] == "raw"]
+    assert made.features[-1] == "bag_of_words" and len(words) == len(codes) == 4
+    for mine, theirs in zip(words, codes, strict=True):
+        same = ("level", "corruption", "seed", "n", "probe")
+        assert [mine[name] for name in same] == [theirs[name] for name in same]
+        for fact in ("n_train", "n_flipped"):
+            assert mine["settings"].get(fact) == theirs["settings"].get(fact)
+    means = {level: np.mean([r["value"] for r in words if r["level"] == level]) for level in (0.0,)}
+    assert means[0.0] > 1.5 / task.n_classes
+    # which texts are right stands in each row
+    result = made.results[0]
+    assert result.items is not None and result.items.mean() == pytest.approx(result.value)
+
+
+def test_the_strongest_texts_tell_what_pooling_over_tokens_hides():
+    """A unit of one class that is a little active everywhere, as a mean over tokens is."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 4, 600)
+    pooled = 0.05 * random.random((600, 4)) + (labels[:, None] == np.arange(4))
+    everywhere, _, active = semantic_consistency(pooled, labels, n_classes=4)
+    assert active == 1.0 and abs(everywhere) < 1e-6
+    strongest, n, share = semantic_consistency(pooled, labels, n_classes=4, strongest=0.1)
+    assert n == 4 and strongest == pytest.approx(1.0) and share == pytest.approx(0.1)
+    noise = random.random((600, 30))
+    assert abs(semantic_consistency(noise, labels, n_classes=4, strongest=0.1)[0]) < 0.05
+
+
 def test_a_budgeted_probe_reads_the_coordinates_that_tell_most(task):
     random = torch.Generator().manual_seed(0)
     x = torch.randn(300, 20, generator=random)

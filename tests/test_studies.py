@@ -37,7 +37,7 @@ def test_arms_are_means_over_seeds_and_twins_differ_in_the_architecture_alone(st
     arms = {row[0]: row for row in tables["Arms"].rows}
     assert set(arms) == {"crate", "gpt2"}
     mine = [run for run in runs if run.recipe.arm == "gpt2"]
-    assert arms["gpt2"][3] == over_seeds(np.array([run.val_loss for run in mine]))
+    assert arms["gpt2"][4] == over_seeds(np.array([run.val_loss for run in mine]))
 
     stores = {
         arm: [astore.open(run.store_path) for run in runs if run.recipe.arm == arm] for arm in arms
@@ -94,10 +94,16 @@ def test_the_verb_prints_the_tables_and_names_what_is_not_scored(study, capsys, 
     assert call("compare", study, "--wide") == 0
     printed = capsys.readouterr().out
     assert "Arms" in printed and "Twins" in printed and "crate - gpt2" in printed
-    run = open_run(next(iter(find_runs(study))))
-    record = run.manifest.stages["score"].model_copy(update={"state": "begun"})
-    stages = {**run.manifest.stages, "score": record}
-    run.manifest.model_copy(update={"stages": stages}).write(run.dir)
+    runs = [open_run(path) for path in find_runs(study) if "seed1" in path.name]
+    runs += [open_run(path) for path in find_runs(study) if "crate-seed0" in path.name]
+    for run, n_left_out in zip((runs[0], runs[-1]), (2, 4), strict=True):
+        record = run.manifest.stages["score"].model_copy(update={"state": "begun"})
+        stages = {**run.manifest.stages, "score": record}
+        run.manifest.model_copy(update={"stages": stages}).write(run.dir)
+        if n_left_out == 2:  # the other seed is whole
+            (table, *_) = study_tables([study])
+            assert "2 runs are left out" in table.note
+            assert [row[1] for row in table.rows] == ["1", "1"]
     with pytest.raises(RunError, match="not scored yet; run `lmmono score"):
         study_tables([study])
     assert call("compare", study) == 2

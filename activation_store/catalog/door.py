@@ -106,7 +106,9 @@ def shut(
 # --- which SQL runs -----------------------------------------------------------------------------
 
 _TABLE_FUNCTIONS = {
+    "birth",
     "coactivation",
+    "death",
     "duckdb_columns",
     "duckdb_databases",
     "duckdb_functions",

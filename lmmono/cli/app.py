@@ -251,6 +251,26 @@ def sweep(recipe: RecipeFile, overrides: Overrides = None) -> OutputTable:
 
 
 @app.command()
+def register(
+    claims: Annotated[Path, typer.Argument(metavar="FILE", help="A file of registered tests.")],
+    log: Annotated[Path, typer.Option(help="Log that a line is added to.")] = Path(
+        "docs/registered.jsonl"
+    ),
+) -> None:
+    """Note the sha256 of a file of claims, with commit and time, in a log that only grows.
+
+    A recipe names the file as `registered`; the manifest of each run then holds the same sha256.
+
+    Example: lmmono register recipes/registered/study_depth.yaml
+    """
+    from lmmono.files.provenance import git_commit
+    from lmmono.recipe.registration import register
+
+    entry = register(claims, log, git_commit())
+    print(printable(f"{claims}: sha256 {entry['sha256']}, in {log} since {entry['time']}"))
+
+
+@app.command()
 @prints_rows
 def capture(target: RecipeOrRun, overrides: Overrides = None) -> Outcome | None:
     """Stream activations of trained models into their stores.
@@ -394,6 +414,29 @@ def compare(
 
     with shown_progress() as progress:
         return reports(study_tables(studies, progress))
+
+
+@app.command()
+@prints_rows
+def results(
+    studies: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Folders that hold the runs of a study."),
+    ],
+    out: Annotated[Path, typer.Option(help="Page to write, or to rewrite between its marks.")],
+) -> OutputTable:
+    """Write what a study has come to so far into a page: progress, tables, verdicts.
+
+    Only what stands between the marks of the page is made anew; the text around them stays.
+
+    Example: lmmono results runs/study_depth --out docs/results/development.md
+    """
+    from lmmono.cli.terminal import shown_progress
+    from lmmono.reports.result_page import write_result_page
+
+    with shown_progress() as progress:
+        first, *_ = reports(write_result_page(out, studies, progress))
+    return first
 
 
 @app.command("audit-scorer")

@@ -325,6 +325,8 @@ def _finish(job: _FitJob, fit: SaeFit, x: Float[Tensor, "n d_in"]) -> None:
         "fit": fit.plan.digest,
         "input_scale": fit.scale,
         "n_tokens": fit.n_tokens,
+        "steps": fit.step,
+        "settled_step": fit.settled_step,
         "seconds": round(fit.seconds, 3),
         **result,
     }

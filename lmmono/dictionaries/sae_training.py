@@ -38,6 +38,9 @@ from lmmono.types import Progress
 
 LOG_ROWS = 100
 """Rows of each curve; more would slow a GPU down, since reading a loss waits for the device."""
+WINDOW_ROWS = 20
+"""Rows of a curve in each window of the rule to stop by: FVU of a batch varies by a few per cent,
+their mean by a quarter of that."""
 SCALING_BATCHES = 16
 """Batches, from the first on, that decide the scale of the input."""
 MOST_EPOCHS = 1_000
@@ -103,7 +106,12 @@ class SaeFit:
         self._sparse = SparseStep(self._trainer, scratch or Scratch()) if is_sparse else None
         self.seconds, self.curves = 0.0, Curves()
         self._log_every = max(1, plan.settings.steps // LOG_ROWS)
+        if plan.settings.stop_gain is not None:
+            window = plan.settings.stop_window_steps
+            self._log_every = max(1, min(self._log_every, window // WINDOW_ROWS))
         self._window = min(plan.settings.dead_window_steps, plan.settings.steps)
+        self.settled_step: int | None = None
+        """Step at which FVU fell no further by the rule of the settings; None while it does."""
 
     @property
     def step(self) -> int:
@@ -118,7 +126,22 @@ class SaeFit:
     @property
     def is_done(self) -> bool:
         """Whether all steps are taken."""
-        return self.step >= self.plan.settings.steps
+        return self.step >= self._end
+
+    @property
+    def _end(self) -> int:
+        """The last step: that of the settings, or earlier where FVU has settled."""
+        settings = self.plan.settings
+        if self.settled_step is None:
+            return settings.steps
+        return min(settings.steps, self.settled_step + self._decay_steps)
+
+    @property
+    def _decay_steps(self) -> int:
+        """Steps from the settled one to the end: `decay_fraction` of all steps then."""
+        assert self.settled_step is not None
+        share = min(self.plan.settings.decay_fraction, 0.9)  # 1 would never end
+        return max(1, round(self.settled_step * share / (1 - share)))
 
     @property
     def dead_fraction(self) -> float:
@@ -133,7 +156,10 @@ class SaeFit:
             DictionaryError: The loss became NaN or infinite.
         """
         began, settings = time.monotonic(), self.plan.settings
-        if self.step == settings.steps - self._window:
+        if self.settled_step is not None:
+            left = (self._end - self.step) / max(1, self._end - self.settled_step)
+            self._trainer.optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, left)
+        if self.step == max(self._end - self._window, self.settled_step or 0):
             # sae-lens reports the L0 of what these count, so they count the last window alone
             self._trainer.act_freq_scores.zero_()
             self._trainer.n_frac_active_samples = 0
@@ -143,6 +169,22 @@ class SaeFit:
         self.seconds += time.monotonic() - began
         if self.step % self._log_every == 0 or self.is_done:
             self._log(output if isinstance(output, StepResult) else _measured(output), progress)
+            self._watch_fvu()
+
+    def _watch_fvu(self) -> None:
+        """See whether FVU has settled, which ends the fit after its learning rate has fallen."""
+        settings = self.plan.settings
+        if settings.stop_gain is None or self.settled_step is not None:
+            return
+        window = settings.stop_window_steps
+        if self.step < 2 * window + settings.warmup_steps:
+            return
+        now, before = (
+            self.curves.mean("fvu", self.step - (i + 1) * window, self.step - i * window)
+            for i in (0, 1)
+        )
+        if now > (1 - settings.stop_gain) * before:
+            self.settled_step = self.step
 
     def _log(self, result: StepResult, progress: Progress) -> None:
         n = len(result.x)
@@ -190,6 +232,7 @@ class SaeFit:
             "digest": self.plan.digest,
             "scale": self.scale,
             "seconds": self.seconds,
+            "settled_step": self.settled_step,
             "lr": state.optimizer.param_groups[0]["lr"],
             "lr_scheduler": state.lr_scheduler.state_dict(),
             "coefficients": {k: v.state_dict() for k, v in state.coefficient_schedulers.items()},
@@ -252,7 +295,7 @@ class SaeFit:
             state.coefficient_schedulers[name].load_state_dict(schedule)
         state.optimizer.param_groups[0]["lr"] = facts["lr"]
         self.scale = state.activation_scaler.scaling_factor = facts["scale"]
-        self.seconds = facts["seconds"]
+        self.seconds, self.settled_step = facts["seconds"], facts.get("settled_step")
 
 
 def _cannot_resume(path: Path, error: Exception) -> DictionaryError:
@@ -361,6 +404,15 @@ class Curves:
                         "seconds": seconds,
                     }
                 )
+
+    def mean(self, name: str, after: int, until: int) -> float:
+        """Return the mean of what was logged after one step and until another; NaN for nothing."""
+        values = [
+            float(str(row["value"]))
+            for row in self._rows
+            if row["metric"] == name and after < int(str(row["step"])) <= until
+        ]
+        return sum(values) / len(values) if values else math.nan
 
     def table(self) -> pa.Table:
         """Return all rows as a table."""

@@ -363,7 +363,8 @@ class _Mlp(nn.Module):
     def b_out(self) -> Float[Tensor, " d_model"]:
         """Output bias; zeros where there is none, as in CRATE."""
         if self._ista:
-            return self.W_out.new_zeros(self.W_out.shape[1])
+            bias = self._ista[0].b_out
+            return self.W_out.new_zeros(self.W_out.shape[1]) if bias is None else bias
         return _bias(self._dense()[2])
 
     def _dense(self) -> tuple[Any, ...]:

@@ -95,6 +95,9 @@ class CrateConfig(PreTrainedConfig):
     """Give attention its own query projection; keys and values stay one tensor."""
     learned_threshold: bool = False
     """Learn a threshold per neuron, starting at step_size x sparsity."""
+    relu_mlp: bool = False
+    """Put a ReLU MLP in ISTA's place, as an ablation: no iteration, encoder and decoder apart, with
+    biases; the encoder starts as the dictionary does, and the decoder equal to it."""
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -190,12 +193,15 @@ class CrateIsta(nn.Module):
         self.config = config
         shape = (config.d_mlp, config.hidden_size)
         self.dictionary = nn.Parameter(torch.empty(shape))
-        self.decoder = nn.Parameter(torch.empty(shape)) if config.untied_decoder else None
+        has_decoder = config.untied_decoder or config.relu_mlp
+        self.decoder = nn.Parameter(torch.empty(shape)) if has_decoder else None
         self.threshold = nn.Parameter(torch.empty(shape[0])) if config.learned_threshold else None
+        self.b_in = nn.Parameter(torch.empty(shape[0])) if config.relu_mlp else None
+        self.b_out = nn.Parameter(torch.empty(shape[1])) if config.relu_mlp else None
         # W_D^T W_D v of a power iteration; its length is sigma_max^2, and it is saved
         power = torch.empty(config.hidden_size) if config.step_size == "lipschitz" else None
         self.register_buffer("power", power)
-        for step in range(config.n_ista_steps - 1):
+        for step in range(0 if config.relu_mlp else config.n_ista_steps - 1):
             self.add_module(f"hook_code_{step}", nn.Identity())
         self.hook_pre, self.hook_post = nn.Identity(), nn.Identity()
 
@@ -223,6 +229,8 @@ class CrateIsta(nn.Module):
 
     def encode(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_mlp"]:
         """Return the non-negative code after the last step."""
+        if self.b_in is not None:
+            return self.hook_post(F.relu(self.hook_pre(F.linear(x, self.dictionary, self.b_in))))
         # the step scales the narrow side of each product, the threshold is the product's bias
         step_size, bias = self.step_size, -self.thresholds()
         target = x * step_size
@@ -235,7 +243,8 @@ class CrateIsta(nn.Module):
 
     def decode(self, code: Float[Tensor, "batch pos d_mlp"]) -> Float[Tensor, "batch pos d_model"]:
         """Return the sum of dictionary rows weighted by the code."""
-        return code @ (self.dictionary if self.decoder is None else self.decoder)
+        decoded = code @ (self.dictionary if self.decoder is None else self.decoder)
+        return decoded if self.b_out is None else decoded + self.b_out
 
     def thresholds(self) -> Float[Tensor, " d_mlp"]:
         """Return what each neuron's input must exceed: learned, or step_size x sparsity."""
@@ -303,6 +312,9 @@ class CratePreTrainedModel(PreTrainedModel):
         if ista.power is not None and not getattr(ista.power, "_is_hf_initialized", False):
             ista.power.fill_(1.0)
             ista.follow_dictionary(n_iterations=100)
+        for bias in (ista.b_in, ista.b_out):
+            if bias is not None:
+                init.zeros_(bias)
         if ista.threshold is not None:
             init.constant_(ista.threshold, float(ista.step_size) * self.config.sparsity)
 

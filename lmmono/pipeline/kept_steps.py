@@ -37,7 +37,7 @@ def capture_steps(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
 def score_steps(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
     """Explain and score the units of the kept steps; return the facts.
 
-    Without `capture.step_rows` their activations are dropped then, one step after the other, and
+    Without `score.step_rows` their activations are dropped then, one step after the other, and
     captured again where other settings ask for them.
     """
     facts: dict[str, Any] = {"steps": list(run.recipe.train.kept_steps)}
@@ -45,7 +45,7 @@ def score_steps(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
         if not kept.is_done("score") and _is_dropped(kept) and this_process().is_main:
             kept.undo("capture")
         run_stages(kept, progress=progress)
-        if not run.recipe.capture.step_rows and this_process().is_main and not _is_dropped(kept):
+        if not run.recipe.score.step_rows and this_process().is_main and not _is_dropped(kept):
             facts["dropped_acts"] = facts.get("dropped_acts", 0) + drop_acts(place(kept.store_path))
     return facts
 

@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from lmmono.probes.problems import Probes, Problems, empty_probes
@@ -47,12 +47,12 @@ class ProbeJob:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FittedProbes:
-    """Probes of a job, and how many texts of each part each has right."""
+    """Probes of a job, and which texts of each part each has right."""
 
     probes: Probes
     """One per problem; NaN where it failed."""
-    n_right: dict[str, list[int]]
-    """Right texts by part, one number per problem."""
+    right: dict[str, list[Bool[np.ndarray, " n"]]]
+    """Which texts are right by part, an array per problem; none for one that failed."""
     seconds: float
     """Wall time of the job."""
 
@@ -67,22 +67,22 @@ class Solver(Protocol):
 
 
 def solve(job: ProbeJob) -> FittedProbes:
-    """Fit the probes of a job and count what they have right."""
+    """Fit the probes of a job and see what they have right."""
     began = time.perf_counter()
     probes = fit_probes(job.problems, job.learner, job.budget)
-    n_right = {name: count_right(probes, part) for name, part in job.parts.items()}
-    return FittedProbes(probes, n_right, time.perf_counter() - began)
+    right = {name: which_right(probes, part) for name, part in job.parts.items()}
+    return FittedProbes(probes, right, time.perf_counter() - began)
 
 
-def count_right(probes: Probes, part: JudgedPart) -> list[int]:
-    """Return how many texts each probe has right; 0 for one that failed."""
+def which_right(probes: Probes, part: JudgedPart) -> list[Bool[np.ndarray, " n"]]:
+    """Return which texts each probe has right; none for one that failed."""
     x, labels = probes.inputs(torch.from_numpy(part.x)), torch.from_numpy(part.labels)
-    counts = [0] * len(probes)
+    right = [np.zeros(len(labels), bool)] * len(probes)
     for i, failure in enumerate(probes.failures):
         if failure is None and len(labels):
             logits = x @ probes.weight[i].float().T + probes.bias[i].float()
-            counts[i] = int((logits.argmax(dim=1) == labels).sum())
-    return counts
+            right[i] = (logits.argmax(dim=1) == labels).numpy()
+    return right
 
 
 def fit_probes(problems: Problems, learner: str, budget: int | None = None) -> Probes:

@@ -29,9 +29,12 @@ class DictionarySettings(Section):
 
     @model_serializer(mode="wrap")
     def _leave_out_no_name(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        # `dictionary.json` and the digests of fits hold settings, and a name is none of them
+        # `dictionary.json` and the digests of fits hold settings, and a name is none of them; a fit
+        # without a rule to stop by is the fit that it was before there were any
         values = serialize(self)
-        return values if values.get("name") else {k: v for k, v in values.items() if k != "name"}
+        absent = set[str]() if values.get("name") else {"name"}
+        absent |= set[str]() if values.get("stop_gain") else {"stop_gain", "stop_window_steps"}
+        return {k: v for k, v in values.items() if k not in absent}
 
 
 class Width(DictionarySettings):
@@ -68,6 +71,12 @@ class Trained(Width):
     """`norm` divides the input by one number, so that its mean norm is sqrt(d_in)."""
     dead_window_steps: Count = 500
     """A latent that did not fire for this many steps counts as dead in training."""
+    stop_gain: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Stop when the mean FVU of `stop_window_steps` steps is less than this share below that of as
+    many steps before: 0.02 is 2 %. The learning rate then falls to zero over `decay_fraction` of
+    all steps. Null takes all `steps`, which are the most otherwise."""
+    stop_window_steps: Count = 1_000
+    """Steps of that window."""
 
     @model_validator(mode="after")
     def _leave_steps_after_warmup(self) -> "Trained":

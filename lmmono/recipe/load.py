@@ -291,6 +291,7 @@ def _missing_files(recipe: Recipe, tree: Tree) -> Iterator[Fault]:
         ("train", "minimal_pairs"): recipe.train.minimal_pairs,
         ("robustness", "folder"): robustness.folder if robustness.suites else None,
         ("robustness", "synonyms"): robustness.synonyms if robustness.suites else None,
+        ("registered",): recipe.registered,
     }
     if isinstance(data.corpus, FilesCorpus):
         names |= {("data", "corpus", "paths", i): p for i, p in enumerate(data.corpus.paths)}

@@ -82,6 +82,9 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
     """Tasks made harder, and which codes serve best then; none by default."""
     sweep: Sweep = Field(default_factory=Sweep)
     """Learning rates to try for every arm before its runs; none by default."""
+    registered: str | None = None
+    """File of what is claimed before the run (`lmmono.recipe.registration`); its sha256 goes into
+    the manifest when the run begins, so a claim that changed later is known."""
     arms: dict[Name, dict[str, Any]] = {}
     """Named changes, one run each: dotted keys (`model.arch: gpt2`) or whole sections."""
     arm: Name | None = None

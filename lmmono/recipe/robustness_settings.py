@@ -254,6 +254,9 @@ class Robustness(Section):
         default_factory=lambda: (FamilySettings(name="raw"),)
     )
     """Feature families, by name or with settings; others are compared with the first."""
+    bag_of_words: bool = False
+    """Learn from the words of the same texts too, in suites that judge texts as they are: what any
+    code of a model is held against."""
     dictionaries: tuple[str, ...] = ()
     """The run's dictionaries of the hook, by name or glob; a glob takes no controls."""
     learners: tuple[LearnerName, ...] = ("logistic",)

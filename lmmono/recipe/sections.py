@@ -183,10 +183,16 @@ class CrateModel(Section):
     """Give attention a query projection of its own (keys and values stay shared)."""
     learned_threshold: bool = False
     """Learn one threshold per neuron, starting at step_size x sparsity."""
+    relu_mlp: bool = False
+    """Put a ReLU MLP in ISTA's place, as an ablation; the settings of ISTA are then not used."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> "CrateModel":
         _heads_divide_width(self)
+        of_ista = ("n_ista_steps", "step_size", "sparsity", "untied_decoder", "learned_threshold")
+        for name in of_ista if self.relu_mlp else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise clash("is a setting of ISTA, and relu_mlp puts an MLP in its place", name)
         return self
 
 
@@ -388,9 +394,6 @@ class Capture(Section):
     """Tokens left out of rows, vectors, statistics and exemplars; none by default."""
     batch_tokens: Count = 8192
     """Tokens per forward pass."""
-    step_rows: bool = True
-    """Keep the activations of kept steps (`train.keep`) once they are scored; false drops them, and
-    their statistics, exemplars, explanations and scores stay."""
 
     @model_validator(mode="after")
     def _check_units(self) -> "Capture":

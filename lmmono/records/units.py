@@ -58,7 +58,7 @@ def checked_units(
     if stored == []:
         raise ExplainError(
             f"{store.path}: the activations of {hook} were dropped once they were scored "
-            "(capture.step_rows); capture them again"
+            "(score.step_rows); capture them again"
         )
     chosen = np.arange(d) if units is None else np.unique(np.asarray(units, np.int64))
     if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < d:

@@ -202,6 +202,9 @@ _FAMILIES = (
     ),
 )
 
+BAG_OF_WORDS = "bag_of_words"
+"""What the rows of `robustness.bag_of_words` are called: no code of the model."""
+
 FAMILIES = {kind.name: kind for kind in _FAMILIES}
 """Kinds of feature families by name; dictionaries come as encoders."""
 

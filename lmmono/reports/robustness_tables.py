@@ -16,7 +16,7 @@ from lmmono.registry.metrics import METRICS
 from lmmono.reports.table import ReportTable
 from lmmono.runs.folder import Run
 from lmmono.stats.intervals import student_interval
-from lmmono.stats.significance import FEW_SEEDS, Effect
+from lmmono.stats.significance import FEW_SEEDS, Effect, holm
 from lmmono.studies.comparisons import Comparison, compare_families
 from lmmono.studies.doses import (
     ROW_MEASURES,
@@ -28,6 +28,7 @@ from lmmono.studies.doses import (
 )
 from lmmono.studies.effective import EffectiveRobustness, effective_robustness
 from lmmono.studies.hypotheses import (
+    ALPHA,
     DENSE,
     Evidence,
     HypothesisVerdict,
@@ -39,9 +40,9 @@ from lmmono.studies.hypotheses import (
 from lmmono.suites.results import (
     FULL,
     Result,
+    areas_and_starts,
     grouped,
     read_results,
-    severity_areas,
     severity_changes,
 )
 from lmmono.suites.robustness_run import run_results
@@ -76,7 +77,7 @@ def robustness_tables(
     tables = [
         *level_tables(results),
         comparison_table(compared, title=f"Difference from {baseline}"),
-        area_table(results, baseline),
+        noise_table(results),
         change_table(results, baseline),
     ]
     if any((each.split or "").startswith("ood:") for each in results):
@@ -85,7 +86,7 @@ def robustness_tables(
         tables.append(doses)
     if hypotheses:
         evidence = Evidence(results, read_doses(store, [measure]) if measure else None)
-        tables.append(verdict_table(verdicts(hypotheses, evidence)))
+        tables += verdict_tables(verdicts(hypotheses, evidence))
     return tables
 
 
@@ -111,10 +112,10 @@ def suite_tables(run: Run, *, every: bool = False) -> list[ReportTable]:
             scored = read_doses(store, SCORED, _hook_of(run))
             if settings.families:
                 baseline = settings.families[0].label
-                tables += [area_table(results, baseline), change_table(results, baseline)]
+                tables += [noise_table(results), change_table(results, baseline)]
             tables.append(dose_table(results, scored))
             if settings.hypotheses:
-                tables.append(verdict_table(verdicts(settings.hypotheses, Evidence(results))))
+                tables += verdict_tables(verdicts(settings.hypotheses, Evidence(results)))
     return [replace(table, title=f"{table.title}, {run.name}") for table in tables if table.rows]
 
 
@@ -156,14 +157,29 @@ def level_tables(results: Sequence[Result]) -> list[ReportTable]:
     return tables
 
 
-def area_table(results: Sequence[Result], baseline: str) -> ReportTable:
-    """Return the areas under the severity curves, and how they differ from the baseline's."""
-    areas = severity_areas(results)
-    return comparison_table(
-        compare_families(areas, baseline) if areas else [],
-        title="Area under the severity curve",
-        note="Area over levels from 0 on, divided by the largest level: mostly what a family has "
-        "without noise; what noise takes away is in the next table.",
+def noise_table(results: Sequence[Result]) -> ReportTable:
+    """Return what each family is worth without noise, what noise takes, and what share is left."""
+    rows: list[tuple[str, ...]] = []
+    curves = [(area, start) for area, start in areas_and_starts(results) if start is not None]
+    arms: dict[tuple[Any, ...], list[tuple[Result, Result]]] = {}
+    for area, start in curves:
+        about = (area.task, area.condition, area.feature, area.budget)
+        arms.setdefault(about, []).append((area, start))
+    for pairs in arms.values():
+        first, starts = pairs[0][0], [start for _, start in pairs]
+        changes = [replace(area, value=area.value - start.value) for area, start in pairs]
+        shares = [replace(area, value=area.value / max(start.value, 1e-9)) for area, start in pairs]
+        cells = (_over_seeds(each) for each in (starts, changes, shares))
+        shots = "" if first.n_shots is None else f", {first.n_shots} per class"
+        condition = f"{first.suite}: {first.corruption}, {first.probe}{shots}"
+        rows.append((first.task, condition, family_name(first.feature, first.budget), *cells))
+    return ReportTable(
+        title="Without noise, and what noise takes",
+        columns=("task", "condition", "family", "at 0", "change", "relative"),
+        rows=tuple(rows),
+        note="at 0: the value without noise. change: area under the curve over levels, divided by "
+        "the largest level, less the value at 0. relative: that area over the value at 0. Means "
+        "over seeds with 95 % intervals (Student t over seeds, for these test texts).",
     )
 
 
@@ -194,7 +210,10 @@ def comparison_table(found: Iterable[Comparison], *, title: str, note: str = "")
         )
         for each in found
     ]
-    methods = f"over seeds within tasks: Student t, BCa bootstrap from {FEW_SEEDS} seeds on"
+    methods = (
+        "two-way over seeds and test texts where rows say which texts are right; else over seeds "
+        f"within tasks: Student t, BCa bootstrap from {FEW_SEEDS} seeds on"
+    )
     return ReportTable(
         title=title,
         columns=(
@@ -203,8 +222,8 @@ def comparison_table(found: Iterable[Comparison], *, title: str, note: str = "")
         ),
         rows=tuple(rows),
         note=f"{note} Family less baseline, paired by task, seed and noise draw; 95 % interval "
-        f"({methods}); p of flipping signs, two-sided; Holm over the families of a "
-        "condition.".strip(),
+        f"({methods}); p of the same, or of flipping signs, two-sided; Holm over the families of "
+        "a condition.".strip(),
     )
 
 
@@ -281,16 +300,49 @@ def _interval(ends: tuple[float, float], form: str) -> str:
     return "" if math.isnan(ends[0]) else f" [{ends[0]:{form}}, {ends[1]:{form}}]"
 
 
-def verdict_table(found: Iterable[HypothesisVerdict]) -> ReportTable:
-    """Return the registered hypotheses with what came out."""
+def verdict_tables(found: Sequence[HypothesisVerdict]) -> list[ReportTable]:
+    """Return the registered hypotheses with what came out, and each control by itself."""
     rows = tuple((each.name, each.claim, each.outcome, each.reason) for each in found)
-    return ReportTable(
-        title="Hypotheses registered before the run",
-        columns=("", "claim", "verdict", "numbers"),
-        rows=rows,
-        note="Supported: some family is surely above 0 and none surely below (p < 0.05 after Holm "
-        "over all findings, 95 % interval without 0); opposite: the reverse.",
+    tables = [
+        ReportTable(
+            title="Hypotheses registered before the run",
+            columns=("", "claim", "verdict", "numbers"),
+            rows=rows,
+            note="Supported: some family is surely above 0 and none surely below (p < 0.05 after "
+            "Holm over all findings, 95 % interval without 0); opposite: the reverse. Against "
+            "several controls: surely better than every one, or surely worse than every one.",
+        )
+    ]
+    single = [
+        (verdict.name, finding.what, control, each)
+        for verdict in found
+        for finding in verdict.findings
+        for control, each in finding.by_control
+    ]
+    if not single:
+        return tables
+    corrected = holm([each.p for *_, each in single])
+    by_control = tuple(
+        (name, what, control, _difference(each), f"{each.p:.2g}", f"{p:.2g}", _word(each, p))
+        for (name, what, control, each), p in zip(single, corrected, strict=True)
     )
+    methods = ", ".join(sorted({each.ci_method for *_, each in single}))
+    return [
+        *tables,
+        ReportTable(
+            title="Hypotheses, control by control",
+            columns=("", "family", "control", "difference", "p", "p (Holm)", "verdict"),
+            rows=by_control,
+            note="Family less control. supported, opposite: above, below 0 with p < 0.05 after "
+            f"Holm over this table; inconclusive: neither. Intervals: {methods}.",
+        ),
+    ]
+
+
+def _word(found: Effect, p: float) -> str:
+    if p >= ALPHA:
+        return "inconclusive"
+    return "supported" if found.value > 0 else "opposite"
 
 
 def curves_of(results: Sequence[Result]) -> list[list[Result]]:

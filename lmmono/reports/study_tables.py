@@ -19,6 +19,7 @@ from lmmono.recipe import Recipe
 from lmmono.recipe.sections import PretrainedModel
 from lmmono.registry.scorers import SCORERS, Scorer, find_scorer
 from lmmono.reports.table import ReportTable
+from lmmono.reports.training_tables import training_tables
 from lmmono.runs.folder import Run, find_runs, open_run
 from lmmono.stats.intervals import student_interval
 from lmmono.studies.differences import Difference, MeanDifference, compare
@@ -58,7 +59,7 @@ def study_tables(folders: Sequence[Path], progress: Progress = silent) -> tuple[
         RunError: There is no run, or one is not scored or belongs to no arm.
         StoreError: A store cannot be read.
     """
-    arms = _by_arm([open_run(path) for folder in folders for path in find_runs(folder)])
+    arms, left_out = _by_arm([open_run(path) for folder in folders for path in find_runs(folder)])
     with ExitStack() as stack:
         stores = {
             name: [stack.enter_context(astore.open(run.store_path)) for run in mine]
@@ -66,13 +67,18 @@ def study_tables(folders: Sequence[Path], progress: Progress = silent) -> tuple[
         }
         scores = {name: [_read_scores(store) for store in mine] for name, mine in stores.items()}
         keys = list(dict.fromkeys(key for mine in scores.values() for one in mine for key in one))
-        tables = [_arm_table(arms, stores)]
+        tables = [_arm_table(arms, stores, left_out)]
         tables += [_score_table(key, scores) for key in keys]
         pairs = [pair for pair in combinations(arms, 2) if are_twins(*(arms[n] for n in pair))]
         if pairs and keys:
             seeds = {name: [run.recipe.seed for run in mine] for name, mine in arms.items()}
             tables.append(_twin_table(pairs, scores, stores, seeds, progress))
-        return tuple(tables)
+    neurons = [
+        (scorer, explainer, None)
+        for scorer, explainer, kind in keys
+        if kind == "neurons" and ":" not in explainer
+    ]
+    return (*tables, *training_tables(arms, pairs, neurons))
 
 
 def are_twins(a: Sequence[Run], b: Sequence[Run]) -> bool:
@@ -90,20 +96,32 @@ def _around_the_architecture(recipe: Recipe) -> tuple[object, ...]:
     if isinstance(recipe.model, PretrainedModel):
         return (recipe,)  # is no twin of any: it was trained elsewhere, on other text
     shape = tuple(getattr(recipe.model, name) for name in ("n_layers", "d_model", "n_heads"))
-    return (*shape, recipe.data, recipe.train, recipe.capture, recipe.explain, recipe.score)
+    # each architecture has the learning rate that its own sweep chose
+    train = recipe.train.model_copy(update={"lr": 1.0})
+    return (*shape, recipe.data, train, recipe.capture, recipe.explain, recipe.score)
 
 
-def _by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def _by_arm(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[Run]]:
+    """Return the scored runs by arm, and those left out: a seed counts when all its runs are done.
+
+    A study that is still being run so has tables of whole seeds.
+    """
     if not runs:
         raise RunError("want the folder of a study whose runs are scored, found no run there")
     arms: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.recipe.seed):
         if run.recipe.arm is None:
             raise RunError(f"{run.dir}: belongs to no arm; want runs of a study with arms")
-        if not run.is_done("score"):
-            raise RunError(f"{run.dir}: not scored yet; run `lmmono score {run.dir}` first")
         arms.setdefault(run.recipe.arm, []).append(run)
-    return arms
+    unscored = [run for run in runs if not run.is_done("score")]
+    begun = {run.recipe.seed for run in unscored}
+    left_out = [run for run in runs if run.recipe.seed in begun]
+    if len(left_out) == len(runs):
+        first = unscored[0]
+        raise RunError(f"{first.dir}: not scored yet; run `lmmono score {first.dir}` first")
+    kept = {arm: [r for r in mine if r.recipe.seed not in begun] for arm, mine in arms.items()}
+    kept = {arm: mine for arm, mine in kept.items() if mine}
+    return kept, left_out
 
 
 def _read_scores(store: astore.Store) -> dict[Key, dict[str, tuple[float, float]]]:
@@ -134,7 +152,9 @@ def _scorers() -> Iterator[Scorer]:
             yield scorer
 
 
-def _arm_table(arms: dict[str, list[Run]], stores: dict[str, list[astore.Store]]) -> ReportTable:
+def _arm_table(
+    arms: dict[str, list[Run]], stores: dict[str, list[astore.Store]], left_out: Sequence[Run]
+) -> ReportTable:
     rows: list[tuple[str, ...]] = []
     for name, runs in arms.items():
         facts = [store.sql(_DENSITIES).fetchall()[0] for store in stores[name]]
@@ -143,13 +163,15 @@ def _arm_table(arms: dict[str, list[Run]], stores: dict[str, list[astore.Store]]
         losses = np.array([run.val_loss for run in runs])
         numbers = [over_seeds(each) for each in (losses, density, kurtosis)]
         shares = (f"{never.mean():.1%}", f"{always.mean():.1%}")
-        rows.append((name, str(len(runs)), f"{n_parameters:,}", *numbers, *shares))
+        rate = "-" if runs[0].recipe.is_pretrained else f"{runs[0].recipe.train.lr:g}"
+        rows.append((name, str(len(runs)), f"{n_parameters:,}", rate, *numbers, *shares))
     return ReportTable(
         title="Arms",
         columns=(
             "arm",
             "seeds",
             "parameters",
+            "lr",
             "val loss",
             "density",
             "kurtosis",
@@ -162,6 +184,11 @@ def _arm_table(arms: dict[str, list[Run]], stores: dict[str, list[astore.Store]]
             "per token. density: share of pairs (token, neuron) above the threshold, all layers. "
             "kurtosis: median over neurons. never, always: neurons above the threshold on no "
             "token, and on more than 99 % of them."
+            + (
+                f" {len(left_out)} runs are left out: their seed is not scored in all arms yet."
+                if left_out
+                else ""
+            )
         ),
     )
 

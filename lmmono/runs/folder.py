@@ -426,6 +426,8 @@ class Run:
             if name not in kept and key in earlier:
                 kept[name] = earlier.pop(key)
         update = {"stages": kept, "earlier": tuple((n, r) for (n, _), r in earlier.items())}
+        if kept:  # what is there was made under the claims of then
+            update["registered"] = self.manifest.registered
         self.recipe, self.manifest = recipe, Manifest.new(recipe).model_copy(update=update)
         self._write()
         # after the manifest: a crash here leaves files that nobody counts on, not a record of

@@ -12,6 +12,7 @@ from lmmono.files import provenance
 from lmmono.files.atomic import write_atomic
 from lmmono.files.json_files import read_json
 from lmmono.recipe import SECTIONS, Recipe
+from lmmono.recipe.registration import file_sha256
 from lmmono.runs.stages import STAGES
 
 FORMAT = 1
@@ -80,6 +81,8 @@ class Manifest(BaseModel):
     """System, cores and memory then."""
     stages: dict[str, StageRecord]
     """The stages begun so far."""
+    registered: dict[str, str] | None = None
+    """File of what was claimed before the run, its sha256 and when that was read; None without."""
     earlier: tuple[tuple[str, StageRecord], ...] = ()
     """Stages finished with other settings whose rows are still in the store, by name."""
 
@@ -94,6 +97,7 @@ class Manifest(BaseModel):
             versions=provenance.versions(),
             machine=provenance.machine(),
             stages={},
+            registered=_registered(recipe),
         )
 
     @classmethod
@@ -128,3 +132,11 @@ class Manifest(BaseModel):
             for name, stage in STAGES.items()
             if name in self.stages and self.stages[name].digest != recipe.digest(*stage.sections)
         ]
+
+
+def _registered(recipe: Recipe) -> dict[str, str] | None:
+    """Return what a run is going to test, by the digest of the file that says so."""
+    if recipe.registered is None:
+        return None
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"file": recipe.registered, "sha256": file_sha256(recipe.registered), "time": now}

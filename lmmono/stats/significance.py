@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
-from scipy.stats import permutation_test
+from scipy.stats import permutation_test, ttest_1samp
 
 from lmmono.stats.bootstrap import N_RESAMPLES, bca_interval
 from lmmono.stats.intervals import student_interval
@@ -81,6 +81,52 @@ def _interval(groups: Sequence[Float[ndarray, " _"]], seed: int) -> tuple[float,
     if n < FEW_SEEDS:
         return *student_interval(groups)[1:], f"Student t over seeds within tasks ({n} of a task)"
     return *bca_interval(groups, seed), "BCa bootstrap over seeds within tasks"
+
+
+@dataclass(frozen=True, slots=True)
+class MeanTest:
+    """A mean over training seeds: its interval, and whether it is nothing."""
+
+    mean: float
+    """Mean of the differences that there are; NaN where there is none."""
+    ci_low: float
+    """Lower end of the 95 % interval, Student's t; NaN below two seeds."""
+    ci_high: float
+    """Upper end."""
+    p: float
+    """Two-sided p of a mean of 0."""
+    p_equivalent: float
+    """p of a mean beyond the bound: the larger of two one-sided tests (Schuirmann 1987)."""
+    n: int
+    """Seeds."""
+
+    def __str__(self) -> str:
+        ends = "" if math.isnan(self.ci_low) else f" [{self.ci_low:+.3f}, {self.ci_high:+.3f}]"
+        return f"{self.mean:+.3f}{ends}"
+
+
+def mean_test(values: Float[ndarray, " seeds"], bound: float) -> MeanTest:
+    """Return Student's t-test of a mean of 0, and of one within a bound of 0.
+
+    A sign flip over five seeds cannot come out below 1/16, so it is no test for them. Seeds without
+    a difference (NaN) leave none: a mean of the others would be of other runs.
+
+    >>> test = mean_test(np.array([0.1, 0.2, 0.3]), bound=0.5)
+    >>> round(test.p, 4), round(test.p_equivalent, 4)  # t = 0.2 / 0.0577 and (0.2 - 0.5) / 0.0577
+    (0.0742, 0.0175)
+    """
+    n = len(values)
+    if not n or np.isnan(values).any():
+        return MeanTest(*[math.nan] * 5, n)
+    mean, low, high = student_interval([values])
+    if n < 2:
+        return MeanTest(mean, low, high, math.nan, math.nan, n)
+    if np.ptp(values) == 0:  # without spread, as where nothing was random
+        return MeanTest(mean, low, high, float(mean == 0), float(abs(mean) >= bound), n)
+    p = float(ttest_1samp(values, 0.0).pvalue)
+    above = float(ttest_1samp(values, -bound, alternative="greater").pvalue)
+    below = float(ttest_1samp(values, bound, alternative="less").pvalue)
+    return MeanTest(mean, low, high, p, max(above, below), n)
 
 
 def sign_flip_p(shares: Float[ndarray, " pairs"], *, seed: int = 0) -> float:

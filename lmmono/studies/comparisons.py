@@ -3,7 +3,8 @@
 Two families are a pair where task, seed and noise draw are the same, so that what the draw does to
 both cancels. Seeds of one task are repetitions of that task: they are resampled within it, and the
 mean is over the tasks at hand, not over tasks that might have been. Every seed is judged on the
-same test items, so the interval is over training sets, labels and noise.
+same test texts, so where rows say which of them are right the interval is over both; without, it is
+over training sets, labels and noise alone.
 """
 
 import math
@@ -18,6 +19,7 @@ from numpy import ndarray
 from lmmono.errors import DataError, nearest
 from lmmono.registry.metrics import METRICS
 from lmmono.stats.significance import Effect, effect, holm, win_rate
+from lmmono.stats.two_way import two_way_mean
 from lmmono.suites.results import FULL, Result, grouped, paired
 
 
@@ -88,6 +90,7 @@ def _under_condition(
             continue
         values = [np.array(of_task) for of_task in pairs.values()]
         differences = [of_task[:, 0] - of_task[:, 1] for of_task in values]
+        by_text = None if n_lost else text_differences(ours, theirs)
         mean, baseline_mean = np.mean([each.mean(axis=0) for each in values], axis=0).tolist()
         metric = METRICS.get(ours[0].metric)
         sign = -1 if metric and metric.better == "lower" else 1
@@ -100,7 +103,7 @@ def _under_condition(
                 ours[0].condition,
                 mean,
                 baseline_mean,
-                effect(differences, seed=seed),
+                effect(differences, seed=seed) if by_text is None else two_way_effect(by_text),
                 win_rate(sign * np.concatenate(differences)),
                 math.nan,
                 n_lost,
@@ -108,6 +111,47 @@ def _under_condition(
         )
     corrected = holm([comparison.effect.p for comparison in comparisons])
     return [replace(each, p_holm=p) for each, p in zip(comparisons, corrected, strict=True)]
+
+
+def text_differences(
+    ours: Sequence[Result], theirs: Sequence[Result]
+) -> list[Float[ndarray, "seeds texts"]] | None:
+    """Return the difference on every test text, an array per task with a row per seed.
+
+    Several rows of a seed (draws, conditions) are averaged. None where rows do not say which texts
+    are right, or not of the same texts.
+    """
+    sides: list[dict[tuple[str, int], list[ndarray]]] = [{}, {}]
+    for side, rows in zip(sides, (ours, theirs), strict=True):
+        for row in rows:
+            if row.items is None:
+                return None
+            side.setdefault((row.task, row.seed), []).append(row.items)
+    if sides[0].keys() != sides[1].keys():
+        return None
+    tasks: dict[str, list[ndarray]] = {}
+    for key in sorted(sides[0]):
+        sizes = {len(items) for side in sides for items in side[key]}
+        if len(sizes) > 1:
+            return None
+        one, other = (np.mean(side[key], axis=0) for side in sides)
+        tasks.setdefault(key[0], []).append(one - other)
+    if any(len({len(row) for row in rows}) > 1 for rows in tasks.values()):
+        return None
+    return [np.array(rows) for rows in tasks.values()]
+
+
+def two_way_effect(by_task: Sequence[Float[ndarray, "seeds texts"]]) -> Effect:
+    """Return a mean difference whose interval is over seeds and the test texts that they share.
+
+    Seeds alone say how sure a difference is on these texts; of two equal codes 40 of 100 such
+    intervals leave 0 out.
+    """
+    found = two_way_mean(by_task)
+    method = "two-way over seeds and test texts, Student t"
+    ends, p = (found.ci_low, found.ci_high), 1.0 if math.isnan(found.p) else found.p
+    least = 1.0 if math.isnan(found.p) else 0.0
+    return Effect(found.mean, *ends, p, least, found.n_seeds, len(by_task), method)
 
 
 def by_seed(values: Mapping[tuple[str, int], float]) -> list[Float[ndarray, " _"]]:

@@ -157,24 +157,32 @@ def compare(
     record = find_scorer(scorer)
     if record.per != "unit":
         raise ExplainError(f"{scorer} scores hooks, not units; there is nothing to draw again")
-    protocol = record.presets.get(preset or "", {}).get("protocol")
-    named = variant(explainer, protocol, {}) if protocol and ":" not in explainer else explainer
-    pairs: list[Difference] = []
-    for first, second, one in zip(a, b, seeds, strict=True):
-        stored = (named if record.reads_explanations else None, judge)
-        key = ScoreKey(record.metrics, preset, *stored, one if record.seeded else None)
-        pairs.append(_compare(record, first, second, hooks, key, one))
+    keys = [score_key(record, explainer, preset, judge, one) for one in seeds]
+    pairs = [
+        _compare(record, first, second, hooks, key, one)
+        for first, second, key, one in zip(a, b, keys, seeds, strict=True)
+    ]
     return pairs[0] if len(pairs) == 1 else _over_seeds(pairs)
+
+
+def score_key(
+    scorer: Scorer, explainer: str, preset: str | None, judge: str | None, seed: int
+) -> ScoreKey:
+    """Return what the rows of a scorer of an explainer are stored under."""
+    protocol = scorer.presets.get(preset or "", {}).get("protocol")
+    named = variant(explainer, protocol, {}) if protocol and ":" not in explainer else explainer
+    stored = (named if scorer.reads_explanations else None, judge)
+    return ScoreKey(scorer.metrics, preset, *stored, seed if scorer.seeded else None)
 
 
 def _compare(
     scorer: Scorer, a: astore.Store, b: astore.Store, hooks: str, key: ScoreKey, seed: int
 ) -> Difference:
     paired = scorer.name in KINDS_OF and key.judge is None and _fingerprint(a) == _fingerprint(b)
-    read = _read_sums if paired else _read_rows
+    read = _read_sums if paired else read_units
     sides = read(a, scorer, hooks, key), read(b, scorer, hooks, key)
     has_chance = scorer.chance is not None or all(h.defined.all() for side in sides for h in side)
-    pair = _Pair(*sides, has_chance)
+    pair = UnitPair(*sides, has_chance)
     means = pair.means(None)
     rng = np.random.default_rng(seed)
     draws = np.array([pair.means(rng) for _ in range(N_DRAWS)])
@@ -232,7 +240,7 @@ def _fingerprint(store: astore.Store) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _HookUnits:
+class HookUnits:
     """The scored units of one hook."""
 
     values: Float[ndarray, " units"]
@@ -252,7 +260,7 @@ class _HookUnits:
         return np.where(defined, values, 0.0), defined
 
 
-class _Pair:
+class UnitPair:
     """The scored units of two models, and their means under draws of units and documents.
 
     Args:
@@ -262,7 +270,7 @@ class _Pair:
             count, and there is no raw mean.
     """
 
-    def __init__(self, a: list[_HookUnits], b: list[_HookUnits], has_chance: bool = True) -> None:
+    def __init__(self, a: list[HookUnits], b: list[HookUnits], has_chance: bool = True) -> None:
         self._models, self._has_chance = (a, b), has_chance
         docs = [hook.doc_ids for hook in (*a, *b) if hook.doc_ids is not None]
         self._n_documents = 1 + max((int(ids.max()) for ids in docs), default=-1)
@@ -323,7 +331,7 @@ class _Pair:
 
     def _side(
         self,
-        model: list[_HookUnits],
+        model: list[HookUnits],
         bins: list[ndarray],
         rng: np.random.Generator | None,
         counts: Int[ndarray, " documents"] | None,
@@ -347,10 +355,10 @@ class _Pair:
         return (mean, total / n_defined if n_defined else np.nan), means
 
 
-def _read_sums(store: astore.Store, scorer: Scorer, hooks: str, key: ScoreKey) -> list[_HookUnits]:
+def _read_sums(store: astore.Store, scorer: Scorer, hooks: str, key: ScoreKey) -> list[HookUnits]:
     """Score a store's explained units again, keeping the sums of their records."""
     assert key.explainer is not None and key.seed is not None
-    reader, of_hooks = RecordReader(store, seed=key.seed), list[_HookUnits]()
+    reader, of_hooks = RecordReader(store, seed=key.seed), list[HookUnits]()
     for hook in match_stored_hooks(store, hooks):
         units = tuple(explained_units(store, hook, key.explainer, key.seed))
         job = ScoreJob(
@@ -373,16 +381,16 @@ def _read_sums(store: astore.Store, scorer: Scorer, hooks: str, key: ScoreKey) -
         densities = np.array([density[unit] for unit in units])
         doc_ids = records.excerpts.doc_ids[records.index]
         values = np.where(defined, values, 0.0)
-        of_hooks.append(_HookUnits(values, defined, densities, sums, doc_ids))
+        of_hooks.append(HookUnits(values, defined, densities, sums, doc_ids))
     return of_hooks
 
 
-def _read_rows(store: astore.Store, scorer: Scorer, hooks: str, key: ScoreKey) -> list[_HookUnits]:
+def read_units(store: astore.Store, scorer: Scorer, hooks: str, key: ScoreKey) -> list[HookUnits]:
     """Read the scores of a store's units; one without a value is not defined."""
     query = f"""SELECT coalesce(s.value, $chance), s.value IS NULL OR s.nan_fraction > 0, u.density
         FROM {ScoreKey.LATEST} s JOIN unit_stats u ON u.hook = s.hook AND u.unit = s.unit
         WHERE s.metric = $headline AND s.hook = $hook AND s.control IS NULL ORDER BY s.unit"""
-    of_hooks: list[_HookUnits] = []
+    of_hooks: list[HookUnits] = []
     for hook in match_stored_hooks(store, hooks):
         rows = store.sql(
             query,
@@ -397,5 +405,5 @@ def _read_rows(store: astore.Store, scorer: Scorer, hooks: str, key: ScoreKey) -
                 f"lm.score"
             )
         value, undefined, density = np.array(rows, np.float64).T
-        of_hooks.append(_HookUnits(value, undefined != 1, density))
+        of_hooks.append(HookUnits(value, undefined != 1, density))
     return of_hooks

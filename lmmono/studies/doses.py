@@ -26,12 +26,16 @@ MIN_FOR_INTERVAL = 4
 """Fewer dictionaries have no interval: its variance divides by n - 3."""
 
 CONSISTENCY = "semantic_consistency"
-"""The measure of H3, corrected for chance; see `lmmono.suites.bench`."""
+"""Consistency over all texts on which a coordinate is active, corrected for chance; see
+`lmmono.suites.bench`."""
+
+STRONGEST_CONSISTENCY = "semantic_consistency_strongest"
+"""The measure of H3: the same over the tenth of the texts on which a coordinate is strongest."""
 
 ACTIVE_FRACTION = "active_fraction"
 """Mean share of the texts on which a coordinate is active that counts for `CONSISTENCY`."""
 
-ROW_MEASURES = (CONSISTENCY, "l0")
+ROW_MEASURES = (STRONGEST_CONSISTENCY, CONSISTENCY, "l0")
 """What rows of table `robustness` say of codes, in `settings`."""
 
 SCORED = ("semantic_consistency_top", "fms_corrected", "mcc")

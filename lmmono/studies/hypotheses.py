@@ -17,10 +17,17 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from lmmono.errors import DataError
-from lmmono.registry.suites import Hypothesis, find_hypothesis
+from lmmono.registry.suites import BAG_OF_WORDS, Hypothesis, find_hypothesis
 from lmmono.stats.significance import Effect, effect, holm
-from lmmono.studies.comparisons import by_seed
-from lmmono.studies.doses import ACTIVE_FRACTION, Dose, dose_responses, doses_of, is_whole
+from lmmono.studies.comparisons import by_seed, text_differences, two_way_effect
+from lmmono.studies.doses import (
+    ACTIVE_FRACTION,
+    STRONGEST_CONSISTENCY,
+    Dose,
+    dose_responses,
+    doses_of,
+    is_whole,
+)
 from lmmono.studies.effective import EffectiveRobustness, effective_robustness
 from lmmono.suites.results import Result
 
@@ -43,7 +50,7 @@ DENSE = ("raw", "random_projection", "pca", "dense_ae", "dense")
 
 OTHERS = (
     *("relu", "random_relu", "random_topk", "random", "neurons", "top_neurons"),
-    *("shuffled", "untrained", "ica", "nmf"),
+    *("shuffled", "untrained", "ica", "nmf", BAG_OF_WORDS),
 )
 """First words of families that are neither: they learned nothing sparse, or the model did."""
 
@@ -77,6 +84,8 @@ class Finding:
     """The least p that so many can give."""
     all_below: float | None = None
     """Of several controls: largest upper end of the differences from each; None of one."""
+    by_control: tuple[tuple[str, Effect], ...] = ()
+    """The difference from each control by itself."""
 
     @property
     def outcome(self) -> Outcome:
@@ -211,11 +220,32 @@ def _against_dense(evidence: Evidence, rows: Sequence[Result]) -> list[Finding]:
         same = [each for each in rows if each.budget == budget]
         controls = sorted({each.feature for each in same if evidence.is_dense(each.feature)})
         if controls:
-            effects = {c: effect(d) for c, d in differences(same, feature, controls).items()}
+            effects = {
+                control: _effect(same, feature, control, of_seeds)
+                for control, of_seeds in differences(same, feature, controls).items()
+            }
             found.append(from_all(f"{feature} ({budget})", effects))
     if not found:
         raise NotTestedError("no dense control has rows at the budget of a claimed family")
     return found
+
+
+def _effect(
+    rows: Sequence[Result], feature: str, control: str, of_seeds: Sequence[Float[ndarray, " _"]]
+) -> Effect:
+    """Return a family's difference from a control, over seeds and test texts where rows say both.
+
+    Only conditions in which both have a value count.
+    """
+    cells = {(r.key, r.condition, r.feature): r for r in rows if not math.isnan(r.value)}
+    ours = [
+        row
+        for (key, condition, name), row in cells.items()
+        if name == feature and (key, condition, control) in cells
+    ]
+    theirs = [cells[row.key, row.condition, control] for row in ours]
+    by_text = text_differences(ours, theirs)
+    return effect(of_seeds) if by_text is None else two_way_effect(by_text)
 
 
 def from_all(what: str, effects: Mapping[str, Effect]) -> Finding:
@@ -234,6 +264,7 @@ def from_all(what: str, effects: Mapping[str, Effect]) -> Finding:
     return Finding(
         *(what, least, value, low, high, p, 1.0, some[0].n_seeds, some[0].least_p),
         all_below=max(each.ci_high for each in some),
+        by_control=tuple(effects.items()),
     )
 
 
@@ -289,9 +320,11 @@ def judge_doses(evidence: Evidence) -> list[Finding]:
     """Return how the gain under label noise goes with the measure, width by width."""
     rows = [each for each in _noisy_labels(evidence, 0.0, 1.0) if is_whole(each)]
     gains = gains_of(evidence, rows)
-    doses = doses_of(rows) if evidence.doses is None else evidence.doses
+    top = doses_of(rows, STRONGEST_CONSISTENCY)
+    doses = (top or doses_of(rows)) if evidence.doses is None else evidence.doses
     active = [dose.value for dose in doses_of(rows, ACTIVE_FRACTION) if dose.feature in gains]
-    if evidence.doses is None and active and np.median(active) > MAX_ACTIVE:
+    is_of_all = evidence.doses is None and not top
+    if is_of_all and active and np.median(active) > MAX_ACTIVE:
         raise NotTestedError(
             f"pooled codes are active on {np.median(active):.1%} of the texts (median over "
             f"dictionaries), so that their consistency is near 0 whatever the code; want at most "

@@ -4,15 +4,17 @@ A row is known by its key; `settings.digest` says of what it was computed: codes
 learner. A row that is stored with the same digest is not computed again.
 """
 
+import base64
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 
 from lmmono.data.tasks.task import Task
 from lmmono.recipe.robustness_settings import Robustness
@@ -33,7 +35,7 @@ from lmmono.suites.text_codes import ProbedCode, TextCodes, TextEncoder, origin_
 METRIC = "accuracy"
 CI_METHOD = "Wilson over texts"
 
-VERSION = 1
+VERSION = 2
 """Part of every digest: raised whenever equal inputs would give other values."""
 
 Key = tuple[Any, ...]
@@ -154,6 +156,19 @@ class Measurement:
     seconds: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What the row says beside, in `settings`."""
+    right: Bool[np.ndarray, " n"] | None = None
+    """Which texts are right, where that is known of each."""
+
+    @classmethod
+    def of(
+        cls,
+        right: Bool[np.ndarray, " n"],
+        failure: str | None,
+        facts: Mapping[str, Any],
+        seconds: float = 0.0,
+    ) -> "Measurement":
+        """Return what comes of knowing which texts are right."""
+        return cls(int(right.sum()), len(right), failure, seconds, facts, right)
 
 
 class Bench:
@@ -249,9 +264,20 @@ class Bench:
             "ci_method": None if failure else CI_METHOD,
             "n": made.n,
             "failure": failure,
-            "settings": {"digest": self.digest(about), **facts, **draw.facts, **made.facts},
+            "settings": {
+                "digest": self.digest(about),
+                **facts,
+                **draw.facts,
+                **made.facts,
+                **({} if failure or made.right is None else {"right": packed(made.right)}),
+            },
             "seconds": made.seconds,
         }
+
+
+def packed(right: Bool[np.ndarray, " n"]) -> str:
+    """Return which texts are right as text: eight to a byte, in base64; `unpacked` reads it."""
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
 
 
 def judged_texts(part: str, indices: Int64[np.ndarray, " n"]) -> str:
@@ -276,7 +302,12 @@ def task_digest(task: Task) -> str:
 
 
 def semantic_consistency(
-    x: Float[np.ndarray, "n d"], labels: Int64[np.ndarray, "n"], *, n_classes: int, seed: int = 0
+    x: Float[np.ndarray, "n d"],
+    labels: Int64[np.ndarray, "n"],
+    *,
+    n_classes: int,
+    seed: int = 0,
+    strongest: float | None = None,
 ) -> tuple[float, int, float]:
     """Return the mean corrected consistency of a code's coordinates, and how many counted.
 
@@ -284,11 +315,18 @@ def semantic_consistency(
     nothing of the code. The formula is that of `lmmono.stats.consistency`, items being texts. NaN
     where no coordinate counted, or one class is all there is.
 
+    With `strongest`, only that share of the texts counts for each coordinate, those on which it is
+    strongest: a mean over tokens leaves a sparse coordinate active on nearly all texts.
+
     >>> x = np.repeat(np.eye(2), 30, axis=0)  # each coordinate is active on one class alone
     >>> semantic_consistency(x, np.repeat([0, 1], 30), n_classes=2)
     (1.0, 2, 0.5)
     """
     active = fires(x)
+    if strongest is not None and len(x):
+        n_kept = min(len(x), max(MIN_SUPPORT, math.ceil(strongest * len(x))))
+        size = np.abs(x)
+        active &= size >= np.partition(size, len(x) - n_kept, axis=0)[len(x) - n_kept]
     active = active[:, active.sum(axis=0) >= MIN_SUPPORT]
     if not active.shape[1]:
         return float("nan"), 0, float("nan")

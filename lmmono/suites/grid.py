@@ -28,6 +28,9 @@ from lmmono.suites.bench import (
 )
 from lmmono.suites.suite_draws import SuiteDraw, drawn, judged_parts
 
+STRONGEST = 0.1
+"""Share of the texts, those on which a coordinate is strongest, for its consistency there."""
+
 CHUNK = 64
 """Problems of a job, at most: what a kill costs, and what one process has in hand."""
 
@@ -85,16 +88,15 @@ def suite_rows(
         yield [
             bench.row(
                 about,
-                Measurement(
-                    fitted.n_right[about.split][i],
-                    len(tests[about.split].labels),
+                Measurement.of(
+                    fitted.right[about.split][i],
                     fitted.probes.failures[i],
-                    fitted.seconds / len(short) / len(tests),
                     {
                         **probe_facts(fitted, i),
                         **tests[about.split].facts,
                         **consistency[arm.code.name],
                     },
+                    fitted.seconds / len(short) / len(tests),
                 ),
             )
             for i, draw in enumerate(short)
@@ -104,9 +106,12 @@ def suite_rows(
 
 def _consistency(texts: LabelledCodes, name: str, n_classes: int) -> dict[str, Any]:
     """Return what a row says of how monosemantic a code is, on test texts."""
-    value, n, active = semantic_consistency(texts.codes[name], texts.labels, n_classes=n_classes)
+    code, labels = texts.codes[name], texts.labels
+    value, n, active = semantic_consistency(code, labels, n_classes=n_classes)
+    top, *_ = semantic_consistency(code, labels, n_classes=n_classes, strongest=STRONGEST)
     return {
         "semantic_consistency": None if np.isnan(value) else round(value, 4),
+        "semantic_consistency_strongest": None if np.isnan(top) else round(top, 4),
         "n_consistent": n,
         "active_fraction": None if np.isnan(active) else round(active, 4),
     }

@@ -16,7 +16,7 @@ from lmmono.data.corruption.synonyms import (
 )
 from lmmono.data.corruption.text_noise import corrupt_texts
 from lmmono.errors import DataError, RobustnessError
-from lmmono.probes.probe_jobs import FittedProbes, JudgedPart, Solver, count_right
+from lmmono.probes.probe_jobs import FittedProbes, JudgedPart, Solver, which_right
 from lmmono.probes.problems import Probes
 from lmmono.registry.suites import MODEL_NOISE, Suite
 from lmmono.registry.tasks import PLANTED
@@ -144,9 +144,5 @@ def _judged(probes: CleanProbes, i: int, texts: LabelledCodes | str) -> Measurem
     if isinstance(texts, str):
         return Measurement(failure=texts, facts=facts)
     part = JudgedPart(texts.codes[probes.arm.code.name], texts.labels)
-    return Measurement(
-        count_right(probes.probe(i), part)[0],
-        len(texts.labels),
-        probes.fitted.probes.failures[i],
-        facts={**facts, **texts.facts},
-    )
+    right = which_right(probes.probe(i), part)[0]
+    return Measurement.of(right, probes.fitted.probes.failures[i], {**facts, **texts.facts})

@@ -4,6 +4,7 @@ A row without a value stays, with its failure: a family that could not be fitted
 must not look better for it.
 """
 
+import base64
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
 
 import activation_store as astore
 from lmmono.data.corruption.label_noise import signal_margin
@@ -101,6 +104,18 @@ class Result:
         return *parts, self.metric, self.split
 
     @property
+    def items(self) -> Float[ndarray, " n"] | None:
+        """Return the value of each test text, the same texts in all rows of a condition.
+
+        None where a row does not say which texts are right.
+        """
+        given = self.settings.get("items")
+        if given is not None or "right" not in self.settings or not self.n:
+            return given
+        bits = np.frombuffer(base64.b64decode(self.settings["right"]), np.uint8)
+        return np.unpackbits(bits, count=self.n).astype(np.float64)
+
+    @property
     def margin(self) -> float:
         """Return rho = 1 - eta C / (C - 1), what symmetric label noise leaves of the signal.
 
@@ -189,7 +204,7 @@ def severity_areas(results: Iterable[Result]) -> list[Result]:
     be learned, are left out; a curve that lacks a value that another family has has no area:
     `incomplete_curve`.
     """
-    return [area for area, _ in _areas(results)]
+    return [area for area, _ in areas_and_starts(results)]
 
 
 def severity_changes(results: Iterable[Result]) -> list[Result]:
@@ -198,11 +213,26 @@ def severity_changes(results: Iterable[Result]) -> list[Result]:
     A family that is better without noise and falls as low as the others under it has the larger
     area and the larger fall: the one is no measure of robustness without the other.
     """
-    return [replace(area, value=area.value - clean) for area, clean in _areas(results)]
+    changes: list[Result] = []
+    for area, clean in areas_and_starts(results):
+        one, other = area.items, None if clean is None else clean.items
+        known = one is not None and other is not None and one.shape == other.shape
+        settings = _with_items(area.settings, one - other if known else None)  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+        start = math.nan if clean is None else clean.value
+        changes.append(replace(area, value=area.value - start, settings=settings))
+    return changes
 
 
-def _areas(results: Iterable[Result]) -> Iterator[tuple[Result, float]]:
-    """Yield each area, and the value at level 0."""
+def _with_items(
+    settings: Mapping[str, Any], items: Float[ndarray, " n"] | None
+) -> Mapping[str, Any]:
+    """Return the settings of a row of several, with the value of each text where it is known."""
+    kept = {name: value for name, value in settings.items() if name not in ("right", "items")}
+    return kept if items is None else {**kept, "items": items}
+
+
+def areas_and_starts(results: Iterable[Result]) -> Iterator[tuple[Result, Result | None]]:
+    """Yield the area under each curve, and the row at level 0 that it starts from."""
     clean: dict[tuple[Any, ...], Result] = {}
     curves: dict[tuple[Any, ...], dict[float, Result]] = {}
     levels: dict[tuple[Any, ...], set[float]] = {}
@@ -225,7 +255,13 @@ def _areas(results: Iterable[Result]) -> Iterator[tuple[Result, float]]:
         values += [points[level].value if level in points else math.nan for level in along[1:]]
         area = float(np.trapezoid(values, along)) / along[-1]
         failure = "incomplete_curve" if math.isnan(area) else None
-        yield replace(first, level=None, value=area, failure=failure), values[0]
+        rows = [start, *(points.get(level) for level in along[1:])]
+        items = [None if row is None else row.items for row in rows]
+        mean = None
+        if not failure and all(one is not None and one.shape == items[-1].shape for one in items):  # pyright: ignore[reportOptionalMemberAccess]
+            mean = np.trapezoid(np.stack(items), along, axis=0) / along[-1]  # pyright: ignore[reportArgumentType]
+        settings = _with_items(first.settings, mean)
+        yield replace(first, level=None, value=area, failure=failure, settings=settings), start
 
 
 def _curve(result: Result) -> tuple[Any, ...]:

@@ -21,8 +21,9 @@ from lmmono.errors import RobustnessError
 from lmmono.models.hooks import match_hooks
 from lmmono.probes.probe_jobs import Solver, solving
 from lmmono.recipe.robustness_settings import Robustness
-from lmmono.registry.suites import Suite, find_suite
+from lmmono.registry.suites import BAG_OF_WORDS, Suite, find_suite
 from lmmono.suites.attacks import attacked_rows
+from lmmono.suites.bag_of_words import word_rows
 from lmmono.suites.bench import (
     Bench,
     CodesInMemory,
@@ -178,8 +179,13 @@ class Study:
         rows = computed if self.store is None else self._asked_rows()
         seconds = time.perf_counter() - began
         n_found = len(rows) - len(computed)
-        names = (*self._named(), *self._tuned())
+        names = self._names()
         return Outcomes(self.store, tuple(rows), hook, names, len(computed), n_found, seconds)
+
+    def _names(self) -> tuple[str, ...]:
+        """Return the names of all that has rows, in tables' order."""
+        words = (BAG_OF_WORDS,) if self.settings.bag_of_words else ()
+        return (*self._named(), *words, *self._tuned())
 
     def _named(self) -> Iterator[str]:
         """Yield the names of features in tables."""
@@ -241,6 +247,8 @@ class Study:
             bench = Bench(task, encoder, self.settings, encode)
             for suite in suites:
                 yield from filter(None, _ROWS[suite.judged](bench, suite, stored, solve))
+                if self.settings.bag_of_words and suite.judged == "clean":
+                    yield from word_rows(bench, suite, stored)
                 done += 1
                 self.progress(f"robustness {task.name} {suite.name}", done, total)
 
@@ -268,7 +276,7 @@ class Study:
         tasks = [task.name for task in self.tasks]
         suites = list(self.settings.suites)
         rows = self.store.sql(_ASKED, suites=suites, tasks=tasks).to_arrow_table().to_pylist()
-        asked = AskedRows(self.settings, tasks, (*self._named(), *self._tuned()))
+        asked = AskedRows(self.settings, tasks, self._names())
         return [
             {**row, "settings": json.loads(row["settings"])} for row in rows if asked.covers(row)
         ]
@@ -328,8 +336,8 @@ def choose_hook(
         arms = [arm for arm in bench.arms if arm in [about.entrant for about in lacking]]
         jobs = (ground.job(arm, [draw], {VAL: ground.val_codes}) for arm in arms)
         for arm, about, fitted in zip(arms, lacking, solve(jobs), strict=True):
-            failure, n_right = fitted.probes.failures[0], fitted.n_right[VAL][0]
-            row = bench.row(about, Measurement(n_right, len(val), failure, fitted.seconds))
+            failure, right = fitted.probes.failures[0], fitted.right[VAL][0]
+            row = bench.row(about, Measurement.of(right, failure, {}, fitted.seconds))
             totals[arm.code.hook] += row["value"] or 0.0
             rows.append(row)
     return max(hooks, key=totals.__getitem__), rows

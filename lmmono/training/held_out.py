@@ -140,8 +140,8 @@ def _batches(
 def _ista_facts(
     model: PreTrainedModel, ids: Int[Tensor, "batch pos"]
 ) -> list[tuple[float | None, float | None]]:
-    """Return (ista_step_norm, reconstruction_error) per CRATE layer; (None, None) for others."""
-    if not isinstance(model, CrateForCausalLM):
+    """Return (ista_step_norm, reconstruction_error) per CRATE layer; (None, None) without ISTA."""
+    if not isinstance(model, CrateForCausalLM) or model.config.relu_mlp:
         return [(None, None)] * model.config.num_hidden_layers
     sizes, dictionaries = model.step_sizes(), model.dictionaries()
     codes = [f"blocks.{i}.mlp.hook_post" for i in range(len(sizes))]

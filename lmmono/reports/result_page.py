@@ -1,0 +1,137 @@
+"""A page of results from the runs of a study, as far as it has come; rewritten as often as asked.
+
+What people wrote stays: only what stands between two marks is made anew.
+
+    <!-- lmmono results: begin -->   progress, then the tables
+    <!-- lmmono results: end -->
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lmmono.errors import RunError
+from lmmono.files.atomic import write_atomic
+from lmmono.files.provenance import git_commit
+from lmmono.reports.side_by_side import dictionary_tables
+from lmmono.reports.study_tables import study_tables
+from lmmono.reports.table import ReportTable
+from lmmono.runs.folder import Run, find_runs, open_run
+from lmmono.runs.stages import STAGES
+from lmmono.types import Progress, silent
+
+BEGIN, END = "<!-- lmmono results: begin -->", "<!-- lmmono results: end -->"
+
+
+def write_result_page(
+    page: Path, studies: Sequence[Path], progress: Progress = silent
+) -> list[ReportTable]:
+    """Put what the runs of studies have come to into a page, and return its tables.
+
+    Args:
+        page: Markdown; made with a title where it is not there.
+        studies: Folders of runs.
+        progress: Told which arms are compared.
+
+    Raises:
+        RunError: There is no run, or the page has one of the two marks only.
+        StoreError: A store cannot be read.
+    """
+    runs = [open_run(path) for folder in studies for path in find_runs(folder)]
+    if not runs:
+        folders = ", ".join(map(str, studies))
+        raise RunError(f"{folders}: no run there; `lmmono run RECIPE` makes some")
+    tables = [progress_table(runs), *_study(runs, studies, progress)]
+    for run in runs:
+        if run.recipe.dictionary.learn and run.is_done("dictionary"):
+            tables += dictionary_tables(run)
+        tables += _suites(run)
+    names = ", ".join(str(folder) for folder in studies)
+    records = [record for run in runs for record in run.manifest.stages.values()]
+    commits = sorted({record.commit or "unknown" for record in records})
+    made = (
+        f"Made by `lmmono results {' '.join(map(str, studies))} --out {page}` at commit "
+        f"{git_commit() or 'unknown'} from {len(runs)} runs in {names}, whose stages were done at "
+        f"{', '.join(commits) or 'none'}."
+    )
+    body = "\n\n".join([BEGIN, made, *map(markdown, tables), END])
+    write_atomic(page, _with(page, body))
+    return tables
+
+
+def _with(page: Path, body: str) -> str:
+    text = page.read_text("utf-8") if page.exists() else f"# {page.stem}\n\n{BEGIN}\n{END}\n"
+    if (BEGIN in text) != (END in text):
+        raise RunError(f"{page}: has one of the marks {BEGIN} and {END}; want both, or none")
+    if BEGIN not in text:
+        return f"{text.rstrip()}\n\n{body}\n"
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{body}{after}"
+
+
+def progress_table(runs: Sequence[Run]) -> ReportTable:
+    """Return how far each run has come."""
+    rows: list[tuple[object, ...]] = []
+    for run in runs:
+        asked = [stage.name for stage in STAGES.values() if stage.is_asked(run.recipe)]
+        done = [name for name in asked if run.is_done(name)]
+        seconds = sum(record.wall_seconds for record in run.manifest.stages.values())
+        left = [name for name in asked if name not in done]
+        counts = f"{len(done)} of {len(asked)}"
+        rows.append((run.name, counts, ", ".join(left) or "-", round(seconds)))
+    n_whole = sum(row[2] == "-" for row in rows)
+    return ReportTable(
+        title="Progress",
+        columns=("run", "stages", "left", "seconds"),
+        rows=tuple(rows),
+        note=f"{n_whole} of the {len(runs)} runs that were begun are whole. seconds: wall time of "
+        "all stages so far; the machine may have done other work meanwhile.",
+    )
+
+
+def _study(runs: Sequence[Run], studies: Sequence[Path], progress: Progress) -> list[ReportTable]:
+    """Return the tables of arms, where every run belongs to one and a seed is whole."""
+    if not all(run.recipe.arm for run in runs) or not any(run.is_done("score") for run in runs):
+        return []
+    try:
+        return list(study_tables(studies, progress))
+    except RunError as missing:
+        return [ReportTable("Arms", (), (), note=f"Not yet: {missing}")]
+
+
+def _suites(run: Run) -> list[ReportTable]:
+    if not run.recipe.robustness.suites:
+        return []
+    from lmmono.reports.robustness_tables import suite_tables
+
+    return suite_tables(run)
+
+
+def markdown(table: ReportTable) -> str:
+    """Return a table as Markdown, its title as a heading and its note below.
+
+    >>> print(markdown(ReportTable("Two", ("a", "b"), ((1, None),), note="n.")))
+    ## Two
+    <BLANKLINE>
+    | a | b |
+    |---|---|
+    | 1 |  |
+    <BLANKLINE>
+    n.
+    """
+    lines = [f"## {table.title}", ""]
+    if table.columns:
+        lines += [_row(table.columns), f"|{'---|' * len(table.columns)}"]
+        lines += [*map(_row, table.rows), ""]
+    return "\n".join([*lines, table.note]).rstrip()
+
+
+def _row(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(_cell(cell) for cell in cells)} |"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
