@@ -11,7 +11,7 @@ from test_learners import drawn, same
 from torch.nn.functional import cross_entropy
 
 from lmmono.methods.nonneg import L2_GRID, MAPS, NonNegativeHead, nonneg_logistic, rep_relu
-from lmmono.probes.probe_jobs import JudgedPart, count_right, fit_probes
+from lmmono.probes.probe_jobs import JudgedPart, fit_probes, which_right
 
 
 def test_the_head_is_the_cross_entropy_of_its_explicit_logits():
@@ -71,7 +71,7 @@ def test_it_learns_the_same_bits_again_and_reads_what_is_above_zero():
         float(value) in torch.tensor(L2_GRID) for value in one.chosen_l2
     )
     assert torch.equal(one.predict(x), one.predict(x.clamp_min(0)))
-    right = count_right(one, JudgedPart(x.numpy(), clean.numpy()))
+    right = [int(each.sum()) for each in which_right(one, JudgedPart(x.numpy(), clean.numpy()))]
     assert right == [round(float(a) * len(x)) for a in one.accuracy(x, clean)]
     few = fit_probes(problems, "nonneg_ce", budget=3)
     assert few.reads == "positive" and ((few.weight != 0).any(dim=1).sum(dim=1) <= 3).all()
