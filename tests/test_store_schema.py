@@ -27,6 +27,9 @@ PROMISED = {
         "robustness",
         "all_scores",
         "hook_scores",
+        "unit_history",
+        "unit_lives",
+        "unit_steps",
     ),
     *("activations", "vectors", "shards", "meta", "writer_state", "token_ids"),
 }
@@ -37,7 +40,7 @@ MEANS = (
 )
 MACROS = {
     *("exemplars", "excerpt", "unit", "coactivation", "token_profile", "fires", "fires_both"),
-    *("fires_only", "follows", "like_this", "units_on", "twins"),
+    *("fires_only", "follows", "like_this", "units_on", "twins", "birth", "death"),
 }
 
 

@@ -185,7 +185,8 @@ _LIST = (
         "lmmono.scores.promotes:promotes_run",
         needs=("capture", "dictionary"),
         is_additive=True,
-        is_asked=lambda recipe: recipe.has_learned,  # untrained directions are random ones
+        # untrained directions are random ones, and a kept step is looked at by its scores
+        is_asked=lambda recipe: recipe.has_learned and not _is_kept_step(recipe),
         wants="train.steps: want a trained model, got an untrained one",
     ),
     Stage(
