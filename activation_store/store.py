@@ -626,6 +626,10 @@ class QueryResult:
         self._relation, self._is_capped = capped, True
         return capped
 
+    def interrupt(self) -> None:
+        """Stop what runs of this query in another thread, which gets a `QueryError`."""
+        self._cursor.interrupt()
+
     @property
     def columns(self) -> list[str]:
         """Names of the columns."""

@@ -18,6 +18,7 @@ import typer
 from activation_store.printable import printable
 from lmmono.cli import outcome
 from lmmono.cli.output import Format, Outcome, OutputTable, prints_rows, reports
+from lmmono.cli.serve_verbs import mcp, serve
 from lmmono.cli.store_verbs import DataPath, store_app
 from lmmono.cli.toy_verbs import toy_app
 from lmmono.errors import LmmonoError, RecipeError, RunError, TrainingStopped
@@ -43,6 +44,8 @@ import_app = typer.Typer(help="Import models that were trained elsewhere.", no_a
 app.add_typer(import_app, name="import")
 app.add_typer(store_app, name="store")
 app.add_typer(toy_app, name="toy")
+app.command()(serve)
+app.command()(mcp)
 
 
 class Listed(StrEnum):
