@@ -1,6 +1,6 @@
-"""The store that the SQL cookbook is answered from: planted units, two runs, scores beside controls.
+"""The store that the SQL cookbook is answered from: planted units, two runs, scores, controls.
 
-    python tests/cookbook_store.py    # writes the answers into docs/sql_cookbook.md anew
+python tests/cookbook_store.py    # writes the answers into docs/sql_cookbook.md anew
 """
 
 import math
@@ -44,7 +44,7 @@ def planted(folder: Path, order: list[int]) -> None:
             patch.setattr(small_store, name, size)
         fill(store, made)
         store.append("explanations", [
-            {"hook": HOOK, "unit": unit, "explainer": "token_lookup", "seed": 0, "rank": 1, "text": text}
+            {"hook": HOOK, "unit": unit, "explainer": "token_lookup", "seed": 0, "text": text}
             for unit, text in SAID.items()
         ])  # fmt: skip
         store.append("all_scores", [

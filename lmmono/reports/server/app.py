@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from activation_store.errors import ContentError, QueryError, StoreError
 from activation_store.pages import text_heatmap, unit_page
 from activation_store.pages.templating import environment
-from lmmono.errors import LmmonoError
+from lmmono.errors import LmmonoError, RunError
 from lmmono.reports.server import lab as laboratory
 from lmmono.reports.server.console import Busy, json_text
 from lmmono.reports.server.feature import feature_json, hook_of_layer
@@ -41,6 +41,7 @@ _STATIC = {
     "console.js": HERE,
 }
 _KINDS = {"css": "text/css", "js": "text/javascript"}
+_UNIT = re.compile(r"[\s,]*(\S.*?):([0-9]{1,9})(?=[\s,]|$)")
 MOST_UNITS = 20
 """Units whose activations on a text are shown."""
 
@@ -80,8 +81,10 @@ def address(path: str, **query: Any) -> str:
 
 
 def _fault(status: int, title: str, text: str) -> HTMLResponse:
-    page = environment(HERE).get_template("fault.html.jinja").render(
-        title=title, text=text, runs=(), run=None, address=address, here=""
+    page = (
+        environment(HERE)
+        .get_template("fault.html.jinja")
+        .render(title=title, text=text, runs=(), run=None, address=address, here="")
     )
     return HTMLResponse(page, status)
 
@@ -131,10 +134,15 @@ class _Site:
         ]
         return [
             *(Route(path, _told(view, is_api=False), methods=[verb]) for path, view, verb in pages),
-            *(Route(path, _told(view, is_api=True), methods=[verb]) for path, view, verb in programs),
+            *(
+                Route(path, _told(view, is_api=True), methods=[verb])
+                for path, view, verb in programs
+            ),
         ]
 
-    def _render(self, template: str, request: Request, run: ServedRun | None, **more: Any) -> Response:
+    def _render(
+        self, template: str, request: Request, run: ServedRun | None, **more: Any
+    ) -> Response:
         page = self._pages.get_template(template).render(
             runs=self._served.runs.values(), run=run, address=address, here=request.url.path, **more
         )
@@ -248,10 +256,13 @@ class _Site:
         text, by = asked.get("q") or "", asked.get("by") or "fires"
         hook, rows, fault = asked.get("hook") or None, list[Any](), ""
         if len(text) > 200:
-            raise ContentError("q: want at most 200 characters.")
+            raise RunError("q: want at most 200 characters.")
         if text.strip() and by == "fires":
             found = run.store.sql(
-                "FROM units_on($text, of_hook := $hook) LIMIT $most", text=text, hook=hook, most=PAGE
+                "FROM units_on($text, of_hook := $hook) LIMIT $most",
+                text=text,
+                hook=hook,
+                most=PAGE,
             )
             names = found.columns
             rows = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
@@ -331,7 +342,8 @@ class _Site:
         run = self._run(request)
         return self._render(
             *("sql.html.jinja", request, run),
-            query=request.query_params.get("q") or "FROM unit_stats ORDER BY kurtosis DESC LIMIT 10",
+            query=request.query_params.get("q")
+            or "FROM unit_stats ORDER BY kurtosis DESC LIMIT 10",
             schema=run.console.schema(),
             columns=_column_help(run),
             saved=SAVED,
@@ -370,7 +382,9 @@ class _Site:
     def stop_sql(self, request: Request) -> Response:
         """Stop the query of a key."""
         form = _form(request)
-        return _json({"stopped": self._served.run(form.get("run")).console.stop(form.get("key") or "")})
+        return _json(
+            {"stopped": self._served.run(form.get("run")).console.stop(form.get("key") or "")}
+        )
 
     def static(self, request: Request) -> Response:
         """Return a style sheet or a script."""
@@ -385,7 +399,8 @@ class _Site:
         """Return the runs with their hooks."""
         return _json(
             [
-                {"run": run.name, "hooks": run.hooks, "has_model": run.folder is not None} | run.counts
+                {"run": run.name, "hooks": run.hooks, "has_model": run.folder is not None}
+                | run.counts
                 for run in self._served.runs.values()
             ]
         )
@@ -409,7 +424,9 @@ class _Site:
         run, (hook, unit) = self._run(request), _unit_of(request)
         run.require(hook, unit)
         page = self._page_of(run, hook, unit, with_console=False)
-        return _json({"run": run.name, "hook": hook, "unit": unit, **page.data, "sql": page.queries})
+        return _json(
+            {"run": run.name, "hook": hook, "unit": unit, **page.data, "sql": page.queries}
+        )
 
     def api_sql(self, request: Request) -> Response:
         """Return the rows of a query: the body is `{"run": ..., "query": ..., "rows": ...}`."""
@@ -418,9 +435,9 @@ class _Site:
         try:
             asked = json.loads(request.scope["lmmono.body"] or b"{}")
         except ValueError:
-            raise ContentError("body: want JSON such as {\"query\": \"FROM hooks\"}.") from None
+            raise RunError('body: want JSON such as {"query": "FROM hooks"}.') from None
         if not isinstance(asked, dict) or not isinstance(asked.get("query"), str):
-            raise ContentError("body: want JSON such as {\"query\": \"FROM hooks\"}.")
+            raise RunError('body: want JSON such as {"query": "FROM hooks"}.')
         rows = asked.get("rows")
         answer = self._served.run(asked.get("run")).console.run(
             asked["query"], rows=rows if isinstance(rows, int) and rows > 0 else None
@@ -438,7 +455,7 @@ class _Site:
 
 
 def _told(view: Callable[[Request], Response], *, is_api: bool) -> Any:
-    """Return an endpoint that reads the body, runs a view in a thread, and tells errors of users."""
+    """Return an endpoint that runs a view in a thread, and tells errors of users."""
     from starlette.concurrency import run_in_threadpool
 
     async def endpoint(request: Request) -> Response:
@@ -466,7 +483,7 @@ def _form(request: Request) -> dict[str, str]:
 
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind != "application/x-www-form-urlencoded":
-        raise ContentError("body: want a form.")
+        raise RunError("body: want a form.")
     text = request.scope["lmmono.body"].decode("utf-8", "replace")
     return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=20))
 
@@ -475,7 +492,7 @@ def _whole(text: str | None, name: str, default: int) -> int:
     if text is None or text == "":
         return default
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ContentError(f"{name}: want a whole number, got {text[:40]!r}.")
+        raise RunError(f"{name}: want a whole number, got {text[:40]!r}.")
     return int(text)
 
 
@@ -483,29 +500,29 @@ def _real(text: str | None, name: str, default: float) -> float:
     if text is None or text == "":
         return default
     if not re.fullmatch(r"-?[0-9]{1,6}(\.[0-9]{1,9})?", text):
-        raise ContentError(f"{name}: want a number such as 2.5, got {text[:40]!r}.")
+        raise RunError(f"{name}: want a number such as 2.5, got {text[:40]!r}.")
     return float(text)
 
 
 def _unit_of(request: Request) -> tuple[str, int]:
     asked = request.query_params
     if not asked.get("hook") or not asked.get("unit"):
-        raise ContentError("want a hook and a unit in the address.")
+        raise RunError("want a hook and a unit in the address.")
     return asked["hook"], _whole(asked["unit"], "unit", 0)
 
 
 def _units_of(text: str) -> list[tuple[str, int]]:
     """Return units that are written HOOK:UNIT, with blanks or commas between them."""
     units: list[tuple[str, int]] = []
-    for part in re.split(r"[\s,]+", text.strip()):
-        if not part:
-            continue
-        hook, _, index = part.rpartition(":")
-        if not hook:
-            raise ContentError(f"units: want HOOK:UNIT, got {part[:80]!r}.")
-        units.append((hook, _whole(index, "units", 0)))
+    at = 0
+    while rest := text[at:].strip(" \t\r\n,"):
+        found = _UNIT.match(text, at)
+        if found is None:
+            raise RunError(f"units: want HOOK:UNIT, got {rest[:80]!r}.")
+        units.append((found[1], int(found[2])))
+        at = found.end()
     if len(units) > MOST_UNITS:
-        raise ContentError(f"units: want at most {MOST_UNITS}, got {len(units)}.")
+        raise RunError(f"units: want at most {MOST_UNITS}, got {len(units)}.")
     return units
 
 
@@ -530,8 +547,8 @@ def _column_help(run: ServedRun) -> dict[str, list[str]]:
     """Return the columns of each table, for the list beside the console."""
     rows = run.console.store.sql(
         "SELECT view_name, list(column_name ORDER BY column_index) FROM duckdb_views() v "
-        "JOIN duckdb_columns() c ON c.table_name = v.view_name AND c.database_name = v.database_name "
+        "JOIN duckdb_columns() c "
+        "ON c.table_name = v.view_name AND c.database_name = v.database_name "
         "WHERE v.database_name = 'memory' AND NOT v.internal GROUP BY ALL"
     ).fetchall()
     return dict(rows)
-

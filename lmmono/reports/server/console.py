@@ -137,9 +137,7 @@ class Console:
         names, types = _told_apart(result.columns), tuple(map(str, result.types))
         if len(names) > COLUMNS:
             raise astore.QueryError(f"want at most {COLUMNS} columns, got {len(names)}")
-        columns = [
-            f"{_cell(i, kind)} AS c{i}" for i, kind in enumerate(types, start=1)
-        ]
+        columns = [f"{_cell(i, kind)} AS c{i}" for i, kind in enumerate(types, start=1)]
         plain = result.project(", ".join(columns)).limit(n_most + 1)
         with self._guard:
             if key in self._stopped:

@@ -74,9 +74,7 @@ def feature_json(model: str, layer: str, page: UnitPage) -> dict[str, Any]:
         "comments": [],
         "lists": [],
         "activations": [
-            _activation(name, kind, row)
-            for kind, rows in data["exemplars"].items()
-            for row in rows
+            _activation(name, kind, row) for kind, rows in data["exemplars"].items() for row in rows
         ],
         "explanations": [
             _explanation(name, n, row, data["scores"])
@@ -114,7 +112,9 @@ def _explanation(
         "scores": [
             {
                 "value": score["value"],
-                "explanationScoreTypeName": ":".join(filter(None, (score["metric"], score["preset"]))),
+                "explanationScoreTypeName": ":".join(
+                    filter(None, (score["metric"], score["preset"]))
+                ),
                 "explanationScoreModelName": score["judge"] or "program",
             }
             for score in scores

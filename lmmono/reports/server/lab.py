@@ -76,7 +76,9 @@ class Lab:
 
     def _ids(self, text: str, n_more: int = 0) -> torch.Tensor:
         if len(text) > LONGEST_TEXT:
-            raise ModelError(f"want a text of at most {LONGEST_TEXT:,} characters, got {len(text):,}")
+            raise ModelError(
+                f"want a text of at most {LONGEST_TEXT:,} characters, got {len(text):,}"
+            )
         tokenizer, n_ctx = self._tokenizer, self._n_ctx
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
         start = text_start(tokenizer)
@@ -134,7 +136,11 @@ class Lab:
             share = torch.where(scale > 0, most.cpu()[: len(scale)] / scale.clamp_min(1e-12), 0.0)
             values, at = share.topk(min(k, len(share)))
             shares += [(v, hook, i) for v, i in zip(values.tolist(), at.tolist(), strict=True)]
-        return [(hook, unit) for share, hook, unit in sorted(shares, key=lambda s: -s[0])[:k] if share > 0]
+        return [
+            (hook, unit)
+            for share, hook, unit in sorted(shares, key=lambda s: -s[0])[:k]
+            if share > 0
+        ]
 
     def edit(
         self, text: str, hook: str, unit: int, kind: str, value: float, *, max_tokens: int = 24
@@ -165,12 +171,16 @@ class Lab:
             with editing(model, edit):
                 after, text_after = self._next(model, ids, max_tokens)
         kl = float((before.exp() * (before - after)).nansum())
-        chosen = {*before.topk(SHOWN_TOKENS).indices.tolist(), *after.topk(SHOWN_TOKENS).indices.tolist()}
+        chosen = {
+            *before.topk(SHOWN_TOKENS).indices.tolist(),
+            *after.topk(SHOWN_TOKENS).indices.tolist(),
+        }
         p, q = before.exp(), after.exp()
         order = sorted(chosen, key=lambda i: -abs(float(q[i] - p[i])))
         strings = self._strings(order)
         tokens = [
-            NextToken(string, float(p[i]), float(q[i])) for string, i in zip(strings, order, strict=True)
+            NextToken(string, float(p[i]), float(q[i]))
+            for string, i in zip(strings, order, strict=True)
         ]
         return Effect(tokens, kl, text_before, text_after)
 

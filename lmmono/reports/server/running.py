@@ -15,9 +15,7 @@ AT_ONCE = 64
 def _require(extra: str, *modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise RunError(
-            f"{', '.join(missing)}: not installed; run: pip install 'lmmono[{extra}]'"
-        )
+        raise RunError(f"{', '.join(missing)}: not installed; run: pip install 'lmmono[{extra}]'")
 
 
 def serve(
@@ -61,7 +59,9 @@ def serve(
         try:
             listener.bind((host, port))
         except OSError as fault:
-            raise RunError(f"serve: cannot listen at {host}:{port}: {fault}; take another --port") from None
+            raise RunError(
+                f"serve: cannot listen at {host}:{port}: {fault}; take another --port"
+            ) from None
         port = listener.getsockname()[1]
         access = Access(host, port, token, tuple(names))
         served = Served(places, ConsoleLimits(seconds=seconds))

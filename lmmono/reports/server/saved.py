@@ -23,7 +23,8 @@ SAVED = (
     ),
     Saved(
         "Which units never fire?",
-        "SELECT hook, count(*) AS dead FROM unit_stats WHERE n_active = 0 GROUP BY hook ORDER BY hook",
+        "SELECT hook, count(*) AS dead FROM unit_stats\n"
+        "WHERE n_active = 0 GROUP BY hook ORDER BY hook",
     ),
     Saved(
         "Which scores beat their best control by most?",

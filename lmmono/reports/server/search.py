@@ -53,7 +53,8 @@ WITH scored AS (
 fitting AS (
     SELECT
         u.hook, u.unit, {statistics},
-        scored.value, scored.ci_low, scored.ci_high, scored.control, scored.value - scored.control AS gain
+        scored.value, scored.ci_low, scored.ci_high, scored.control,
+        scored.value - scored.control AS gain
     FROM unit_stats u
     LEFT JOIN scored ON scored.hook = u.hook AND scored.unit = u.unit
     WHERE ($hook IS NULL OR u.hook = $hook)

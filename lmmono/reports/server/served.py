@@ -1,4 +1,4 @@
-"""The runs that a server or a client of it looks at: store, console, and the model where there is one."""
+"""The runs that a server or its client looks at: store, console, and model where there is one."""
 
 import threading
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ class Served:
         """Open runs for reading.
 
         Args:
-            places: Run folders, or stores.
+            places: Run folders, stores, or folders of runs.
             limits: What a query of the console may take.
 
         Raises:
@@ -99,12 +99,15 @@ class Served:
         if not places:
             raise RunError("want a run")
         limits = limits or ConsoleLimits()
-        files = [_store_file(Path(place)) for place in places]
+        files = list(dict.fromkeys(file for place in places for file in _store_files(Path(place))))
         names = schema_names([str(file) for file in files])
         self.runs: dict[str, ServedRun] = {}
         for file, name in zip(files, names, strict=True):
             # its own connections: what a query of a console takes is not taken from the pages
-            store, asked = astore.open(file, limits=_OWN), astore.open(file, limits=limits.of_store())
+            store, asked = (
+                astore.open(file, limits=_OWN),
+                astore.open(file, limits=limits.of_store()),
+            )
             others = [(o, n) for o, n in zip(files, names, strict=True) if len(files) > 1]
             for other, called in others:
                 store.attach(other, called)
@@ -140,10 +143,17 @@ _OWN = astore.QueryLimits(seconds=30.0)
 """A page's own query that takes longer is a fault of ours; it must not hold a thread for ever."""
 
 
-def _store_file(place: Path) -> Path:
+def _store_files(place: Path) -> list[Path]:
+    """Return the stores at a place: its own, or those of the runs in it.
+
+    Raises:
+        RunError: There is none.
+    """
     if place.is_file():
-        return place
+        return [place]
     if (place / "store.duckdb").is_file():
-        return place / "store.duckdb"
+        return [place / "store.duckdb"]
+    if found := sorted(place.glob("*/store.duckdb")):
+        return found
     run = open_run(place)
     raise RunError(f"{run.dir}: holds no store yet; run `lmmono capture {run.dir}` first")

@@ -83,13 +83,16 @@ def build_tools(served: Served) -> MCPServer[Any]:
 
     @server.tool(annotations=reads)
     def sql(query: str, run: str | None = None, rows: int = MOST) -> dict[str, Any]:
-        """Run one SQL query (DuckDB) that reads; tables of another run have its name before theirs."""
+        """Run one SQL query (DuckDB) that reads; another run's tables have its name before them."""
         return _told(lambda: _plain(served.run(run).console.run(query, rows=max(1, rows)).json()))
 
     @server.tool(annotations=reads)
     def unit(hook: str, unit: int, run: str | None = None) -> dict[str, Any]:
-        """Return one unit: statistics with their ranks, its tokens beside how common they are, where
-        in sequences it fires, the tokens it promotes, and its nearest units."""
+        """Return the numbers of one unit.
+
+        Statistics with their ranks, its tokens beside how common they are, where in sequences it
+        fires, the tokens it promotes, and its nearest units.
+        """
         names = ("stats", "ranks", "n_units", "tokens", "positions", "promotes", "neighbours")
         return _told(lambda: _plain({n: page(run, hook, unit).data.get(n) for n in names}))
 
@@ -101,8 +104,10 @@ def build_tools(served: Served) -> MCPServer[Any]:
         kind: Literal["top", "random", "quantile"] = "top",
         k: int = 8,
     ) -> dict[str, Any]:
-        """Return excerpts with the activation of the unit on each token: the strongest, random ones
-        (the control), or some of each quantile."""
+        """Return excerpts with the activation of the unit on each token.
+
+        The strongest, random ones (the control), or some of each quantile.
+        """
 
         def work() -> dict[str, Any]:
             one = served.run(run)
@@ -131,8 +136,10 @@ def build_tools(served: Served) -> MCPServer[Any]:
         hook: str | None = None,
         k: int = 20,
     ) -> dict[str, Any]:
-        """Find units that fire where the corpus says `text` (best detector first), or whose
-        explanation holds it (`by` said)."""
+        """Find units that fire where the corpus says `text`, best detector first.
+
+        With `by` said, those whose explanation holds it.
+        """
 
         def work() -> dict[str, Any]:
             one, most = served.run(run), max(1, min(k, MOST))
