@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lmmono.printable import printable
+from activation_store.printable import printable
 
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or stores.")]
 Seconds = Annotated[float, typer.Option(min=0.1, help="Longest time of a query.")]

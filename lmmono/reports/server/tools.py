@@ -12,8 +12,8 @@ from mcp_types import ToolAnnotations
 
 from activation_store.errors import StoreError
 from activation_store.pages import unit_page
+from activation_store.printable import printable
 from lmmono.errors import LmmonoError
-from lmmono.printable import printable
 from lmmono.reports.server.console import json_text
 from lmmono.reports.server.saved import SAVED
 from lmmono.reports.server.search import Explained
