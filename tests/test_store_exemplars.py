@@ -84,7 +84,8 @@ def test_top_by_hand() -> None:
         (2.5, 3, 3, 9),
     ]
     for act, seq, pos, doc in offers:
-        offer_top(top, 0, act, seq, pos, doc, np.uint64(doc))
+        numbers = np.float32(act), np.int32(seq), pos, np.int32(doc), np.uint64(doc)
+        offer_top(top, 0, *numbers)  # typed as the kernel does, which is compiled by then
     # document 7 is best at (0, 1) with 3.0; document 8 reaches 3.0 later; 9 has 2.5 and is third
     assert as_tuples(top_exemplars(top, 2), 0) == [(0, 1, 7, 3.0), (2, 0, 8, 3.0)]
 

@@ -101,6 +101,9 @@ def tiles_of(
     on_grid = np.arange(doc.shape[1]) % TILE == 0
     row, pos = np.nonzero(_begins(kept) | (kept & on_grid))
     _, last = np.nonzero(_ends(kept) | (kept & np.roll(on_grid, -1)))
+    # nonzero returns columns of one array, contiguous only where there is one tile: the kernels
+    # would be compiled for both layouts of memory, half a minute each
+    pos = np.ascontiguousarray(pos)
     n_ctx = doc.shape[1]
     no_cut = np.empty(0, np.float32)
     flat = doc.reshape(-1), token.reshape(-1)

@@ -176,9 +176,10 @@ def offer_top(top: Top, u: int, act: float, seq: int, pos: int, doc: int, text: 
     top.doc[u, place] = doc
     top.text[u, place] = text
     if top.size[u] == k:
-        acts, worst = top.act[u], 0
+        # of the same types as above, so that `_ahead` is compiled once
+        acts, worst = top.act[u], np.int64(0)
         for i in range(np.uint64(1), np.uint64(k)):
-            if not _ahead(acts[i], top.seq[u, i], top.pos[u, i], top, u, worst):
+            if not _ahead(acts[i], top.seq[u, i], np.int64(top.pos[u, i]), top, u, worst):
                 worst = np.int64(i)
         top.worst[u] = worst
         top.gate[u] = acts[worst]
@@ -190,7 +191,7 @@ def _ahead(act: float, seq: int, pos: int, top: Top, u: int, i: int) -> bool:
     """Tell whether a token ranks before entry i: larger, or as large and earlier."""
     if act != top.act[u, i]:
         return act > top.act[u, i]
-    return position_key(seq, pos) < position_key(top.seq[u, i], top.pos[u, i])
+    return position_key(seq, pos) < position_key(top.seq[u, i], np.int64(top.pos[u, i]))
 
 
 @compiled
@@ -280,7 +281,8 @@ def merge_tops(into: Top, other: Top) -> None:
     """Take the lists of other tokens of the same units into `into`."""
     for u in range(other.size.shape[0]):
         for i in range(other.size[u]):
-            seq, pos, doc = other.seq[u, i], other.pos[u, i], other.doc[u, i]
+            # int64, as the kernel has it: `offer_top` is compiled once
+            seq, pos, doc = other.seq[u, i], np.int64(other.pos[u, i]), other.doc[u, i]
             offer_top(into, u, other.act[u, i], seq, pos, doc, other.text[u, i])
 
 
@@ -296,7 +298,7 @@ def merge_samples(into: TokenSample, other: TokenSample) -> None:
                 other.key[u, i],
                 other.act[u, i],
                 other.seq[u, i],
-                other.pos[u, i],
+                np.int64(other.pos[u, i]),
                 other.doc[u, i],
             )
 

@@ -118,10 +118,8 @@ class Strip(NamedTuple):
     used: np.ndarray
 
 
-@compiled
-@no_type_check
 def new_strip() -> Strip:
-    """Return fresh buffers."""
+    """Return fresh buffers; numpy makes them, for compiling this would take seconds."""
     act = np.zeros((TILE, STRIP), np.float32)
     low, high = np.zeros(STRIP, np.float32), np.zeros(STRIP, np.float32)
     return Strip(
@@ -313,8 +311,6 @@ def collect(n: int, width: int, strip: Strip) -> None:
         strip.finite[u] = n
 
 
-@compiled
-@no_type_check
 def scan(
     x: Float32[np.ndarray, "rows d"],
     tiles: Tiles,
@@ -329,8 +325,23 @@ def scan(
 
     `entries` covers just these units. Activations above `largest` are counted, not kept.
     """
+    _scan(x, tiles, first, last, threshold, largest, seen, entries, new_strip())
+
+
+@compiled
+@no_type_check
+def _scan(
+    x: Float32[np.ndarray, "rows d"],
+    tiles: Tiles,
+    first: int,
+    last: int,
+    threshold: np.float32,
+    largest: np.float32,
+    seen: Seen,
+    entries: Entries,
+    strip: Strip,
+) -> None:
     # strips outside, tiles inside: moments, gates and counts of a strip's units stay in the cache
-    strip = new_strip()
     n_tiles = tiles.row.shape[0]
     before = entries.used[1]
     for c in range(first, last, STRIP):
@@ -412,7 +423,10 @@ def _choose(
             at, values = strip.at[u, :m], strip.fired[u, :m]
             draw_tile(firing, unit, tile_key, at, values, strip.used, seq, pos, docs)
         if is_drawn(random.salt[unit], random.gate[unit], tile_key, n):
-            at, values = strip.every[:n], strip.act[:n, u]
+            # copied, so that `draw_tile` is compiled for one layout of memory only
+            for t in range(n):
+                strip.column[t] = strip.act[t, u]
+            at, values = strip.every[:n], strip.column[:n]
             draw_tile(random, unit, tile_key, at, values, strip.used, seq, pos, docs)
 
 
@@ -515,8 +529,6 @@ def gather(
             end += n
 
 
-@compiled
-@no_type_check
 def top_p_cuts(
     x: Float32[np.ndarray, "rows d"], threshold: np.float32, share: float
 ) -> Float32[np.ndarray, " rows"]:
@@ -524,17 +536,12 @@ def top_p_cuts(
 
     The sum is over the finite activations above the threshold; ties with the smallest stay too.
     """
-    cuts = np.empty(x.shape[0], np.float32)
-    for t in range(x.shape[0]):
-        row = x[t]
-        kept = row[(row > threshold) & np.isfinite(row)]
-        kept = np.sort(kept)
-        total, part = 0.0, 0.0
-        for i in range(kept.shape[0]):
-            total += kept[i]
-        i = kept.shape[0]
-        while i > 0 and part < share * total:
-            i -= 1
-            part += kept[i]
-        cuts[t] = kept[i] if kept.shape[0] else np.inf
+    cuts = np.full(len(x), np.inf, np.float32)
+    for t, row in enumerate(x):
+        kept = np.sort(row[(row > threshold) & (row < np.inf)])  # NaN is not above it
+        if len(kept):
+            # cumsum adds one number after the other, in the order given: the same bits anywhere
+            total = np.cumsum(kept, dtype=np.float64)[-1]
+            is_enough = np.cumsum(kept[::-1], dtype=np.float64) >= share * total
+            cuts[t] = kept[-1 - is_enough.argmax()] if is_enough.any() else kept[0]
     return cuts

@@ -137,14 +137,22 @@ def _count_sorted(
             continue
         if seq[i] != last_seq:
             last_seq = seq[i]
-            row = np.searchsorted(seq_ids, last_seq)
+            # by hand: compiling numpy's search takes seconds
+            row, end = 0, len(seq_ids)
+            while row < end:
+                middle = (row + end) // 2
+                if seq_ids[middle] < last_seq:
+                    row = middle + 1
+                else:
+                    end = middle
             if row == len(seq_ids) or seq_ids[row] != last_seq:
                 row = -1
         if row >= 0 and pos[i] < n_ctx and is_token[row * n_ctx + pos[i]]:
             cell[i] = row * n_ctx + pos[i]
             starts[slot + 1] += 1
-    starts = np.cumsum(starts)
-    place = starts[:-1].copy()
+    for slot in range(n_units):
+        starts[slot + 1] += starts[slot]
+    place = starts.copy()
     cells = np.empty(starts[-1], np.int32)
     acts = np.empty(starts[-1], np.float32)
     for i in range(len(unit)):

@@ -6,13 +6,12 @@ addition. The series of a unit is all tokens of all its records, one after the o
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, no_type_check
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray
-
-from activation_store.compiled import compiled
+from scipy.stats import rankdata
 
 N_SUMS = 13
 """n, t, p, tt, pp, tp, |t - p|, |t|, and of ranks: t, p, tt, pp, tp."""
@@ -43,26 +42,13 @@ def record_sums(
 
 
 def _ranked(values: ndarray, there: ndarray) -> Float[ndarray, "units records window"]:
-    ranks = np.zeros((len(values), values[0].size if len(values) else 0))
-    _rank_rows(values.reshape(ranks.shape), there.reshape(ranks.shape), ranks)
-    return ranks.reshape(values.shape)
-
-
-@compiled
-@no_type_check
-def _rank_rows(values: ndarray, there: ndarray, ranks: ndarray) -> None:
-    """Write the average rank of each value among those there, minus the mean rank; 0 elsewhere."""
-    for row in range(len(values)):
-        places = np.flatnonzero(there[row])
-        order = places[np.argsort(values[row][places])]
-        n, first = len(order), 0
-        while first < n:
-            last = first
-            while last + 1 < n and values[row, order[last + 1]] == values[row, order[first]]:
-                last += 1
-            for i in range(first, last + 1):
-                ranks[row, order[i]] = (first + last) / 2 - (n - 1) / 2
-            first = last + 1
+    """Return the average rank of each value among those there, minus the mean rank; 0 elsewhere."""
+    shape = (len(values), values[0].size if len(values) else 0)
+    is_there = there.reshape(shape)
+    # what is not there ranks after everything that is
+    ranks = rankdata(np.where(is_there, values.reshape(shape), np.inf), axis=1)
+    middle = (is_there.sum(axis=1, keepdims=True) + 1) / 2
+    return np.where(is_there, ranks - middle, 0.0).reshape(values.shape)
 
 
 def pearson(sums: Sums) -> Float[ndarray, "*batch"]:
