@@ -21,7 +21,7 @@ from activation_store.unit import Queried
 class VectorStore(Queried, Protocol):
     """A store whose vectors lie in a folder of this machine."""
 
-    def shard_folder(self, hooks: Sequence[str]) -> Path:
+    def shard_folder(self, hooks: Sequence[str], /) -> Path:
         """Return the folder that holds the shards of these hooks."""
         ...
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import duckdb
 import pyarrow as pa
@@ -185,11 +185,14 @@ def write_state(folder: Path, store_id: str, number: int, data: bytes) -> StateF
 
 def state_file(value: bytes) -> StateFile | None:
     """Return the file that a value of `writer_state` names; None where it is the bytes."""
+    if not value.startswith(b"{"):
+        return None
     try:
-        file = StateFile(**json.loads(value)) if value.startswith(b"{") else None
+        fields: dict[str, Any] = json.loads(value)
+        file = StateFile(**fields)
     except (ValueError, TypeError):  # other JSON is garbage, as whoever reads it as bytes will find
         return None
-    is_sound = file is None or (isinstance(file.file, str) and isinstance(file.n_bytes, int))
+    is_sound = isinstance(fields["file"], str) and isinstance(fields["n_bytes"], int)
     return file if is_sound else None
 
 

@@ -185,7 +185,7 @@ class VectorFile:
         _, touched = cut(runs, pages.first[:-1])
         for page in set(touched.tolist()) - self._good_pages:
             end = pages.offset[page] + (pages.first[page + 1] - pages.first[page]) * self._row_bytes
-            crc = zlib.crc32(mapped.memory[pages.begin[page] : end])
+            crc = zlib.crc32(mapped.memory[pages.begin[page] : end].data)
             if pages.crc[page] not in (-1, crc):
                 raise ValueError(f"page {page} of its vectors was changed after it was written")
             self._good_pages.add(page)

@@ -21,8 +21,9 @@ from lmmono.captures.latents import Code, Latents, claim_all, rows_settings
 from lmmono.data.sources import tokenize
 from lmmono.data.tokens import TokenCorpus, TokenRows
 from lmmono.errors import RunError
-from lmmono.files.processes import Processes, best_device, this_process
+from lmmono.files.processes import Processes, this_process
 from lmmono.models.hooks import hook_width, match_hooks, negative_halves, run_until
+from lmmono.models.pretrained import on_best_device
 from lmmono.recipe.sections import Capture, SkippedTokens
 from lmmono.runs.folder import Run
 from lmmono.types import SPLITS, Progress, silent
@@ -147,7 +148,7 @@ def capture_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
         ]
         store = _opened(run, parts, here)
     with store:
-        model = run.model.to(best_device())
+        model = on_best_device(run.model)
         stream(model, parts, settings, store, recipe.seed, progress, here=here)
         here.wait()
         if not here.is_main:

@@ -12,10 +12,9 @@ from torch import nn
 import activation_store as astore
 from lmmono.captures.capture import stream
 from lmmono.data.tokens import TokenRows
-from lmmono.files.processes import best_device
 from lmmono.models.build import build_model
 from lmmono.models.hooks import bare
-from lmmono.models.pretrained import open_section
+from lmmono.models.pretrained import on_best_device, open_section
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import Capture, PretrainedModel, SkippedTokens
 
@@ -91,7 +90,7 @@ def forecast_recipe(recipe: Recipe) -> str:
         model = open_section(recipe.model, recipe.seed)
     else:
         model = build_model(recipe.model, d_vocab=D_VOCAB, n_ctx=n_ctx, seed=recipe.seed)
-    model = model.to(best_device())
+    model = on_best_device(model)
     measured = forecast(model, settings, n_ctx=n_ctx, seed=recipe.seed)
     if settings.max_tokens is None:
         return measured.told(1_000_000) + "; the recipe captures all tokens of its splits"

@@ -291,9 +291,11 @@ def _printable_batch(batch: RecordBatch) -> RecordBatch:
 
 def _is_plain(column: Any) -> bool:
     """Say at Arrow's speed that text needs no look: it is printable ASCII."""
-    import pyarrow.compute as pc
+    import pyarrow.compute
 
-    return pc.all(pc.match_substring_regex(column, r"^[\n\x20-\x7e]*$")).as_py() is not False
+    compute: Any = pyarrow.compute  # its functions are made when it is imported
+    is_ascii = compute.match_substring_regex(column, r"^[\n\x20-\x7e]*$")
+    return compute.all(is_ascii).as_py() is not False
 
 
 @contextmanager

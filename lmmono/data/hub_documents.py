@@ -72,9 +72,8 @@ def _rows(corpus: HubCorpus) -> Iterable[Any]:
     if isinstance(saved, datasets.Dataset):
         return saved
     if corpus.split not in saved:
-        raise DataError(
-            f"dataset {corpus.name}: no split {corpus.split!r}; {nearest(corpus.split, saved)}"
-        )
+        known = nearest(corpus.split, map(str, saved))
+        raise DataError(f"dataset {corpus.name}: no split {corpus.split!r}; {known}")
     return saved[corpus.split]
 
 

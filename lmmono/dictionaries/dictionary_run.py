@@ -31,9 +31,9 @@ from lmmono.dictionaries.stability import stability
 from lmmono.dictionaries.vector_source import VectorSource, as_vectors, model_vectors, shuffled
 from lmmono.errors import DictionaryError
 from lmmono.files.atomic import atomic_folder
-from lmmono.files.processes import best_device
 from lmmono.files.signals import ended_by_sigterm
 from lmmono.models.hooks import match_hooks
+from lmmono.models.pretrained import on_best_device
 from lmmono.models.untrained import untrained
 from lmmono.recipe.dictionary_settings import (
     SIGNED,
@@ -63,7 +63,7 @@ def dictionary_run(run: Run, *, progress: Progress = silent) -> dict[str, int]:
         TrainingStopped: SIGTERM arrived; everything is saved.
     """
     settings = run.recipe.dictionary
-    hooks = match_hooks(run.model.to(best_device()), settings.hooks)
+    hooks = match_hooks(on_best_device(run.model), settings.hooks)
     stored = settings.source == "store"
     vectors = astore.open(run.dir / "vectors.duckdb") if stored else None
     with ended_by_sigterm("dictionary"):
@@ -87,7 +87,7 @@ def dictionary_run(run: Run, *, progress: Progress = silent) -> dict[str, int]:
 def vectors_run(run: Run, *, progress: Progress = silent) -> dict[str, int]:
     """Capture the vectors of the split `train`, from which dictionaries learn; return the facts."""
     recipe, path = run.recipe, run.dir / "vectors.duckdb"
-    hooks = match_hooks(run.model.to(best_device()), recipe.dictionary.hooks)
+    hooks = match_hooks(on_best_device(run.model), recipe.dictionary.hooks)
     mode: Literal["a", "w"] = "a" if path.exists() else "w"
     with astore.open(path, mode) as store:
         section = recipe.dictionary
@@ -174,8 +174,10 @@ class VectorSources:
         if self._store is not None and control != "untrained":
             # checked, so that damage fits nothing: 0.04 s of processor time for 64 MB, where a topk
             # SAE of 2,048 latents takes 6 s for one pass over them
-            order = {"batch_tokens": settings.batch_tokens, "seed": seed, "checked": True}
-            vectors = as_vectors(self._store.vectors(list(hooks), **order))
+            stored = self._store.vectors(
+                list(hooks), batch_tokens=settings.batch_tokens, seed=seed, checked=True
+            )
+            vectors = as_vectors(stored)
         else:
             rows = self._run.tokens("train").limit(settings.max_tokens, seed=seed)
             vectors = model_vectors(

@@ -183,7 +183,7 @@ class _ModelVectors(VectorSource):
             for part in parts
         ]
         self.facts = {"model_digest": weights_digest(model), "n_ctx": self._n_ctx}
-        decides = [self.facts, rows, list(self.widths), self.batch_tokens, seed, pool]
+        decides: list[Any] = [self.facts, rows, list(self.widths), self.batch_tokens, seed, pool]
         if self.n_tokens < self._counted.size:
             decides.append(hashlib.sha256(self._counted.tobytes()).hexdigest())
         self.digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()

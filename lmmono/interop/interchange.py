@@ -449,8 +449,9 @@ def read_dictionary_learning(folder: Path) -> Any:
     Raises:
         DictionaryError: The pickle holds more than tensors or is damaged, or its class is unknown.
     """
-    trainer = _config(folder / "config.json").get("trainer")
-    name = trainer.get("dict_class") if isinstance(trainer, dict) else None
+    section = _config(folder / "config.json").get("trainer")
+    trainer: dict[str, Any] = section if isinstance(section, dict) else {}
+    name = trainer.get("dict_class")
     if name not in _CLASSES:
         raise DictionaryError(
             f"{folder / 'config.json'}: trainer.dict_class {name!r} is not known; "

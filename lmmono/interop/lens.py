@@ -193,7 +193,7 @@ class _Hooked(nn.Module):
             bos = [self.tokenizer.bos_token_id]
         # other objects with `encode`, such as those of `tokenizers`, are taken to add nothing
         adds = isinstance(self.tokenizer, PreTrainedTokenizerBase) and prepend_bos is not None
-        options = {"add_special_tokens": False} if adds else {}
+        options: dict[str, Any] = {"add_special_tokens": False} if adds else {}
         texts = [text] if isinstance(text, str) else text
         rows = [bos + list(self.tokenizer.encode(each, **options)) for each in texts]
         if len({len(row) for row in rows}) > 1:

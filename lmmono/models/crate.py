@@ -411,8 +411,7 @@ class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
         self.model = CrateBaseModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        if self.generation_config is not None:
-            self.generation_config.use_cache = True
+        self.generation_config.use_cache = True
 
     @can_return_tuple
     def forward(

@@ -78,7 +78,7 @@ class Family:
     """Norm between MLP and the stream, where there is one."""
     gain_offset: float = 0.0
     """What the norms add to their weight."""
-    parallel: Callable[[Any], bool] = lambda _: False
+    parallel: bool | Callable[[Any], bool] = False
     """Attention and MLP read and are added to the stream at once, so that there is no middle."""
     mixer: str | None = None
     """A state space model's mixer, which stands for attention and MLP."""
@@ -94,6 +94,10 @@ def _falcon_groups(config: Any) -> int:
     if config.new_decoder_architecture:
         return config.num_kv_heads
     return 1 if config.multi_query else config.num_attention_heads
+
+
+def _is_falcon_parallel(config: Any) -> bool:
+    return config.parallel_attn or config.new_decoder_architecture
 
 
 _LLAMA = Family(
@@ -156,7 +160,7 @@ FAMILIES: dict[str, Family] = {
         # what these modules return is the stream already
         attn_added="self_attention.dense",
         mlp_added="mlp.dense_4h_to_h",
-        parallel=lambda _: False,
+        parallel=False,
         requires={"apply_residual_connection_post_layernorm": False},
     ),
     "crate": Family(
@@ -181,7 +185,7 @@ FAMILIES: dict[str, Family] = {
         qkv_groups=_falcon_groups,
         pattern=None,
         is_overwritten=True,
-        parallel=lambda config: config.parallel_attn or config.new_decoder_architecture,
+        parallel=_is_falcon_parallel,
     ),
     "falcon_mamba": _MAMBA,
     "gemma": replace(_LLAMA, gain_offset=1.0),
@@ -206,7 +210,7 @@ FAMILIES: dict[str, Family] = {
         pattern="attn_dropout",
         mlp_in="fc_in",
         mlp_out="fc_out",
-        parallel=lambda _: True,
+        parallel=True,
     ),
     "llama": _LLAMA,
     "mamba": _MAMBA,
@@ -242,7 +246,7 @@ FAMILIES: dict[str, Family] = {
         mlp_in="fc1",
         mlp_up=None,
         mlp_out="fc2",
-        parallel=lambda _: True,
+        parallel=True,
     ),
     "phi3": replace(_LLAMA, qkv=("qkv_proj",), mlp_in="gate_up_proj", mlp_up="gate_up_proj"),
     "qwen2": _LLAMA,
@@ -379,7 +383,8 @@ class _BlockPoints:
         yield from self._norm("ln1_post", family.ln1_post)
         added = f"{self.path}.{family.ln1_post or family.attn_added or family.attn}"
         yield "hook_attn_out", OutputPoint(added)
-        if not family.parallel(config):
+        parallel = family.parallel
+        if not (parallel if isinstance(parallel, bool) else parallel(config)):
             yield "hook_resid_mid", MidPoint(self.at(family.ln1) or readers[0], added)
 
     def _mlp(self) -> Iterator[tuple[str, Point]]:

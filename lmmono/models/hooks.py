@@ -416,7 +416,7 @@ def _logits(
         network.train(was_training)
 
 
-def _token_ids(network: nn.Module, tokens: str | Tensor, tokenizer: Any) -> Tensor:
+def _token_ids(network: nn.Module, tokens: object, tokenizer: Any) -> Tensor:
     if isinstance(tokens, Tensor):
         return tokens if tokens.ndim == 2 else tokens.unsqueeze(0)
     if not isinstance(tokens, str):

@@ -70,6 +70,14 @@ def open_model(
     return model.to(device or best_device())
 
 
+def on_best_device(model: PreTrainedModel) -> PreTrainedModel:
+    """Move a model, in place, to the device that this process works on, and return it."""
+    from lmmono.files.processes import best_device
+
+    moved: Any = model  # transformers' own `to` has a type that no checker can call
+    return moved.to(best_device())
+
+
 def open_section(section: PretrainedModel, seed: int) -> PreTrainedModel:
     """Return the model of a recipe's section on the CPU, without a tokenizer.
 

@@ -3,6 +3,7 @@
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import cast
 
 from lmmono.errors import RecipeError, RunError
 from lmmono.files.processes import alone, this_process
@@ -83,7 +84,7 @@ def train(recipe: Recipe, *, progress: Progress = silent) -> Run:
         TrainingStopped: SIGTERM arrived; everything is saved.
         KeyboardInterrupt: Ctrl-C arrived; everything is saved.
     """
-    if not isinstance(recipe, Recipe):
+    if not isinstance(cast("object", recipe), Recipe):  # a path, mostly
         message = f"want a recipe, got {recipe!r:.60}; lm.Recipe.load(path) reads one from a file"
         raise RecipeError([message])
     return run_stages(open_for(recipe), "train", progress=progress)

@@ -96,8 +96,9 @@ def runs_of(recipe: Recipe) -> tuple[Recipe, ...]:
 def _name_after_model(tree: Tree) -> None:
     """Name the run of a model and a text that came without a recipe, if both came."""
     model, data = (tree.values.get(key) for key in ("model", "data"))
-    is_given = isinstance(model, dict) and isinstance(data, dict) and "path" in model
-    if not is_given or "corpus" not in data:
+    if not (isinstance(model, dict) and "path" in model) or not (
+        isinstance(data, dict) and "corpus" in data
+    ):
         raise RecipeError(
             [
                 "no recipe: name one such as quickstart (`lmmono recipes` lists them), or give a "

@@ -212,10 +212,10 @@ def _over_seeds(pairs: list[Difference]) -> Difference:
         of_pairs: list[MeanDifference] = [getattr(pair, name) for pair in pairs]
         # a pair without a difference leaves none: a mean of the others would be of other runs
         mean, low, high = student_interval([np.array([each.difference for each in of_pairs])])
-        sides = [float(np.mean([getattr(each, side) for each in of_pairs])) for side in "ab"]
+        a, b = (float(np.mean([getattr(each, side) for each in of_pairs])) for side in "ab")
         lacks = [each.failure for each in of_pairs if np.isnan(each.difference)]
         failure = f"{len(lacks)} of {len(pairs)} pairs: {lacks[0]}" if lacks else None
-        estimates.append(MeanDifference(*sides, mean, low, high, failure))
+        estimates.append(MeanDifference(a, b, mean, low, high, failure))
     return Difference(
         pairs[0].scorer,
         len(pairs),

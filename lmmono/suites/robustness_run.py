@@ -16,8 +16,8 @@ from lmmono.data.tasks.overlap import leakage
 from lmmono.data.tasks.reading import asked_tasks
 from lmmono.dictionaries.estimator import load_dictionary
 from lmmono.errors import RobustnessError, nearest
-from lmmono.files.processes import best_device
 from lmmono.models.hooks import match_hooks
+from lmmono.models.pretrained import on_best_device
 from lmmono.recipe.dictionary_settings import TrainedControl
 from lmmono.runs.folder import Run
 from lmmono.suites.results import AskedRows, Result, read_results
@@ -42,7 +42,7 @@ def robustness_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
     settings = run.recipe.robustness
     tasks = asked_tasks(settings)
     with astore.open(run.store_path, mode="a") as store:
-        model = run.model.to(best_device())
+        model = on_best_device(run.model)
         families: dict[str, Any] = {family.label: family for family in settings.families}
         study = Study(
             model,

@@ -108,18 +108,18 @@ def robustness(
         ModelError: A hook matches nothing.
         StoreError: The store is not open for writing.
     """
-    given = [tasks] if isinstance(tasks, str | Task) else list(tasks)
+    wanted: list[Any] = [tasks] if isinstance(tasks, str | Task) else list(tasks)
     suites = (suite,) if isinstance(suite, str) else tuple(suite)
     chosen = _checked({"suites": suites, "seeds": seeds, "hook": hook, **settings})
     for name in suites:
         find_suite(name)
-    for each in given:
-        if not isinstance(each, str | Task):
+    for task in wanted:
+        if not isinstance(task, str | Task):
             raise RobustnessError(
-                f"tasks: want names or tasks of lm.read_task, got {type(each).__name__}"
+                f"tasks: want names or tasks of lm.read_task, got {type(task).__name__}"
             )
-    found = [each if isinstance(each, Task) else find_task(each, folder) for each in given]
-    study = Study(model, found, dict(features or DEFAULT), chosen, into, tokenizer, progress)
+    read = [task if isinstance(task, Task) else find_task(task, folder) for task in wanted]
+    study = Study(model, read, dict(features or DEFAULT), chosen, into, tokenizer, progress)
     return study.run()
 
 

@@ -31,7 +31,7 @@ from lmmono.files.atomic import remove_folder
 from lmmono.files.signals import StopRequest, stop_requests
 from lmmono.models.build import build_model
 from lmmono.models.hooks import bare as bare_network
-from lmmono.recipe.sections import Train
+from lmmono.recipe.sections import PretrainedModel, Train
 from lmmono.runs.folder import Run, open_run
 from lmmono.runs.kept import kept_dir, kept_recipe
 from lmmono.runs.stages import STAGES
@@ -467,6 +467,7 @@ def _new_model(run: Run) -> PreTrainedModel:
     """Return the freshly initialised model of a run, ready to train."""
     recipe, tokenizer = run.recipe, run.corpus.tokenizer
     assert isinstance(tokenizer.eos_token_id, int), "build_tokenizer always sets it"
+    assert not isinstance(recipe.model, PretrainedModel), "its run has a stage of its own"
     model = build_model(
         recipe.model,
         d_vocab=len(tokenizer),

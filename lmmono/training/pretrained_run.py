@@ -6,8 +6,13 @@ import torch
 
 from lmmono.data.tokenizers import read_tokenizer
 from lmmono.errors import ModelError
-from lmmono.files.processes import best_device
-from lmmono.models.pretrained import file_marks, fit_warnings, model_folder, require_fit
+from lmmono.models.pretrained import (
+    file_marks,
+    fit_warnings,
+    model_folder,
+    on_best_device,
+    require_fit,
+)
 from lmmono.recipe.sections import PretrainedModel, Train
 from lmmono.runs.folder import Run
 from lmmono.training.held_out import evaluate
@@ -36,7 +41,7 @@ def open_pretrained(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
     rows = run.tokens("val").limit(EVAL_TOKENS, seed=run.recipe.seed)
     batch_rows = max(1, BATCH_TOKENS // rows.n_ctx)
     progress("loss of the model", 0, rows.ids.size)
-    result = evaluate(model.to(best_device()), rows, batch_rows, with_layers=False)
+    result = evaluate(on_best_device(model), rows, batch_rows, with_layers=False)
     progress("loss of the model", rows.ids.size, rows.ids.size)
     folder = model_folder(section.path, section.revision)
     own = read_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
