@@ -12,7 +12,7 @@ demo: recipes/recipe.schema.json
 	$(BIN)/lmmono run recipes/quickstart.yaml
 
 test: $(VENV)/.installed-dev recipes/recipe.schema.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # the suite on the newest releases that pyproject.toml allows, in an environment of its own
 test-newest:
@@ -20,7 +20,7 @@ test-newest:
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,lake,track]'
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint types imports recipes test
 

@@ -3,6 +3,8 @@
 import gc
 import inspect
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,23 @@ def jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 # what imports under test decorate with; --jaxtyping-packages in pyproject.toml says which
 jaxtyping.jaxtyped = jaxtyped
+
+
+WARMING = pytest.StashKey[subprocess.Popen[bytes]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have what numba compiles compiled once, while the workers import: see `warm.py`."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        program = [sys.executable, str(Path(__file__).with_name("warm.py"))]
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        config.stash[WARMING] = subprocess.Popen(program, **silent)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Wait for the program, which has ended long before unless few tests were asked for."""
+    if (warming := config.stash.get(WARMING, None)) is not None:
+        warming.wait()
 
 
 def pytest_collection_finish() -> None:

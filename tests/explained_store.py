@@ -1,11 +1,19 @@
 """A store with units of known meaning: what each fires on is written down here, in numpy."""
 
-from dataclasses import dataclass
+import atexit
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+from small_store import copied
 
 import activation_store as astore
+from lmmono.records.record_reader import RecordReader
+from lmmono.registry.scorers import find_scorer
+from lmmono.scores.score_job import ScoreJob
 
 HOOK = "blocks.0.mlp.hook_post"
 OTHER = "blocks.1.mlp.hook_post"
@@ -30,6 +38,14 @@ class Planted:
         return slice(first, first + self.n_rows)
 
 
+def rows_of(store, scorer, labels=None, units=None, **settings):
+    """Return the rows of a scorer by metric, unit and control; nothing is stored."""
+    typed = find_scorer(scorer).with_settings(changes=settings)
+    job = ScoreJob(store, HOOK, RecordReader(store), units, typed, labels=labels)
+    rows = find_scorer(scorer).load()(job)
+    return {(row["metric"], row["unit"], row["control"]): row for row in rows}
+
+
 def documents(rng: np.random.Generator, n_rows: int, first: int) -> np.ndarray:
     lengths = rng.integers(4, 120, n_rows * N_CTX)
     doc_ids = np.repeat(np.arange(len(lengths)), lengths)[: n_rows * N_CTX] + first
@@ -51,6 +67,17 @@ def meanings(token_ids: np.ndarray, doc_ids: np.ndarray, rng: np.random.Generato
 
 
 def planted_store(path: Path, n_rows: int = 40, seed: int = 0) -> Planted:
+    """Return a copy of its own of the store of so many rows and that seed."""
+    copied(template(n_rows, seed).path, path)
+    return replace(template(n_rows, seed), path=path)
+
+
+@cache
+def template(n_rows: int, seed: int) -> Planted:
+    """Make each store once."""
+    folder = Path(tempfile.mkdtemp(prefix="explained-store-"))
+    atexit.register(shutil.rmtree, folder)
+    path = folder / "run"
     rng = np.random.default_rng(seed)
     shape = (2 * n_rows, N_CTX)
     token_ids = rng.integers(1, D_VOCAB, shape)

@@ -321,18 +321,20 @@ def test_a_saved_model_loads_by_its_folder_alone_where_there_is_no_lmmono(tmp_pa
     assert new.equal(model.generate(tokens, attention_mask=ones, max_new_tokens=4, do_sample=False))
 
 
-def test_importing_lmmono_is_enough_for_the_auto_classes(tmp_path):
+def test_importing_lmmono_is_enough_for_the_auto_classes_and_models_import_no_lens(tmp_path):
     save_model(small(), tmp_path / "model")
     script = """
 import lmmono, sys
 assert "lmmono.models" not in sys.modules
 from transformers import AutoModelForCausalLM
 print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__module__)
+import lmmono.interop.lens, lmmono.models.build, lmmono.models.hooks
+print([name for name in ("transformer_lens", "sae_lens") if name in sys.modules])
 """
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "model")], capture_output=True, text=True
     )
-    assert done.stdout.strip() == "lmmono.models.crate", done.stderr
+    assert done.stdout.splitlines() == ["lmmono.models.crate", "[]"], done.stderr
 
 
 def test_embeddings_can_be_given_instead_of_tokens_but_not_beside_them():

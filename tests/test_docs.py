@@ -150,7 +150,7 @@ def test_the_guide_to_a_model_of_ones_own_does_what_it_says(tmp_path):
     from lmmono.data.tokenizers import build_tokenizer
     from lmmono.recipe import sections
 
-    corpus = sections.PlantedCorpus(n_documents=400)
+    corpus = sections.PlantedCorpus(n_documents=200)
     tokenizer = build_tokenizer(sections.WordTokenizer(), corpus, sections.Splits())
     sizes = {**SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 128}
     config = AutoConfig.for_model("gpt2", **sizes | {"initializer_range": 0.02})

@@ -11,6 +11,7 @@ from explained_store import (
     PAIR_THEN,
     SILENT,
     planted_store,
+    rows_of,
 )
 
 import activation_store as astore
@@ -18,7 +19,6 @@ import lmmono as lm
 from lmmono.errors import ExplainError
 from lmmono.records.record_reader import RecordReader
 from lmmono.registry.scorer_settings import LabelledSettings
-from lmmono.registry.scorers import find_scorer
 from lmmono.scores.labelled import selectivity, strongest
 from lmmono.scores.labelled_items import TokenLabels, read_labelled
 from lmmono.scores.score_job import ScoreJob
@@ -42,13 +42,6 @@ def labels(planted):
     ids = planted.token_ids
     truth = np.stack([ids == CAT, ids == PAIR_THEN, ids % 2 == 0], axis=2)
     return TokenLabels(np.arange(len(ids)), truth, ("cat", "pair", "even"))
-
-
-def rows_of(store, scorer, labels, units=None, **settings):
-    typed = find_scorer(scorer).with_settings(changes=settings)
-    job = ScoreJob(store, HOOK, RecordReader(store), units, typed, labels=labels)
-    rows = find_scorer(scorer).load()(job)
-    return {(row["metric"], row["unit"], row["control"]): row for row in rows}
 
 
 def test_consistency_is_the_largest_share_and_selectivity_a_contrast_of_means():

@@ -1,8 +1,5 @@
 """The TransformerLens bridge against TransformerLens' own GPT-2, and sae-lens on CRATE."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -235,15 +232,6 @@ def test_text_goes_through_the_tokenizer():
 def test_a_network_of_no_family_is_refused():
     with pytest.raises(ModelError, match="Linear is in no family"):
         to_hooked(torch.nn.Linear(2, 2))
-
-
-def test_importing_the_models_imports_neither_transformer_lens_nor_sae_lens():
-    code = (
-        "import sys, lmmono.models, lmmono.interop.lens, lmmono.models.hooks, lmmono.models.build;"
-        "print([m for m in ('transformer_lens', 'sae_lens') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
 
 
 class Batches:

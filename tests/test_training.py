@@ -114,18 +114,31 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(recipe_file: Path, w
     assert all(torch.equal(a, weights(whole)[name]) for name, a in weights(resumed).items())
 
 
-@pytest.mark.slow
-def test_two_processes_match_one_at_the_same_global_batch(recipe_file: Path, whole: Run) -> None:
+def test_the_launcher_names_its_processes_as_they_are_read(tmp_path: Path) -> None:
+    # the processes themselves import nothing that is slow; what `forks.launch` starts is named so
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os\nfrom pathlib import Path\nfrom lmmono.files.processes import this_process\n"
+        f"assert all(name in os.environ for name in {names})\n"
+        "Path(__file__).with_name(os.environ['RANK']).write_text(repr(this_process()))\n"
+    )
     # with --cpu the launcher starts one process, whatever number it is told
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes=2"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    command += ["--main_process_port=0", "-m", "lmmono", "train", str(recipe_file)]
-    command += ["name=two"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    command += ["--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+    command += ["--dynamo_backend=no", "--main_process_port=0", str(script)]
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [
+        f"Processes(rank={rank}, n=2)" for rank in (0, 1)
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_match_one_at_the_same_global_batch(recipe_file: Path, whole: Run) -> None:
+    assert forks.launch(2, "-m", "lmmono", "train", recipe_file, "name=two") == [0, 0]
     run = Run.create(Recipe.load(recipe_file, "name=two"))
     assert run.manifest.stages["train"].facts["n_processes"] == 2
     both = weights(run)

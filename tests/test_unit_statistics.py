@@ -13,6 +13,7 @@ from explained_store import (
     PAIR_THEN,
     SILENT,
     planted_store,
+    rows_of,
 )
 from scipy import stats
 
@@ -21,7 +22,6 @@ import lmmono as lm
 from lmmono.errors import ExplainError
 from lmmono.records.corpus_excerpts import TokenGrid
 from lmmono.records.record_reader import RecordReader
-from lmmono.registry.scorers import find_scorer
 from lmmono.scores.decorrelation import tokens_apart, units_alike
 from lmmono.scores.score_job import ScoreJob
 from lmmono.scores.unit_statistics import Corpus, read_corpus, selectivity_columns
@@ -36,13 +36,6 @@ def planted(tmp_path_factory):
 def store(planted):
     with astore.open(planted.path, mode="a") as store:
         yield store
-
-
-def rows_of(store, scorer, labels=None, units=None, **settings):
-    typed = find_scorer(scorer).with_settings(changes=settings)
-    job = ScoreJob(store, HOOK, RecordReader(store), units, typed, labels=labels)
-    rows = find_scorer(scorer).load()(job)
-    return {(row["metric"], row["unit"], row["control"]): row for row in rows}
 
 
 @pytest.fixture(scope="module")
