@@ -37,7 +37,7 @@ def test_a_fit_ends_once_fvu_falls_by_less_than_the_share_in_a_window(settled: l
         for step in sorted(fvu)
         if step >= 40
     }
-    ratios = {step: means[step] / means[step - 40] for step in means if step >= 80}
+    ratios = {step: means[step] / means[step - 40] for step in means if step - 40 in means}
     assert next(step for step, ratio in ratios.items() if ratio > 0.9) == stop
     # a quarter of all steps is decay: a third of those before
     assert settled.facts["steps"] == stop + round(stop / 3)
@@ -52,7 +52,7 @@ def test_a_fit_ends_once_fvu_falls_by_less_than_the_share_in_a_window(settled: l
 def test_a_settled_fit_that_was_stopped_goes_on_to_the_same_bits(
     settled: lm.SAE, tmp_path: Path
 ) -> None:
-    for step in (50, settled.facts["settled_step"] + 5):
+    for step in (50, settled.facts["settled_step"] + 6):
         with pytest.raises(TrainingStopped):
             progress = stop_at(step, signal.SIGTERM)
             make("topk", **RULE).fit(vectors(), folder=tmp_path, progress=progress)

@@ -149,16 +149,21 @@ class SaeFit:
         window = min(self._window, self.step)
         return float((self._trainer.n_forward_passes_since_fired >= window).float().mean())
 
+    def _falling_lr(self) -> float:
+        """Return the learning rate of the next step once FVU has settled: on its way to zero."""
+        assert self.settled_step is not None
+        left = (self._end - self.step) / max(1, self._end - self.settled_step)
+        return float(self.plan.settings.lr) * min(1.0, left)
+
     def take_step(self, x: Float[Tensor, "n d_in"], progress: Progress) -> None:
         """Take one step on a batch in the hook's own units.
 
         Raises:
             DictionaryError: The loss became NaN or infinite.
         """
-        began, settings = time.monotonic(), self.plan.settings
-        if self.settled_step is not None:
-            left = (self._end - self.step) / max(1, self._end - self.settled_step)
-            self._trainer.optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, left)
+        began = time.monotonic()
+        if self.settled_step is not None:  # sae-lens' schedule knows nothing of it
+            self._trainer.optimizer.param_groups[0]["lr"] = self._falling_lr()
         if self.step == max(self._end - self._window, self.settled_step or 0):
             # sae-lens reports the L0 of what these count, so they count the last window alone
             self._trainer.act_freq_scores.zero_()
@@ -201,6 +206,8 @@ class SaeFit:
                 f"(now {self.plan.settings.warmup_steps})"
             )
         lr = self._trainer.optimizer.param_groups[0]["lr"]
+        if self.settled_step is not None:
+            lr = self._falling_lr()
         self.curves.add(self.step, {**values, "lr": lr}, n, self.seconds)
         progress(f"fit {self.plan.name}", self.step, self.plan.settings.steps, **values)
 

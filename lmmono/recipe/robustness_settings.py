@@ -254,6 +254,9 @@ class Robustness(Section):
         default_factory=lambda: (FamilySettings(name="raw"),)
     )
     """Feature families, by name or with settings; others are compared with the first."""
+    fit_on: Literal["task", "corpus"] = "task"
+    """Text that families are fitted on, without labels: the task's training texts, or the text that
+    the run's dictionaries are learned from, so that no code has seen more of the task."""
     bag_of_words: bool = False
     """Learn from the words of the same texts too, in suites that judge texts as they are: what any
     code of a model is held against."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lmmono.errors import RunError
 from lmmono.registry.metrics import METRICS
 from lmmono.reports.dictionary_tables import Interval, Measured, check_measure, measured
+from lmmono.reports.table import Interval as CellInterval
+from lmmono.reports.table import ReportTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,6 +94,64 @@ def pareto(
             axes.set_axis_off()
         figure.savefig(path, format=kind, metadata=_METADATA[kind])
     return Path(path)
+
+
+def training_figure(table: ReportTable, path: str | Path = "training.svg") -> Path:
+    """Draw every score of every arm against its loss, a point for each kept step.
+
+    What differs along one line is training; what differs between lines at one loss is the arms.
+
+    Args:
+        table: The table "Along training" of `lmmono.reports.study_tables.study_tables`.
+        path: File to write; its suffix says of which kind: `.svg`, `.png` or `.pdf`.
+
+    Returns:
+        The file.
+
+    Raises:
+        RunError: The table has no score, or the file cannot be of that kind.
+    """
+    target, names = Path(path), table.columns[5:]
+    if target.suffix.lstrip(".") not in _METADATA:
+        raise RunError(f"{target}: want a file that ends in .svg, .png or .pdf")
+    if not names or not table.rows:
+        raise RunError("no arm has scores at its kept steps")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    arms = list(dict.fromkeys(str(row[0]) for row in table.rows))
+    with mpl.rc_context({"svg.hashsalt": "lmmono", "svg.fonttype": "none", "font.size": 8}):
+        figure = Figure(figsize=(3.4 * len(names), 3.2), layout="constrained")
+        panels: Any = figure.subplots(1, len(names), squeeze=False)
+        for i, (axes, name) in enumerate(zip(panels[0], names, strict=True)):
+            for arm, colour in zip(arms, cycle(_COLOURS), strict=False):
+                cells = [(row[3], row[5 + i]) for row in table.rows if row[0] == arm]
+                found = [
+                    (x, y)
+                    for x, y in cells
+                    if isinstance(x, CellInterval) and isinstance(y, CellInterval)
+                ]
+                ends = [
+                    [0.0 if math.isnan(y.low) else y.value - y.low for _, y in found],
+                    [0.0 if math.isnan(y.high) else y.high - y.value for _, y in found],
+                ]
+                axes.errorbar(
+                    [x.value for x, _ in found],
+                    [y.value for _, y in found],
+                    yerr=ends,
+                    marker="o",
+                    markersize=3,
+                    linewidth=1,
+                    color=colour,
+                    label=arm,
+                )
+            axes.invert_xaxis()
+            axes.set_xlabel("val loss, nats per token")
+            axes.set_ylabel(f"{name}, less untrained")
+        panels[0][0].legend(frameon=False)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, metadata=_METADATA[target.suffix.lstrip(".")])
+    return target
 
 
 def front(points: Sequence[Measured], x: str, y: str) -> list[Measured]:

@@ -12,9 +12,11 @@ from pathlib import Path
 from lmmono.errors import RunError
 from lmmono.files.atomic import write_atomic
 from lmmono.files.provenance import git_commit
+from lmmono.reports.figures import training_figure
 from lmmono.reports.side_by_side import dictionary_tables
 from lmmono.reports.study_tables import study_tables
 from lmmono.reports.table import ReportTable
+from lmmono.reports.training_tables import ALONG
 from lmmono.runs.folder import Run, find_runs, open_run
 from lmmono.runs.stages import STAGES
 from lmmono.types import Progress, silent
@@ -53,7 +55,12 @@ def write_result_page(
         f"{git_commit() or 'unknown'} from {len(runs)} runs in {names}, whose stages were done at "
         f"{', '.join(commits) or 'none'}."
     )
-    body = "\n\n".join([BEGIN, made, *map(markdown, tables), END])
+    blocks = [markdown(table) for table in tables]
+    for i, table in enumerate(tables):
+        if table.title == ALONG and table.rows and len(table.columns) > 5:
+            figure = training_figure(table, page.parent / "figures" / f"{page.stem}_training.svg")
+            blocks[i] += f"\n\n![Scores against loss](figures/{figure.name})"
+    body = "\n\n".join([BEGIN, made, *blocks, END])
     write_atomic(page, _with(page, body))
     return tables
 

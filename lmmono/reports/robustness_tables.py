@@ -115,8 +115,17 @@ def suite_tables(run: Run, *, every: bool = False) -> list[ReportTable]:
                 tables += [noise_table(results), change_table(results, baseline)]
             tables.append(dose_table(results, scored))
             if settings.hypotheses:
-                tables += verdict_tables(verdicts(settings.hypotheses, Evidence(results)))
+                told, *rest = verdict_tables(verdicts(settings.hypotheses, Evidence(results)))
+                tables += [replace(told, note=told.note + _registered(run)), *rest]
     return [replace(table, title=f"{table.title}, {run.name}") for table in tables if table.rows]
+
+
+def _registered(run: Run) -> str:
+    """Return which file of claims stood in the manifest when the run began."""
+    known = run.manifest.registered
+    if known is None:
+        return ""
+    return f" Claims: {known['file']}, sha256 {known['sha256'][:12]}, read at {known['time']}."
 
 
 def _hook_of(run: Run) -> str | None:

@@ -69,6 +69,7 @@ def study_tables(folders: Sequence[Path], progress: Progress = silent) -> tuple[
         keys = list(dict.fromkeys(key for mine in scores.values() for one in mine for key in one))
         tables = [_arm_table(arms, stores, left_out)]
         tables += [_score_table(key, scores) for key in keys]
+        tables += [_floor_table(scores)] if keys else []
         pairs = [pair for pair in combinations(arms, 2) if are_twins(*(arms[n] for n in pair))]
         if pairs and keys:
             seeds = {name: [run.recipe.seed for run in mine] for name, mine in arms.items()}
@@ -225,6 +226,35 @@ def _score_table(
             "layers of means over units, those without a value counting as guessing; "
             "defined: mean over the units with a value, all layers together. The other columns are "
             "controls of the same units."
+        ),
+    )
+
+
+def _floor_table(scores: dict[str, list[dict[Key, dict[str, tuple[float, float]]]]]) -> ReportTable:
+    """Return every score less each of its floors, arm by arm."""
+    every = [one for mine in scores.values() for one in mine]
+    keys = list(dict.fromkeys(key for one in every for key in one))
+    floors = list(dict.fromkeys(c for one in every for by in one.values() for c in by))
+    floors = sorted(set(floors) - {"", "defined"})
+    rows: list[tuple[str, ...]] = []
+    for arm, mine in scores.items():
+        for key in keys:
+            whole = [one[key] for one in mine if key in one and "" in one[key]]
+            if not whole:
+                continue
+            cells = [
+                over_seeds(np.array([one[""][0] - one[f][0] for one in whole if f in one]))
+                for f in floors
+            ]
+            rows.append((arm, f"{key[0]} of {key[1]}", key[2], *cells))
+    return ReportTable(
+        title="Above the floors",
+        columns=("arm", "score", "units", *(f"less {name}" for name in floors)),
+        rows=tuple(rows),
+        note=(
+            "Score less the same of a control, seed by seed; means over training seeds with 95 % "
+            "intervals (Student t). untrained_model: the same model before training; the others "
+            "are explanations of other units, of units of like density, and shuffled pairs."
         ),
     )
 

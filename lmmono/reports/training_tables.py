@@ -15,7 +15,7 @@ import activation_store as astore
 from lmmono.errors import ExplainError
 from lmmono.recipe.registration import ArmTest, Registration, file_sha256, read_registration
 from lmmono.registry.scorers import find_scorer
-from lmmono.reports.table import ReportTable
+from lmmono.reports.table import Interval, ReportTable
 from lmmono.runs.folder import Run
 from lmmono.runs.kept import kept_runs
 from lmmono.stats.intervals import student_interval
@@ -29,6 +29,9 @@ from lmmono.studies.along_training import (
     verdicts,
 )
 from lmmono.studies.differences import HookUnits, read_units, score_key
+
+ALONG = "Along training"
+"""Title of the table that `lmmono.reports.figures.training_figure` draws."""
 
 NEURONS = "blocks.*.mlp.hook_post"
 
@@ -159,10 +162,10 @@ def _curves(trainings: Trainings) -> ReportTable:
                 np.array([np.subtract(*_means(one, i)) for one in by_arm[arm]])
                 for by_arm in trainings.values()
             ]
-            cells = [_over_seeds(values) for values in (losses, densities, *scores)]
+            cells = [Interval(*student_interval([v])) for v in (losses, densities, *scores)]
             rows.append((arm, len(of_seeds), f"{model.n_tokens:,}", *cells))
     return ReportTable(
-        title="Along training",
+        title=ALONG,
         columns=("arm", "seeds", "tokens", "val loss", "density", *map(_words, trainings)),
         rows=tuple(rows),
         note=(

@@ -22,6 +22,7 @@ from lmmono.recipe.dictionary_settings import TrainedControl
 from lmmono.runs.folder import Run
 from lmmono.suites.results import AskedRows, Result, read_results
 from lmmono.suites.study import Study
+from lmmono.suites.text_codes import FIT_TOKENS
 from lmmono.types import Progress, silent
 
 _CONTROLS = tuple(f"-{control}" for control in get_args(TrainedControl))
@@ -52,6 +53,7 @@ def robustness_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
             store,
             run.tokenizer,
             progress,
+            _corpus_texts(run) if settings.fit_on == "corpus" else (),
         )
         outcomes = study.run()
     return {
@@ -62,6 +64,17 @@ def robustness_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
         "hypotheses": list(settings.hypotheses),
         "leakage": {task.name: str(leakage(task)) for task in tasks},
     }
+
+
+def _corpus_texts(run: Run) -> list[str]:
+    """Return texts of the split that dictionaries learn from, enough to fit families on."""
+    rows = run.tokens("train")
+    few = rows.limit(max(FIT_TOKENS, rows.n_ctx), seed=run.recipe.seed)
+    texts = [
+        run.tokenizer.decode(ids[docs >= 0].tolist(), skip_special_tokens=True)
+        for ids, docs in zip(few.ids, few.doc_ids, strict=True)
+    ]
+    return [text for text in texts if text.strip()]
 
 
 def run_results(run: Run, store: astore.Store) -> list[Result]:

@@ -160,6 +160,8 @@ class Study:
     store: astore.Store | None
     tokenizer: Any
     progress: Progress
+    fit_texts: Sequence[str] = ()
+    """Texts that families are fitted on; none takes the training texts of each task."""
 
     def run(self) -> Outcomes:
         """Compute every row that is not stored, and return all."""
@@ -242,7 +244,8 @@ class Study:
         total, done = len(self.tasks) * len(suites), 0
         for task in self.tasks:
             codes = probed_codes(self._families(), self.model, hook, self.settings.poolings)
-            encoder = TextEncoder(self.model, self.tokenizer, codes).fit(task.part("train").texts)
+            texts = self.fit_texts or task.part("train").texts
+            encoder = TextEncoder(self.model, self.tokenizer, codes).fit(texts)
             self._check_model(encoder.model_digest)
             bench = Bench(task, encoder, self.settings, encode)
             for suite in suites:
