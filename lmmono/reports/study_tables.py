@@ -19,7 +19,7 @@ from lmmono.recipe import Recipe
 from lmmono.recipe.sections import PretrainedModel
 from lmmono.registry.scorers import SCORERS, Scorer, find_scorer
 from lmmono.reports.table import ReportTable
-from lmmono.reports.training_tables import training_tables
+from lmmono.reports.training_tables import Scored, training_tables
 from lmmono.runs.folder import Run, find_runs, open_run
 from lmmono.stats.intervals import student_interval
 from lmmono.studies.differences import Difference, MeanDifference, compare
@@ -74,11 +74,13 @@ def study_tables(folders: Sequence[Path], progress: Progress = silent) -> tuple[
         if pairs and keys:
             seeds = {name: [run.recipe.seed for run in mine] for name, mine in arms.items()}
             tables.append(_twin_table(pairs, scores, stores, seeds, progress))
-    neurons = [
+        presets = _preset_keys(next(iter(stores.values()))[0])
+    neurons: list[Scored] = [
         (scorer, explainer, None)
         for scorer, explainer, kind in keys
         if kind == "neurons" and ":" not in explainer
     ]
+    neurons += presets
     return (*tables, *training_tables(arms, pairs, neurons))
 
 
@@ -144,6 +146,19 @@ def _read_scores(store: astore.Store) -> dict[Key, dict[str, tuple[float, float]
         found.setdefault(key, {})[column] = (float(value), float(undefined or 0.0))
     order = [*names.values(), *UNITS]
     return dict(sorted(found.items(), key=lambda one: (*map(order.index, one[0][::2]), one[0][1])))
+
+
+def _preset_keys(store: astore.Store) -> list[Scored]:
+    """Return the scorers of neurons' explanations that are stored under a preset."""
+    names = {scorer.metrics[0]: scorer.name for scorer in _scorers()}
+    query = """SELECT DISTINCT metric, explainer, preset FROM hook_scores
+        WHERE hook = $hook AND preset IS NOT NULL AND judge IS NULL AND explainer IS NOT NULL
+            AND list_contains($metrics, metric) ORDER BY ALL"""
+    rows = store.sql(query, hook=UNITS["neurons"], metrics=list(names)).fetchall()
+    # the name of an explainer says its protocol too, which the preset says again
+    return [
+        (names[metric], explainer.partition(":")[0], preset) for metric, explainer, preset in rows
+    ]
 
 
 def _scorers() -> Iterator[Scorer]:
