@@ -57,7 +57,9 @@ def global_relevance(
     return matrix
 
 
-def relevant(r: Relevance, tau: float) -> Bool[ndarray, "n attribute"]:
+def relevant(
+    r: Float[ndarray, "*batch attribute"], tau: float
+) -> Bool[ndarray, "*batch attribute"]:
     """Return which attributes explain each text: r > 1 / tau, so nothing that speaks against."""
     return r > 1.0 / tau
 
@@ -109,8 +111,8 @@ class Use:
     """Share of texts whose largest contribution is negative: explained by absence."""
 
 
-def use(phi: Attributes, r: Relevance, matrix: Matrix) -> Use:
-    """Return the use of attributes; see the fields."""
+def use(phi: Attributes, r: Float[ndarray, "agreed attribute"], matrix: Matrix) -> Use:
+    """Return the use of attributes over texts; `r` is of those on which both models agree."""
     lives = phi.max(axis=0, initial=0.0) > 0
     effective = float(np.exp(entropies(phi.mean(axis=0).astype(np.float64))))
     positive = np.nan_to_num(matrix).clip(min=0.0)
@@ -173,3 +175,19 @@ def relevance_distance(ours: Relevance, theirs: Relevance) -> Float[ndarray, " n
     dot = (ours * theirs).sum(axis=1)
     norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
     return 1.0 - np.divide(dot, norms, out=np.zeros_like(dot), where=norms > 0)
+
+
+def matched_on_halves(
+    ours: Attributes, theirs: Float[ndarray, "n b"], *, seed: int = 0
+) -> float:
+    """Return the mean correlation of each of `theirs` with one of `ours`, matched one to one.
+
+    Matches and signs are chosen on half of the texts and measured on the other half; a column that
+    does not vary there has 0.
+    """
+    order = np.random.default_rng(seed).permutation(len(ours))
+    first, second = np.array_split(order, 2)
+    chosen = _correlations(ours[first], theirs[first])
+    rows, columns = linear_sum_assignment(-np.abs(chosen))
+    held_out = _correlations(ours[second], theirs[second])[rows, columns]
+    return float((np.sign(chosen[rows, columns]) * held_out).sum() / theirs.shape[1])

@@ -188,7 +188,24 @@ def _interpreters() -> list[Metric]:
             "mean |phi(x) - phi(x')|_1 / (|phi(x)|_1 + |phi(x')|_1 + 1e-6)",
         ),
         Metric("relevance_distance", 1, "[0, 2]", "lower", "mean 1 - cos(r(x), r(x'))"),
+        Metric(
+            "attribute_relevance",
+            1,
+            "[-1, 1]",
+            "neither",
+            "mean r_j over texts of the class that f and g agree on",
+        ),
         Metric("attribute_norm", 1, ">= 0", "neither", "mean |phi(x)|_1"),
+        Metric("edited_norm", 1, ">= 0", "neither", "mean |phi(x')|_1 of edited texts"),
+        Metric("mcc_shuffled", 1, "[-1, 1]", "neither", "mcc with the features of other tokens"),
+        Metric("mcc_untrained", 1, "[-1, 1]", "neither", "mcc of the same code with random weights"),
+        Metric(
+            "mcc_texts",
+            1,
+            "[-1, 1]",
+            "higher",
+            "mean correlation over texts of a feature's share of tokens with its attribute, held out",
+        ),
     ]
 
 
