@@ -32,6 +32,7 @@ from lmmono.errors import LmmonoError as LmmonoError
 from lmmono.explanations.explain import explain as explain
 from lmmono.interop.interchange import export_dictionary as export_dictionary
 from lmmono.interop.interchange import import_dictionary as import_dictionary
+from lmmono.methods.flint import Flint as Flint
 from lmmono.models.hooks import Edit as Edit
 from lmmono.models.hooks import hook_names as hook_names
 from lmmono.models.hooks import run_with_cache as run_with_cache

@@ -177,10 +177,9 @@ def test_what_is_likely_to_go_wrong_is_said():
 
 
 def test_attributes_are_a_hook_that_is_captured_explained_and_scored(flint, tmp_path):
+    texts = [" ".join(TEST.texts[i : i + 3]) for i in range(0, 60, 3)]
     with astore.open(tmp_path / "store.duckdb", "w") as store:
-        lm.capture(
-            flint.model, list(TEST.texts), hooks=ATTRIBUTES, into=store, n_ctx=16, max_density=1.0
-        )
+        lm.capture(flint.model, texts, hooks=ATTRIBUTES, into=store, n_ctx=16, max_density=1.0)
         lm.explain(store, explainer="token_lookup")
         lm.score(store, scorer="simulation_random")
         n_units = store.sql("SELECT count(*) FROM unit_stats WHERE hook = $h", h=ATTRIBUTES)
@@ -201,7 +200,13 @@ def test_every_measure_is_taken_and_named_in_the_registry(flint):
     report = evaluate(flint, TEST, ood=TEST.texts[:10], edited=edited, n_explained=6)
     names = [each.metric for each in report.values]
     assert set(names) <= set(METRICS) and len(set(names)) == len(names)
-    for name in ("fidelity_ood", "fidelity_noisy", "comprehensiveness_gradients", "word_gain", "attribute_flips"):
+    for name in (
+        "fidelity_ood",
+        "fidelity_noisy",
+        "comprehensiveness_gradients",
+        "word_gain",
+        "attribute_flips",
+    ):
         assert np.isfinite(report[name]), name
     assert report["fidelity"] > 0.7 and 1.0 <= report["conciseness_3"] <= 6.0
 
@@ -238,7 +243,9 @@ def test_pictures_show_windows_words_and_searched_texts_beside_a_control(flint):
     assert len(first.maximised.tokens) == len(first.maximised.start)
     assert len(first.words) == 5 and set(first.words) <= {f"w{i}" for i in range(40)}
     assert first.top[0].phi == pytest.approx(
-        read.phi[read.classes == np.nanargmax(read.matrix[:, first.attribute]), first.attribute].max()
+        read.phi[
+            read.classes == np.nanargmax(read.matrix[:, first.attribute]), first.attribute
+        ].max()
     )
     texts = [window.text for window in first.top]
     assert len(set(texts)) == len(texts) and len(first.top[0].tokens) == len(first.top[0].acts)

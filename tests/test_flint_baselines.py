@@ -1,4 +1,4 @@
-"""What FLINT is compared with: each gives the same kind of interpretation of the same classifier."""
+"""What FLINT is compared with: the same kind of interpretation of the same classifier."""
 
 import numpy as np
 import pytest
@@ -36,9 +36,7 @@ def interpretation(name, classifier):
             )
 
 
-@pytest.mark.parametrize(
-    "name", ["linear_probe", "topics", "sae_head", "uncorrected", "corrected"]
-)
+@pytest.mark.parametrize("name", ["linear_probe", "topics", "sae_head", "uncorrected", "corrected"])
 def test_a_baseline_explains_the_classifier_better_than_chance(name, classifier):
     read = interpretation(name, classifier)
     assert np.array_equal(read.log_p, classifier.predict(TEST.texts))

@@ -42,7 +42,6 @@ from lmmono.probes.finetuning import (
     Classifier,
     FineTuning,
     LabelledTexts,
-    TextNetwork,
     finetune,
     load_classifier,
     tune,
@@ -120,9 +119,7 @@ class Interpretation:
     @cached_property
     def matrix(self) -> Float[ndarray, "c attribute"]:
         """Mean relevance by class, over the texts where both agree."""
-        return measures.global_relevance(
-            self.relevance, self.classes, self.agree, self.n_classes
-        )
+        return measures.global_relevance(self.relevance, self.classes, self.agree, self.n_classes)
 
     @property
     def own_log_p(self) -> Float[ndarray, "n c"]:
@@ -392,7 +389,7 @@ class Flint:
         return Interpretation(ids, acts, phi, log_p, scores, interpreter.weight.cpu().numpy())
 
     def predict(self, texts: Sequence[str]) -> Float[ndarray, "n c"]:
-        """Return log-probabilities of the interpreter; `classifier.predict` has the classifier's."""
+        """Return log-probabilities of the interpreter, not of the classifier."""
         return self.interpret(texts).own_log_p
 
     def save(self, folder: str | Path) -> None:

@@ -1,8 +1,9 @@
 """What FLINT is compared with: other ways to explain a classifier's classes by a few numbers.
 
-Each learns from the classifier's own classes on training texts and gives an `Interpretation` of test
-texts, so that one set of measures serves all. Heads are logistic regressions without an intercept:
-contributions then add up to the score. `lime_classes` explains text by text and has no attributes.
+Each learns from the classifier's own classes on training texts and gives an `Interpretation` of
+test texts, so that one set of measures serves all. Heads are logistic regressions without an
+intercept: contributions then add up to the score. `lime_classes` explains text by text, without
+attributes.
 """
 
 from collections.abc import Sequence
@@ -225,7 +226,9 @@ def pooled(
     """Return the activations of hooks, pooled over each text as the classifier pools."""
     last = classifier.settings.pooling == "last"
     each = [
-        np.stack([rows[-1] if last else rows.mean(axis=0) for rows in token_rows(classifier, h, texts)])
+        np.stack(
+            [rows[-1] if last else rows.mean(axis=0) for rows in token_rows(classifier, h, texts)]
+        )
         for h in hooks
     ]
     return np.concatenate(each, axis=1)

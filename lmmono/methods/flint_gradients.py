@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from numpy import ndarray
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from lmmono.errors import RobustnessError
@@ -78,7 +77,9 @@ def integrated_gradients(
     embeds = table(block).detach()
     baseline = table.weight.detach().mean(0).expand_as(embeds)
     with warnings.catch_warnings(), torch.enable_grad():
-        warnings.filterwarnings("ignore", message="Input Tensor 0 did not already require gradients")
+        warnings.filterwarnings(
+            "ignore", message="Input Tensor 0 did not already require gradients"
+        )
         made = IntegratedGradients(value).attribute(embeds, baselines=baseline, n_steps=n_steps)
     return made[0].sum(-1).detach().cpu().numpy()
 
@@ -102,6 +103,8 @@ def gradient_agreement(
     Over the tokens of each text but the first; texts whose acts do not vary are left out, and the
     number of the others comes second.
     """
+    from scipy.stats import spearmanr  # heavy, and wanted here alone
+
     values: list[float] = []
     for i in texts:
         top = int(read.relevance[i].argmax())

@@ -177,9 +177,7 @@ def relevance_distance(ours: Relevance, theirs: Relevance) -> Float[ndarray, " n
     return 1.0 - np.divide(dot, norms, out=np.zeros_like(dot), where=norms > 0)
 
 
-def matched_on_halves(
-    ours: Attributes, theirs: Float[ndarray, "n b"], *, seed: int = 0
-) -> float:
+def matched_on_halves(ours: Attributes, theirs: Float[ndarray, "n b"], *, seed: int = 0) -> float:
     """Return the mean correlation of each of `theirs` with one of `ours`, matched one to one.
 
     Matches and signs are chosen on half of the texts and measured on the other half; a column that

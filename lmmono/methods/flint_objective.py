@@ -1,8 +1,8 @@
 """FLINT as a loss term of a classifier's training: its interpreter, its losses, its schedule.
 
 The classifier learns the classes by the main loss; this term adds agreement, decoder, entropies and
-L1, whose gradients reach the classifier's layers too unless `detach_inputs` is on. Trained by itself
-on a finished classifier it is the post-hoc form: the same term, and none of the model's weights move.
+L1, whose gradients reach the classifier's layers too unless `detach_inputs` is on. Trained alone on
+a finished classifier it is the post-hoc form: the same term, and no weight of the model moves.
 """
 
 import math
@@ -230,8 +230,8 @@ def layer_hooks(network: Any, layers: Sequence[int | str] | None) -> tuple[str, 
     wrong = [layer for layer in layers if isinstance(layer, int) and not 0 <= layer < n_blocks]
     if wrong:
         raise RobustnessError(
-            f"flint: layers {', '.join(map(str, wrong))}: the model has blocks 0 to {n_blocks - 1}; "
-            "take some of these, or hooks by name"
+            f"flint: layers {', '.join(map(str, wrong))}: the model has blocks 0 to "
+            f"{n_blocks - 1}; take some of these, or hooks by name"
         )
     named = [f"blocks.{x}.hook_resid_post" if isinstance(x, int) else x for x in layers]
     return tuple(match_hooks(network, named))

@@ -33,7 +33,9 @@ def word_attributes(task: str) -> tuple[tuple[str, ...], dict[str, tuple[bool, .
     match task:
         case "planted_topic":
             names = tuple(f"{topic.name}_word" for topic in TOPICS)
-            return names, {w.form: tuple(w.topics == (i,) for i in range(len(TOPICS))) for w in words}
+            return names, {
+                w.form: tuple(w.topics == (i,) for i in range(len(TOPICS))) for w in words
+            }
         case "planted_polarity":
             return ("positive", "negative", "negator"), {w.form: _polarity(w) for w in words}
         case _:
@@ -48,9 +50,7 @@ def _polarity(word: Word) -> tuple[bool, ...]:
     return word.polarity == 1, word.polarity == -1, word.word_class == WordClass.NEGATOR
 
 
-def planted_truth(
-    task: str, texts: list[str], flint: Flint
-) -> list[Bool[ndarray, "_ attribute"]]:
+def planted_truth(task: str, texts: list[str], flint: Flint) -> list[Bool[ndarray, "_ attribute"]]:
     """Return which planted attributes each token of each text has, the one before it none."""
     names, of_word = word_attributes(task)
     backend = exact_backend(flint.classifier.reader.tokenizer)
@@ -92,9 +92,7 @@ def planted_values(
     ]
 
 
-def _recovered(
-    read: Interpretation, truths: list[ndarray], seed: int
-) -> RecoveryReport:
+def _recovered(read: Interpretation, truths: list[ndarray], seed: int) -> RecoveryReport:
     lengths = [min(len(a), len(t)) for a, t in zip(read.acts, truths, strict=True)]  # texts are cut
     acts = [a[1:n] for a, n in zip(read.acts, lengths, strict=True)]
     here = [t[1:n] for t, n in zip(truths, lengths, strict=True)]
@@ -106,5 +104,3 @@ def _recovered(
         seed=seed,
         n_resamples=N_RESAMPLES,
     )
-
-

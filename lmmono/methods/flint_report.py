@@ -134,9 +134,7 @@ def edit_values(before: Interpretation, after: Interpretation) -> list[FlintValu
     ]
 
 
-def _fidelity(
-    metric: str, read: Interpretation, where: ndarray | None = None
-) -> FlintValue:
+def _fidelity(metric: str, read: Interpretation, where: ndarray | None = None) -> FlintValue:
     return FlintValue(metric, *measures.fidelity(read.scores, read.log_p, where))
 
 

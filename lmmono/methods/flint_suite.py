@@ -1,12 +1,14 @@
 """Suite `flint`: classifiers with their interpreters, ablations and baselines, on clean labels.
 
-At each seed a classifier is tuned for a task without any interpreter, the black box. FLINT by design
-is tuned on the same texts, post hoc and baselines read the black box. Column `probe` says whose
-value a row has: `classifier` or `interpreter`; column `metric` which measure it is.
+At each seed a classifier is tuned for a task without any interpreter, the black box. FLINT by
+design is tuned on the same texts, post hoc and baselines read the black box. Column `probe` says
+whose value a row has: `classifier` or `interpreter`; column `metric` which measure it is.
 
-    runs/x/flint/<task>/<feature>/<seed>/   what is needed again: a saved classifier or interpreter
-                                 pictures.json, store.duckdb   of the first seed: what attributes
-                                                               look like, and their acts on test texts
+    runs/x/flint/<task>/<feature>/<seed>-<digest>/
+        classifier/, flint/   what is needed again, saved
+        phi.npy               attributes of the test texts
+        pictures.json         of the first seed: what attributes look like
+        store.duckdb          of the first seed: their acts on the test texts
 """
 
 import json
@@ -79,7 +81,8 @@ class FlintEntrant:
     @property
     def identity(self) -> tuple[list[Any], list[Any]]:
         """What it reads is the model; how it learns are the section's settings."""
-        return ["flint", self.label], [self.study.model_dump(mode="json")]
+        others = {"modes", "ablations", "baselines", "maximise"}
+        return ["flint", self.label], [self.study.model_dump(mode="json", exclude=others)]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -153,7 +156,9 @@ class _FlintDraw:
         rows: Rows = []
         for label in self._study.labels:
             ours = phi.get((label, self._draw.seed))
-            others = [x for (name, seed), x in phi.items() if name == label and seed != self._draw.seed]
+            others = [
+                x for (name, seed), x in phi.items() if name == label and seed != self._draw.seed
+            ]
             if ours is not None and others:
                 values = [measures.matched_correlation(ours, x) for x in others]
                 value = FlintValue("attribute_stability", float(np.mean(values)), len(self.test))
@@ -292,7 +297,7 @@ class _FlintDraw:
         return FlintValue("accuracy", float(right.mean()), len(right))
 
     def _show(self, label: str, flint: Flint, read: Interpretation) -> None:
-        """Write what the attributes look like: pictures, their acts, and rows of the run's store."""
+        """Write what attributes look like: pictures, their acts, rows of the run's store."""
         folder, store, task = self._folder(label), self._bench.store, self._bench.task
         if folder is None or store is None:
             return
@@ -305,7 +310,9 @@ class _FlintDraw:
         )
         store.append("all_scores", rows)
         with astore.open(folder / "store.duckdb", mode="w") as acts:
-            capture(flint.model, list(self.test.texts), hooks=ATTRIBUTES, max_density=1.0, into=acts)
+            capture(
+                flint.model, list(self.test.texts), hooks=ATTRIBUTES, max_density=1.0, into=acts
+            )
 
     def _folder(self, label: str) -> Path | None:
         """Return where an entrant's files are: by what decides them, so that no other is taken."""

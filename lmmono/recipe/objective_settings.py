@@ -86,8 +86,102 @@ class ReversedDeactivation(OnHooks):
         return self
 
 
+AttributePooling = Literal["mean", "max", "last", "lse", "attn"]
+FlintHead = Literal["nonneg", "signed"]
+FlintDecoder = Literal["bow", "embed", "token"]
+Weight = Annotated[float, Field(ge=0.0)]
+
+FLINT_VARIANTS: dict[str, dict[str, object]] = {
+    "text": {"head": "nonneg", "diversity": "norm", "diversity_weight": 0.05},
+    "paper": {"head": "signed", "diversity": "paper", "diversity_weight": 0.2},
+}
+"""What a variant decides unless it is set. `paper` is the authors' setting for MNIST."""
+
+
+class FlintSettings(ObjectiveSettings):
+    """Attributes of a classifier's layers, from which a linear model gives the same classes.
+
+    FLINT, arXiv 2010.09345, for text.
+    """
+
+    kind: Literal["flint"] = "flint"
+    variant: Literal["text", "paper"] = "text"
+    """What unset fields come to. `paper`: a signed head, the paper's diversity at weight 0.2, as
+    for MNIST. `text`: a head without negative weights, diversity `norm` at weight 0.05."""
+    layers: tuple[int | str, ...] | None = Field(default=None, min_length=1)
+    """Blocks whose output is read, from 0, or names of hooks; null takes the one at two thirds of
+    the blocks and the last but one."""
+    n_attributes: Count = 24
+    """Attributes. Above 64 the entropies have next to no gradient; it is said, not refused."""
+    pooling: AttributePooling | None = None
+    """How acts on tokens become the attribute of a text; null takes the classifier's pooling, and
+    another one costs agreement."""
+    head: FlintHead | None = None
+    """`nonneg`: no negative weight, so that attributes speak for classes only; `signed`: any."""
+    decoder: FlintDecoder = "bow"
+    """What attributes must tell of the text: `bow` its content words, `embed` their mean embedding,
+    `token` each act its token."""
+    n_words: Annotated[int, Field(ge=1, le=10_000)] = 2000
+    """Most content words of decoders `bow` and `embed`."""
+    min_documents: Count = 3
+    """Training texts that a content word must be in."""
+    fidelity: Literal["teacher", "paper"] = "teacher"
+    """`teacher`: the interpreter learns from the classifier, as the authors' code has it; `paper`:
+    the target is the interpreter, as the paper writes it."""
+    diversity: Literal["norm", "paper", "mi"] | None = None
+    """How even use is measured; see `docs/methods.md`."""
+    fidelity_weight: Weight = 0.5
+    """Weight of agreement with the classifier."""
+    decoder_weight: Weight | None = None
+    """Weight of the decoder's loss; null takes 1 for `embed` and 0.1 for the others, whose loss is
+    in nats."""
+    conciseness_weight: Weight = 0.2
+    """Weight of the entropy of a text's attributes."""
+    diversity_weight: Weight | None = None
+    """Weight of the evenness of use."""
+    l1_weight: Weight = 0.1
+    """Weight of the mean attribute; never of their sum, which kills all of them."""
+    entropy_scale: Annotated[float, Field(gt=0.0)] = 1.0
+    """What attributes are multiplied by before the softmax of the entropy; log n_attributes gives
+    it a gradient at small acts."""
+    diversity_memory: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the running mean in what diversity is measured on; for batches of fewer texts than
+    attributes."""
+    fidelity_from: Fraction = 0.15
+    """Share of the steps before agreement and the mean attribute count."""
+    entropies_from: Fraction = 0.25
+    """Share of the steps before the entropies begin."""
+    entropies_full: Fraction = 0.4
+    """Share of the steps from which they have their whole weight."""
+    d_hidden: Count = 256
+    """Width between the layers and the attributes."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
+    """Dropout of attributes before the head."""
+    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Highest learning rate of its own weights; those of the model have theirs."""
+    weight_decay: Weight = 0.1
+    """Weight decay of its own weights: without it the decoder of a small set learns it by heart."""
+    detach_inputs: bool = False
+    """Keep its losses from the model's weights, which then learn the classes alone."""
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> "FlintSettings":
+        if self.entropies_full < self.entropies_from:
+            raise clash(
+                f"want entropies_from ({self.entropies_from}) or more, got {self.entropies_full}",
+                "entropies_full",
+                "entropies_from",
+            )
+        return self
+
+    def decided(self, name: str) -> object:
+        """Return a field, or what the variant makes of it where it is not set."""
+        value = getattr(self, name)
+        return FLINT_VARIANTS[self.variant][name] if value is None else value
+
+
 AnyObjective = Annotated[
-    Decorrelation | MonoScore | ReversedDeactivation | SparsePenalty,
+    Decorrelation | FlintSettings | MonoScore | ReversedDeactivation | SparsePenalty,
     Field(discriminator="kind"),
 ]
 """Settings of an objective, by its kind. A new kind is a class here and a record in

@@ -13,7 +13,7 @@ from pydantic import (
 
 from lmmono.errors import nearest
 from lmmono.recipe.base import Count, Fraction, OneOf, Section, clash
-from lmmono.recipe.objective_settings import AnyObjective, raise_equal_names
+from lmmono.recipe.objective_settings import AnyObjective, FlintSettings, raise_equal_names
 from lmmono.registry.suites import (
     FAMILIES,
     HYPOTHESES,
@@ -239,6 +239,55 @@ class Tuning(Section):
         return self
 
 
+FlintBaseline = Literal[
+    "linear_probe", "topics", "sae_head", "concepts", "concepts_corrected", "lime"
+]
+
+
+class FlintStudy(Section):
+    """Suite `flint`: classifiers with interpreters by attributes, beside other interpreters."""
+
+    modes: tuple[Literal["by_design", "post_hoc"], ...] = ("by_design", "post_hoc")
+    """`by_design`: classifier and interpreter learn together; `post_hoc`: an interpreter reads the
+    finished classifier."""
+    ablations: tuple[Literal["no_regularisers", "l1_only"], ...] = ()
+    """By design without entropies and L1, or with L1 alone."""
+    baselines: tuple[FlintBaseline, ...] = ("linear_probe", "topics")
+    """Other interpreters of the same classifier. `concepts` are those of CB-LLM, small, with and
+    without the correction of their scores; `lime` explains text by text."""
+    interpreter: FlintSettings = Field(default_factory=FlintSettings)
+    """Settings of FLINT, as those of objective `flint`."""
+    epochs: Count = 3
+    """Passes over the training texts, of the classifier and of an interpreter post hoc."""
+    steps: Count | None = None
+    """Steps in all, in place of `epochs`."""
+    batch_texts: Count = 32
+    """Texts per step; of fewer than there are attributes diversity is underestimated."""
+    lr: LearningRate = 5e-5
+    """Highest learning rate of the model's weights."""
+    pooling: Literal["mean", "last"] = "mean"
+    """How the classifier pools the tokens of a text."""
+    edit: Annotated[str, OneOf(TEXT_CORRUPTIONS)] = "typos"
+    """Noise, of severity 3, for agreement on noisy texts and for what it does to explanations."""
+    n_explained: Count = 50
+    """Test texts that are taken apart for faithfulness and gradients."""
+    n_lime: Count = 20
+    """Test texts that LIME explains."""
+    maximise: Annotated[int, Field(ge=0)] = 4
+    """Attributes that a text is searched for, of the first seed."""
+
+    @model_validator(mode="after")
+    def _check_once(self) -> "FlintStudy":
+        raise_repeats(self, ("modes", "ablations", "baselines"))
+        return self
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of all that is compared, the classifier alone first."""
+        modes = [f"flint_{mode}" for mode in self.modes]
+        return ("black_box", *modes, *self.ablations, *self.baselines)
+
+
 class Robustness(Section):
     """Which codes are compared on which tasks, made harder in which ways."""
 
@@ -307,6 +356,10 @@ class Robustness(Section):
     """Test texts that are attacked."""
     fine_tuning: Tuning = Field(default_factory=Tuning)
     """How suite `fine_tuning` tunes the model."""
+    flint: FlintStudy = Field(
+        default_factory=FlintStudy, exclude_if=lambda chosen: chosen == FlintStudy()
+    )
+    """How suite `flint` makes classifiers that explain themselves."""
     hypotheses: tuple[HypothesisName, ...] = ()
     """What is expected, said before the run; the report gives each its verdict."""
     processes: Count = 1

@@ -54,6 +54,16 @@ _TUNED: tuple[Place, ...] = ("train", "fine_tuning")
 
 _METHODS = (
     Method(
+        "flint",
+        "interpreter",
+        "attributes of a classifier's layers, from which a linear head gives the same classes",
+        "Parekh, Mozharovskyi and d'Alché-Buc 2021 (arXiv 2010.09345), FLINT",
+        "text: attributes of tokens, no negative weight; paper: weights and signs for MNIST",
+        "losses as in the released code, which differ from the text; on text it is ours",
+        "lmmono.methods.flint_objective:FlintObjective",
+        ("fine_tuning", "robustness", "python"),
+    ),
+    Method(
         "decorrelation",
         "objective",
         "pairs of units, or of tokens, are pushed towards correlation 0",

@@ -198,13 +198,15 @@ def _interpreters() -> list[Metric]:
         Metric("attribute_norm", 1, ">= 0", "neither", "mean |phi(x)|_1"),
         Metric("edited_norm", 1, ">= 0", "neither", "mean |phi(x')|_1 of edited texts"),
         Metric("mcc_shuffled", 1, "[-1, 1]", "neither", "mcc with the features of other tokens"),
-        Metric("mcc_untrained", 1, "[-1, 1]", "neither", "mcc of the same code with random weights"),
+        Metric(
+            "mcc_untrained", 1, "[-1, 1]", "neither", "mcc of the same code with random weights"
+        ),
         Metric(
             "mcc_texts",
             1,
             "[-1, 1]",
             "higher",
-            "mean correlation over texts of a feature's share of tokens with its attribute, held out",
+            "mean correlation over texts of a feature's share of tokens with its match, held out",
         ),
     ]
 

@@ -47,9 +47,9 @@ MonoVariant = Literal["relu_out", "relu_both", "relu_code", "topk_code"]
 TuningLoss = Literal["ce", "label_smoothing", "gce", "sce", "nonneg_ce"]
 """What a tuned model minimises."""
 
-Judged = Literal["clean", "noisy", "attacked", "tuned"]
+Judged = Literal["clean", "noisy", "attacked", "tuned", "interpreted"]
 """What a suite judges: probes on test texts as they are, with noise or under attack; or, on texts
-as they are, the model tuned next to probes."""
+as they are, the model tuned next to probes, or tuned models with interpreters of their classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,8 @@ class Suite:
     """What is judged."""
     elsewhere: bool = False
     """Whether probes are judged on the task's other domains too."""
+    rows: str | None = None
+    """`module:function` that yields its rows, where a room above `suites` holds it."""
 
     def load(self) -> Callable[..., Any]:
         """Import and return the function that poses the problems."""
@@ -102,6 +104,13 @@ _SUITES = (
         "the model tuned on flipped labels, next to probes",
         "lmmono.suites.suite_draws:tuning_draws",
         "tuned",
+    ),
+    Suite(
+        "flint",
+        "classifiers with interpreters by attributes, beside other interpreters",
+        "lmmono.suites.suite_draws:clean_draws",
+        "interpreted",
+        rows="lmmono.methods.flint_suite:flint_rows",
     ),
 )
 

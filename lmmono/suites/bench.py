@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64
 
+import activation_store as astore
 from lmmono.data.tasks.task import Task
 from lmmono.recipe.robustness_settings import Robustness
 from lmmono.registry.metrics import METRICS
@@ -179,12 +180,18 @@ class Bench:
         settings: What is asked for.
         encoder: The codes.
         arms: All families, poolings, budgets and learners.
+        store: Where rows go, for suites that keep files beside it; None where all is in memory.
     """
 
     def __init__(
-        self, task: Task, encoder: TextEncoder, settings: Robustness, encode: Encode
+        self,
+        task: Task,
+        encoder: TextEncoder,
+        settings: Robustness,
+        encode: Encode,
+        store: astore.Store | None = None,
     ) -> None:
-        self.task, self.encoder, self.settings = task, encoder, settings
+        self.task, self.encoder, self.settings, self.store = task, encoder, settings, store
         self._encode = encode
         self.arms = [
             ProbeArm(code, learner, budget)

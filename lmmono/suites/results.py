@@ -31,6 +31,9 @@ REAL = "real"
 FINE_TUNING = "fine_tuning"
 """Suite whose rows compare learners: the model tuned, and probes on its codes."""
 
+FLINT = "flint"
+"""Suite whose rows compare classifiers and interpreters: column `probe` says which."""
+
 SHOWN = 40
 """Conditions that a handle shows, at most."""
 
@@ -162,6 +165,8 @@ class AskedRows:
         name, _, budget = row["feature"].partition("@")
         if self.features is not None and name not in self.features:
             return False
+        if row["suite"] == FLINT:
+            return name in self.settings.flint.labels
         if row["suite"] == FINE_TUNING and row["probe"] not in self.settings.learners:
             return row["probe"] == self.settings.fine_tuning.loss
         budgets = [str(budget) for budget in self.settings.budgets]

@@ -21,6 +21,7 @@ from lmmono.errors import RobustnessError
 from lmmono.models.hooks import match_hooks
 from lmmono.probes.probe_jobs import Solver, solving
 from lmmono.recipe.robustness_settings import Robustness
+from lmmono.registry.lookup import load
 from lmmono.registry.suites import BAG_OF_WORDS, Suite, find_suite
 from lmmono.suites.attacks import attacked_rows
 from lmmono.suites.bag_of_words import word_rows
@@ -38,7 +39,7 @@ from lmmono.suites.bench import (
 from lmmono.suites.feature_families import FeatureFamily, as_family
 from lmmono.suites.grid import Ground, suite_rows
 from lmmono.suites.inputs import noised_rows
-from lmmono.suites.results import FINE_TUNING, AskedRows, Outcomes
+from lmmono.suites.results import FINE_TUNING, FLINT, AskedRows, Outcomes
 from lmmono.suites.stored_codes import CodeStore
 from lmmono.suites.suite_draws import SuiteDraw, drawn
 from lmmono.suites.text_codes import ProbedCode, TextEncoder, probed_codes, streams
@@ -87,7 +88,7 @@ def robustness(
         model: Any model of `lmmono.models.hooks`.
         tasks: Names, see `lmmono ls tasks`, or tasks of your own, see `lmmono.read_task`.
         suite: Names of suites: noisy_labels, noisy_inputs, few_shot, ood, adversarial,
-            fine_tuning.
+            fine_tuning, flint.
         features: Families by the name they get in tables; see
             `lmmono.suites.feature_families.as_family`.
             The others are compared with the first.
@@ -196,9 +197,13 @@ class Study:
                 yield f"{name}:{pooling}" if i else name
 
     def _tuned(self) -> list[str]:
-        """Return the names of tuned models in tables."""
-        wanted = FINE_TUNING in self.settings.suites
-        return [tuner.label for tuner in tuners(self.settings.fine_tuning)] if wanted else []
+        """Return the names of tuned models, and of what interprets them, in tables."""
+        names: list[str] = []
+        if FINE_TUNING in self.settings.suites:
+            names += [tuner.label for tuner in tuners(self.settings.fine_tuning)]
+        if FLINT in self.settings.suites:
+            names += self.settings.flint.labels
+        return names
 
     def _check(self) -> None:
         names = [task.name for task in self.tasks]
@@ -247,9 +252,10 @@ class Study:
             texts = self.fit_texts or task.part("train").texts
             encoder = TextEncoder(self.model, self.tokenizer, codes).fit(texts)
             self._check_model(encoder.model_digest)
-            bench = Bench(task, encoder, self.settings, encode)
+            bench = Bench(task, encoder, self.settings, encode, self.store)
             for suite in suites:
-                yield from filter(None, _ROWS[suite.judged](bench, suite, stored, solve))
+                rows_of = _ROWS[suite.judged] if suite.rows is None else load(suite.rows)
+                yield from filter(None, rows_of(bench, suite, stored, solve))
                 if self.settings.bag_of_words and suite.judged == "clean":
                     yield from word_rows(bench, suite, stored)
                 done += 1
