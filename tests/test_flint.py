@@ -21,7 +21,7 @@ from lmmono.probes.finetuning import FineTuning, finetune
 from lmmono.recipe.objective_settings import FlintSettings
 
 HOW = FineTuning(epochs=12, lr=1e-2, batch_texts=16)
-SMALL = {"n_attributes": 6, "d_hidden": 32, "lr": 1e-2, "tuning": HOW}
+SMALL = {"n_attributes": 6, "d_hidden": 32, "lr_scale": 1.0, "tuning": HOW}
 
 
 def fitted(family="gpt2", mode="by_design", model=None, **settings):

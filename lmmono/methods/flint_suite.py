@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -128,7 +128,7 @@ class _FlintDraw:
         roles: tuple[Role, ...] = ("interpreter",)
         if label == "black_box":
             roles = ("classifier",)
-        elif label in ("flint_by_design", *OFF):
+        elif label in ("flint_by_design", "flint_objectives", *OFF):
             roles = ("classifier", "interpreter")
         lacks = any(self._bench.lacks(self._about(label, role), stored) for role in roles)
         kept = self._folder(label)
@@ -171,10 +171,10 @@ class _FlintDraw:
         match label:
             case "black_box":
                 return {"classifier": [self._accuracy(self.black_box)]}, None
-            case "flint_by_design" | "flint_post_hoc" | "no_regularisers" | "l1_only":
-                return self._of_flint(label)
             case "lime":
                 return {"interpreter": self._of_lime()}, None
+            case _ if label.startswith("flint_") or label in OFF:
+                return self._of_flint(label)
             case "linear_probe":
                 hooks = self._hooks
                 read = baselines.linear_probe(self.black_box, hooks, self._train, self.test)
@@ -228,10 +228,12 @@ class _FlintDraw:
             reader = self._bench.encoder.reader
             return load_flint(folder / "flint", self._bench.encoder.model, reader.tokenizer)
         settings: FlintSettings = study.interpreter.model_copy(update=OFF.get(label, {}))
-        is_post_hoc = label == "flint_post_hoc"
+        is_post_hoc, how = label == "flint_post_hoc", self._how
+        if label == "flint_objectives":
+            how = replace(how, objectives=study.objectives)
         flint = Flint(
             mode="post_hoc" if is_post_hoc else "by_design",
-            tuning=self._how,
+            tuning=how,
             seed=self._draw.seed,
             **{name: getattr(settings, name) for name in type(settings).model_fields},
         )

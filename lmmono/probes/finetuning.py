@@ -289,6 +289,7 @@ def finetune(
     settings: FineTuning | None = None,
     tokenizer: Any = None,
     terms: Sequence[Term] = (),
+    keep: Literal["best", "last"] = "best",
     folder: str | Path | None = None,
     progress: Progress = silent,
 ) -> Classifier:
@@ -305,6 +306,7 @@ def finetune(
         settings: How; None takes the defaults.
         tokenizer: Its tokenizer; None takes `model.tokenizer`.
         terms: Objectives of your own, beside those that the settings name.
+        keep: Whether the weights of the best epoch are kept, or those of the last one.
         folder: Where the state after each epoch is kept until all are done, so that the same call
             goes on there; None keeps nothing.
         progress: Called after every epoch.
@@ -323,7 +325,9 @@ def finetune(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = Classifier(TextNetwork(network, n_classes, how), reader, how)
-        _train(_Tuning(classifier, train, val, how, seed, terms, folder=folder), progress)
+        _train(
+            _Tuning(classifier, train, val, how, seed, terms, keep=keep, folder=folder), progress
+        )
     return classifier
 
 
@@ -536,6 +540,7 @@ class _Tuning:
             n_classes=network.n_classes,
             tokenizer=self.classifier.reader.tokenizer,
             texts=tuple(self.train.texts),
+            pooling=self.classifier.settings.pooling,
         )
         named = build_terms(self.how.objectives, context).terms
         return Terms([*named, *self.terms]).to(context.device)

@@ -157,8 +157,8 @@ class FlintSettings(ObjectiveSettings):
     """Width between the layers and the attributes."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
     """Dropout of attributes before the head."""
-    lr: Annotated[float, Field(gt=0.0)] = 1e-3
-    """Highest learning rate of its own weights; those of the model have theirs."""
+    lr_scale: Annotated[float, Field(gt=0.0)] = 20.0
+    """Learning rate of its own weights, which begin at random, over that of the model's."""
     weight_decay: Weight = 0.1
     """Weight decay of its own weights: without it the decoder of a small set learns it by heart."""
     detach_inputs: bool = False

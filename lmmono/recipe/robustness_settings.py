@@ -257,6 +257,9 @@ class FlintStudy(Section):
     without the correction of their scores; `lime` explains text by text."""
     interpreter: FlintSettings = Field(default_factory=FlintSettings)
     """Settings of FLINT, as those of objective `flint`."""
+    objectives: tuple[AnyObjective, ...] = ()
+    """Further loss terms of one more interpreter by design, `flint_objectives`, such as continuity
+    of its attributes."""
     epochs: Count = 3
     """Passes over the training texts, of the classifier and of an interpreter post hoc."""
     steps: Count | None = None
@@ -285,6 +288,7 @@ class FlintStudy(Section):
     def labels(self) -> tuple[str, ...]:
         """Names of all that is compared, the classifier alone first."""
         modes = [f"flint_{mode}" for mode in self.modes]
+        modes += ["flint_objectives"] if self.objectives else []
         return ("black_box", *modes, *self.ablations, *self.baselines)
 
 

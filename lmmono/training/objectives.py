@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -197,6 +197,8 @@ class ObjectiveContext:
     tokenizer: Any = None
     texts: tuple[str, ...] | None = None
     """The training texts of a classifier."""
+    pooling: Literal["mean", "last"] | None = None
+    """How a classifier pools the tokens of a text."""
 
     @property
     def device(self) -> torch.device:
