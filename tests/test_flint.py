@@ -159,7 +159,7 @@ def test_what_cannot_be_is_refused_with_the_way_out(classifier):
     with pytest.raises(RobustnessError, match="finished classifier is for mode='post_hoc'"):
         Flint().fit(classifier, TRAIN, VAL)
     with pytest.raises(RobustnessError, match="mode: want by_design or post_hoc"):
-        Flint(mode="both")  # pyright: ignore[reportArgumentType]
+        Flint(mode="both")
     with pytest.raises(RobustnessError, match="n_attributes.*got 0"):
         Flint(n_attributes=0)
     with pytest.raises(RobustnessError, match="entropies_full"):

@@ -7,7 +7,7 @@ from test_finetuning import TEST, TOKENIZER, TRAIN, VAL
 
 from lmmono.methods import flint_baselines as baselines
 from lmmono.methods.flint_report import shared_measures
-from lmmono.probes.finetuning import FineTuning, finetune
+from lmmono.probes.finetuning import Classifier, FineTuning, finetune
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -27,6 +27,8 @@ def interpretation(name, classifier):
             return baselines.linear_probe(classifier, [HOOK], TRAIN, TEST)
         case "topics":
             return baselines.topics(classifier, TRAIN, TEST, n_attributes=6)
+        case "neurons":
+            return baselines.neurons_head(classifier, HOOK, TRAIN, TEST, n_attributes=6)
         case "sae_head":
             return baselines.sae_head(classifier, HOOK, TRAIN, TEST, n_attributes=6, k=4, steps=50)
         case _:
@@ -36,7 +38,9 @@ def interpretation(name, classifier):
             )
 
 
-@pytest.mark.parametrize("name", ["linear_probe", "topics", "sae_head", "uncorrected", "corrected"])
+@pytest.mark.parametrize(
+    "name", ["linear_probe", "topics", "sae_head", "neurons", "uncorrected", "corrected"]
+)
 def test_a_baseline_explains_the_classifier_better_than_chance(name, classifier):
     read = interpretation(name, classifier)
     assert np.array_equal(read.log_p, classifier.predict(TEST.texts))
@@ -62,10 +66,13 @@ def test_class_words_are_those_of_the_class():
 
 
 def test_the_surrogate_of_lime_knows_a_classifier_that_adds_up_words():
-    class Additive:
+    class Additive(Classifier):
         """p of class 1 is the share of words from 20 on."""
 
-        def predict(self, texts):
+        def __init__(self):
+            """Nothing is tuned."""
+
+        def predict(self, texts, **_):
             shares = [np.mean([int(w[1:]) >= 20 for w in text.split()]) for text in texts]
             p = np.clip(np.array(shares), 0.01, 0.99)
             return np.log(np.stack([1 - p, p], axis=1))

@@ -42,6 +42,7 @@ FLINT = {
     "n_lime": 2,
     "maximise": 1,
 }
+IN_ACTS = ("unit_stats", "explanations", "scores")
 ROWS = "SELECT * EXCLUDE (created_at, seconds) FROM robustness ORDER BY ALL"
 
 
@@ -98,8 +99,8 @@ def test_the_first_seed_leaves_pictures_acts_and_the_matrix(run):
     told = json.loads(picture.read_text())
     assert told["classes"] == ["blame", "praise"] and len(told["attributes"]) == 6
     with astore.open(picture.with_name("store.duckdb")) as acts:
-        (n,) = acts.sql("SELECT count(*) FROM unit_stats").fetchone()
-    assert n == 6
+        n = [acts.sql(f"SELECT count(*) FROM {name}").fetchone()[0] for name in IN_ACTS]
+    assert n == [6, 6, 12]
     with astore.open(run.store_path) as store:
         query = "SELECT preset, count(*) FROM all_scores WHERE metric = 'attribute_relevance'"
         found = dict(store.sql(f"{query} AND dictionary = 'flint_by_design' GROUP BY 1").fetchall())

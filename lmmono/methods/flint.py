@@ -192,7 +192,7 @@ class Flint:
         *,
         layers: Sequence[int | str] | None = None,
         n_attributes: int = 24,
-        mode: Mode = "by_design",
+        mode: Mode | str = "by_design",
         tuning: FineTuning | None = None,
         seed: int = 0,
         **settings: Any,
@@ -211,7 +211,7 @@ class Flint:
         Raises:
             RobustnessError: A setting is unknown or out of range.
         """
-        if mode not in ("by_design", "post_hoc"):
+        if mode != "by_design" and mode != "post_hoc":
             raise RobustnessError(f"Flint: mode: want by_design or post_hoc, got {mode!r}")
         chosen = {"layers": None if layers is None else tuple(layers), "n_attributes": n_attributes}
         try:

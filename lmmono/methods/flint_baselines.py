@@ -6,6 +6,7 @@ intercept: contributions then add up to the score. `lime_classes` explains text 
 attributes.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,11 @@ from lmmono.methods.flint import Interpretation, TextsWithLabels
 from lmmono.methods.flint_interpreter import counted_tokens
 from lmmono.models.hooks import bare, recording
 from lmmono.probes.finetuning import Classifier
+
+ONE_CLASS = (
+    "the classifier puts all training texts in one class, so there is nothing to explain; tune it "
+    "longer"
+)
 
 CONCEPTS = 10
 """Concepts per class, words that are more frequent there than elsewhere."""
@@ -74,24 +80,56 @@ def sae_head(
     steps: int = 300,
 ) -> Interpretation:
     """Return a TopK SAE's latents, the best of them by an F test, with a logistic regression."""
-    from sklearn.feature_selection import SelectKBest, f_classif
-
-    rows = np.concatenate(token_rows(classifier, hook, train.texts))
-    sae = SAE("topk", d_sae=4 * rows.shape[1], k=min(k, rows.shape[1]), steps=steps, seed=seed)
-    sae.fit(rows)
+    rows = token_rows(classifier, hook, train.texts)
+    d = rows[0].shape[1]
+    sae = SAE("topk", d_sae=4 * d, k=min(k, d), steps=steps, seed=seed).fit(np.concatenate(rows))
     ours, theirs = (
-        np.stack(
-            [
-                sae.encode(torch.from_numpy(text)).mean(0).numpy()
-                for text in token_rows(classifier, hook, data.texts)
-            ]
-        )
+        np.stack([sae.encode(torch.from_numpy(text)).mean(0).numpy() for text in texts])
+        for texts in (rows, token_rows(classifier, hook, test.texts))
+    )
+    return _selected(classifier, train, test, ours, theirs, n_attributes)
+
+
+def neurons_head(
+    classifier: Classifier,
+    hook: str,
+    train: TextsWithLabels,
+    test: TextsWithLabels,
+    *,
+    n_attributes: int,
+) -> Interpretation:
+    """Return the neurons of a hook's layer, the best by an F test, with a logistic regression.
+
+    In CRATE they are its sparse code, not negative: an interpreter that is free.
+    """
+    block = re.match(r"blocks\.\d+", hook)
+    if block is None:
+        raise RobustnessError(f"neurons: {hook} is in no block; give layers of FLINT by number")
+    place = f"{block[0]}.mlp.hook_post"
+    ours, theirs = (
+        np.stack([rows.mean(axis=0) for rows in token_rows(classifier, place, data.texts)])
         for data in (train, test)
     )
-    lives = np.flatnonzero(ours.std(axis=0) > 0)
+    return _selected(classifier, train, test, ours, theirs, n_attributes)
+
+
+def _selected(
+    classifier: Classifier,
+    train: TextsWithLabels,
+    test: TextsWithLabels,
+    ours: Float[ndarray, "n d"],
+    theirs: Float[ndarray, "m d"],
+    n_attributes: int,
+) -> Interpretation:
+    """Return the coordinates that tell the classifier's classes best, with a head on them."""
+    from sklearn.feature_selection import SelectKBest, f_classif
+
+    varies = np.flatnonzero(ours.std(axis=0) > 0)
     labels = classifier.predict(train.texts).argmax(axis=1)
-    chosen = SelectKBest(f_classif, k=min(n_attributes, len(lives))).fit(ours[:, lives], labels)
-    best = lives[chosen.get_support(indices=True)]
+    if len(np.unique(labels)) < 2 or not len(varies):
+        raise RobustnessError(ONE_CLASS)
+    chosen = SelectKBest(f_classif, k=min(n_attributes, len(varies))).fit(ours[:, varies], labels)
+    best = varies[chosen.get_support(indices=True)]
     scale = ours[:, best].std(axis=0)
     return _linear(classifier, train, test, ours[:, best] / scale, theirs[:, best] / scale)
 
@@ -255,10 +293,7 @@ def _linear(
     labels = classifier.predict(train.texts).argmax(axis=1)
     present = np.unique(labels)
     if len(present) < 2:
-        raise RobustnessError(
-            "the classifier puts all training texts in one class, so there is nothing to explain; "
-            "tune it longer"
-        )
+        raise RobustnessError(ONE_CLASS)
     head = LogisticRegression(C=10.0, fit_intercept=False, max_iter=2000).fit(ours, labels)
     weight = np.zeros((ours.shape[1], classifier.n_classes))
     weight[:, present] = (

@@ -191,6 +191,14 @@ class _FlintDraw:
                     n_attributes=n_attributes,
                     seed=seed,
                 )
+            case "neurons":
+                read = baselines.neurons_head(
+                    self.black_box,
+                    self._hooks[-1],
+                    self._train,
+                    self.test,
+                    n_attributes=n_attributes,
+                )
             case _:
                 read = baselines.concept_bottleneck(
                     self.black_box,
@@ -311,10 +319,22 @@ class _FlintDraw:
             read, task.label_names, task=task.name, feature=label, seed=self._draw.seed
         )
         store.append("all_scores", rows)
+        words = [
+            {
+                "hook": ATTRIBUTES,
+                "unit": picture.attribute,
+                "explainer": "decoder_words",
+                "seed": self._draw.seed,
+                "text": ", ".join(picture.words),
+            }
+            for picture in shown
+            if picture.words
+        ]
         with astore.open(folder / "store.duckdb", mode="w") as acts:
             capture(
                 flint.model, list(self.test.texts), hooks=ATTRIBUTES, max_density=1.0, into=acts
             )
+            acts.append_all({"all_scores": rows, "explanations": words})
 
     def _folder(self, label: str) -> Path | None:
         """Return where an entrant's files are: by what decides them, so that no other is taken."""

@@ -240,7 +240,7 @@ class Tuning(Section):
 
 
 FlintBaseline = Literal[
-    "linear_probe", "topics", "sae_head", "concepts", "concepts_corrected", "lime"
+    "linear_probe", "topics", "sae_head", "neurons", "concepts", "concepts_corrected", "lime"
 ]
 
 
