@@ -8,54 +8,26 @@ from html.parser import HTMLParser
 
 import pytest
 from console_escapes import ESCAPES
-from planted_store import planted_store
-from small_store import HOOK, HOSTILE, WORDS, small_store
+from small_store import HOOK, HOSTILE, WORDS
 
 import activation_store as astore
 from lmmono.errors import ModelError, RunError
 
 pytest.importorskip("starlette", reason="needs extra serve")
 pytest.importorskip("httpx", reason="starlette's test client needs httpx")
+from small_served import NASTY, small_served  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from lmmono.reports.server import console, search  # noqa: E402
 from lmmono.reports.server.app import build_app  # noqa: E402
 from lmmono.reports.server.guard import Access, Guard  # noqa: E402
-from lmmono.reports.server.served import Served  # noqa: E402
 
 BASE = "http://127.0.0.1:8765"
-NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)>\x1b]0;t\x07‮\"'`{{7*7}}</textarea>"
-"""HTML, script, an attribute, a terminal's title, a turned line, quotes, a template, an end tag."""
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    root = tmp_path_factory.mktemp("served")
-    (root / "secret.txt").write_text("the-secret\n")
-    small = small_store(root / "crate")
-    planted_store(root / "gpt2")
-    with astore.open(small.path, "a") as store:
-        said = {"seed": 0, "rank": 1, "split": "explain"}
-        store.append(
-            "explanations",
-            [
-                {
-                    "hook": HOOK,
-                    "unit": 1,
-                    "explainer": "token_lookup",
-                    "text": "cats " + NASTY,
-                    **said,
-                },
-                {"hook": HOOK, "unit": 2, "explainer": NASTY[:60], "text": "a dog", **said},
-            ],
-        )
-        score = {"metric": "m", "metric_version": 1, "hook": HOOK, "explainer": "token_lookup"}
-        values = [(None, 1, 0.9), ("shuffled", 1, 0.2), (None, 2, 0.95), ("shuffled", 2, 0.9)]
-        store.append(
-            "all_scores",
-            [score | {"control": c, "unit": u, "value": v, "ci_low": v} for c, u, v in values],
-        )
-    opened = Served([root / "crate", root / "gpt2"])
+    opened = small_served(tmp_path_factory.mktemp("served"))
     yield opened
     opened.close()
 

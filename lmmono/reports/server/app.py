@@ -540,7 +540,8 @@ def _standing_out(run: ServedRun) -> list[dict[str, Any]]:
     """Return the ten units whose score beats its best control by most, else the most peaked."""
     known = metrics(run)
     sort, metric = ("gain", known[0]) if known else ("kurtosis", None)
-    return list_units(run, sort=sort, metric=metric).rows[:10]
+    rows = list_units(run, sort=sort, metric=metric).rows[:10]
+    return [row for row in rows if metric is None or row["gain"] is not None]
 
 
 def _column_help(run: ServedRun) -> dict[str, list[str]]:
