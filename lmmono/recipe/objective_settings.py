@@ -4,11 +4,12 @@ Each kind is a record of `lmmono.registry.methods`, whose home computes the term
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from lmmono.recipe.base import Count, Fraction, Section, clash
+from lmmono.recipe.base import Count, Fraction, OneOf, Section, clash
+from lmmono.registry.suites import TEXT_CORRUPTIONS
 
 
 class ObjectiveSettings(Section):
@@ -180,8 +181,241 @@ class FlintSettings(ObjectiveSettings):
         return FLINT_VARIANTS[self.variant][name] if value is None else value
 
 
+LogitMeasure = Literal[
+    "symmetric_kl",
+    "half_symmetric_kl",
+    "kl",
+    "js",
+    "squared_logits",
+    "squared_probabilities",
+    "cosine",
+]
+"""How far two distributions are apart; see `lmmono.methods.distances`."""
+
+EMBEDDING_NOISE = ("embedding_gaussian", "embedding_dropout")
+"""Perturbations of token embeddings."""
+
+AMOUNTS = {"embedding_gaussian": 0.2, "embedding_dropout": 0.1, "token_replace": 0.1}
+"""What `amount` is where none is given."""
+
+SEVERITY = 3
+"""Severity of a noise of texts where none is given."""
+
+PERTURBATIONS = (*TEXT_CORRUPTIONS, *AMOUNTS)
+
+
+class Perturbation(Section, json_schema_extra={"type": ["string", "object"]}):
+    """A change that leaves the meaning; one with its own settings is written as its name alone."""
+
+    kind: Annotated[str, OneOf(PERTURBATIONS)]
+    """A noise of texts (`docs/robustness.md`), or noise on token embeddings, or other tokens."""
+    severity: Annotated[int, Field(ge=1, le=5)] | None = None
+    """Strength of a noise of texts; null takes 3."""
+    size: Annotated[float, Field(gt=0.0)] | None = None
+    """`embedding_gaussian`: deviation over the embeddings' root mean square, 0.2 by default;
+    `embedding_dropout`, `token_replace`: share of coordinates or tokens, 0.1."""
+
+    @model_validator(mode="after")
+    def _check_strength(self) -> "Perturbation":
+        is_text = self.kind in TEXT_CORRUPTIONS
+        if is_text and self.size is not None:
+            raise clash(f"{self.kind} is a noise of texts; want a severity, 1 to 5", "size")
+        if not is_text and self.severity is not None:
+            raise clash(f"{self.kind} has no severity; want a size", "severity")
+        if self.kind in ("embedding_dropout", "token_replace") and self.amount >= 1.0:
+            raise clash(f"{self.kind} wants a share below 1", "size")
+        return self
+
+    @property
+    def strength(self) -> int:
+        """Severity of a noise of texts."""
+        return self.severity or SEVERITY
+
+    @property
+    def amount(self) -> float:
+        """Strength of what is no noise of texts."""
+        return AMOUNTS.get(self.kind, 0.0) if self.size is None else self.size
+
+    @property
+    def title(self) -> str:
+        """Name in columns: the kind with its strength."""
+        if self.kind in TEXT_CORRUPTIONS:
+            return f"{self.kind}_{self.strength}"
+        return self.kind if self.size is None else f"{self.kind}_{self.size:g}"
+
+
+def _named(entry: Any) -> Any:
+    return entry if isinstance(entry, dict | Section) else {"kind": entry}
+
+
+class LogitDistance(Section):
+    """Of what the model says."""
+
+    on: Literal["logits"] = "logits"
+    weight: float = 1.0
+    """Share in the sum of distances."""
+    measure: LogitMeasure = "symmetric_kl"
+    """Which distance; the mean over texts, or over the tokens that were not changed."""
+
+
+class HiddenDistance(Section):
+    """Of streams: 1 - cosine after a layer norm, of texts pooled, of language models per token."""
+
+    on: Literal["hidden"] = "hidden"
+    weight: float = 1.0
+    """Share in the sum of distances."""
+    hooks: tuple[str, ...] | None = None
+    """Hook names or globs; null takes the streams after 1/3, 2/3 and all of the blocks."""
+
+
+class GradientDistance(Section):
+    """Of gradients of the loss by token embeddings: 1 - cosine on the tokens that both texts have.
+
+    Needs gradients of gradients, so two more passes: rather with `every_steps: 4`.
+    """
+
+    on: Literal["gradients"] = "gradients"
+    weight: float = 1.0
+    """Share in the sum of distances."""
+
+
+class AttributeDistance(Section):
+    """Of what an interpreter that is trained along, such as `flint`, reads off both."""
+
+    on: Literal["attributes"] = "attributes"
+    weight: float = 1.0
+    """Share in the sum of distances."""
+    of: Literal["attributes", "relevance"] = "attributes"
+    """`attributes`: L1 over the sum of L1 norms. `relevance`: 1 - cosine."""
+
+
+Distance = Annotated[
+    LogitDistance | HiddenDistance | GradientDistance | AttributeDistance,
+    Field(discriminator="on"),
+]
+
+
+class Continuity(ObjectiveSettings):
+    """Small changes that leave the meaning shall change the output little (semantic continuity).
+
+    (1 - augmentation) CE(x) + augmentation CE(x') + weight * sum of distances between x and x'.
+    """
+
+    kind: Literal["continuity"] = "continuity"
+    perturbations: tuple[Annotated[Perturbation, BeforeValidator(_named)], ...] = ()
+    """What is done to an input; each step draws one. Others are held out for the battery."""
+    distances: tuple[Distance, ...] = Field(
+        default_factory=lambda: (LogitDistance(),), min_length=1
+    )
+    """How far the outputs are apart; the paper's own distance could not be read."""
+    augmentation: Fraction = 0.0
+    """Share of the main loss that is taken on perturbed inputs; 0.5 with weight 0 is the key
+    control: the same augmentation without the constraint."""
+    hold_clean: bool = False
+    """Let no gradient into the clean side of the distances, as unsupervised augmentation does."""
+    warmup_fraction: Fraction = 0.1
+    """Share of the steps over which its weight then grows to the full one, in a line."""
+    synonyms: str | None = None
+    """File of synonyms or word vectors; `planted` for those of the planted language; null takes
+    WordNet."""
+
+    @model_validator(mode="after")
+    def _check_perturbations(self) -> "Continuity":
+        if not self.perturbations:
+            message = (
+                f"want at least one perturbation, such as typos or embedding_gaussian; there are "
+                f"{', '.join(PERTURBATIONS)}"
+            )
+            raise clash(message, "perturbations")
+        titles = [perturbation.title for perturbation in self.perturbations]
+        if len(set(titles)) < len(titles):
+            raise clash("want each perturbation once", "perturbations")
+        return self
+
+
+class RDrop(ObjectiveSettings):
+    """Two passes with dropout shall agree: main loss of both, half their symmetric KL (R-Drop)."""
+
+    kind: Literal["r_drop"] = "r_drop"
+    dropout: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Dropout of token embeddings in both passes; null takes the model's own dropout."""
+
+
+class AdversarialSettings(ObjectiveSettings):
+    """What moves token embeddings against the model."""
+
+    ascent_steps: Count = 1
+    """Steps uphill before the term is taken; each costs a pass."""
+
+
+class VirtualAdversarial(AdversarialSettings):
+    """KL from the clean output to that at the worst small change of embeddings (VAT)."""
+
+    kind: Literal["vat"] = "vat"
+    radius: Annotated[float, Field(gt=0.0)] = 0.15
+    """Norm of the change of a text over that of its embeddings."""
+    probe: Annotated[float, Field(gt=0.0)] = 0.01
+    """The same of the change at which the worst direction is looked for."""
+
+
+class SmoothAdversarial(AdversarialSettings):
+    """Symmetric KL at a changed embedding, each token's change of one largest norm (SMART).
+
+    As in the released code: no Bregman proximal term.
+    """
+
+    kind: Literal["smart"] = "smart"
+    noise: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Standard deviation of the first change."""
+    step_size: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Length of a step uphill, in the largest norm of a token."""
+    radius: Annotated[float, Field(gt=0.0)] | None = None
+    """Largest change of a coordinate; null sets no bound, as the released code in effect."""
+
+
+class FreeLargeBatch(AdversarialSettings):
+    """The main loss at changed embeddings, mean over the steps uphill (FreeLB)."""
+
+    kind: Literal["freelb"] = "freelb"
+    ascent_steps: Count = 2
+    """Passes at changed embeddings, each one a step further uphill."""
+    step_size: Annotated[float, Field(gt=0.0)] = 0.1
+    """Length of a step uphill, Frobenius norm of a text."""
+    start: Annotated[float, Field(ge=0.0)] = 0.6
+    """The first change is uniform within this over the square root of its number of coordinates."""
+    radius: Annotated[float, Field(gt=0.0)] | None = 0.6
+    """Largest Frobenius norm of a text's change; null sets no bound."""
+
+
+class SmoothedLabels(ObjectiveSettings):
+    """The main loss with smoothed labels; Szegedy et al. 2016."""
+
+    kind: Literal["label_smoothing"] = "label_smoothing"
+    share: Fraction = 0.1
+    """Probability that is spread over all classes."""
+
+
+class JacobianPenalty(ObjectiveSettings):
+    """Squared norm of the Jacobian of logits by token embeddings, by random projections."""
+
+    kind: Literal["jacobian"] = "jacobian"
+    projections: Count = 1
+    """Random directions of the logits per step; the mean over them is unbiased."""
+
+
 AnyObjective = Annotated[
-    Decorrelation | FlintSettings | MonoScore | ReversedDeactivation | SparsePenalty,
+    Continuity
+    | Decorrelation
+    | FlintSettings
+    | FreeLargeBatch
+    | JacobianPenalty
+    | MonoScore
+    | RDrop
+    | ReversedDeactivation
+    | SmoothAdversarial
+    | SmoothedLabels
+    | SparsePenalty
+    | VirtualAdversarial,
     Field(discriminator="kind"),
 ]
 """Settings of an objective, by its kind. A new kind is a class here and a record in

@@ -48,6 +48,7 @@ class Method:
 
 
 _PENALTIES = "lmmono.methods.penalties"
+_CONSISTENCY = "lmmono.methods.consistency"
 _ADAPTERS = "lmmono.methods.adapters:adapted"
 _CONTRASTIVE = "lmmono.methods.contrastive"
 _TUNED: tuple[Place, ...] = ("train", "fine_tuning")
@@ -101,6 +102,76 @@ _METHODS = (
         "reversed, naive",
         "candidates: the paper's equations could not be read",
         f"{_PENALTIES}:ReversedDeactivationTerm",
+        _TUNED,
+    ),
+    Method(
+        "continuity",
+        "objective",
+        "changes that leave the meaning shall change logits, streams, gradients, attributes little",
+        "Wu et al., semantic continuity (arXiv 2011.09789)",
+        "task + weight x distance, every choice a setting; augmentation with or without it",
+        "candidates: beyond the abstract and the form of the loss the paper could not be read",
+        "lmmono.methods.continuity:ContinuityTerm",
+        _TUNED,
+    ),
+    Method(
+        "r_drop",
+        "objective",
+        "two passes with dropout agree",
+        "R-Drop, Liang et al. 2021 (arXiv 2106.14448)",
+        "half the symmetric KL, batch means; dropout of the model, or of token embeddings",
+        "the paper's equation; its code sums over the batch",
+        f"{_CONSISTENCY}:RDropTerm",
+        _TUNED,
+    ),
+    Method(
+        "vat",
+        "objective",
+        "the worst small change of token embeddings changes the output little",
+        "VAT, Miyato et al. (arXiv 1704.03976)",
+        "KL to the held clean output; radius over the norm of a text's embeddings",
+        "equations from memory",
+        f"{_CONSISTENCY}:VatTerm",
+        _TUNED,
+    ),
+    Method(
+        "smart",
+        "objective",
+        "the same with symmetric KL and a step of one largest norm per token",
+        "SMART, Jiang et al. 2020 (arXiv 1911.03437)",
+        "the released code's infinity norm per token; no Bregman proximal term",
+        "as its code",
+        f"{_CONSISTENCY}:SmartTerm",
+        _TUNED,
+    ),
+    Method(
+        "freelb",
+        "objective",
+        "the main loss at embeddings changed against the model, mean over steps uphill",
+        "FreeLB, Zhu et al. 2020 (arXiv 1909.11764)",
+        "one optimizer step on the mean; dropout drawn anew in each pass",
+        "the paper's algorithm but for the shared dropout masks",
+        f"{_CONSISTENCY}:FreeLbTerm",
+        _TUNED,
+    ),
+    Method(
+        "label_smoothing",
+        "objective",
+        "the main loss with smoothed labels",
+        "Szegedy et al. 2016 (arXiv 1512.00567)",
+        "(1 - share) loss + share mean of -log p",
+        "standard definition",
+        f"{_CONSISTENCY}:LabelSmoothingTerm",
+        _TUNED,
+    ),
+    Method(
+        "jacobian",
+        "objective",
+        "logits change little with token embeddings",
+        "Hoffman et al. 2019 (arXiv 1908.02729)",
+        "squared Frobenius norm by random projections",
+        "standard definition",
+        f"{_CONSISTENCY}:JacobianTerm",
         _TUNED,
     ),
     Method(

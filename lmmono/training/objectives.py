@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmmono.errors import TrainError
 from lmmono.models.hooks import attached, bare, match_hooks, recording, run_until
@@ -149,6 +150,7 @@ class Step:
         embeds: Float[Tensor, "batch pos d"] | None = None,
         hooks: Sequence[str] = (),
         grad: bool = True,
+        twice: bool = False,
     ) -> Outputs:
         """Run the model once more, in the mode it is in; dropout is drawn anew.
 
@@ -157,15 +159,26 @@ class Step:
             embeds: What stands in place of the token embeddings.
             hooks: Hooks whose activations are wanted.
             grad: Whether a graph is kept.
+            twice: Whether gradients of gradients are wanted, which fused attention has none of.
         """
         with ExitStack() as stack:
             if not grad:
                 stack.enter_context(torch.no_grad())
+            if twice:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if embeds is not None:
                 stack.enter_context(_embedded(self.network, embeds))
             acts = stack.enter_context(recording(self.network, hooks)) if hooks else {}
             outputs = self.trainee.run(batch or self.batch)
         return Outputs(outputs.logits, outputs.loss, outputs.features, dict(acts))
+
+    def main(self, logits: Tensor, labels: Tensor) -> Float[Tensor, ""]:
+        """Return the main loss of logits."""
+        return self.trainee.loss_of(logits, labels)
+
+    def read(self, texts: Sequence[str], labels: Tensor) -> TokenBatch:
+        """Return texts as a batch; see `Trainee.read`."""
+        return self.trainee.read(texts, labels)
 
     def embed(self, ids: Int64[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d"]:
         """Return the token embeddings of ids, as the model's first layer is given them."""

@@ -41,6 +41,7 @@ def corrupt_texts(
     *,
     seed: int,
     synonyms: Synonyms | None = None,
+    require_change: bool = True,
 ) -> list[str]:
     """Return the texts with noise of one kind.
 
@@ -50,6 +51,8 @@ def corrupt_texts(
         severity: 1, mild, to 5, strong; 0 returns the texts as they are.
         seed: Seed of which words are edited and how.
         synonyms: For `synonyms`: what may stand for a word; None takes WordNet's.
+        require_change: Whether noise that changes none of the texts is an error; a few short texts
+            of a training batch may have no place for it.
 
     Raises:
         DataError: An unknown kind or severity, noise that would change none of the texts, or
@@ -67,7 +70,7 @@ def corrupt_texts(
         change = _edit(one) if corruption.takes == "word" else one
     noisy = [_corrupt(text, corruption, change, severity, seed) for text in texts]
     n_changed = sum(new != old for new, old in zip(noisy, texts, strict=True))
-    if not n_changed:
+    if not n_changed and require_change:
         raise DataError(
             f"{kind} of severity {severity} changes none of the {len(texts)} texts: they have no "
             "place for it, or too few words; give more or longer texts, or a higher severity"
