@@ -151,6 +151,27 @@ def test_the_same_seed_gives_the_same_bits_and_a_saved_one_too(flint, tmp_path):
         load_flint(tmp_path / "flint", tiny("gpt2"), TOKENIZER)
 
 
+@pytest.mark.parametrize("mode", ["by_design", "post_hoc"])
+def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(mode, classifier, tmp_path):
+    model = classifier if mode == "post_hoc" else tiny("gpt2")
+    how = {**SMALL, "tuning": FineTuning(epochs=3, lr=1e-2), "diversity_memory": 0.9}
+    whole = Flint(mode=mode, **how).fit(model, TRAIN, VAL, tokenizer=TOKENIZER)
+
+    def stopped(_what, done, _total, **_):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    for progress in (stopped, None):
+        again = Flint(mode=mode, **how)
+        given = {} if progress is None else {"progress": progress}
+        try:
+            again.fit(model, TRAIN, VAL, tokenizer=TOKENIZER, folder=tmp_path, **given)
+        except KeyboardInterrupt:
+            assert any(tmp_path.rglob("*.safetensors")), "the first epoch is kept"
+    texts = TEST.texts[:5]
+    assert np.array_equal(whole.interpret(texts).scores, again.interpret(texts).scores)
+
+
 def test_what_cannot_be_is_refused_with_the_way_out(classifier):
     with pytest.raises(RobustnessError, match="50000 classes on 24 attributes.*fewer classes"):
         Flint().fit(tiny("gpt2"), TRAIN, VAL, n_classes=50_000, tokenizer=TOKENIZER)

@@ -293,7 +293,7 @@ class Flint:
                 settings=how,
                 tokenizer=tokenizer,
                 keep="last",
-                folder=where,
+                folder=None if where is None else where / "both",
                 progress=progress,
             )
             objective = classifier.terms.by_name[NAME]
