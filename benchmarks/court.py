@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/court"))
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of the page")
     options = parser.parse_args()
     size = {"n_units": options.units, "n_tokens": options.tokens, "seed": options.seed}
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -80,6 +81,8 @@ def main() -> None:
             rows = {verdict.metric: verdict.rows for verdict in verdicts}
             path.write_text(json.dumps({"seconds": seconds, "rows": rows}))
         show(path)
+    if options.markdown:
+        tables(place)
     if options.write:
         write(place, size)
 
@@ -103,6 +106,40 @@ def show(path: Path) -> None:
                 cells.append(f"{density:g}: {worst['ranking']:.2f} {worst['false']}")
             least = verdict.least_density(noise)
             print(f"  {verdict.metric} {noise}, least {least}: {'; '.join(cells)}", flush=True)
+
+
+def tables(place: Path) -> None:
+    """Print tables in Markdown: the worst kind by density, then NeuronEval's two tests."""
+    verdicts = [verdict for path in sorted(place.glob("*.json")) for verdict in read(path)[1]]
+    heads = " | ".join(f"{100 * density:g} %" for density in DENSITIES)
+    line = "|---" * (len(DENSITIES) + 2) + "|"
+    for noise in NOISES:
+        print(f"\n{noise}: worst of all kinds\n\n| metric | {heads} | least |\n{line}")
+        for verdict in verdicts:
+            cells = [min(_rankings(verdict, noise, density)) for density in DENSITIES]
+            least = verdict.least_density(noise)
+            shown = " | ".join(f"{cell:.2f}" for cell in cells)
+            end = "none" if least is None else f"{100 * least:g} %"
+            print(f"| `{verdict.metric}` | {shown} | {end} |")
+    for noise in NOISES:
+        print(f"\n{noise}: missing labels, extra labels\n\n| metric | {heads} | |\n{line}")
+        for verdict in verdicts:
+            cells = [
+                ", ".join(
+                    f"{_rankings(verdict, noise, density, kind)[0]:.2f}"
+                    for kind in ("missing_labels", "extra_labels")
+                )  # fmt: skip
+                for density in DENSITIES
+            ]
+            print(f"| `{verdict.metric}` | {' | '.join(cells)} | |")
+
+
+def _rankings(verdict: Verdict, noise: str, density: float, kind: str = "") -> list[float]:
+    return [
+        row["ranking"]
+        for row in verdict.rows
+        if (row["noise"], row["density"]) == (noise, density) and kind in ("", row["false"])
+    ]
 
 
 def write(place: Path, size: dict[str, int]) -> None:

@@ -2,13 +2,23 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import mutual_info_score, roc_auc_score
 
 from lmmono.errors import ExplainError
 from lmmono.pipeline import train
 from lmmono.recipe import Recipe
 from lmmono.scores import audit, planted_units
 from lmmono.scores.audit import audit_scorer
-from lmmono.scores.planted_units import FALSE, LEVELS, broad, narrow, near_miss
+from lmmono.scores.planted_units import (
+    CRITERIA,
+    FALSE,
+    LEVELS,
+    broad,
+    feature_areas,
+    information_shares,
+    narrow,
+    near_miss,
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,28 +81,36 @@ def test_neurons_of_a_run_that_follow_a_feature_are_audited_too(tmp_path, monkey
     (tmp_path / "known.yaml").write_text(RECIPE)
     run = train(Recipe.load(tmp_path / "known.yaml", f"out={tmp_path / 'runs'}"))
     with pytest.raises(ExplainError, match="no neuron follows a feature; train it longer"):
-        monkeypatch.setattr(planted_units, "MATCHED", 0.99)
+        monkeypatch.setattr(planted_units, "CRITERIA", dict.fromkeys(CRITERIA, ("trained", 1.01)))
         audit_scorer("simulation_random", run=run, max_tokens=2048)
     # even an untrained layer has neurons that happen to prefer the words of a feature
-    monkeypatch.setattr(planted_units, "MATCHED", 0.25)
+    low = {"mutual_information": ("trained", 0.05), "auroc": ("by AUROC", 0.8)}
+    monkeypatch.setattr(planted_units, "CRITERIA", low)
     rows = audit_scorer("simulation_random", run=run, max_tokens=4096).rows
-    assert {row["level"] for row in rows} == {"trained"}
-    (whole,) = [row for row in rows if row["kind"] == row["false"] == "all"]
-    (random,) = [row for row in rows if row["kind"] == "all" and row["false"] == "random"]
-    assert 5 < whole["n"] <= 128
-    assert random["ranking"] > 0.75
+    assert {row["level"] for row in rows} == {"trained", "by AUROC"}
+    whole = [row for row in rows if row["kind"] == row["false"] == "all"]
+    random = [row for row in rows if row["kind"] == "all" and row["false"] == "random"]
+    assert all(3 < row["n"] <= 128 for row in whole)
+    assert all(row["ranking"] > 0.6 for row in random)
 
 
-def test_correlations_are_those_of_numpy():
+def test_information_and_areas_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
-    acts, truth = rng.random((50, 3)).astype(np.float32), rng.random((50, 2)) < 0.3
+    acts = np.where(rng.random((400, 3)) < 0.5, rng.random((400, 3)), 0).astype(np.float32)
     acts[:, 1] = 2.0
-    found = planted_units._correlations(acts, truth)
+    truth = rng.random((400, 2)) < 0.2 + 0.6 * acts[:, :1]
+    areas, shares = feature_areas(acts, truth), information_shares(acts, truth)
     for unit in (0, 2):
+        fires = acts[:, unit] > 0
+        edges = np.quantile(acts[fires, unit], np.linspace(0, 1, 10)[1:-1])
+        levels = np.where(fires, 1 + np.searchsorted(edges, acts[:, unit], side="right"), 0)
         for feature in range(2):
-            wanted = np.corrcoef(acts[:, unit], truth[:, feature])[0, 1]
-            assert found[unit, feature] == pytest.approx(wanted, abs=1e-5)
-    assert found[1] == pytest.approx(0.0, abs=1e-3)
+            is_true = truth[:, feature]
+            assert areas[unit, feature] == pytest.approx(roc_auc_score(is_true, acts[:, unit]))
+            entropy = mutual_info_score(is_true, is_true)
+            wanted = mutual_info_score(levels, is_true) / entropy
+            assert shares[unit, feature] == pytest.approx(wanted)
+    assert areas[1] == pytest.approx(0.5) and shares[1] == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize("name", ["token_selectivity", "llm_simulation", "intruder"])

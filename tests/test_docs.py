@@ -137,7 +137,7 @@ def test_the_guide_to_explaining_does_what_it_says(folder):
             counted += run_bash("lmmono check guide.yaml", folder)
         else:
             counted += runners[language](block, folder)
-    assert counted == {"lmmono": 3, "python": 1, "sql": 3}
+    assert counted == {"lmmono": 4, "python": 1, "sql": 3}
     assert list((folder / "upload").glob("*/1-lmmono/scores/batch-0.jsonl.gz"))
     assert len(list((folder / "neurons" / "1").glob("*.jsonl"))) == 16
 

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -40,6 +41,29 @@ def distribution(requirement: str) -> str:
     name = re.match(r"[A-Za-z0-9._-]+", requirement)
     assert name is not None
     return re.sub(r"[-_.]+", "-", name.group()).lower()
+
+
+def test_every_commit_that_a_page_names_exists():
+    """A word of 7 to 40 hexadecimal digits, letters and numbers among them, names a commit."""
+
+    def git(*words: str, text: str = "") -> str:
+        done = subprocess.run(
+            ["git", "-C", ROOT, *words], input=text, capture_output=True, text=True
+        )
+        return done.stdout
+
+    if git("rev-parse", "--is-shallow-repository").strip() != "false":
+        pytest.skip("no checkout with its history")
+    pages = [ROOT / "README.md", ROOT / "lmmono/registry/court.py", *(ROOT / "docs").rglob("*.md")]
+    named: dict[str, str] = {}
+    for page in pages:
+        for word in re.findall(r"\b[0-9a-f]{7,40}\b", page.read_text()):
+            if re.search("[a-f]", word) and re.search("[0-9]", word):
+                named[word] = page.name
+    answers = git("cat-file", "--batch-check", text="\n".join(named)).splitlines()
+    lost = [word for word, answer in zip(named, answers, strict=True) if " commit " not in answer]
+    assert len(named) > 20
+    assert not lost, f"no such commit: {[(word, named[word]) for word in lost]}"
 
 
 def test_only_the_command_line_prints():

@@ -10,7 +10,13 @@ from test_cli import TINY, call
 import activation_store as astore
 import lmmono as lm
 from lmmono.errors import ExplainError, RunError
-from lmmono.reports.study_tables import _score_table, are_twins, over_seeds, study_tables
+from lmmono.reports.study_tables import (
+    _score_table,
+    are_twins,
+    over_seeds,
+    study_tables,
+    variance_tables,
+)
 from lmmono.runs.folder import Run, find_runs, open_run
 
 STUDY = TINY.replace("seed: 0", "seeds: [0, 1]").replace("steps: 12", "steps: 4") + (
@@ -108,3 +114,15 @@ def test_the_verb_prints_the_tables_and_names_what_is_not_scored(study, capsys, 
         study_tables([study])
     assert call("compare", study) == 2
     assert call("compare", tmp_path) == 2
+
+
+def test_the_variance_of_a_mean_score_is_told_by_arm_seed_half_and_draw(study):
+    explainer = "token_lookup:window=32"
+    (table,) = variance_tables(
+        [study], scorers=["simulation_random"], explainers=[explainer], n_draws=2, n_units=8
+    )
+    factors = ["architecture", "training seed", "corpus half", "record draw"]
+    assert [row[0] for row in table.rows[:-1]] == factors
+    shares = [float(row[2].rstrip("%")) for row in table.rows]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+    assert "explainer, judge" in table.note

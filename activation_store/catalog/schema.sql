@@ -404,6 +404,7 @@ CREATE TABLE IF NOT EXISTS all_scores (
     failure VARCHAR,
     reason VARCHAR,
     nan_fraction DOUBLE,
+    is_below BOOLEAN,
     n_calls BIGINT,
     n_prompt_tokens BIGINT,
     n_completion_tokens BIGINT,
@@ -438,6 +439,7 @@ COMMENT ON COLUMN all_scores.n_failures IS 'Items that failed and are not in the
 COMMENT ON COLUMN all_scores.failure IS 'Type of the failure where there is no value';
 COMMENT ON COLUMN all_scores.reason IS 'What went wrong, in words; NULL where failure says all';
 COMMENT ON COLUMN all_scores.nan_fraction IS 'Share of items whose score is not defined, 0 to 1; units and their means count them as chance, measures of dictionaries leave them out';
+COMMENT ON COLUMN all_scores.is_below IS 'Whether the unit fires, but more rarely than the least density at which the metric ranks true explanations first (lmmono ls scorers); means leave it out; NULL where that was never measured';
 COMMENT ON COLUMN all_scores.n_calls IS 'Calls to the judge, >= 0';
 COMMENT ON COLUMN all_scores.n_prompt_tokens IS 'Tokens sent, >= 0';
 COMMENT ON COLUMN all_scores.n_completion_tokens IS 'Tokens received, >= 0';

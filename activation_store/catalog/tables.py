@@ -133,6 +133,7 @@ _ARROW = {
     "BIGINT": pa.int64(),
     "FLOAT": pa.float32(),
     "DOUBLE": pa.float64(),
+    "BOOLEAN": pa.bool_(),
     "TIMESTAMP": pa.timestamp("us"),
     "BLOB": pa.binary(),
     "INTEGER[]": pa.list_(pa.int32()),

@@ -442,6 +442,44 @@ def results(
     return first
 
 
+@app.command()
+@prints_rows
+def variance(
+    studies: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Folders that hold the runs of a study."),
+    ],
+    scorer: Annotated[
+        list[str] | None, typer.Option(help="Scorers of explanations; repeatable.")
+    ] = None,
+    explainer: Annotated[
+        list[str] | None, typer.Option(help="Explainers of the runs; repeatable.")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of records.")] = 3,
+    units: Annotated[
+        int | None, typer.Option(min=2, help="Units of each hook; all by default.")
+    ] = None,
+) -> Sequence[OutputTable]:
+    """Tell which choice moves a score: corpus half, record draw, explainer, training seed, arm.
+
+    Example: lmmono variance runs/study_layers --explainer token_lookup --explainer context_rules
+    """
+    from lmmono.cli.terminal import shown_progress
+    from lmmono.reports.study_tables import variance_tables
+
+    with shown_progress() as progress:
+        return reports(
+            variance_tables(
+                studies,
+                scorers=scorer or ["simulation_random", "detection"],
+                explainers=explainer or ["token_lookup"],
+                n_draws=draws,
+                n_units=units,
+                progress=progress,
+            )
+        )
+
+
 @app.command("audit-scorer")
 @prints_rows
 def audit_scorer(
@@ -456,15 +494,24 @@ def audit_scorer(
             help="Audit on the neurons of this run, which must be of the planted language."
         ),
     ] = None,
+    densities: Annotated[
+        bool,
+        typer.Option("--densities", help="Audit on units that fire on 0.01 % to 10 % of tokens."),
+    ] = False,
 ) -> OutputTable:
     """Measure how often a scorer ranks true explanations of planted units above false ones.
 
-    Example: lmmono audit-scorer simulation_tar
+    Example: lmmono audit-scorer simulation_tar --densities
     """
     from lmmono.cli.terminal import shown_progress
     from lmmono.scores.audit import audit_scorer
+    from lmmono.scores.court import audit_densities
 
     with shown_progress() as progress:
+        if densities:
+            verdict = audit_densities(name, seed=seed, progress=progress)
+            rows = [tuple(row.values()) for row in verdict.rows]
+            return OutputTable(tuple(verdict.rows[0]), rows, title=verdict.metric)
         audit = audit_scorer(name, run=run, n_documents=n_documents, seed=seed, progress=progress)
     rows = [tuple(row.values()) for row in audit.rows]
     return OutputTable(tuple(audit.rows[0]), rows, title=audit.metric)

@@ -33,16 +33,20 @@ def metrics_markdown() -> str:
         "",
         "## Scorers",
         "",
-        "Chance is what a guess gets; where it depends on the data, the controls say it.",
+        "Chance is what a guess gets; where it depends on the data, the controls say it. Least",
+        "density: the least share of tokens on which a unit must fire for the scorer to rank its",
+        "true explanation first ([results](results/scorers.md)); empty where not measured.",
         "",
-        "| scorer | measures | needs | chance | writes | source |",
-        "|---|---|---|---|---|---|",
+        "| scorer | measures | needs | chance | least density | writes | source |",
+        "|---|---|---|---|---|---|---|",
     ]
     for scorer in SCORERS.values():
         needs = ", ".join(scorer.needs) or "the store alone"
         chance = "" if scorer.chance is None else f"{scorer.chance:g}"
         writes = ", ".join(f"`{name}`" for name in scorer.metrics)
-        parts.append(_row(f"`{scorer.name}`", scorer.about, needs, chance, writes, scorer.citation))
+        least = "" if scorer.least_density is None else f"{scorer.least_density:g}"
+        cells = (scorer.about, needs, chance, least, writes, scorer.citation)
+        parts.append(_row(f"`{scorer.name}`", *cells))
     return "\n".join(parts) + "\n"
 
 

@@ -94,10 +94,18 @@ def list_scorers(_: Path) -> OutputTable:
     from lmmono.registry.scorers import SCORERS
 
     rows = (
-        (each.name, ", ".join(each.needs), each.chance, ", ".join(each.presets), each.about)
+        (
+            each.name,
+            ", ".join(each.needs),
+            each.chance,
+            each.least_density,
+            ", ".join(each.presets),
+            each.about,
+        )
         for each in SCORERS.values()
     )
-    return OutputTable(("scorer", "needs", "chance", "presets", "about"), tuple(rows))
+    columns = ("scorer", "needs", "chance", "least_density", "presets", "about")
+    return OutputTable(columns, tuple(rows))
 
 
 def list_methods(_: Path) -> OutputTable:

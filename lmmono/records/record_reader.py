@@ -1,8 +1,11 @@
 """The one door to what explains and scores: reads a store once per hook, whoever asks how often."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar
+
+import numpy as np
 
 import activation_store as astore
 from lmmono.records.corpus_excerpts import Excerpts, read_excerpts
@@ -28,10 +31,13 @@ class RecordReader:
     Args:
         store: An open store.
         seed: Seed of what is drawn.
+        part: Read the i-th of n parts of the documents of split `score`, as (i, n); None reads all.
     """
 
-    def __init__(self, store: astore.Store, *, seed: int = 0) -> None:
-        self.store, self.seed = store, seed
+    def __init__(
+        self, store: astore.Store, *, seed: int = 0, part: tuple[int, int] | None = None
+    ) -> None:
+        self.store, self.seed, self._part = store, seed, part
         self._excerpts = cache(self._read_excerpts)
         self._hook = ""
         self._of_hook: dict[tuple[object, ...], Any] = {}
@@ -45,7 +51,16 @@ class RecordReader:
         return self._excerpts(split, window)
 
     def _read_excerpts(self, split: Split, window: int) -> Excerpts:
-        return read_excerpts(self.store, split, window=window)
+        excerpts = read_excerpts(self.store, split, window=window)
+        if self._part is None or split != "score":
+            return excerpts
+        i, n = self._part
+        names, number = np.unique(excerpts.doc_ids, return_inverse=True)
+        # documents are dealt out at random: their order in the corpus may mean something
+        dealt = np.random.default_rng(0).permutation(len(names)) % n == i
+        kept = dealt[number]
+        first, ids = excerpts.first_cells[kept], excerpts.token_ids[kept]
+        return replace(excerpts, first_cells=first, token_ids=ids)
 
     def once(self, hook: str, key: tuple[object, ...], read: Callable[[], T]) -> T:
         """Return what `read` returns, read once per hook and key; another hook forgets the last."""

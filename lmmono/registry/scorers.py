@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lmmono.errors import ExplainError
+from lmmono.registry.court import COURT
 from lmmono.registry.lookup import find, load
 from lmmono.registry.scorer_settings import (
     AskedTrialSettings,
@@ -69,6 +70,14 @@ class Scorer:
     def argument(self) -> Need | None:
         """The argument that it wants in Python and no recipe can give; None for the others."""
         return next((need for need in UNGIVEN if need in self.needs), None)
+
+    @property
+    def least_density(self) -> float | None:
+        """Least density of units that it holds for; None where that was never measured.
+
+        Infinite where it passes at no density.
+        """
+        return least_density(self.metrics[0])
 
     @property
     def setting_names(self) -> tuple[str, ...]:
@@ -328,6 +337,22 @@ _ALL = (
 
 SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _ALL}
 """Scorers by name; adding one is adding a record."""
+
+
+def least_density(metric: str) -> float | None:
+    """Return the least density at which a metric ranks true explanations of exact units first.
+
+    None where it never came before the court (`benchmarks/court.py`), infinite where it passes at
+    no density. Other measures of a scorer, such as `simulation_tar_r2`, hold as its headline does.
+    """
+    name = metric.removesuffix("_defined")
+    if name not in COURT:
+        of = [scorer.metrics[0] for scorer in SCORERS.values() if name in scorer.metrics]
+        name = of[0] if of else name
+    least = COURT.get(name)
+    if least is None:
+        return None
+    return float("inf") if least["exact"] is None else least["exact"]
 
 
 def find_scorer(name: str) -> Scorer:

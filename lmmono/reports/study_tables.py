@@ -23,6 +23,7 @@ from lmmono.reports.training_tables import Scored, training_tables
 from lmmono.runs.folder import Run, find_runs, open_run
 from lmmono.stats.intervals import student_interval
 from lmmono.studies.differences import Difference, MeanDifference, compare
+from lmmono.studies.variance import WHOLE_CORPUS, score_variance
 from lmmono.types import Progress, silent
 
 Key = tuple[str, str, str]
@@ -82,6 +83,72 @@ def study_tables(folders: Sequence[Path], progress: Progress = silent) -> tuple[
     ]
     neurons += presets
     return (*tables, *training_tables(arms, pairs, neurons))
+
+
+def variance_tables(
+    folders: Sequence[Path],
+    *,
+    scorers: Sequence[str],
+    explainers: Sequence[str],
+    n_draws: int,
+    n_units: int | None,
+    progress: Progress = silent,
+) -> tuple[ReportTable, ...]:
+    """Return, for each scorer, the shares of a model's mean score by the choices behind it.
+
+    Args:
+        folders: Folders of runs of one recipe with arms.
+        scorers: Scorers of explanations.
+        explainers: Explainers whose explanations the runs hold.
+        n_draws: Draws of records.
+        n_units: Units of each hook; None takes all.
+        progress: Told how many combinations are measured.
+
+    Raises:
+        RunError: There is no run, or one is not scored or belongs to no arm.
+        ExplainError: The arms have different numbers of seeds, or explanations are missing.
+    """
+    arms = _by_arm([open_run(path) for folder in folders for path in find_runs(folder)])
+    tables: list[ReportTable] = []
+    with ExitStack() as stack:
+        stores = {
+            name: [stack.enter_context(astore.open(run.store_path)) for run in mine]
+            for name, mine in arms.items()
+        }
+        for scorer in scorers:
+            found = score_variance(
+                stores,
+                scorer=scorer,
+                explainers=explainers,
+                n_draws=n_draws,
+                n_units=n_units,
+                halves=scorer not in WHOLE_CORPUS,
+                progress=progress,
+            )
+            rows = tuple(
+                (
+                    part.name,
+                    str(part.n_levels),
+                    f"{part.share:.1%}",
+                    f"[{part.share_low:.1%}, {part.share_high:.1%}]",
+                    f"{part.variance**0.5:.4f}",
+                )
+                for part in found.components
+            )
+            tables.append(
+                ReportTable(
+                    title=f"Variance of {scorer}",
+                    columns=("factor", "levels", "share", "95 %", "sd"),
+                    rows=rows,
+                    note=(
+                        f"Shares of the variance of a model's mean score over {found.values.size} "
+                        "combinations; training seeds lie within arms. Intervals: "
+                        f"{found.ci_method}. One level, so not known: "
+                        f"{', '.join(found.fixed) or 'none'}."
+                    ),
+                )
+            )
+    return tuple(tables)
 
 
 def are_twins(a: Sequence[Run], b: Sequence[Run]) -> bool:
@@ -308,12 +375,15 @@ def _twin_table(
             "defined only",
             "density-matched",
             "overlap",
+            "left out",
         ),
         rows=tuple(rows),
         note=(
             "Differences of model means, with 95 % intervals over pairs of training runs (Student "
             "t); an interval that holds 0 tells nothing apart. density-matched: units weighted so "
-            "that both models have the same densities; overlap: share of densities that both have."
+            "that both models have the same densities; overlap: share of densities that both "
+            "have. left out: share of the units of each arm that fire more rarely than the scorer "
+            "holds for (`lmmono ls scorers`)."
         ),
     )
 
@@ -324,6 +394,7 @@ def _cells(found: Difference) -> tuple[str, ...]:
         _estimate(found.defined),
         _estimate(found.density_matched),
         f"{found.overlap:.0%}",
+        f"{found.below[0]:.0%}, {found.below[1]:.0%}",
     )
 
 

@@ -83,7 +83,8 @@ def _rows(
     present, is_token = records.cells >= 0, records.token_ids != PADDING
     sums, agreement = record_sums(records.acts, predicted, is_token), AGREEMENTS["spearman"]
     value = agreement.of(sums.sum(axis=1))
-    low, high = unit_intervals(sums, present, INTERVAL_KINDS, agreement)
+    doc_ids = records.grid.doc_ids[records.cells]
+    low, high = unit_intervals(sums, present, INTERVAL_KINDS, agreement, doc_ids)
     firing = (records.acts > 0).any(axis=2).sum(axis=1)
     rows: list[Row] = []
     for i, unit in enumerate(records.units.tolist()):

@@ -98,14 +98,16 @@ def _scores(
     values = np.zeros((len(units), 1 + len(FALSE)))
     query = """SELECT hook, unit, coalesce(value, 0) FROM all_scores WHERE metric = $metric
         AND explainer = $explainer AND control IS NULL AND unit IS NOT NULL"""
-    row_of = {(unit.hook, unit.unit): i for i, unit in enumerate(units)}
-    hooks = sorted({unit.hook for unit in units})
-    for at, kind in enumerate(("true", *FALSE)):
-        explainer = explainer_of(kind)
-        score(store, hooks, scorer=name, explainer=explainer, controls=False)
-        for hook, unit, value in store.sql(query, metric=metric, explainer=explainer).fetchall():
-            values[row_of[hook, unit], at] = value
-        progress(f"audit {name}", at + 1, 1 + len(FALSE))
+    for criterion in dict.fromkeys(unit.criterion for unit in units):
+        chosen = {(u.hook, u.unit): i for i, u in enumerate(units) if u.criterion == criterion}
+        hooks = sorted({hook for hook, _ in chosen})
+        for at, kind in enumerate(("true", *FALSE)):
+            explainer = explainer_of(kind, criterion)
+            score(store, hooks, scorer=name, explainer=explainer, controls=False)
+            found = store.sql(query, metric=metric, explainer=explainer).fetchall()
+            for hook, unit, value in found:
+                values[chosen[hook, unit], at] = value
+            progress(f"audit {name}", at + 1, 1 + len(FALSE))
     return values
 
 

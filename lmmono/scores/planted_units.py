@@ -2,7 +2,8 @@
 
 Planted units are exact functions of features of the planted language: as they are, with noise, in
 superposition with another feature, or both. A trained model's neuron is taken to mean the feature
-with which it correlates most, where that is much; what it fires on besides stays in it.
+that it tells best, by mutual information and once more by AUROC, where that is much; what it fires
+on besides stays in it. Not by Pearson: simulation, which is Pearson, would rank its own choice.
 
 Explanations are look-up tables of words. The true one holds, for each word, how often it has the
 unit's feature. A feature that the word alone does not decide has no complete look-up.
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
+from scipy.stats import rankdata
 
 import activation_store as astore
 from lmmono.captures.capture import capture
@@ -36,8 +38,15 @@ LEVELS: dict[str, tuple[float, float]] = {
 RATES = (0.003, 0.2)
 """Features with a share of words in this range are looked at."""
 
-MATCHED = 0.5
-"""Least correlation of a trained neuron with the feature that it is taken to mean."""
+CRITERIA: dict[str, tuple[str, float]] = {
+    "mutual_information": ("trained, by mutual information", 0.3),
+    "auroc": ("trained, by AUROC", 0.9),
+}
+"""How a trained neuron's meaning is chosen: the level that its units get, and the least value.
+Mutual information is a share of the feature's entropy."""
+
+N_LEVELS = 10
+"""Levels of activation that mutual information tells apart, silence among them."""
 
 N_CTX = 128
 
@@ -61,6 +70,8 @@ class KnownUnit:
     """Row of the features."""
     kind: str
     """Kind of the feature."""
+    criterion: str = ""
+    """How its meaning was chosen; empty where it was planted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +128,18 @@ def write_trained(store: astore.Store, run: Run, max_tokens: int, seed: int) -> 
     truth, units = truth[:, kept], list[KnownUnit]()
     widths = store.sql("SELECT hook, d FROM hooks WHERE kind = 'rows' ORDER BY hook").fetchall()
     for hook, d in widths:
-        alike = _correlations(_dense(store, hook, d, parts[0]), truth)
-        best = alike.argmax(axis=1)
-        for unit in np.flatnonzero(alike.max(axis=1) >= MATCHED).tolist():
-            feature = int(best[unit])
-            kind = language.features[kept[feature]].kind
-            units.append(KnownUnit(hook, unit, "trained", feature, kind))
+        acts = _dense(store, hook, d, parts[0])
+        for criterion, measure in (
+            ("mutual_information", information_shares),
+            ("auroc", feature_areas),
+        ):
+            level, least = CRITERIA[criterion]
+            alike = measure(acts, truth)
+            best = alike.argmax(axis=1)
+            for unit in np.flatnonzero(alike.max(axis=1) >= least).tolist():
+                feature = int(best[unit])
+                kind = language.features[kept[feature]].kind
+                units.append(KnownUnit(hook, unit, level, feature, kind, criterion))
     words = store.sql("SELECT token FROM vocabulary ORDER BY token_id").fetchall()
     return _truth(tuple(units), tuple(str(word) for (word,) in words), ids, truth)
 
@@ -203,21 +220,53 @@ def _dense(
     return dense
 
 
-def _correlations(
+def information_shares(
     acts: Float[ndarray, "tokens units"], truth: Bool[ndarray, "tokens features"]
 ) -> Float[ndarray, "units features"]:
-    """Return Pearson's correlation of every unit with every feature; 0 where one is constant."""
-    sides = [acts - acts.mean(axis=0), truth - truth.mean(axis=0, dtype=np.float32)]
-    a, b = (
-        side / np.maximum(np.sqrt(np.square(side).sum(axis=0, keepdims=True)), 1e-12)
-        for side in sides
-    )
-    return a.T @ b
+    """Return the mutual information of every unit and feature, as a share of the feature's entropy.
+
+    Activations count as silence or one of equally full levels.
+    """
+    n, present = len(acts), truth.astype(np.float64)
+    joint = np.zeros((N_LEVELS, acts.shape[1], truth.shape[1]))
+    sizes = np.zeros((N_LEVELS, acts.shape[1]))
+    inner = np.linspace(0, 1, N_LEVELS)[1:-1]
+    levels = np.zeros(acts.shape, np.int64)
+    for unit in range(acts.shape[1]):
+        fires = acts[:, unit] > 0
+        if fires.any():
+            edges = np.quantile(acts[fires, unit], inner)
+            levels[fires, unit] = 1 + np.searchsorted(edges, acts[fires, unit], side="right")
+    for level in range(N_LEVELS):
+        is_here = (levels == level).astype(np.float64)
+        joint[level], sizes[level] = is_here.T @ present, is_here.sum(axis=0)
+    rate = present.mean(axis=0)
+    information = np.zeros(joint.shape[1:])
+    for count, of_truth in ((joint, rate), (sizes[..., None] - joint, 1 - rate)):
+        share = count / n
+        independent = sizes[..., None] / n * of_truth
+        is_any = count > 0
+        ratio = np.where(is_any, share, 1.0) / np.where(is_any, independent, 1.0)
+        information += (share * np.log(ratio)).sum(axis=0)
+    entropy = -(rate * np.log(np.maximum(rate, 1e-300)))
+    entropy -= (1 - rate) * np.log(np.maximum(1 - rate, 1e-300))
+    return information / np.maximum(entropy, 1e-12)
 
 
-def explainer_of(kind: str) -> str:
+def feature_areas(
+    acts: Float[ndarray, "tokens units"], truth: Bool[ndarray, "tokens features"]
+) -> Float[ndarray, "units features"]:
+    """Return P(act with the feature > act without it), ties by half; 0.5 if it is never there."""
+    ranks = rankdata(acts, axis=0)
+    n_true = truth.sum(axis=0)
+    pairs = n_true * (len(truth) - n_true)
+    above = ranks.T @ truth.astype(np.float64) - n_true * (n_true + 1) / 2
+    return np.where(pairs > 0, above / np.maximum(pairs, 1), 0.5)
+
+
+def explainer_of(kind: str, criterion: str = "") -> str:
     """Return the explainer that explanations of a kind are stored under; `true` for true ones."""
-    return f"planted_{kind}"
+    return f"planted_{kind}_{criterion}" if criterion else f"planted_{kind}"
 
 
 def add_explanations(
@@ -239,7 +288,7 @@ def add_explanations(
             fired = np.flatnonzero(table)
             program = Lookup(fired, table[fired], 0.0)
             text = lookup_text(program, truth.words)
-            named = (unit.hook, unit.unit, explainer_of(kind))
+            named = (unit.hook, unit.unit, explainer_of(kind, unit.criterion))
             rows.append(Explanation(*named, text, program, seed=seed).row())
     store.append("explanations", rows)
     return quality

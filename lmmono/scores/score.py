@@ -1,5 +1,6 @@
 """Scoring the units of a store: the verb, and the handle on what was measured."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from lmmono.explanations.protocols import variant
 from lmmono.explanations.stored_explanations import (
     explained_units,
     match_stored_hooks,
+    read_densities,
     stored_explainer,
 )
 from lmmono.records.record_reader import RecordReader
 from lmmono.records.units import Units, units_of
-from lmmono.registry.scorers import SCORERS, Scorer, find_scorer
+from lmmono.registry.scorers import SCORERS, Scorer, find_scorer, least_density
 from lmmono.scores.labelled_items import labels_digest
 from lmmono.scores.score_job import Row, ScoreJob
 from lmmono.scores.summaries import ScoreKey, summary_rows
@@ -198,6 +200,21 @@ def _shown(value: object) -> object:
     return "+".join(map(str, value)) if isinstance(value, tuple) else value
 
 
+def _flagged(rows: list[Row], densities: dict[int, float]) -> list[Row]:
+    """Return rows that say whether their unit fires too rarely for their metric.
+
+    A silent unit does not: its score is not defined, which means tell by themselves. A metric that
+    passes at no density flags nothing: then no mean would be left to compare.
+    """
+    limits = {name: least_density(name) for name in {row["metric"] for row in rows}}
+    for row in rows:
+        limit = limits[row["metric"]]
+        if limit is not None and row["unit"] is not None:
+            is_limited = math.isfinite(limit)
+            row["is_below"] = is_limited and 0 < densities.get(row["unit"], 0.0) < limit
+    return rows
+
+
 class _ScorerPlan:
     """One scorer with its settings, ready to score hooks of a store."""
 
@@ -273,7 +290,10 @@ class _ScorerPlan:
             labels=request.labels,
             progress=progress,
         )
-        request.store.append("all_scores", self._scorer.load()(job))
+        rows = self._scorer.load()(job)
+        if self._scorer.per == "unit":
+            rows = _flagged(rows, read_densities(request.store, hook))
+        request.store.append("all_scores", rows)
         return len(left), n_found
 
     def _top_p(self, hook: str) -> float | None:

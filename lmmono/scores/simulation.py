@@ -131,11 +131,14 @@ def _rows(job: ScoreJob, scorer: str, kinds: tuple[str, ...]) -> list[Row]:
     started, rows = time.perf_counter(), list[Row]()
     records = scored_records(job, kinds)
     of_kind = np.unique(np.array(records.kinds), return_inverse=True)[1]
+    documents = records.excerpts.doc_ids[records.index]
     for series in simulated(job, records):
         facts = _facts(records, series, of_kind)
         for name, agreement in AGREEMENTS.items():
             value = agreement.of(series.sums.sum(axis=1))
-            low, high = unit_intervals(series.sums, series.present, of_kind, agreement)
+            low, high = unit_intervals(
+                series.sums, series.present, of_kind, agreement, documents[series.places]
+            )
             metric = scorer if name == "pearson" else f"{scorer}_{name}"
             for i, answer in enumerate(series.answers):
                 numbers = _numbers(answer, float(value[i]), float(low[i]), float(high[i]))

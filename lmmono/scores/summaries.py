@@ -69,6 +69,8 @@ class HookScores:
     """Values that are defined."""
     n_failed: int
     """Units without a value."""
+    n_below: int
+    """Units left out, since they fire too rarely for the metric."""
     n_records: int
     """Records of all units."""
     n_tokens: int
@@ -81,22 +83,24 @@ def read_scores(
     store: astore.Store, hooks: list[str], key: ScoreKey
 ) -> dict[tuple[str, str | None], dict[str, HookScores]]:
     """Return the scores of units by metric and control, then by hook."""
-    query = f"""SELECT metric, control, hook, value, nan_fraction, n_records, n_tokens, n_documents
+    query = f"""SELECT metric, control, hook, value, nan_fraction, n_records, n_tokens,
+            n_documents, coalesce(is_below, false)
         FROM {ScoreKey.LATEST} WHERE unit IS NOT NULL AND list_contains($hooks, hook)
         ORDER BY metric, control, hook, unit"""
     rows = store.sql(query, hooks=hooks, **key.parameters()).fetchall()
     by_metric: dict[tuple[str, str | None], dict[str, HookScores]] = {}
     for (metric, control, hook), of_hook in groupby(rows, key=lambda row: row[:3]):
         numbers = np.array([row[3:] for row in of_hook], np.float64)  # None becomes NaN
-        value, nan_fraction, n_records, n_tokens, n_documents = numbers.T
-        has_value = ~np.isnan(value)
+        value, nan_fraction, n_records, n_tokens, n_documents, is_below = numbers.T
+        counts, has_value = is_below == 0, ~np.isnan(value)
         by_metric.setdefault((metric, control), {})[hook] = HookScores(
-            value[has_value],
-            value[has_value & ~(nan_fraction > 0)],
-            int((~has_value).sum()),
-            int(np.nansum(n_records)),
-            int(np.nansum(n_tokens)),
-            int(np.nanmax(n_documents, initial=0)),
+            value[counts & has_value],
+            value[counts & has_value & ~(nan_fraction > 0)],
+            int((counts & ~has_value).sum()),
+            int((~counts).sum()),
+            int(np.nansum(n_records[counts])),
+            int(np.nansum(n_tokens[counts])),
+            int(np.nanmax(n_documents[counts], initial=0)),
         )
     return by_metric
 
@@ -106,6 +110,8 @@ def summary_rows(store: astore.Store, hooks: list[str], key: ScoreKey) -> list[R
 
     The mean of a model is the mean over its hooks of their means over units. That of the defined
     scores is the mean over units, whatever their hook: a hook with three of them counts as three.
+    Units that fire more rarely than the least density of the metric are in none; details say how
+    many that were.
     """
     rows: list[Row] = []
     for (metric, control), by_hook in read_scores(store, hooks, key).items():
@@ -132,11 +138,23 @@ def _means(metric: str, by_hook: dict[str, HookScores]) -> list[Row]:
         "n_failures": sum(group.n_failed for group in groups),
         "nan_fraction": 1 - n_defined / n_all if n_all else None,
     }
-    rows = [_mean(metric, {hook: group.values for hook, group in by_hook.items()}, "hooks")]
+    n_below = sum(group.n_below for group in groups)
+    # a hook of which no unit counts has no mean, and takes no part in that of the model
+    whole = {
+        hook: group.values
+        for hook, group in by_hook.items()
+        if len(group.values) or not group.n_below
+    }
+    rows = [_mean(metric, whole, "hooks")]
     if f"{metric}_defined" in METRICS:
         defined = {hook: group.defined for hook, group in by_hook.items() if len(group.defined)}
         rows.append(_mean(f"{metric}_defined", defined, "units"))
     for row in rows:
+        if n_below:
+            share = n_below / (n_below + n_all + shared["n_failures"])
+            row["details"] = row.get("details", {}) | {"n_below": n_below, "below_fraction": share}
+            if not n_all:
+                row["failure"] = "all_below_least_density"
         if "ci_method" in row and shared["n_documents"]:
             row["ci_method"] = over_documents(row["ci_method"], shared["n_documents"])
     return [shared | row for row in rows]
@@ -159,5 +177,5 @@ def _mean(metric: str, by_hook: dict[str, ndarray], over: Literal["hooks", "unit
     if np.isnan(low):
         return row
     within = "units within hooks" if over == "hooks" else "units of all hooks"
-    method = f"Student t over {within}; one model, no variation between training seeds"
+    method = f"Student t over {within}; one model, its training and the documents held fast"
     return row | {"ci_low": low, "ci_high": high, "ci_method": method}

@@ -118,18 +118,23 @@ def unit_intervals(
     present: Bool[ndarray, "units records"],
     kinds: Int[ndarray, " records"],
     agreement: Agreement,
+    documents: Int[ndarray, "units records"] | None = None,
 ) -> tuple[Float[ndarray, " units"], Float[ndarray, " units"]]:
     """Return the interval of each unit: delete-one-record jackknife within kinds, Student's t.
 
     On the straightened scale the variance is the sum over kinds of (n - 1) / n sum (d - mean d)^2
     over the values d without one record, and the degrees of freedom are Satterthwaite's. A value
-    that is not defined without some record counts as 0 there.
+    that is not defined without some record counts as 0 there. Records of one document are alike:
+    given documents, the parts d - mean d are summed by document, over all kinds, before they are
+    squared; with m documents the variance grows by m / (m - 1), and the degrees of freedom are
+    m - 1 at most.
 
     Args:
         sums: Sums of each record; see `agreement.record_sums`.
         present: Which records there are.
         kinds: Number of the kind of each column; kinds are resampled apart.
         agreement: The measure.
+        documents: Document of each record; None takes records as independent.
 
     Returns:
         Lower and upper ends; NaN where the value is not defined or a kind has fewer than 2 records.
@@ -137,7 +142,7 @@ def unit_intervals(
     value = agreement.of(sums.sum(axis=1))
     without = np.nan_to_num(agreement.of(leave_one_out(sums)), nan=0.0)
     left = agreement.straight(without)
-    variance, weight = np.zeros(len(sums)), np.zeros(len(sums))
+    variance, weight, gaps = np.zeros(len(sums)), np.zeros(len(sums)), np.zeros(present.shape)
     enough = ~np.isnan(value)
     for kind in np.unique(kinds):
         of_kind = present & (kinds == kind)
@@ -145,16 +150,38 @@ def unit_intervals(
         enough &= n >= 2
         n = np.maximum(n, 2)
         mean = np.where(of_kind, left, 0.0).sum(axis=1) / n
-        part = (n - 1) / n * np.square(np.where(of_kind, left - mean[:, None], 0.0)).sum(axis=1)
+        gap = np.where(of_kind, left - mean[:, None], 0.0) * np.sqrt((n - 1) / n)[:, None]
+        gaps += gap
+        part = np.square(gap).sum(axis=1)
         variance += part
         weight += part**2 / (n - 1)
     freedom = np.maximum(variance**2 / np.maximum(weight, 1e-300), 1.0)
+    if documents is not None:
+        variance, m = _squared_by_document(gaps, documents, present)
+        variance *= m / np.maximum(m - 1, 1)
+        freedom = np.maximum(np.minimum(freedom, m - 1), 1.0)
+        enough &= m >= 2
     half = student_quantile(freedom) * np.sqrt(variance)
     centre = agreement.straight(np.nan_to_num(value))
     # the straightened scale ends just before 1, so a perfect value would lie outside
     low = np.minimum(agreement.back(centre - half), value)
     high = np.maximum(agreement.back(centre + half), value)
     return np.where(enough, low, np.nan), np.where(enough, high, np.nan)
+
+
+def _squared_by_document(
+    gaps: Float[ndarray, "units records"],
+    documents: Int[ndarray, "units records"],
+    present: Bool[ndarray, "units records"],
+) -> tuple[Float[ndarray, " units"], Int[ndarray, " units"]]:
+    """Return the sum over documents of squared sums of gaps, and the number of documents."""
+    unit, record = np.nonzero(present)
+    keys = np.stack([unit, documents[unit, record]], axis=1)
+    names, number = np.unique(keys, axis=0, return_inverse=True)
+    by_document = np.bincount(number.ravel(), gaps[unit, record], len(names))
+    of_unit = names[:, 0]
+    squared = np.bincount(of_unit, np.square(by_document), len(gaps))
+    return squared, np.bincount(of_unit, minlength=len(gaps))
 
 
 def unit_method(n_fewest: int, n_firing: int) -> str:
@@ -164,7 +191,7 @@ def unit_method(n_fewest: int, n_firing: int) -> str:
         n_fewest: Records of the rarest kind.
         n_firing: Records in which the unit fires.
     """
-    name = "jackknife over records within kinds, Student t on the straightened scale"
+    name = "jackknife over records within kinds, by document, Student t on the straightened scale"
     if n_fewest >= FEW_RECORDS and n_firing >= FEW_FIRING:
         return name
     return f"{name}; approximate: {n_fewest} records of a kind, {n_firing} fire"

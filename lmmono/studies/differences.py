@@ -5,6 +5,7 @@ same documents are drawn for both, so that what a document does to both scores c
 differ by chance of training alone; only several training seeds of each tell architectures apart.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,6 +97,11 @@ class Difference:
     """Share of the densities that both models have, 0 to 1."""
     undefined: tuple[float, float]
     """Share of units of each model whose score is not defined, those without any value included."""
+    below: tuple[float, float]
+    """Share of units of each model that are left out, since they fire more rarely than
+    `least_density`."""
+    least_density: float
+    """Least density of the units that count; 0 counts all."""
     paired_documents: bool
     """The same documents were drawn for both."""
     ci_method: str
@@ -110,11 +116,18 @@ class Difference:
             else f"{self.n_seeds} training seeds a side"
         )
         a, b = self.undefined
+        left_out = ""
+        if self.least_density:
+            left_out = (
+                f"  left out: {self.below[0]:.0%} and {self.below[1]:.0%} of the units, which fire "
+                f"on less than {self.least_density:g} of the tokens\n"
+            )
         return (
             f"Difference({self.scorer}; {seeds})\n"
             f"  raw              {self.raw}\n"
             f"  defined only     {self.defined}  ({a:.0%} and {b:.0%} are not)\n"
             f"  density-matched  {self.density_matched}  (overlap {self.overlap:.0%})\n"
+            f"{left_out}"
             f"  {self.ci_method}"
         )
 
@@ -129,6 +142,7 @@ def compare(
     preset: str | None = None,
     judge: str | None = None,
     seed: int | Sequence[int] = 0,
+    rare: bool = False,
 ) -> Difference:
     """Return the difference between two models' mean scores, with its interval.
 
@@ -142,6 +156,8 @@ def compare(
         preset: Preset as stored in the rows.
         judge: Judge as stored in the rows.
         seed: Seed of the rows, and of the draws; one for all, or one for each pair.
+        rare: Count units too that fire more rarely than the least density of the scorer, at which
+            it still ranks true explanations first.
 
     Raises:
         ExplainError: Different numbers of stores or seeds, or a store without scores or
@@ -159,7 +175,7 @@ def compare(
         raise ExplainError(f"{scorer} scores hooks, not units; there is nothing to draw again")
     keys = [score_key(record, explainer, preset, judge, one) for one in seeds]
     pairs = [
-        _compare(record, first, second, hooks, key, one)
+        _compare(record, first, second, hooks, key, one, rare)
         for first, second, key, one in zip(a, b, keys, seeds, strict=True)
     ]
     return pairs[0] if len(pairs) == 1 else _over_seeds(pairs)
@@ -176,11 +192,37 @@ def score_key(
 
 
 def _compare(
-    scorer: Scorer, a: astore.Store, b: astore.Store, hooks: str, key: ScoreKey, seed: int
+    scorer: Scorer,
+    a: astore.Store,
+    b: astore.Store,
+    hooks: str,
+    key: ScoreKey,
+    seed: int,
+    rare: bool,
 ) -> Difference:
     paired = scorer.name in KINDS_OF and key.judge is None and _fingerprint(a) == _fingerprint(b)
     read = _read_sums if paired else read_units
+    least = 0.0 if rare or scorer.least_density is None else scorer.least_density
+    least = least if math.isfinite(least) else 0.0  # else nothing would be left
     sides = read(a, scorer, hooks, key), read(b, scorer, hooks, key)
+    below = tuple(
+        float(np.mean(np.concatenate([hook.is_rarer(least) for hook in side]))) for side in sides
+    )
+    sides = tuple([hook.from_density(least) for hook in side] for side in sides)
+    if not all(sum(len(hook.values) for hook in side) for side in sides):
+        none = MeanDifference(*[math.nan] * 5, f"no unit fires on {least:g} of the tokens")
+        return Difference(
+            scorer.name,
+            1,
+            *[none] * 3,
+            overlap=math.nan,
+            undefined=(math.nan, math.nan),
+            below=(below[0], below[1]),
+            least_density=least,
+            paired_documents=paired,
+            ci_method="none",
+        )
+    sides = tuple([hook for hook in side if len(hook.values)] for side in sides)
     has_chance = scorer.chance is not None or all(h.defined.all() for side in sides for h in side)
     pair = UnitPair(*sides, has_chance)
     means = pair.means(None)
@@ -200,6 +242,8 @@ def _compare(
         *estimates,
         overlap=pair.overlap,
         undefined=(pair.undefined_share(0), pair.undefined_share(1)),
+        below=(below[0], below[1]),
+        least_density=least,
         paired_documents=paired,
         ci_method=f"normal, standard error from {N_DRAWS} draws of {drawn_again}",
     )
@@ -225,6 +269,11 @@ def _over_seeds(pairs: list[Difference]) -> Difference:
             float(np.mean([pair.undefined[0] for pair in pairs])),
             float(np.mean([pair.undefined[1] for pair in pairs])),
         ),
+        below=(
+            float(np.mean([pair.below[0] for pair in pairs])),
+            float(np.mean([pair.below[1] for pair in pairs])),
+        ),
+        least_density=pairs[0].least_density,
         paired_documents=all(pair.paired_documents for pair in pairs),
         ci_method=f"Student t over {len(pairs)} pairs of training runs",
         pairs=tuple(pairs),
@@ -249,6 +298,16 @@ class HookUnits:
     densities: Float[ndarray, " units"]
     sums: Float[ndarray, "units records sums"] | None = None
     doc_ids: Int[ndarray, "units records"] | None = None
+
+    def is_rarer(self, least: float) -> Bool[ndarray, " units"]:
+        """Return which units fire, but on a smaller share of the tokens."""
+        return (self.densities > 0) & (self.densities < least)
+
+    def from_density(self, least: float) -> "HookUnits":
+        """Return the units that fire at least so often, and those that never do: undefined."""
+        kept = ~self.is_rarer(least)
+        parts = (self.values, self.defined, self.densities, self.sums, self.doc_ids)
+        return HookUnits(*(None if part is None else part[kept] for part in parts))  # pyright: ignore[reportArgumentType]
 
     def drawn(self, counts: Int[ndarray, " documents"] | None) -> tuple[ndarray, ndarray]:
         """Return values and which are defined, with each document counted so many times."""
