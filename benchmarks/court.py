@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/court"))
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--commit", help="where it was measured, for --write; HEAD by default")
     parser.add_argument("--markdown", action="store_true", help="print the tables of the page")
     options = parser.parse_args()
     size = {"n_units": options.units, "n_tokens": options.tokens, "seed": options.seed}
@@ -84,7 +85,7 @@ def main() -> None:
     if options.markdown:
         tables(place)
     if options.write:
-        write(place, size)
+        write(place, size, options.commit)
 
 
 def read(path: Path) -> tuple[float, list[Verdict]]:
@@ -142,10 +143,11 @@ def _rankings(verdict: Verdict, noise: str, density: float, kind: str = "") -> l
     ]
 
 
-def write(place: Path, size: dict[str, int]) -> None:
+def write(place: Path, size: dict[str, int], commit: str | None) -> None:
     """Write the constant that the registry reads."""
     say = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(say, capture_output=True, text=True, check=True).stdout.strip()
+    head = subprocess.run(say, capture_output=True, text=True, check=True).stdout.strip()
+    commit = commit or head
     command = (
         f"python benchmarks/court.py --units {size['n_units']} --tokens {size['n_tokens']} --write"
     )
