@@ -101,7 +101,8 @@ def test_verdicts_follow_their_definition():
     ]
     found = verdicts([(values, sign) for values, sign, _ in cases], bound=0.02)
     assert [each.word for each in found] == [word for *_, word in cases]
-    assert found[0].p_holm == pytest.approx(4 * found[0].test.p, rel=1e-6)  # 4 have a p
+    smallest = min(found[:4], key=lambda each: each.test.p)
+    assert smallest.p_holm == pytest.approx(5 * smallest.test.p)  # the untested one counts too
 
 
 def test_equal_kinds_are_called_different_in_one_family_of_twenty():

@@ -203,7 +203,7 @@ def _equal_loss(pairs: Sequence[tuple[str, str]], trainings: Trainings) -> Repor
             before = [at_equal_loss(*each, last_block=False) for each in twins]
             level = _over_seeds(np.array([one.level for one in whole]))
             tokens = np.mean([one.n_tokens for one in whole], axis=0)
-            met = " and ".join("-" if np.isnan(n) else f"{n / 1e6:.2f} M" for n in tokens)
+            met = " and ".join("-" if np.isnan(n) else f"{n:,.0f}" for n in tokens)
             cells = _ways([one.differences for one in whole], [one.differences for one in before])
             rows.append((f"{a} - {b}", _words(key), level, met, *cells))
     return ReportTable(
@@ -259,8 +259,8 @@ def _registered(claims: Registration, where: str, trainings: Trainings) -> Repor
                     _words(_key(test)),
                     test.expected,
                     str(found.test) if found.test.n else "-",
-                    found.p_holm,
-                    found.p_equivalent_holm,
+                    _p(found.p_holm),
+                    _p(found.p_equivalent_holm),
                     found.word,
                 )
             )
@@ -273,6 +273,10 @@ def _registered(claims: Registration, where: str, trainings: Trainings) -> Repor
         rows=tuple(rows),
         note=f"{VERDICTS.format(alpha=claims.alpha, bound=claims.bound)} {where}",
     )
+
+
+def _p(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.2g}"
 
 
 def _words(key: Scored) -> str:

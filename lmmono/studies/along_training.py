@@ -173,10 +173,15 @@ def verdicts(
         alpha: Level of the whole family.
     """
     tests = [mean_test(values, bound) for values, _ in by_test]
-    p, p_equivalent = (holm([getattr(t, name) for t in tests]) for name in ("p", "p_equivalent"))
+    # a test that is not there yet counts, so that a verdict does not turn as seeds come
+    p, p_equivalent = (
+        holm([1.0 if math.isnan(getattr(t, name)) else getattr(t, name) for t in tests])
+        for name in ("p", "p_equivalent")
+    )
     found: list[Verdict] = []
     for test, (_, sign), one, other in zip(tests, by_test, p, p_equivalent, strict=True):
         if math.isnan(test.p):
+            one = other = math.nan
             word = "not tested"
         elif one < alpha:
             word = "supported" if test.mean * sign > 0 else "opposite"
