@@ -118,6 +118,8 @@ def test_dropped_activations_leave_scores_and_are_captured_again_for_others(
         assert store.sql(scores).fetchall() == before
         with pytest.raises(ExplainError, match="were dropped once they were scored"):
             lm.explain(store, explainer="token_lookup", overwrite=True)
+    with astore.open(dropped.dir / "untrained" / "store.duckdb") as store:
+        assert store.info().n_acts == 0
     assert check_run(dropped.dir).faults == []
     again = (*changes, "score.scorers=[simulation_tar]")
     run_stages(open_for(lm.Recipe.load(recipe_file, *again)))

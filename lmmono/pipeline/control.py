@@ -9,6 +9,10 @@ Unit i of it is no partner of unit i of the trained model: the two are compared 
 from fnmatch import fnmatchcase
 from typing import Any
 
+import activation_store as astore
+from activation_store.catalog.catalogue import place
+from activation_store.catalog.compaction import drop_acts
+from lmmono.files.processes import this_process
 from lmmono.models.hooks import match_hooks
 from lmmono.pipeline.stage_loop import open_for, run_stages
 from lmmono.recipe import Recipe
@@ -23,8 +27,32 @@ def control_run(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
     if not recipe.capture.hooks:
         return {"hooks": []}
     control = open_for(recipe, run.dir / "untrained")
-    run_stages(control, progress=progress)
-    return {"hooks": list(recipe.capture.hooks)}
+    n_dropped = do_whole(control, keep_rows=run.recipe.score.step_rows, progress=progress)
+    facts: dict[str, Any] = {"hooks": list(recipe.capture.hooks)}
+    return facts | ({"dropped_acts": n_dropped} if n_dropped else {})
+
+
+def do_whole(inner: Run, *, keep_rows: bool, progress: Progress = silent) -> int:
+    """Do all stages of a run inside another; return how many activations were dropped at the end.
+
+    Without `keep_rows` those are all that it stored; they are captured again where other settings
+    of explanations or scores ask for them.
+    """
+    is_main = this_process().is_main
+    if is_main and not inner.is_done("score") and _is_dropped(inner):
+        inner.undo("capture")
+    run_stages(inner, progress=progress)
+    if keep_rows or not is_main or _is_dropped(inner):
+        return 0
+    return drop_acts(place(inner.store_path))
+
+
+def _is_dropped(inner: Run) -> bool:
+    if not inner.store_path.exists():
+        return False
+    query = "SELECT count(*) FROM hooks WHERE kind = 'rows' AND units = []"
+    with astore.open(inner.store_path) as store:
+        return store.sql(query).fetchall() != [(0,)]
 
 
 def control_recipe(run: Run) -> Recipe:

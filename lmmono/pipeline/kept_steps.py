@@ -9,12 +9,10 @@ What lies where:
 from typing import Any
 
 import activation_store as astore
-from activation_store.catalog.catalogue import place
-from activation_store.catalog.compaction import drop_acts
 from lmmono.captures.lives import life_rows, live, sum_units
 from lmmono.files.processes import best_device, this_process
 from lmmono.models.hooks import match_hooks
-from lmmono.pipeline.control import of_neurons
+from lmmono.pipeline.control import do_whole, of_neurons
 from lmmono.pipeline.stage_loop import open_for, run_stages
 from lmmono.recipe import Recipe
 from lmmono.runs.folder import Run
@@ -37,25 +35,12 @@ def capture_steps(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
 def score_steps(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
     """Explain and score the units of the kept steps; return the facts.
 
-    Without `score.step_rows` their activations are dropped then, one step after the other, and
-    captured again where other settings ask for them.
+    Without `score.step_rows` their activations are dropped then, one step after the other.
     """
     facts: dict[str, Any] = {"steps": list(run.recipe.train.kept_steps)}
-    for kept in _opened(run):
-        if not kept.is_done("score") and _is_dropped(kept) and this_process().is_main:
-            kept.undo("capture")
-        run_stages(kept, progress=progress)
-        if not run.recipe.score.step_rows and this_process().is_main and not _is_dropped(kept):
-            facts["dropped_acts"] = facts.get("dropped_acts", 0) + drop_acts(place(kept.store_path))
-    return facts
-
-
-def _is_dropped(kept: Run) -> bool:
-    if not kept.store_path.exists():
-        return False
-    query = "SELECT count(*) FROM hooks WHERE kind = 'rows' AND units = []"
-    with astore.open(kept.store_path) as store:
-        return store.sql(query).fetchall() != [(0,)]
+    keep_rows = run.recipe.score.step_rows
+    dropped = [do_whole(one, keep_rows=keep_rows, progress=progress) for one in _opened(run)]
+    return facts | ({"dropped_acts": sum(dropped)} if any(dropped) else {})
 
 
 def _opened(run: Run) -> list[Run]:

@@ -114,8 +114,8 @@ class Score(Section):
     controls: bool = True
     """Score the controls too; about four times the work for scorers of explanations."""
     step_rows: bool = True
-    """Keep the activations of kept steps (`train.keep`) once they are scored; false drops them, and
-    their statistics, exemplars, explanations and scores stay."""
+    """Keep the activations of kept steps (`train.keep`) and of the untrained control once they are
+    scored; false drops them, and their statistics, exemplars, explanations and scores stay."""
 
     @model_validator(mode="after")
     def _check_once(self) -> "Score":
