@@ -8,6 +8,8 @@ What lies where:
 
 from typing import Any
 
+from torch import nn
+
 import activation_store as astore
 from lmmono.captures.lives import life_rows, live, sum_units
 from lmmono.files.processes import best_device, this_process
@@ -60,7 +62,9 @@ def _write_lives(run: Run, progress: Progress) -> dict[str, Any]:
     parts = [
         run.tokens(split).limit(settings.max_tokens, seed=recipe.seed) for split in settings.splits
     ]
-    models = {step: one.model.to(device) for step, one in runs.items()}
+    models: dict[int, nn.Module] = {step: one.model for step, one in runs.items()}
+    for model in models.values():
+        model.to(device)
     n_documents = sum(part.n_documents for part in parts)  # splits share none
     digests = {step: str(one.model_facts["model_digest"]) for step, one in runs.items()}
     rows: dict[str, list[dict[str, Any]]] = {"unit_steps": [], "unit_lives": []}

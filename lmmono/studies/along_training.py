@@ -105,8 +105,9 @@ def at_equal_loss(a: Trained, b: Trained, *, last_block: bool = True) -> AtEqual
     losses = [model.val_loss for model in better.models]
     after = next(i for i, loss in enumerate(losses) if loss <= end.val_loss)
     if after == 0 and losses[0] < end.val_loss:  # nothing is extrapolated
-        tokens = (float(end.n_tokens), math.nan)
-        return AtEqualLoss(end.val_loss, tokens[::-1] if swap else tokens, np.full(3, np.nan))
+        return AtEqualLoss(
+            end.val_loss, _in_order(end.n_tokens, math.nan, swap), np.full(3, np.nan)
+        )
     before = max(after - 1, 0)
     gap = losses[before] - losses[after]
     share = (losses[before] - end.val_loss) / gap if gap else 1.0
@@ -116,8 +117,11 @@ def at_equal_loss(a: Trained, b: Trained, *, last_block: bool = True) -> AtEqual
             found += weight * _between(worse, end, better.models[i], last_block)
             n_tokens += weight * math.log(max(better.models[i].n_tokens, 1))
     found = (-found if swap else found) - _floor(a, b, last_block)
-    tokens = (float(end.n_tokens), math.exp(n_tokens))
-    return AtEqualLoss(end.val_loss, tokens[::-1] if swap else tokens, found)
+    return AtEqualLoss(end.val_loss, _in_order(end.n_tokens, math.exp(n_tokens), swap), found)
+
+
+def _in_order(worse: float, better: float, swap: bool) -> tuple[float, float]:
+    return (better, float(worse)) if swap else (float(worse), better)
 
 
 def _between(

@@ -221,8 +221,10 @@ def severity_changes(results: Iterable[Result]) -> list[Result]:
     changes: list[Result] = []
     for area, clean in areas_and_starts(results):
         one, other = area.items, None if clean is None else clean.items
-        known = one is not None and other is not None and one.shape == other.shape
-        settings = _with_items(area.settings, one - other if known else None)  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+        change = None
+        if one is not None and other is not None and one.shape == other.shape:
+            change = one - other
+        settings = _with_items(area.settings, change)
         start = math.nan if clean is None else clean.value
         changes.append(replace(area, value=area.value - start, settings=settings))
     return changes
@@ -261,10 +263,11 @@ def areas_and_starts(results: Iterable[Result]) -> Iterator[tuple[Result, Result
         area = float(np.trapezoid(values, along)) / along[-1]
         failure = "incomplete_curve" if math.isnan(area) else None
         rows = [start, *(points.get(level) for level in along[1:])]
-        items = [None if row is None else row.items for row in rows]
+        items = [row.items for row in rows if row is not None]
+        known = [of_texts for of_texts in items if of_texts is not None]
         mean = None
-        if not failure and all(one is not None and one.shape == items[-1].shape for one in items):  # pyright: ignore[reportOptionalMemberAccess]
-            mean = np.trapezoid(np.stack(items), along, axis=0) / along[-1]  # pyright: ignore[reportArgumentType]
+        if len(known) == len(along) and len({len(of_texts) for of_texts in known}) == 1:
+            mean = np.trapezoid(np.stack(known), along, axis=0) / along[-1]
         settings = _with_items(first.settings, mean)
         yield replace(first, level=None, value=area, failure=failure, settings=settings), start
 
