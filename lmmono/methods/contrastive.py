@@ -20,7 +20,6 @@ off, and CL may have it too.
 """
 
 import hashlib
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,14 +28,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from lmmono.errors import RobustnessError
-from lmmono.files.atomic import atomic_folder
-from lmmono.files.json_files import read_json
 from lmmono.methods.nonneg import MAPS
+from lmmono.methods.storing import load_fitted, save_fitted
 from lmmono.registry.suites import NonNegativeMap, Positives
 from lmmono.suites.feature_families import CodeSettings, FittedCode, TextRows
 from lmmono.training.descent import minimise
@@ -144,11 +141,8 @@ class ContrastiveHead:
 
     def save(self, folder: str | Path) -> Path:
         """Write settings and weights into a folder, whole or not at all."""
-        with atomic_folder(Path(folder)) as partial:
-            about = {"settings": asdict(self.settings), "d_in": self._fitted().d_in}
-            (partial / "head.json").write_text(json.dumps(about, indent=2) + "\n")
-            save_file(self.tensors(), partial / "head.safetensors")
-        return Path(folder)
+        about = {"settings": asdict(self.settings), "d_in": self._fitted().d_in}
+        return save_fitted(Path(folder), about, self._fitted())
 
     @classmethod
     def load(cls, folder: str | Path) -> "ContrastiveHead":
@@ -157,11 +151,11 @@ class ContrastiveHead:
         Raises:
             RobustnessError: The folder holds none.
         """
-        about = read_json(Path(folder) / "head.json", dict, RobustnessError)
+        about, tensors = load_fitted(Path(folder))
         head = cls(**about["settings"])
         d_in = int(about["d_in"])
         net = _network(d_in, head.settings, torch.zeros(d_in))
-        net.load_state_dict(load_file(Path(folder) / "head.safetensors"))
+        net.load_state_dict(tensors)
         head._net = net.eval()
         return head
 

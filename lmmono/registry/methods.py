@@ -51,6 +51,7 @@ _PENALTIES = "lmmono.methods.penalties"
 _CONSISTENCY = "lmmono.methods.consistency"
 _ADAPTERS = "lmmono.methods.adapters:adapted"
 _CONTRASTIVE = "lmmono.methods.contrastive"
+_CONCEPTS = "lmmono.methods.concepts"
 _TUNED: tuple[Place, ...] = ("train", "fine_tuning")
 
 _METHODS = (
@@ -273,6 +274,46 @@ _METHODS = (
         "as defined; a learner of probes solves it as the convex problem that it is",
         "lmmono.methods.nonneg:NonNegativeHead",
         ("fine_tuning", "robustness", "python"),
+    ),
+    Method(
+        "concept_bottleneck",
+        "comparator",
+        "a classifier whose head sees supervised concepts alone",
+        "C3M, Tan et al. 2024 (arXiv 2311.05014)",
+        "equations of the released code on frozen rows, without its sigmoid before cross entropy",
+        "code read, tables not; the language model is not tuned",
+        f"{_CONCEPTS}.bottleneck:ConceptBottleneck",
+        ("python",),
+    ),
+    Method(
+        "hi_concept",
+        "comparator",
+        "concepts of a layer whose removal changes what the model says",
+        "HI-Concept, Zhao et al. 2023 (arXiv 2305.02160)",
+        "losses and weights of the released code; off-diagonals squared, rows of full length",
+        "code read, tables not",
+        f"{_CONCEPTS}.hi_concept:HiConcept",
+        ("python",),
+    ),
+    Method(
+        "dolfin",
+        "comparator",
+        "a classifier by features that are present in a text",
+        "DoLFIn (arXiv 2011.05295)",
+        "presence max or noisy_or, head on the sum or the vector: candidates",
+        "a reconstruction: the equations could not be read, and no code is public",
+        f"{_CONCEPTS}.dolfin:Dolfin",
+        ("python",),
+    ),
+    Method(
+        "induction_gram",
+        "comparator",
+        "a language model of matches in a corpus and in the context",
+        "Induction-Gram (arXiv 2411.00066)",
+        "its three sources and their order; likeness by any encoder, its own is not distilled",
+        "code read; unigrams are mixed in, so that losses are finite",
+        f"{_CONCEPTS}.induction:InductionGram",
+        ("python",),
     ),
 )
 

@@ -216,10 +216,10 @@ class TextEncoder:
         return TextCodes(codes, n_truncated, n_tokenless)
 
     @torch.no_grad()
-    def means(
+    def token_rows(
         self, hook: str, ids: Sequence[np.ndarray], dropout_seed: int | None = None
-    ) -> Float[Tensor, "n d"]:
-        """Return the mean row of each text at a hook; with a seed, under the model's dropout."""
+    ) -> list[Float[Tensor, "pos d"]]:
+        """Return the rows of each text at a hook; with a seed, under the model's dropout."""
         order: list[int] = []
         parts: list[Tensor] = []
         device = next(self.model.parameters()).device
@@ -227,8 +227,8 @@ class TextEncoder:
             torch.manual_seed(dropout_seed or 0)
             for batch in self._batches(ids, None, with_dropout=dropout_seed is not None):
                 order += batch.texts
-                parts.append(pool(batch.rows[hook], batch.lengths, "mean"))
-        return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(parts[0].device)]
+                parts += batch.rows[hook].split(batch.lengths)
+        return [parts[i] for i in np.argsort(order)]
 
     def _batches(
         self, ids: Sequence[np.ndarray], noise: InputNoise | None, *, with_dropout: bool = False
@@ -303,7 +303,8 @@ class EncodedTexts:
         self, ids: Sequence[np.ndarray], dropout_seed: int | None = None
     ) -> Float[Tensor, "n d"]:
         """Return the mean row of each text; with a seed, under the model's dropout."""
-        return self.encoder.means(self.hook, ids, dropout_seed)
+        rows = self.encoder.token_rows(self.hook, ids, dropout_seed)
+        return torch.stack([of_text.mean(0) for of_text in rows])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,1 @@
+"""Concept comparators: interpretable models of other kinds to hold methods against."""
