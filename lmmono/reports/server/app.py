@@ -222,7 +222,7 @@ class _Site:
         fault, twins = "", list[Any]()
         if other is not run:
             try:
-                twins = run.store.sql(
+                twins = run.console.store.sql(
                     "SELECT hook_b, unit_b, correlation, n_both FROM "
                     "twins($a, $b, $hook, $unit, k := 5, in_hook := $other)",
                     a=run.name, b=other.name, hook=hook, unit=unit, other=other_hook or None,
@@ -536,12 +536,15 @@ def _largest(run: ServedRun) -> dict[str, list[float | None]]:
     return largest
 
 
-def _standing_out(run: ServedRun) -> list[dict[str, Any]]:
-    """Return the ten units whose score beats its best control by most, else the most peaked."""
+def _standing_out(run: ServedRun) -> tuple[str | None, list[dict[str, Any]]]:
+    """Return ten units that stand out, and the metric whose score beats its best control there.
+
+    Without scores, the most peaked ones of those that fire often enough.
+    """
     known = metrics(run)
-    sort, metric = ("gain", known[0]) if known else ("kurtosis", None)
-    rows = list_units(run, sort=sort, metric=metric).rows[:10]
-    return [row for row in rows if metric is None or row["gain"] is not None]
+    metric = known[0] if known else None
+    rows = list_units(run, sort="gain" if known else "kurtosis", metric=metric).rows[:10]
+    return metric, [row for row in rows if metric is None or row["gain"] is not None]
 
 
 def _column_help(run: ServedRun) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from lmmono.data.framing import text_start
+from lmmono.data.vocabulary import shown_tokens
 from lmmono.errors import ModelError
 from lmmono.models.hooks import Edit, editing, hook_names, run_with_cache
 
@@ -92,8 +93,14 @@ class Lab:
             )
         return torch.tensor([ids], device=next(self._model.parameters()).device)
 
+    @cached_property
+    def _vocabulary(self) -> list[str]:
+        return shown_tokens(self._tokenizer)
+
     def _strings(self, ids: list[int]) -> list[str]:
-        return [str(self._tokenizer.decode([i])) for i in ids]
+        known = self._vocabulary
+        # a model's head can be wider than its tokenizer
+        return [known[i] if i < len(known) else f"[{i}]" for i in ids]
 
     def read(self, text: str, units: list[tuple[str, int]]) -> Reading:
         """Return the activations of units on each token of a text.

@@ -27,11 +27,34 @@ class ServedRun:
     """Name in addresses and in SQL: letters, digits and _."""
     store: astore.Store
     """Store for the pages' own queries, of which each has its limits."""
-    console: Console
-    """Queries of others."""
     folder: Path | None
     """Run folder, where there is one: it holds the model."""
+    limits: ConsoleLimits
+    """What a query of others may take."""
+    attached: dict[str, Path]
+    """Stores that their queries find by name, and so twins."""
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def console(self) -> Console:
+        """Queries of others, on connections of their own, made at the first call.
+
+        What they take is not taken from the pages; and to attach other runs takes longer than all
+        else that a first page needs.
+        """
+        with self._turn:
+            if "_console" not in self.__dict__:
+                store = astore.open(self.store.path, limits=self.limits.of_store())
+                for name, file in self.attached.items():
+                    store.attach(file, name)
+                self.__dict__["_console"] = Console(store, self.limits)
+            return self.__dict__["_console"]
+
+    def close(self) -> None:
+        """Close the stores."""
+        self.store.close()
+        if "_console" in self.__dict__:
+            self.console.store.close()
 
     @cached_property
     def hooks(self) -> dict[str, int]:
@@ -101,19 +124,17 @@ class Served:
         limits = limits or ConsoleLimits()
         files = list(dict.fromkeys(file for place in places for file in _store_files(Path(place))))
         names = schema_names([str(file) for file in files])
-        self.runs: dict[str, ServedRun] = {}
-        for file, name in zip(files, names, strict=True):
-            # its own connections: what a query of a console takes is not taken from the pages
-            store, asked = (
+        attached = dict(zip(names, files, strict=True)) if len(files) > 1 else {}
+        self.runs = {
+            name: ServedRun(
+                name,
                 astore.open(file, limits=_OWN),
-                astore.open(file, limits=limits.of_store()),
+                file.parent if (file.parent / "manifest.json").is_file() else None,
+                limits,
+                attached,
             )
-            others = [(o, n) for o, n in zip(files, names, strict=True) if len(files) > 1]
-            for other, called in others:
-                store.attach(other, called)
-                asked.attach(other, called)
-            folder = file.parent if (file.parent / "manifest.json").is_file() else None
-            self.runs[name] = ServedRun(name, store, Console(asked, limits), folder)
+            for file, name in zip(files, names, strict=True)
+        }
 
     @property
     def first(self) -> ServedRun:
@@ -135,8 +156,7 @@ class Served:
     def close(self) -> None:
         """Close every store."""
         for run in self.runs.values():
-            run.store.close()
-            run.console.store.close()
+            run.close()
 
 
 _OWN = astore.QueryLimits(seconds=30.0)
