@@ -18,7 +18,12 @@ from lmmono.methods.flint_objective import FlintObjective, flint_weights
 from lmmono.methods.flint_pictures import as_json, class_attribute_rows, decoder_words, pictures
 from lmmono.methods.flint_report import evaluate
 from lmmono.probes.finetuning import FineTuning, finetune
-from lmmono.recipe.objective_settings import FlintSettings
+from lmmono.recipe.objective_settings import (
+    AttributeDistance,
+    Continuity,
+    FlintSettings,
+    Perturbation,
+)
 
 HOW = FineTuning(epochs=12, lr=1e-2, batch_texts=16)
 SMALL = {"n_attributes": 6, "d_hidden": 32, "lr_scale": 1.0, "tuning": HOW}
@@ -149,6 +154,15 @@ def test_the_same_seed_gives_the_same_bits_and_a_saved_one_too(flint, tmp_path):
     (tmp_path / "flint/interpreter.safetensors").write_bytes(b"nothing")
     with pytest.raises(RobustnessError, match="fit it again"):
         load_flint(tmp_path / "flint", tiny("gpt2"), TOKENIZER)
+
+
+@pytest.mark.parametrize("of", ["attributes", "relevance"])
+def test_attributes_can_be_held_together_under_noise_by_continuity(of):
+    noise, distance = Perturbation(kind="embedding_gaussian"), AttributeDistance(of=of)
+    held = Continuity(perturbations=(noise,), distances=(distance,), weight=5.0)
+    found = fitted(tuning=FineTuning(epochs=4, lr=1e-2, objectives=(held,)))
+    distances = [epoch.terms["continuity/attributes"] for epoch in found.classifier.history]
+    assert 0 < distances[-1] < 2 and np.isfinite(found.interpret(TEST.texts[:3]).scores).all()
 
 
 @pytest.mark.parametrize("mode", ["by_design", "post_hoc"])
