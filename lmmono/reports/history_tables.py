@@ -19,7 +19,8 @@ FROM unit_history GROUP BY hook, step ORDER BY hook, step
 """
 
 _BIRTHS = """
-SELECT hook, birth, count(*) AS n, count(*) FILTER (birth_low < birth OR birth_high > birth)
+SELECT hook, birth, count(*) AS n, CASE WHEN any_value(ci_method) NOT LIKE 'none%'
+    THEN count(*) FILTER (birth_low < birth OR birth_high > birth) END
 FROM unit_lives GROUP BY hook, birth ORDER BY hook, birth NULLS LAST
 """
 
