@@ -1,9 +1,14 @@
 """The court: units of exact density, lies as false as they say, verdicts by hand."""
 
+import json
+
 import numpy as np
 import pytest
+from explained_store import HOOK, planted_store
 
 import activation_store as astore
+import lmmono as lm
+from lmmono.registry.court import COURT
 from lmmono.scores.court import (
     DENSITIES,
     FALSE_KINDS,
@@ -73,3 +78,24 @@ def test_the_least_density_is_where_the_run_of_passed_densities_ends():
     assert verdict(0.5, 0.96, 0.5, 0.95, 1.0, 0.97).least_density() == 3e-3
     assert verdict(0.5, 0.5, 0.96, 0.95, 1.0, 0.5).least_density() == 1e-3  # dense units fail
     assert verdict(*[0.9] * 6).least_density() is None
+
+
+def test_units_rarer_than_the_least_density_are_flagged_and_count_in_no_mean(tmp_path, monkeypatch):
+    """Units 0 and 1 fire on 2 to 3 % of the tokens; the silent one is undefined, not rare."""
+    planted = planted_store(tmp_path / "run")
+    monkeypatch.setitem(COURT, "simulation_tar", {"exact": 0.03, "noisy": None})
+    with astore.open(planted.path, mode="a") as store:
+        lm.explain(store, HOOK)
+        scores = lm.score(store, HOOK, controls=False)
+        query = "SELECT unit, is_below FROM scores WHERE metric = 'simulation_tar'"
+        assert dict(store.sql(query).fetchall()) == {unit: unit < 2 for unit in range(6)}
+        query = (
+            "SELECT n, details FROM hook_scores WHERE metric = 'simulation_tar' AND hook = $hook"
+        )
+        ((n, details),) = store.sql(query, hook=HOOK).fetchall()
+        assert n == 4 and json.loads(details)["n_below"] == 2
+        assert "33.3% too rare for it left out" in repr(scores)
+        found = lm.compare(store, store, hooks=HOOK)
+        assert found.below == (pytest.approx(1 / 3),) * 2
+        assert "left out: 33% and 33% of the units" in repr(found)
+        assert lm.compare(store, store, hooks=HOOK, rare=True).below == (0.0, 0.0)

@@ -346,6 +346,8 @@ def least_density(metric: str) -> float | None:
     no density. Other measures of a scorer, such as `simulation_tar_r2`, hold as its headline does.
     """
     name = metric.removesuffix("_defined")
+    if name.endswith(_SIDED):  # both simulations draw the same records of each side
+        name = name.replace("simulation_random_", "simulation_tar_")
     if name not in COURT:
         of = [scorer.metrics[0] for scorer in SCORERS.values() if name in scorer.metrics]
         name = of[0] if of else name

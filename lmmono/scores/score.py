@@ -72,7 +72,9 @@ def _summary_line(row: Row) -> str:
     undefined = 0 if row["metric"].endswith("_defined") else row["nan_fraction"]
     tail = f", {undefined:.1%} not defined count as {_chance(row['metric']):g}" if undefined else ""
     documents = f", {row['n_documents']:,} documents" if row["n_documents"] else ""
-    number = f"{row['value']:.3f}{interval}, n {row['n']:,}{documents}{tail}"
+    share = (row.get("details") or {}).get("below_fraction")
+    left_out = f", {share:.1%} too rare for it left out" if share else ""
+    number = f"{row['value']:.3f}{interval}, n {row['n']:,}{documents}{tail}{left_out}"
     return f"{label:<46} {row['hook']}: {number}"
 
 
