@@ -11,6 +11,7 @@ COURT: dict[str, dict[str, float | None]] = {
     "detection_precision": {"exact": None, "noisy": None},
     "detection_f1": {"exact": 0.0001, "noisy": 0.0001},
     "detection_weighted": {"exact": 0.0001, "noisy": 0.0001},
+    "fuzz": {"exact": 0.1, "noisy": 0.1},
     "population_f1": {"exact": 0.0001, "noisy": 0.0001},
     "population_iou": {"exact": 0.0001, "noisy": 0.0001},
     "population_auprc": {"exact": 0.0001, "noisy": 0.0001},

@@ -91,8 +91,8 @@ def sided_rows(
         for i, unit in enumerate(units.tolist()):
             explanation, answer = explanations[i], answers[i]
             failed = explanation.failed or (answer if isinstance(answer, Failed) else None)
-            if failed is None and "active" in sides and not records.sizes[i].any():
-                failed = Failed("silent")
+            if failed is None and "active" in sides and not records.sizes[i, sides.index("active")]:
+                failed = Failed("silent", "the unit fires in no excerpt of split score")
             facts = _facts(records, i) | {"control": control}
             columns: dict[str, Row] = {}
             if failed is None:
