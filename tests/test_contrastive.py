@@ -160,7 +160,7 @@ def test_families_are_heads_by_name():
     families = {
         name: FamilySettings(name=name, d=10, steps=20) for name in ("cl", "ncl", "csr")
     } | {"soft": FamilySettings(name="ncl", d=10, steps=20, map="softplus", spread=True)}
-    assert families["soft"].label == "ncl-10-softplus-spread"
+    assert families["soft"].label == "ncl-10-softplus-20steps-spread"
     made = lm.robustness(
         lookup_model.Lookup(),
         lookup_model.small_task(),

@@ -100,6 +100,7 @@ class FamilySettings(
     def label(self) -> str:
         """Name in tables: the kind with its settings, such as pca-16 or ncl-512-sentences."""
         values = [self.d, self.k, self.positives, self.map]
+        values += [None if self.steps is None else f"{self.steps}steps"]
         values += [name for name in ("spread",) if self.spread]
         return "-".join([self.name, *(str(value) for value in values if value is not None)])
 

@@ -83,7 +83,10 @@ def read_concepts(
 def text_rows(
     model: nn.Module, texts: Sequence[str], hook: str, tokenizer: Any = None
 ) -> list[Float[Tensor, "pos d"]]:
-    """Return the rows of the tokens of each text at a hook, without the token before the text."""
+    """Return the rows of the tokens of each text at a hook, without the token before the text.
+
+    They are on the host, where comparators are small enough to be trained.
+    """
     code = ProbedCode("raw", FeatureFamily("raw"), hook, "mean")
     whole = EncodedTexts(TextEncoder(model, tokenizer, [code]), hook, texts)
-    return whole.encoder.token_rows(hook, whole.ids(texts))
+    return [rows.cpu() for rows in whole.encoder.token_rows(hook, whole.ids(texts))]
