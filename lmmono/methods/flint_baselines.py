@@ -8,7 +8,7 @@ attributes.
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ def topics(
     vectorizer = TfidfVectorizer(stop_words="english", min_df=2, max_features=10_000)
     counts = vectorizer.fit_transform(train.texts)
     n_topics = min(n_attributes, *counts.shape)
-    model = NMF(n_topics, init="nndsvda", random_state=seed, max_iter=400, tol=1e-3)
+    model: Any = NMF(cast(Any, n_topics), init="nndsvda", random_state=seed, max_iter=400, tol=1e-3)
     ours = model.fit_transform(counts)
     theirs = model.transform(vectorizer.transform(test.texts))
     scale = ours.std() + 1e-12

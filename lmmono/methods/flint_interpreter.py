@@ -149,7 +149,7 @@ class Interpreter(nn.Module):
             case "lse":
                 scaled = (LSE_SHARPNESS * tokens).masked_fill(~used[..., None], -torch.inf)
                 return (scaled.logsumexp(1) - n_used.log()) / LSE_SHARPNESS
-            case "attn":
+            case _:  # attn
                 value, gate = self.gate
                 score = self.gate_out(torch.tanh(value(tokens)) * torch.relu(gate(tokens)))
                 share = score.masked_fill(~used[..., None], -torch.inf).softmax(1)

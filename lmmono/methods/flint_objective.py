@@ -76,7 +76,7 @@ class FlintObjective(Objective):
             pooling=context.pooling,
             words=self._words(context),
         )
-        self._diversity = cast(losses.Diversity, settings.decided("diversity"))
+        self._diversity: losses.Diversity = cast(losses.Diversity, settings.decided("diversity"))
         self.mean_usage: Tensor
         self.register_buffer("mean_usage", torch.zeros(settings.n_attributes))
         self.lr_scale, self.weight_decay = settings.lr_scale, settings.weight_decay

@@ -17,6 +17,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from lmmono.methods.flint import ATTRIBUTES, Flint, Interpretation
+from lmmono.methods.flint_gradients import giving
 from lmmono.methods.flint_interpreter import Interpreter, counted_tokens
 from lmmono.methods.flint_measures import PAIR
 from lmmono.methods.flint_objective import build_interpreter
@@ -175,7 +176,7 @@ def decoder_words(flint: Flint, attribute: int, n: int) -> tuple[tuple[str, ...]
     weights = interpreter.decoder_words[:, attribute].detach().cpu()
     order = weights.argsort(descending=True, stable=True)
     ids = interpreter.word_ids.cpu()[order]
-    decode = flint.classifier.reader.tokenizer.decode
+    decode: Any = flint.classifier.reader.tokenizer.decode
     words = [decode([int(i)]).strip() for i in (*ids[:n], *ids.flip(0)[: n // 2])]
     n_likely = min(n, len(ids))
     return tuple(words[:n_likely]), tuple(words[n_likely:])
@@ -212,7 +213,7 @@ def windows(
         wanted &= (values >= low) & (values <= high)
     order = np.flatnonzero(wanted)
     order = order[np.argsort(-values[order], kind="stable")]
-    decode = flint.classifier.reader.tokenizer.decode
+    decode: Any = flint.classifier.reader.tokenizer.decode
     found: list[AttributeWindow] = []
     seen: list[set[int]] = []
     for i in order.tolist():
@@ -309,7 +310,7 @@ def maximised(
         if scores.max() <= best - edit_cost * (now[1:] != ids[1:]).sum() / n:
             continue  # the next draw may hold a swap that helps
         now, best = tried[int(scores.argmax())], float(values[int(scores.argmax())])
-    decode = flint.classifier.reader.tokenizer.decode
+    decode: Any = flint.classifier.reader.tokenizer.decode
     as_tokens = [tuple(decode([int(t)]) for t in row[1:]) for row in (start, now)]
     return Maximised(as_tokens[0], as_tokens[1], before, best)
 
@@ -342,7 +343,7 @@ def _gradient(
     table = body.get_input_embeddings()
     block = torch.from_numpy(ids)[None].to(table.weight.device)
     embeds = table(block).detach().requires_grad_(True)
-    handle = table.register_forward_hook(lambda *_: embeds)
+    handle = table.register_forward_hook(giving(embeds))
     try:
         with torch.enable_grad(), recording(network.body, flint.hooks) as acts:
             network(block, torch.tensor([len(ids)]))
