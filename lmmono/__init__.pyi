@@ -42,6 +42,7 @@ from lmmono.models.untrained import untrained as untrained
 from lmmono.pipeline.stage_loop import run_stages as run_stages
 from lmmono.pipeline.stage_loop import train as train
 from lmmono.recipe import Recipe as Recipe
+from lmmono.reports.pages.offline import report as report
 from lmmono.runs.folder import Run as Run
 from lmmono.runs.folder import open_run as open_run
 from lmmono.runs.generation import generate as generate

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from activation_store.errors import ContentError
@@ -123,9 +124,10 @@ def unit_pages(
     A unit that the store does not have is left out.
     """
     shape = options or PageOptions()
+    counting = _Counting(store) if len(units) > 1 else None
     for first in range(0, len(units), BATCH):
         some = [int(unit) for unit in units[first : first + BATCH]]
-        yield from _Reading(store, hook, some, shape).pages(name, link or _own_link, ask)
+        yield from _Reading(store, hook, some, shape, counting).pages(name, link or _own_link, ask)
 
 
 def notebook_html(pages: Sequence[UnitPage]) -> str:
@@ -152,7 +154,7 @@ WITH ranks AS (
 FROM unit_stats JOIN ranks USING (unit) WHERE hook = $hook
 """
 
-_EXEMPLARS = """
+_CHOSEN = """
 WITH chosen AS MATERIALIZED (
     SELECT unit, kind, rank, bin, act, doc_id, seq_id, pos FROM exemplars
     WHERE hook = $hook AND unit BETWEEN $first AND $last AND list_contains($units, unit)
@@ -161,24 +163,33 @@ WITH chosen AS MATERIALIZED (
     ) <= CASE kind WHEN 'top' THEN $top_k WHEN 'quantile' THEN $quantile_k ELSE $random_k END
 ),
 near AS MATERIALIZED (
-    SELECT c.*, t.pos AS at_pos, t.token_id FROM chosen c
+    SELECT c.*, t.pos AS at_pos, coalesce(v.token, '[' || t.token_id || ']') AS token
+    FROM chosen c
     JOIN token_ids t ON t.seq_id = c.seq_id AND t.doc_id = c.doc_id
         AND t.pos BETWEEN c.pos - $before AND c.pos + $after
-),
+    LEFT JOIN vocabulary v ON v.token_id = t.token_id
+)"""
+
+_WINDOWS = f"""{_CHOSEN}
+SELECT unit, kind, rank, bin, act, doc_id, seq_id, pos, min(at_pos) AS first_pos,
+    list(token ORDER BY at_pos) AS tokens
+FROM near
+GROUP BY unit, kind, rank, bin, act, doc_id, seq_id, pos
+ORDER BY unit, kind, bin DESC, rank
+"""
+
+_EXEMPLARS = f"""{_CHOSEN},
 fired AS (
-    SELECT unit, seq_id, pos, act FROM acts
+    SELECT unit, seq_id, pos AS at_pos, act AS at_act FROM acts
     WHERE hook = $hook AND unit BETWEEN $first AND $last AND list_contains($units, unit)
         AND seq_id IN (SELECT seq_id FROM chosen)
 )
-SELECT
-    n.unit, n.kind, n.rank, n.bin, n.act, n.doc_id, n.seq_id, n.pos, min(n.at_pos) AS first_pos,
-    list(coalesce(v.token, '[' || n.token_id || ']') ORDER BY n.at_pos) AS tokens,
-    list(coalesce(f.act, 0)::DOUBLE ORDER BY n.at_pos) AS acts
-FROM near n
-LEFT JOIN vocabulary v ON v.token_id = n.token_id
-LEFT JOIN fired f ON f.unit = n.unit AND f.seq_id = n.seq_id AND f.pos = n.at_pos
-GROUP BY n.unit, n.kind, n.rank, n.bin, n.act, n.doc_id, n.seq_id, n.pos
-ORDER BY n.unit, n.kind, n.bin DESC, n.rank
+SELECT unit, kind, rank, bin, act, doc_id, seq_id, pos, min(at_pos) AS first_pos,
+    list(token ORDER BY at_pos) AS tokens,
+    list(coalesce(at_act, 0)::DOUBLE ORDER BY at_pos) AS acts
+FROM near LEFT JOIN fired USING (unit, seq_id, at_pos)
+GROUP BY unit, kind, rank, bin, act, doc_id, seq_id, pos
+ORDER BY unit, kind, bin DESC, rank
 """
 
 _HISTOGRAM = """
@@ -277,18 +288,128 @@ _PANELS = {
 }
 """The query behind each panel."""
 
+_OF_ACTS = ("histogram", "positions", "tokens")
+"""Panels that go through every act of a unit. Of many units each one's acts are read once and
+counted here: SQL over units that lie apart would read all that lies between, four times."""
+
 Row = dict[str, Any]
+
+
+class _Counting:
+    """The tokens of a store in memory, and what the acts of one unit after another come to there.
+
+    Gives what the queries of `_OF_ACTS` give.
+    """
+
+    def __init__(self, store: Queried) -> None:
+        self._store = store
+        rows = store.sql("SELECT seq_id, pos, token_id FROM token_ids").fetchnumpy()
+        self._width = int(rows["pos"].max(initial=-1)) + 1
+        keys = rows["seq_id"].astype(np.int64) * self._width + rows["pos"]
+        order = np.argsort(keys)
+        self._keys, self._ids = keys[order], np.asarray(rows["token_id"])[order]
+        self._n_at = np.bincount(rows["pos"], minlength=self._width)
+        self._n_of = np.bincount(self._ids)
+        self._names = dict(store.sql("SELECT token_id, token FROM vocabulary").fetchall())
+
+    def count(
+        self, hook: str, unit: int, max_act: float | None, list_k: int, exemplars: list[Row]
+    ) -> dict[str, list[Row]]:
+        """Return the rows of the three panels; fills the acts of exemplars in."""
+        query = "SELECT seq_id, pos, act FROM acts WHERE hook = $hook AND unit = $unit"
+        rows = self._store.sql(query, hook=hook, unit=unit).fetchnumpy()
+        pos, acts = np.asarray(rows["pos"]), np.asarray(rows["act"], np.float32)
+        keys = rows["seq_id"].astype(np.int64) * self._width + pos
+        order = np.argsort(keys)
+        pos, acts, keys = pos[order], acts[order], keys[order]
+        for each in exemplars:
+            first = each["seq_id"] * self._width + each["first_pos"]
+            each["acts"] = _looked_up(keys, acts, first, len(each["tokens"]))
+        bars = np.clip(np.floor(acts * np.float32(N_BARS) / (max_act or 1.0)), 0, N_BARS - 1)
+        filled, n = np.unique(bars.astype(int), return_counts=True)
+        return {
+            "histogram": [
+                {"bar": bar, "n": size}
+                for bar, size in zip(filled.tolist(), n.tolist(), strict=True)
+            ],
+            "positions": self._positions(pos, acts),
+            "tokens": self._tokens(keys, acts, list_k),
+        }
+
+    def _positions(self, pos: Any, acts: Any) -> list[Row]:
+        width = -(-self._width // N_BUCKETS) or 1
+        buckets = np.arange(self._width) // width
+        n_tokens = np.bincount(buckets, self._n_at)
+        density = np.bincount(pos // width, minlength=len(n_tokens)) / n_tokens
+        mean = np.bincount(pos // width, acts.astype(np.float64), len(n_tokens)) / n_tokens
+        return [
+            {
+                "first_pos": i * width,
+                "last_pos": min((i + 1) * width, self._width) - 1,
+                "density": float(density[i]),
+                "mean_act": float(mean[i]),
+            }
+            for i in range(len(n_tokens))
+        ]
+
+    def _tokens(self, keys: Any, acts: Any, k: int) -> list[Row]:
+        if not len(acts):
+            return []
+        ids = self._ids[np.searchsorted(self._keys, keys)]
+        order = np.argsort(ids, kind="stable")
+        unique, starts = np.unique(ids[order], return_index=True)
+        totals = np.add.reduceat(acts[order].astype(np.float64), starts)
+        most = np.maximum.reduceat(acts[order], starts)
+        n_acts = np.diff([*starts, len(ids)])
+        best = np.lexsort((unique, -totals))[:k]
+        return [
+            {
+                "token_id": (token := int(unique[i])),
+                "token": self._names.get(token, f"[{token}]"),
+                "mass": float(totals[i] / totals.sum()),
+                "frequency": float(self._n_of[token] / len(self._ids)),
+                "n_acts": int(n_acts[i]),
+                "n_tokens": int(self._n_of[token]),
+                "density": float(n_acts[i] / self._n_of[token]),
+                "mean_act": float(totals[i] / n_acts[i]),
+                "max_act": float(most[i]),
+            }
+            for i in best
+        ]
+
+
+def _looked_up(keys: Any, acts: Any, first: int, n: int) -> list[float]:
+    """Return the acts at n keys from the first on; 0 where none is stored."""
+    start, stop = np.searchsorted(keys, [first, first + n])
+    found = [0.0] * n
+    for key, act in zip(keys[start:stop].tolist(), acts[start:stop].tolist(), strict=True):
+        found[key - first] = act
+    return found
 
 
 class _Reading:
     """Some units of one hook, read together."""
 
     def __init__(
-        self, store: Queried, hook: str, units: Sequence[int], options: PageOptions
+        self,
+        store: Queried,
+        hook: str,
+        units: Sequence[int],
+        options: PageOptions,
+        counting: _Counting | None,
     ) -> None:
         self._store, self._options = store, options
         self._hook, self._units = hook, list(units)
-        self._rows = {panel: self._read(query) for panel, query in _PANELS.items()}
+        queries = dict(_PANELS)
+        if counting is not None:
+            queries = {name: query for name, query in queries.items() if name not in _OF_ACTS}
+            queries["exemplars"] = _WINDOWS  # their acts come with the counting
+        self._rows = {panel: self._read(query) for panel, query in queries.items()}
+        for unit, (stats,) in self._rows["stats"].items() if counting is not None else ():
+            exemplars, k = self._rows["exemplars"].get(unit, []), options.list_k
+            counted = counting.count(hook, unit, stats["max_act"], k, exemplars)
+            for panel, rows in counted.items():
+                self._rows.setdefault(panel, {})[unit] = rows
 
     def _parameters(self, units: Sequence[int], query: str) -> dict[str, Any]:
         options = self._options

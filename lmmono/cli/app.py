@@ -326,6 +326,33 @@ def promotes(target: RecipeOrRun, overrides: Overrides = None) -> Outcome | None
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run folders, or folders that hold runs."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path(
+        "report.html"
+    ),
+    units: Annotated[
+        int, typer.Option(min=0, help="Units of each hook that get a page, the best first.")
+    ] = 24,
+    all_units: Annotated[bool, typer.Option("--all-units", help="Give every unit a page.")] = False,
+) -> None:
+    """Write runs into one HTML file that opens from disk: where to look, layers, scores, units.
+
+    Example: lmmono report runs/quickstart -o report.html
+    """
+    from lmmono.cli.terminal import shown_progress
+    from lmmono.reports.pages.offline import report as made_of
+
+    with shown_progress() as progress:
+        page = made_of(*runs, units=None if all_units else units, progress=progress)
+    print(printable(str(page.save(out))))
+    _tell(repr(page))
+
+
+@app.command()
 @prints_rows
 def show(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a store.")],

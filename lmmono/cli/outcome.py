@@ -122,6 +122,7 @@ def _next_steps(runs: "Sequence[Run]") -> list[str]:
             unit = best_unit(store)
         commands += [f"lmmono show {first.dir} {unit}"] if unit else []
         commands.append(f"lmmono sql {first.dir} .help")
+        commands.append(f"lmmono report {' '.join(str(run.dir) for run in runs)} -o report.html")
     heads = ["next: ", *["      "] * len(commands)]
     return [
         *(f"results: {run.dir}" for run in runs),

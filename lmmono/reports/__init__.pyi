@@ -1,3 +1,12 @@
 from lmmono.reports.figures import pareto as pareto
+from lmmono.reports.figures import pareto_figure as pareto_figure
+from lmmono.reports.notebook import browse as browse
+from lmmono.reports.pages.interest import interesting as interesting
+from lmmono.reports.run_figures import attribute_figure as attribute_figure
+from lmmono.reports.run_figures import figure_svg as figure_svg
+from lmmono.reports.run_figures import layer_figure as layer_figure
+from lmmono.reports.run_figures import loss_figure as loss_figure
+from lmmono.reports.run_figures import score_figure as score_figure
+from lmmono.reports.run_figures import unit_figure as unit_figure
 from lmmono.reports.side_by_side import run_tables as run_tables
 from lmmono.reports.table import ReportTable as ReportTable

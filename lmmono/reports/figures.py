@@ -14,8 +14,9 @@ from lmmono.reports.table import ReportTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 else:  # for annotations only: matplotlib takes half a second to import
-    Axes = object
+    Axes = Figure = object
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
 """Okabe and Ito's colours, which colour-blind people tell apart."""
@@ -27,12 +28,54 @@ _CONTROL_MARKERS = {
     "shuffled": "v",
     "untrained": "^",
 }
+# the salt and the date are all that differs between two drawings of one thing
+_RC = {"svg.hashsalt": "lmmono", "svg.fonttype": "none", "font.size": 9}
 _METADATA: dict[str, dict[str, str | None]] = {
     "svg": {"Date": None, "Creator": "lmmono"},
     "png": {"Software": "lmmono"},
     "pdf": {"CreationDate": None, "Creator": "lmmono"},
 }
 """What each kind of file says of itself, without a date: equal input gives equal bytes."""
+
+
+def pareto_figure(
+    source: Any,
+    *,
+    x: str = "l0",
+    y: str = "fvu",
+    hooks: Sequence[str] | None = None,
+) -> Figure:
+    """Return the figure that `pareto` writes to a file.
+
+    Raises:
+        RunError: A measure is unknown, or no dictionary has both.
+        StoreError: A store cannot be opened.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    x, y = (_with_preset(measure) for measure in (x, y))
+    points = [
+        each
+        for each in measured(source)
+        if (hooks is None or each.hook in hooks)
+        and not any(math.isnan(each.get(measure)[0]) for measure in (x, y))
+    ]
+    if not points:
+        raise RunError(f"pareto: no dictionary has both {x} and {y}; run `lmmono dictionary` first")
+    panels = list(dict.fromkeys((each.run, each.hook) for each in points))
+    n_columns = min(2, len(panels))
+    n_rows = math.ceil(len(panels) / n_columns)
+    with mpl.rc_context(_RC):
+        figure = Figure(figsize=(5.5 * n_columns, 4 * n_rows), layout="constrained")
+        grid = figure.subplots(n_rows, n_columns, squeeze=False).flat
+        for axes, (run, hook) in zip(grid, panels, strict=False):
+            part = [each for each in points if (each.run, each.hook) == (run, hook)]
+            _draw(axes, part, x, y)
+            axes.set_title(f"{run}: {hook}", fontsize=9)
+        for axes in list(grid)[len(panels) :]:
+            axes.set_axis_off()
+    return figure
 
 
 def pareto(
@@ -65,33 +108,12 @@ def pareto(
         StoreError: A store cannot be opened.
     """
     import matplotlib as mpl
-    from matplotlib.figure import Figure
 
     kind = Path(path).suffix.removeprefix(".").lower()
     if kind not in _METADATA:
         raise RunError(f"{path}: want a figure as .svg, .png or .pdf, got {kind or 'no suffix'!r}")
-    x, y = (_with_preset(measure) for measure in (x, y))
-    points = [
-        each
-        for each in measured(source)
-        if (hooks is None or each.hook in hooks)
-        and not any(math.isnan(each.get(measure)[0]) for measure in (x, y))
-    ]
-    if not points:
-        raise RunError(f"pareto: no dictionary has both {x} and {y}; run `lmmono dictionary` first")
-    panels = list(dict.fromkeys((each.run, each.hook) for each in points))
-    n_columns = min(2, len(panels))
-    n_rows = math.ceil(len(panels) / n_columns)
-    # the salt and the date are all that differs between two drawings of one thing
-    with mpl.rc_context({"svg.hashsalt": "lmmono", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(5.5 * n_columns, 4 * n_rows), layout="constrained")
-        grid = figure.subplots(n_rows, n_columns, squeeze=False).flat
-        for axes, (run, hook) in zip(grid, panels, strict=False):
-            part = [each for each in points if (each.run, each.hook) == (run, hook)]
-            _draw(axes, part, x, y)
-            axes.set_title(f"{run}: {hook}", fontsize=9)
-        for axes in list(grid)[len(panels) :]:
-            axes.set_axis_off()
+    figure = pareto_figure(source, x=x, y=y, hooks=hooks)
+    with mpl.rc_context(_RC):
         figure.savefig(path, format=kind, metadata=_METADATA[kind])
     return Path(path)
 

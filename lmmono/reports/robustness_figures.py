@@ -30,14 +30,18 @@ from lmmono.types import Progress, silent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 else:  # for annotations only: matplotlib takes half a second to import
-    Axes = object
+    Axes = Figure = object
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#222222")
 """Okabe and Ito's colours, which colour-blind people tell apart."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", ":", "-.")
 """One for each round through the colours."""
+
+# the salt and the date are all that differs between two drawings of one thing
+_RC = {"svg.hashsalt": "lmmono", "svg.fonttype": "none", "font.size": 9}
 
 FIGURES = "robustness"
 """Folder of a run that holds the figures of its suites."""
@@ -94,33 +98,49 @@ def robustness_figures(
         RunError: No row has a corruption with a level.
         DataError: No row is of the baseline.
     """
+    import matplotlib as mpl
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    for name, figure in robustness_panels(results, baseline).items():
+        path = folder / f"{name}.{format}"
+        about = {"Date": None, "Creator": "lmmono"} if format == "svg" else {"Software": None}
+        with mpl.rc_context(_RC):
+            figure.savefig(path, format=format, dpi=150, metadata=about)
+        paths.append(path)
+    return paths
+
+
+def robustness_panels(results: Sequence[Result], baseline: str) -> dict[str, Figure]:
+    """Return the figures that `robustness_figures` writes, by suite and corruption.
+
+    Raises:
+        RunError: No row has a corruption with a level.
+        DataError: No row is of the baseline.
+    """
     curves = curves_of([each for each in results if each.corruption != REAL])
     if not curves:
         raise RunError("robustness figures: no row has a corruption with a level")
     styles = _styles(results)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     by_kind: dict[tuple[str, str], list[list[Result]]] = {}
     for curve in curves:
         first = next(each for each in curve if each.level)
         by_kind.setdefault((first.suite, first.corruption or ""), []).append(curve)
-    paths: list[Path] = []
-    for kind, panels in by_kind.items():
-        name = re.sub(r"[^A-Za-z0-9_.-]", "_", "_".join(kind))
-        _figure(panels, baseline, styles, folder / f"{name}.{format}")
-        paths.append(folder / f"{name}.{format}")
-    return paths
+    return {
+        re.sub(r"[^A-Za-z0-9_.-]", "_", "_".join(kind)): _figure(panels, baseline, styles)
+        for kind, panels in by_kind.items()
+    }
 
 
 def _figure(
-    panels: Sequence[Sequence[Result]], baseline: str, styles: Mapping[str, Style], path: Path
-) -> None:
+    panels: Sequence[Sequence[Result]], baseline: str, styles: Mapping[str, Style]
+) -> Figure:
     """Draw one corruption: a column per panel, values above differences."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    # the salt and the date are all that differs between two drawings of one thing
-    with mpl.rc_context({"svg.hashsalt": "lmmono", "svg.fonttype": "none", "font.size": 9}):
+    with mpl.rc_context(_RC):
         figure = Figure(figsize=(4.2 * len(panels) + 1.4, 6.2), layout="constrained")
         grid = figure.subplots(2, len(panels), squeeze=False, sharex="col")
         for column, curves in enumerate(panels):
@@ -133,8 +153,7 @@ def _figure(
             lower.set_xlabel(f"level of {first.corruption}")
             lower.set_ylabel(f"less {baseline}, paired")
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right upper")
-        about = {"Date": None, "Creator": "lmmono"} if path.suffix == ".svg" else {"Software": None}
-        figure.savefig(path, format=path.suffix[1:], dpi=150, metadata=about)
+    return figure
 
 
 def _draw_values(axes: "Axes", curves: Sequence[Result], styles: Mapping[str, Style]) -> None:

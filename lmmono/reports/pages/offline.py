@@ -1,0 +1,360 @@
+"""`lmmono report`: runs in one HTML file that opens from disk, without a network.
+
+Styles and scripts are written into the file, each with its hash in a content-security policy that
+allows nothing else. Units' pages lie in it compressed, and are unpacked when they are asked for;
+the first one of the list is there without scripts too.
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+import activation_store as astore
+from activation_store.pages import UnitPage, unit_page, unit_pages
+from activation_store.pages.templating import environment, static
+from lmmono.errors import RunError
+from lmmono.files.atomic import write_atomic
+from lmmono.registry.metrics import METRICS
+from lmmono.reports.figures import pareto_figure
+from lmmono.reports.layer_summary import layer_summaries
+from lmmono.reports.pages.interest import CRITERION, Interesting, interesting, ranked
+from lmmono.reports.pages.twins import SAMPLED_TOKENS, Twin, best_twins
+from lmmono.reports.run_figures import figure_svg, layer_figure, loss_figure, score_figure
+from lmmono.reports.side_by_side import MIN_ACTIVATIONS, run_tables
+from lmmono.reports.table import ReportTable
+from lmmono.reports.unit_tables import explanation_tables, score_tables
+from lmmono.runs.folder import Run, find_runs, open_run
+from lmmono.types import Progress, silent
+
+OWN = "lmmono.reports.pages"
+SECTIONS = (
+    ("training", "Training"),
+    ("layers", "Layers"),
+    ("scores", "Scores"),
+    ("dictionaries", "Dictionaries"),
+    ("robustness", "Robustness"),
+    ("explanations", "Explanations"),
+)
+N_LISTED = 12
+"""Units in the list that a report begins with."""
+N_TWINS = 6
+"""Units of each hook that are put beside their twins."""
+
+_UNITS = """
+SELECT s.unit, s.n_active, s.density, s.kurtosis, s.max_act, a.value, a.ci_low, a.ci_high
+FROM unit_stats s
+LEFT JOIN (
+    SELECT hook, unit, value, ci_low, ci_high FROM scores WHERE metric = 'token_selectivity'
+    QUALIFY row_number() OVER (PARTITION BY hook, unit ORDER BY created_at DESC) = 1
+) a USING (hook, unit)
+WHERE s.hook = $hook ORDER BY coalesce(a.ci_low, -1) DESC, s.unit
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Runs as one HTML page, in memory until it is saved."""
+
+    html: str = field(repr=False)
+    """The whole file."""
+    runs: tuple[str, ...]
+    """Folders of the runs."""
+    n_units: int
+    """Units with a page in it."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file, whole or not at all, and return its path.
+
+        Raises:
+            RunError: It cannot be written.
+        """
+        write_atomic(Path(path), self.html)
+        return Path(path)
+
+    def __repr__(self) -> str:
+        size = len(self.html.encode()) / 1e6
+        return f"Report({', '.join(self.runs)}: {self.n_units} unit pages, {size:.1f} MB)"
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A unit beside its twin, as the page names them."""
+
+    twin: Twin
+    left: str
+    right: str
+    names: tuple[str, str]
+
+
+def report(*runs: str | Path | Run, units: int | None = 24, progress: Progress = silent) -> Report:
+    """Return a report of runs, side by side; each must be captured.
+
+    Args:
+        runs: Run folders, opened runs, or folders that hold runs, as a study's.
+        units: Units of each hook that get a page, those most worth a look; None takes all.
+        progress: Called with units done.
+
+    Raises:
+        RunError: There is no such run, or it holds no store yet.
+        StoreError: A store cannot be opened.
+    """
+    opened = [run for each in runs for run in _opened(each)]
+    if not opened:
+        raise RunError("report: want a run; `lmmono run quickstart` makes one")
+    for run in opened:
+        if not run.store_path.is_file():
+            raise RunError(f"{run.dir}: holds no store yet; run `lmmono capture {run.dir}` first")
+    with ExitStack() as stack:
+        stores = [stack.enter_context(astore.open(run.store_path)) for run in opened]
+        names = [run.name for run in opened]
+        listed = [interesting(store, N_LISTED) for store in stores]
+        pages: dict[str, str] = {}
+        hooks: list[dict[str, Any]] = []
+        chosen: list[dict[str, list[int]]] = []
+        for store, name in zip(stores, names, strict=True):
+            rows_of, units_of = _hooks(store, units)
+            chosen.append(units_of)
+            hooks += [{"run": name, "hook": hook, "rows": rows} for hook, rows in rows_of.items()]
+        pairs = _pairs(stores, names, chosen)
+        for run, twin in ((pair.names[1], pair.twin) for pair in pairs):
+            here = chosen[names.index(run)].setdefault(twin.hook, [])
+            here += [] if twin.twin in here else [twin.twin]
+        for i, (store, name) in enumerate(zip(stores, names, strict=True)):
+            for hook, some in chosen[i].items():
+                for page in unit_pages(store, hook, some, name=name, link=_linker(name)):
+                    pages[page.id] = page.html
+                progress(f"pages {hook}", len(pages), len(pages))
+        first = _first(stores, names, listed)
+        tables = [*run_tables(opened)]
+        for store, name in zip(stores, names, strict=True):
+            tables += [*explanation_tables(store, name), *score_tables(store, name)]
+        html = _html(
+            runs=[_facts(run) for run in opened],
+            first=first,
+            listed=[
+                (name, [(each, _page_id(name, each.hook, each.unit)) for each in some])
+                for name, some in zip(names, listed, strict=True)
+            ],
+            criterion=CRITERION.format(metric="token_selectivity", least=MIN_ACTIVATIONS),
+            figures=_figures(opened, stores),
+            tables=tables,
+            pairs=pairs,
+            sampled=SAMPLED_TOKENS,
+            hooks=hooks,
+            page_id=_page_id,
+            pages={each: _packed(html) for each, html in pages.items()},
+            metrics=_metrics(stores),
+        )
+    return Report(html, tuple(str(run.dir) for run in opened), len(pages))
+
+
+def _opened(each: str | Path | Run) -> list[Run]:
+    if isinstance(each, Run):
+        return [each]
+    folder = Path(each)
+    if folder.is_dir() and not (folder / "manifest.json").is_file() and find_runs(folder):
+        return [open_run(path) for path in find_runs(folder)]
+    return [open_run(folder)]
+
+
+def _page_id(name: str, hook: str, unit: int) -> str:
+    return UnitPage(name, hook, unit, {}, {}, str, None).id
+
+
+def _linker(name: str) -> Any:
+    return lambda hook, unit: f"#{_page_id(name, hook, unit)}"
+
+
+def _hooks(
+    store: astore.Store, units: int | None
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[int]]]:
+    """Return the units of each hook by their statistics, and those that get a page."""
+    rows_of: dict[str, list[dict[str, Any]]] = {}
+    units_of: dict[str, list[int]] = {}
+    for (hook,) in store.sql("SELECT DISTINCT hook FROM unit_stats ORDER BY hook").fetchall():
+        result = store.sql(_UNITS, hook=hook)
+        rows = [dict(zip(result.columns, row, strict=True)) for row in result.fetchall()]
+        rows_of[hook] = rows
+        if units is None:
+            units_of[hook] = [row["unit"] for row in rows]
+            continue
+        best = [row["unit"] for row in ranked(store, units, hook)]
+        # where no unit is scored, those that fire and are most peaked
+        peaked = sorted(
+            (row for row in rows if row["n_active"]), key=lambda r: -(r["kurtosis"] or 0)
+        )
+        units_of[hook] = (best or [row["unit"] for row in peaked])[:units]
+    return rows_of, units_of
+
+
+def _pairs(
+    stores: Sequence[astore.Store], names: Sequence[str], chosen: Sequence[dict[str, list[int]]]
+) -> list[_Pair]:
+    """Return the first run's chosen units beside their twins in each other run."""
+    asked = [(hook, unit) for hook, units in chosen[0].items() for unit in units[:N_TWINS]]
+    pairs: list[_Pair] = []
+    for store, name in zip(stores[1:], names[1:], strict=True):
+        for twin in best_twins(stores[0], store, asked):
+            left = _page_id(names[0], twin.hook, twin.unit)
+            right = _page_id(name, twin.hook, twin.twin)
+            pairs.append(_Pair(twin, left, right, (names[0], name)))
+    return pairs
+
+
+def _first(
+    stores: Sequence[astore.Store], names: Sequence[str], listed: Sequence[list[Interesting]]
+) -> tuple[str, Interesting, UnitPage] | None:
+    """Return the unit that a reader sees first: the best of all runs, with its page."""
+    best = [
+        (some[0].margin - some[0].is_one_token, i, some[0]) for i, some in enumerate(listed) if some
+    ]
+    if not best:
+        return None
+    _, i, unit = max(best, key=lambda each: each[0])
+    page = unit_page(stores[i], unit.hook, unit.unit, name=names[i], link=_linker(names[i]))
+    return names[i], unit, page
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """Return what a manifest says of a run."""
+    stages = [
+        {"name": name, "state": record.state, "seconds": record.wall_seconds,
+         "megabytes": record.peak_memory_bytes / 1e6, "commit": record.commit}
+        for name, record in run.manifest.stages.items()
+    ]  # fmt: skip
+    recipe = (run.dir / "recipe.yaml").read_text("utf-8")
+    return {
+        "name": run.name,
+        "folder": str(run.dir),
+        "about": run.recipe.about,
+        "facts": {k: v for k, v in run.model_facts.items() if isinstance(v, int | float | str)},
+        "stages": stages,
+        "warnings": run.warnings,
+        "commit": run.manifest.commit,
+        "seed": run.manifest.seed,
+        "versions": json.dumps(dict(run.manifest.versions), indent=1),
+        "machine": json.dumps(dict(run.manifest.machine), indent=1),
+        "recipe": recipe,
+        "command": f"lmmono run {run.dir}",
+    }
+
+
+def _figures(
+    runs: Sequence[Run], stores: Sequence[astore.Store]
+) -> dict[str, list[tuple[str, Markup]]]:
+    """Return the figures by section, each with what is seen on it."""
+    layers = layer_summaries(runs)
+    made: dict[str, list[tuple[str, Markup]]] = {}
+    drawn = (
+        ("training", "Loss over steps, training and held-out documents", loss_figure, runs),
+        ("layers", "Density, kurtosis and dead share by layer and run", layer_figure, layers),
+        ("scores", "Scores by layer and run, with controls", score_figure, layers),
+        ("dictionaries", "L0 against FVU of dictionaries, controls in grey", pareto_figure, stores),
+        (
+            "dictionaries",
+            "L0 against the loss that dictionaries recover",
+            lambda source: pareto_figure(source, y="ce_loss_recovered (zero)"),
+            stores,
+        ),
+    )
+    for section, label, draw, source in drawn:
+        try:
+            figure = draw(source)
+        except RunError:  # nothing of the kind was measured
+            continue
+        made.setdefault(section, []).append((label, figure_svg(figure, label)))
+    for run in runs:
+        if run.recipe.robustness.suites and run.is_done("robustness"):
+            made.setdefault("robustness", []).extend(_robustness(run))
+    return made
+
+
+def _robustness(run: Run) -> list[tuple[str, Markup]]:
+    # scipy and numba take seconds to import, and most runs have no suites
+    from lmmono.reports.robustness_figures import robustness_panels
+    from lmmono.suites.robustness_run import run_results
+
+    with astore.open(run.store_path) as store:
+        results = run_results(run, store)
+    families = run.recipe.robustness.families
+    if not families:
+        return []
+    panels = robustness_panels(results, families[0].label)
+    return [
+        (f"{run.name}: {name}", figure_svg(figure, f"{run.name}: {name} over levels"))
+        for name, figure in panels.items()
+    ]
+
+
+def _metrics(stores: Sequence[astore.Store]) -> list[dict[str, Any]]:
+    """Return the metrics that the stores hold, with their versions and formulas."""
+    query = """SELECT DISTINCT metric, metric_version FROM all_scores
+        UNION SELECT DISTINCT metric, metric_version FROM robustness ORDER BY ALL"""
+    held = sorted({row for store in stores for row in store.sql(query).fetchall()})
+    return [
+        {
+            "name": name,
+            "version": version,
+            "equation": METRICS[name].equation if name in METRICS else "not of this release",
+            "unit": METRICS[name].unit if name in METRICS else "",
+            "sql": f"SELECT * FROM all_scores WHERE metric = '{name}'",
+        }
+        for name, version in held
+    ]
+
+
+def _packed(html: str) -> str:
+    """Return markup as base64 of gzip, which every browser since 2023 unpacks by itself."""
+    # level 6 takes a third of the time of 9, for 2 % more bytes
+    return base64.b64encode(gzip.compress(html.encode(), 6, mtime=0)).decode()
+
+
+def _html(**values: Any) -> str:
+    css = Markup(static("unit.css") + static("page.css", OWN))
+    scripts = [Markup(static("unit.js")), Markup(static("page.js", OWN))]
+    policy = (
+        f"default-src 'none'; style-src {_hash(css)}; script-src {' '.join(map(_hash, scripts))}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    template = environment(OWN).get_template("report.html.jinja")
+    version = metadata.version("lmmono")
+    tables_of: dict[str, list[ReportTable]] = {name: [] for name, _ in SECTIONS}
+    for table in values.pop("tables"):
+        tables_of[_section(table)].append(table)
+    figures = {name: values["figures"].get(name, []) for name, _ in SECTIONS}
+    values |= {"figures": figures, "tables_of": tables_of, "sections": SECTIONS}
+    return template.render(
+        css=css, scripts=scripts, policy=policy, version=version, number_of=_cell, **values
+    )
+
+
+def _section(table: ReportTable) -> str:
+    """Return the section of a report that a table belongs to, by what its title begins with."""
+    heads = {"Layers": "layers", "Dictionaries": "dictionaries", "Units of": "explanations"}
+    heads |= {"Scores of": "scores", "Best and worst": "scores", "Most selective": "scores"}
+    return next(
+        (name for head, name in heads.items() if table.title.startswith(head)), "robustness"
+    )
+
+
+def _hash(text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+def _cell(table: ReportTable, cell: object) -> str:  # noqa: ARG001
+    """Return a cell of a table as text."""
+    if cell is None:
+        return ""
+    if isinstance(cell, float):
+        return f"{cell:.3g}"
+    return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
