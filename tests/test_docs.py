@@ -21,6 +21,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = BLOCK.findall((ROOT / "README.md").read_text())
 GUIDE_BLOCKS = BLOCK.findall((ROOT / "docs" / "dictionaries.md").read_text())
 EXPLAINING_BLOCKS = BLOCK.findall((ROOT / "docs" / "explaining.md").read_text())
+REPORT_BLOCKS = BLOCK.findall((ROOT / "docs" / "report.md").read_text())
 YOUR_MODEL_BLOCKS = BLOCK.findall((ROOT / "docs" / "your_model.md").read_text())
 METHODS_BLOCKS = BLOCK.findall((ROOT / "docs" / "methods.md").read_text())
 STORE_BLOCKS = BLOCK.findall((ROOT / "activation_store" / "README.md").read_text())
@@ -140,6 +141,15 @@ def test_the_guide_to_explaining_does_what_it_says(folder):
     assert counted == {"lmmono": 4, "python": 1, "sql": 3}
     assert list((folder / "upload").glob("*/1-lmmono/scores/batch-0.jsonl.gz"))
     assert len(list((folder / "neurons" / "1").glob("*.jsonl"))) == 16
+
+
+def test_the_guide_to_reports_does_what_it_says(folder):
+    counted: Counter[str] = Counter()
+    for language, block in REPORT_BLOCKS:
+        counted += {"bash": run_bash, "python": run_python}[language](block, folder)
+    assert counted == {"lmmono": 3, "python": 1}
+    assert "Where to look first" in (folder / "report.html").read_text()
+    assert (folder / "both.html").is_file() and (folder / "layers.svg").is_file()
 
 
 def test_the_guide_to_a_model_of_ones_own_does_what_it_says(tmp_path):

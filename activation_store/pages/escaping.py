@@ -19,9 +19,8 @@ def shown(value: Any) -> Any:
     >>> shown("a\x1b]0;title\x07 b\u202ec")
     'a<U+001B>]0;title<U+0007> b<U+202E>c'
     """
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    return printable(value)
+    is_text = isinstance(value, str) and not isinstance(value, Markup)
+    return printable(value) if is_text else value
 
 
 def escaped(value: Any) -> Markup:

@@ -124,9 +124,10 @@ def unit_pages(
     A unit that the store does not have is left out.
     """
     shape = options or PageOptions()
+    units = list(dict.fromkeys(int(unit) for unit in units))
     counting = _Counting(store) if len(units) > 1 else None
     for first in range(0, len(units), BATCH):
-        some = [int(unit) for unit in units[first : first + BATCH]]
+        some = units[first : first + BATCH]
         yield from _Reading(store, hook, some, shape, counting).pages(name, link or _own_link, ask)
 
 

@@ -13,7 +13,8 @@ import activation_store as astore
 from lmmono.reports.table import Interval
 from lmmono.runs.folder import Run
 
-N_RESAMPLES = 1000
+N_RESAMPLES = 400
+"""An end of the interval then moves by about a tenth of its width."""
 UNTRAINED = "untrained"
 
 _STATS = "SELECT hook, unit, n_active, density, kurtosis FROM unit_stats ORDER BY hook, unit"
@@ -59,7 +60,7 @@ def layer_summaries(runs: Sequence[Run]) -> list[LayerSummary]:
     found: list[LayerSummary] = []
     for run in runs:
         with astore.open(run.store_path) as store:
-            stats, scores, controls = _stats(store), _scores(store), _control_scores(store)
+            stats, (scores, controls) = _stats(store), _scores(store)
         beside: dict[str, dict[str, Interval]] = {}
         if (control := run.dir / "untrained" / "store.duckdb").is_file():
             with astore.open(control) as store:
@@ -94,27 +95,24 @@ def _stats(store: astore.Store) -> dict[str, tuple[int, dict[str, Interval]]]:
     return measures
 
 
-def _scores(store: astore.Store) -> dict[str, dict[str, Interval]]:
-    of_hook: dict[str, dict[str, Interval]] = defaultdict(dict)
+def _scores(
+    store: astore.Store,
+) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[tuple[str, str], float]]]:
+    """Return the scores by hook, and their controls by hook and score."""
+    scores: dict[str, dict[str, Interval]] = defaultdict(dict)
+    controls: dict[str, dict[tuple[str, str], float]] = defaultdict(dict)
     for hook, *key, control, values in store.sql(_UNIT_SCORES).fetchall():
         if control is None:
-            of_hook[hook][score_label(*key)] = _resampled(np.array(values), np.median)
+            scores[hook][score_label(*key)] = _resampled(np.array(values), np.median)
+        else:
+            controls[hook][score_label(*key), control] = float(np.median(values))
     for hook, *key, control, value, low, high in store.sql(_MEANS).fetchall():
         if control is None:
             ends = (np.nan if end is None else end for end in (low, high))
-            of_hook[hook][score_label(*key)] = Interval(value, *ends)
-    return of_hook
-
-
-def _control_scores(store: astore.Store) -> dict[str, dict[tuple[str, str], float]]:
-    of_hook: dict[str, dict[tuple[str, str], float]] = defaultdict(dict)
-    for hook, *key, control, values in store.sql(_UNIT_SCORES).fetchall():
-        if control is not None:
-            of_hook[hook][score_label(*key), control] = float(np.median(values))
-    for hook, *key, control, value, _, _ in store.sql(_MEANS).fetchall():
-        if control is not None:
-            of_hook[hook][score_label(*key), control] = value
-    return of_hook
+            scores[hook][score_label(*key)] = Interval(value, *ends)
+        else:
+            controls[hook][score_label(*key), control] = value
+    return scores, controls
 
 
 def score_label(metric: str, *about: str | None) -> str:

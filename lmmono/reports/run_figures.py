@@ -82,12 +82,17 @@ def layer_figure(layers: Sequence[LayerSummary] | Sequence[Run]) -> Figure:
     Raises:
         RunError: Nothing was captured.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     found = _summaries(layers)
     figure, axes = _panels(3, width=3.4, height=2.6 + 0.12 * len({each.hook for each in found}))
     for panel, measure in zip(axes, ("density", "kurtosis", "dead share"), strict=True):
         _by_layer(panel, found, measure)
         if measure == "kurtosis":
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
     _legend(figure, axes)
     return figure
 
@@ -250,7 +255,7 @@ def _panels(n: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]
 def _by_layer(axes: Axes, layers: Sequence[LayerSummary], measure: str) -> None:
     """Draw a measure of every run and hook: a row for each hook, a marker for each run."""
     with_it = [each for each in layers if measure in each.measures]
-    hooks = list(dict.fromkeys(each.hook for each in with_it))
+    hooks = sorted({each.hook for each in with_it}, key=_depth)
     runs = list(dict.fromkeys(each.run for each in layers))
     names = set[str]()
     for each in with_it:
@@ -300,6 +305,12 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
     figure.legend(
         [*named.values()], [*named], loc="outside lower center", ncols=4, fontsize=8, frameon=False
     )
+
+
+def _depth(hook: str) -> tuple[int, str]:
+    """Return what sorts hooks by their block: 10 after 9."""
+    block = re.search(r"\d+", hook)
+    return (int(block.group()) if block else -1, hook)
 
 
 def _short(hook: str) -> str:

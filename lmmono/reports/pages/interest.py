@@ -104,7 +104,7 @@ def interesting(
         hook: Of one hook; None takes all.
         metric: Score of units to rank by; `lmmono run` always measures `token_selectivity`.
     """
-    rows = ranked(store, 3 * n, hook, metric=metric)
+    rows = ranked(store, 2 * n, hook, metric=metric)
     if not rows:
         return []
     units_of: dict[str, list[int]] = {}

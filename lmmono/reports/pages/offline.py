@@ -9,6 +9,7 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -28,7 +29,13 @@ from lmmono.reports.figures import pareto_figure
 from lmmono.reports.layer_summary import layer_summaries
 from lmmono.reports.pages.interest import CRITERION, Interesting, interesting, ranked
 from lmmono.reports.pages.twins import SAMPLED_TOKENS, Twin, best_twins
-from lmmono.reports.run_figures import figure_svg, layer_figure, loss_figure, score_figure
+from lmmono.reports.run_figures import (
+    attribute_figure,
+    figure_svg,
+    layer_figure,
+    loss_figure,
+    score_figure,
+)
 from lmmono.reports.side_by_side import MIN_ACTIVATIONS, run_tables
 from lmmono.reports.table import ReportTable
 from lmmono.reports.unit_tables import explanation_tables, score_tables
@@ -42,9 +49,10 @@ SECTIONS = (
     ("scores", "Scores"),
     ("dictionaries", "Dictionaries"),
     ("robustness", "Robustness"),
+    ("flint", "Attributes of classes"),
     ("explanations", "Explanations"),
 )
-N_LISTED = 12
+N_LISTED = 10
 """Units in the list that a report begins with."""
 N_TWINS = 6
 """Units of each hook that are put beside their twins."""
@@ -57,6 +65,12 @@ LEFT JOIN (
     QUALIFY row_number() OVER (PARTITION BY hook, unit ORDER BY created_at DESC) = 1
 ) a USING (hook, unit)
 WHERE s.hook = $hook ORDER BY coalesce(a.ci_low, -1) DESC, s.unit
+"""
+
+
+_RELEVANCES = """
+SELECT dictionary, explainer, preset, unit, value FROM all_scores
+WHERE metric = 'attribute_relevance' AND control IS NULL AND value IS NOT NULL ORDER BY ALL
 """
 
 
@@ -95,7 +109,7 @@ class _Pair:
     names: tuple[str, str]
 
 
-def report(*runs: str | Path | Run, units: int | None = 24, progress: Progress = silent) -> Report:
+def report(*runs: str | Path | Run, units: int | None = 12, progress: Progress = silent) -> Report:
     """Return a report of runs, side by side; each must be captured.
 
     Args:
@@ -272,10 +286,27 @@ def _figures(
         except RunError:  # nothing of the kind was measured
             continue
         made.setdefault(section, []).append((label, figure_svg(figure, label)))
-    for run in runs:
+    for run, store in zip(runs, stores, strict=True):
+        made.setdefault("flint", []).extend(_attributes(run.name, store))
         if run.recipe.robustness.suites and run.is_done("robustness"):
             made.setdefault("robustness", []).extend(_robustness(run))
     return made
+
+
+def _attributes(name: str, store: astore.Store) -> list[tuple[str, Markup]]:
+    """Return the class-by-attribute matrices of a run's interpreters, such as FLINT."""
+    matrices: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
+    for feature, task, label, unit, value in store.sql(_RELEVANCES).fetchall():
+        matrices.setdefault((task or "", feature or ""), {})[label or "", unit] = value
+    drawn: list[tuple[str, Markup]] = []
+    for (task, feature), cells in matrices.items():
+        classes = list(dict.fromkeys(label for label, _ in cells))
+        units = sorted({unit for _, unit in cells})
+        values = [[cells.get((label, unit), math.nan) for unit in units] for label in classes]
+        title = f"{name}: {feature} on {task}, relevance of attributes to classes"
+        figure = attribute_figure(values, classes, [str(unit) for unit in units], title=title)
+        drawn.append((title, figure_svg(figure, title)))
+    return drawn
 
 
 def _robustness(run: Run) -> list[tuple[str, Markup]]:
