@@ -321,18 +321,16 @@ class _Counting:
         rows = self._store.sql(query, hook=hook, unit=unit).fetchnumpy()
         pos, acts = np.asarray(rows["pos"]), np.asarray(rows["act"], np.float32)
         keys = rows["seq_id"].astype(np.int64) * self._width + pos
-        order = np.argsort(keys)
-        pos, acts, keys = pos[order], acts[order], keys[order]
+        if np.any(np.diff(keys) < 0):  # shards hold a unit's acts in order, but are several
+            order = np.argsort(keys)
+            pos, acts, keys = pos[order], acts[order], keys[order]
         for each in exemplars:
             first = each["seq_id"] * self._width + each["first_pos"]
             each["acts"] = _looked_up(keys, acts, first, len(each["tokens"]))
         bars = np.clip(np.floor(acts * np.float32(N_BARS) / (max_act or 1.0)), 0, N_BARS - 1)
-        filled, n = np.unique(bars.astype(int), return_counts=True)
+        filled = np.bincount(bars.astype(np.int64), minlength=N_BARS).tolist()
         return {
-            "histogram": [
-                {"bar": bar, "n": size}
-                for bar, size in zip(filled.tolist(), n.tolist(), strict=True)
-            ],
+            "histogram": [{"bar": bar, "n": n} for bar, n in enumerate(filled) if n],
             "positions": self._positions(pos, acts),
             "tokens": self._tokens(keys, acts, list_k),
         }
@@ -357,25 +355,22 @@ class _Counting:
         if not len(acts):
             return []
         ids = self._ids[np.searchsorted(self._keys, keys)]
-        order = np.argsort(ids, kind="stable")
-        unique, starts = np.unique(ids[order], return_index=True)
-        totals = np.add.reduceat(acts[order].astype(np.float64), starts)
-        most = np.maximum.reduceat(acts[order], starts)
-        n_acts = np.diff([*starts, len(ids)])
-        best = np.lexsort((unique, -totals))[:k]
+        totals, n_acts = np.bincount(ids, acts.astype(np.float64)), np.bincount(ids)
+        fired = np.flatnonzero(n_acts)
+        best = fired[np.lexsort((fired, -totals[fired]))[:k]].tolist()
         return [
             {
-                "token_id": (token := int(unique[i])),
+                "token_id": token,
                 "token": self._names.get(token, f"[{token}]"),
-                "mass": float(totals[i] / totals.sum()),
+                "mass": float(totals[token] / totals.sum()),
                 "frequency": float(self._n_of[token] / len(self._ids)),
-                "n_acts": int(n_acts[i]),
+                "n_acts": int(n_acts[token]),
                 "n_tokens": int(self._n_of[token]),
-                "density": float(n_acts[i] / self._n_of[token]),
-                "mean_act": float(totals[i] / n_acts[i]),
-                "max_act": float(most[i]),
+                "density": float(n_acts[token] / self._n_of[token]),
+                "mean_act": float(totals[token] / n_acts[token]),
+                "max_act": float(acts[ids == token].max()),
             }
-            for i in best
+            for token in best
         ]
 
 
