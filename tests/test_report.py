@@ -45,6 +45,7 @@ def runs(tmp_path_factory) -> Path:
         patch.chdir(folder)
         patch.setattr(interest, "MIN_ACTIVATIONS", 5)
         assert call("run", "tiny.yaml") == 0
+    folder /= "runs/tiny"
     (run, *_) = found = find_runs(folder)
     assert len(found) == 2
     with astore.open(run / "store.duckdb", "a") as store:
