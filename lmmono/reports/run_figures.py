@@ -130,14 +130,16 @@ def attribute_figure(
     n_rows, n_columns = values.shape
     figure, (axes,) = _panels(1, width=1.6 + 0.55 * n_columns, height=1.2 + 0.4 * n_rows)
     most = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
-    axes.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    # quads, no image: a page that may load nothing may not even decode a picture of its own
+    axes.pcolormesh(values, cmap="RdBu_r", vmin=-most, vmax=most)
+    axes.invert_yaxis()
     for row, column in np.ndindex(n_rows, n_columns):
         deep = abs(values[row, column]) > 0.6 * most
         ink = "#fefefe" if deep else "#111111"  # on its own cell, in dark mode too
-        axes.text(column, row, f"{values[row, column]:.2g}", ha="center", va="center", color=ink,
+        axes.text(column + 0.5, row + 0.5, f"{values[row, column]:.2g}", ha="center", va="center", color=ink,
                   fontsize=7)  # fmt: skip
-    axes.set_xticks(range(n_columns), list(attributes), rotation=45, ha="right")
-    axes.set_yticks(range(n_rows), list(classes))
+    axes.set_xticks(np.arange(n_columns) + 0.5, list(attributes), rotation=45, ha="right")
+    axes.set_yticks(np.arange(n_rows) + 0.5, list(classes))
     axes.set_title(title, fontsize=9)
     return figure
 
