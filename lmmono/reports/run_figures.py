@@ -134,10 +134,11 @@ def attribute_figure(
     axes.pcolormesh(values, cmap="RdBu_r", vmin=-most, vmax=most)
     axes.invert_yaxis()
     for row, column in np.ndindex(n_rows, n_columns):
-        deep = abs(values[row, column]) > 0.6 * most
-        ink = "#fefefe" if deep else "#111111"  # on its own cell, in dark mode too
-        axes.text(column + 0.5, row + 0.5, f"{values[row, column]:.2g}", ha="center", va="center", color=ink,
-                  fontsize=7)  # fmt: skip
+        value = values[row, column]
+        ink = "#fefefe" if abs(value) > 0.6 * most else "#111111"  # on its cell, in dark mode too
+        label = "" if np.isnan(value) else f"{value:.2g}"
+        centred = {"ha": "center", "va": "center", "fontsize": 7}
+        axes.text(column + 0.5, row + 0.5, label, color=ink, **centred)
     axes.set_xticks(np.arange(n_columns) + 0.5, list(attributes), rotation=45, ha="right")
     axes.set_yticks(np.arange(n_rows) + 0.5, list(classes))
     axes.set_title(title, fontsize=9)
