@@ -250,6 +250,7 @@ def test_chromium_shows_the_report_without_a_word_or_a_request(
         viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
     )
     tab = context.new_page()
+    tab.set_default_timeout(120_000)  # a busy machine is no fault
     said: list[str] = []
     asked: list[str] = []
     tab.on("console", lambda message: said.append(message.text))
