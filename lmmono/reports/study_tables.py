@@ -108,7 +108,7 @@ def variance_tables(
         RunError: There is no run, or one is not scored or belongs to no arm.
         ExplainError: The arms have different numbers of seeds, or explanations are missing.
     """
-    arms = _by_arm([open_run(path) for folder in folders for path in find_runs(folder)])
+    arms, _ = _by_arm([open_run(path) for folder in folders for path in find_runs(folder)])
     tables: list[ReportTable] = []
     with ExitStack() as stack:
         stores = {
