@@ -13,7 +13,12 @@ from pydantic import (
 
 from lmmono.errors import nearest
 from lmmono.recipe.base import Count, Fraction, OneOf, Section, clash
-from lmmono.recipe.objective_settings import AnyObjective, FlintSettings, raise_equal_names
+from lmmono.recipe.objective_settings import (
+    AnyObjective,
+    FlintSettings,
+    Perturbation,
+    raise_equal_names,
+)
 from lmmono.registry.suites import (
     FAMILIES,
     HYPOTHESES,
@@ -52,6 +57,10 @@ def _is_none(value: Any) -> bool:
 
 def _named(entry: Any) -> Any:
     return entry if isinstance(entry, dict | Section) else {"name": entry}
+
+
+def _kind_named(entry: Any) -> Any:
+    return entry if isinstance(entry, dict | Section) else {"kind": entry}
 
 
 def _placed(entry: Any) -> Any:
@@ -245,6 +254,40 @@ FlintBaseline = Literal[
 ]
 
 
+class ContinuityStudy(Section):
+    """Suite `continuity`: outputs, gradients, saliency and accuracy of models that are tuned."""
+
+    noises: tuple[Annotated[Perturbation, BeforeValidator(_kind_named)], ...] = Field(
+        default_factory=lambda: (
+            Perturbation(kind="typos"),
+            Perturbation(kind="word_drop"),
+            Perturbation(kind="word_shuffle"),
+        )
+    )
+    """Noises of test texts; those that no objective perturbs with are held out."""
+    n_texts: Count = 200
+    """Test texts of every part."""
+    graded_words: Count = 3
+    """Words that graded edits of planted texts replace: 0 to all of them change an attribute."""
+    attacks: tuple[Attack, ...] = ("characters",)
+    """Attacks on texts; each also tries on a model what it found against the first one."""
+    radii: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.05, 0.1, 10.0)
+    """Radii of the attack on token embeddings, over their norm; 10 shows whether it works."""
+    cue: Fraction | None = None
+    """Strength of a spurious cue in planted tasks, on which each model is tuned once more; null
+    leaves that out."""
+
+    @model_validator(mode="after")
+    def _check_noises(self) -> "ContinuityStudy":
+        for i, noise in enumerate(self.noises):
+            if noise.kind not in TEXT_CORRUPTIONS:
+                raise clash(
+                    f"{noise.kind} is no noise of texts; see radii", f"noises.{i}", "noises"
+                )
+        raise_repeats(self, ("noises", "attacks", "radii"))
+        return self
+
+
 class FlintStudy(Section):
     """Suite `flint`: classifiers with interpreters by attributes, beside other interpreters."""
 
@@ -361,6 +404,10 @@ class Robustness(Section):
     """Test texts that are attacked."""
     fine_tuning: Tuning = Field(default_factory=Tuning)
     """How suite `fine_tuning` tunes the model."""
+    continuity: ContinuityStudy = Field(
+        default_factory=ContinuityStudy, exclude_if=lambda chosen: chosen == ContinuityStudy()
+    )
+    """What suite `continuity` does to the texts of models that `fine_tuning` tunes."""
     flint: FlintStudy = Field(
         default_factory=FlintStudy, exclude_if=lambda chosen: chosen == FlintStudy()
     )

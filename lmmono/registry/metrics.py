@@ -240,6 +240,76 @@ METRICS: dict[str, Metric] = {
         Metric("loss", 1, "nats per token", "lower", "mean of -ln p(next token)"),
         Metric("lr", 1, "per step", "neither", "learning rate of the step"),
         Metric(
+            "continuity_distance",
+            1,
+            "nats",
+            "neither",
+            "mean over texts of KL(p | q) + KL(q | p), p and q the outputs for a text and for the "
+            "same text changed",
+        ),
+        Metric("flip_rate", 1, "[0, 1]", "neither", "share of texts whose class a change changes"),
+        Metric(
+            "consistency",
+            1,
+            "[0, 1]",
+            "higher",
+            "share of texts whose class is right without noise and under each of some noises",
+        ),
+        Metric(
+            "meaning_ratio",
+            1,
+            ">= 0",
+            "higher",
+            "continuity_distance of edits that change an attribute in every replaced word, over "
+            "that of edits of as many words that change none",
+        ),
+        Metric("confidence", 1, "[0, 1]", "neither", "mean over texts of the largest probability"),
+        Metric(
+            "gradient_norm",
+            1,
+            ">= 0",
+            "neither",
+            "mean over texts of |d loss / d e| |e|, e the token embeddings; beside confidence, for "
+            "gradients vanish where a model saturates",
+        ),
+        Metric(
+            "gradient_change",
+            1,
+            ">= 0",
+            "lower",
+            "mean over texts of |g(e + noise) - g(e)| / |g(e)|, g = d loss / d e, noise of 0.05 of "
+            "the root mean square of e",
+        ),
+        Metric(
+            "saliency_spearman",
+            1,
+            "[-1, 1]",
+            "higher",
+            "mean over texts of the rank correlation of gradient x input before and after a "
+            "change, on the tokens that both texts have",
+        ),
+        Metric(
+            "saliency_overlap",
+            1,
+            "[0, 1]",
+            "higher",
+            "the same of Jaccard's index of the tenth of the tokens of largest |gradient x input|",
+        ),
+        Metric(
+            "attacked_accuracy",
+            1,
+            "[0, 1]",
+            "higher",
+            "share of texts right before and after an attack",
+        ),
+        Metric(
+            "transfer_accuracy",
+            1,
+            "[0, 1]",
+            "higher",
+            "share right of the texts that an attack on the first model of a suite has made",
+        ),
+        Metric(
             "objective",
             1,
             "its own",

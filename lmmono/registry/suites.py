@@ -112,6 +112,13 @@ _SUITES = (
         "interpreted",
         rows="lmmono.methods.flint_suite:flint_rows",
     ),
+    Suite(
+        "continuity",
+        "models tuned with and without constraints, under changes that do and do not matter",
+        "lmmono.suites.suite_draws:clean_draws",
+        "tuned",
+        rows="lmmono.methods.continuity_suite:continuity_rows",
+    ),
 )
 
 SUITES = {suite.name: suite for suite in _SUITES}

@@ -59,7 +59,7 @@ def _table(
             (
                 feature,
                 probe,
-                *(_mean(rows[feature, probe].get(name, {})) for name in shown),
+                *(over_seeds(rows[feature, probe].get(name, {})) for name in shown),
                 _difference(rows[feature, probe].get("accuracy", {}), plain)
                 if probe == "classifier" and feature != BLACK_BOX
                 else None,
@@ -73,7 +73,8 @@ def _table(
     )
 
 
-def _mean(by_seed: Mapping[int, float]) -> Interval | None:
+def over_seeds(by_seed: Mapping[int, float]) -> Interval | None:
+    """Return the mean of a number over seeds with its interval; None where there is none."""
     return _interval(np.array(list(by_seed.values()))) if by_seed else None
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import activation_store as astore
 from lmmono.errors import DataError, RunError
 from lmmono.registry.metrics import METRICS
+from lmmono.reports.continuity_tables import continuity_tables
 from lmmono.reports.flint_tables import flint_tables
 from lmmono.reports.table import ReportTable
 from lmmono.runs.folder import Run
@@ -118,7 +119,7 @@ def suite_tables(run: Run, *, every: bool = False) -> list[ReportTable]:
             if settings.hypotheses:
                 told, *rest = verdict_tables(verdicts(settings.hypotheses, Evidence(results)))
                 tables += [replace(told, note=told.note + _registered(run)), *rest]
-            tables += flint_tables(store)
+            tables += [*flint_tables(store), *continuity_tables(store)]
     return [replace(table, title=f"{table.title}, {run.name}") for table in tables if table.rows]
 
 

@@ -31,6 +31,9 @@ REAL = "real"
 FINE_TUNING = "fine_tuning"
 """Suite whose rows compare learners: the model tuned, and probes on its codes."""
 
+CONTINUITY = "continuity"
+"""Suite whose rows compare ways to tune; most of them are no accuracy."""
+
 FLINT = "flint"
 """Suite whose rows compare classifiers and interpreters: column `probe` says which."""
 
@@ -167,6 +170,8 @@ class AskedRows:
             return False
         if row["suite"] == FLINT:
             return name in self.settings.flint.labels
+        if row["suite"] == CONTINUITY:
+            return row["probe"] == self.settings.fine_tuning.loss
         if row["suite"] == FINE_TUNING and row["probe"] not in self.settings.learners:
             return row["probe"] == self.settings.fine_tuning.loss
         budgets = [str(budget) for budget in self.settings.budgets]

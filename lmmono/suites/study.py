@@ -39,7 +39,7 @@ from lmmono.suites.bench import (
 from lmmono.suites.feature_families import FeatureFamily, as_family
 from lmmono.suites.grid import Ground, suite_rows
 from lmmono.suites.inputs import noised_rows
-from lmmono.suites.results import FINE_TUNING, FLINT, AskedRows, Outcomes
+from lmmono.suites.results import CONTINUITY, FINE_TUNING, FLINT, AskedRows, Outcomes
 from lmmono.suites.stored_codes import CodeStore
 from lmmono.suites.suite_draws import SuiteDraw, drawn
 from lmmono.suites.text_codes import ProbedCode, TextEncoder, probed_codes, streams
@@ -88,7 +88,7 @@ def robustness(
         model: Any model of `lmmono.models.hooks`.
         tasks: Names, see `lmmono ls tasks`, or tasks of your own, see `lmmono.read_task`.
         suite: Names of suites: noisy_labels, noisy_inputs, few_shot, ood, adversarial,
-            fine_tuning, flint.
+            fine_tuning, flint, continuity.
         features: Families by the name they get in tables; see
             `lmmono.suites.feature_families.as_family`.
             The others are compared with the first.
@@ -199,7 +199,7 @@ class Study:
     def _tuned(self) -> list[str]:
         """Return the names of tuned models, and of what interprets them, in tables."""
         names: list[str] = []
-        if FINE_TUNING in self.settings.suites:
+        if {FINE_TUNING, CONTINUITY} & set(self.settings.suites):
             names += [tuner.label for tuner in tuners(self.settings.fine_tuning)]
         if FLINT in self.settings.suites:
             names += self.settings.flint.labels

@@ -146,7 +146,7 @@ def _measured(bench: Bench, tuner: Tuner, draw: SuiteDraw, test: LabelledTexts) 
     try:
         if draw.failure is not None:
             raise RobustnessError(draw.failure)
-        classifier, lr = _tuned(bench, tuner, draw)
+        classifier, lr = tuned_classifier(bench, tuner, draw)
     except (RobustnessError, ModelError, TrainError) as fault:
         return Measurement(n=n, failure=str(fault), seconds=time.perf_counter() - began)
     best = classifier.best
@@ -168,7 +168,7 @@ def _measured(bench: Bench, tuner: Tuner, draw: SuiteDraw, test: LabelledTexts) 
     return Measurement(n_right, n, None, time.perf_counter() - began, facts)
 
 
-def _tuned(bench: Bench, tuner: Tuner, draw: SuiteDraw) -> tuple[Classifier, float]:
+def tuned_classifier(bench: Bench, tuner: Tuner, draw: SuiteDraw) -> tuple[Classifier, float]:
     """Return the tuned model that is best on given validation labels, and its learning rate.
 
     Raises:
