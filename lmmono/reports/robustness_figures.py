@@ -24,7 +24,7 @@ from lmmono.reports.robustness_tables import (
 )
 from lmmono.runs.folder import Run
 from lmmono.studies.comparisons import Comparison, compare_families
-from lmmono.suites.results import REAL, Result, grouped
+from lmmono.suites.results import APART, REAL, Result, grouped
 from lmmono.suites.robustness_run import run_results
 from lmmono.types import Progress, silent
 
@@ -60,7 +60,7 @@ def figures_run(run: Run, *, progress: Progress = silent) -> dict[str, list[str]
         RunError: The folder cannot be written.
     """
     with astore.open(run.store_path) as store:
-        results = run_results(run, store)
+        results = [each for each in run_results(run, store) if each.suite not in APART]
     fresh, final = run.dir / f"{FIGURES}.tmp", run.dir / FIGURES
     with disk_faults(fresh):
         for folder in (fresh, final):

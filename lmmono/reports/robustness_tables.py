@@ -40,6 +40,7 @@ from lmmono.studies.hypotheses import (
     verdicts,
 )
 from lmmono.suites.results import (
+    APART,
     FULL,
     Result,
     areas_and_starts,
@@ -72,7 +73,7 @@ def robustness_tables(
         DataError: No row is of the baseline, or a hypothesis is unknown.
         RunError: There are no rows.
     """
-    results = read_results(store, metric)
+    results = [each for each in read_results(store, metric) if each.suite not in APART]
     if not results:
         raise RunError(f"{store.path}: no rows of {metric} in table robustness")
     compared = compare_families(results, baseline)
@@ -106,13 +107,13 @@ def suite_tables(run: Run, *, every: bool = False) -> list[ReportTable]:
         return []
     tables: list[ReportTable] = []
     with astore.open(run.store_path) as store:
-        if every and settings.families:
+        results = [each for each in run_results(run, store) if each.suite not in APART]
+        if every and settings.families and results:
             baseline, names = settings.families[0].label, settings.hypotheses
             tables = robustness_tables(store, baseline=baseline, hypotheses=names)
         else:
-            results = run_results(run, store)
             scored = read_doses(store, SCORED, _hook_of(run))
-            if settings.families:
+            if settings.families and results:
                 baseline = settings.families[0].label
                 tables += [noise_table(results), change_table(results, baseline)]
             tables.append(dose_table(results, scored))

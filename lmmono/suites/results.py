@@ -37,6 +37,9 @@ CONTINUITY = "continuity"
 FLINT = "flint"
 """Suite whose rows compare classifiers and interpreters: column `probe` says which."""
 
+APART = (CONTINUITY, FLINT)
+"""Suites that have tables of their own: their rows are of no family."""
+
 SHOWN = 40
 """Conditions that a handle shows, at most."""
 
