@@ -244,30 +244,37 @@ def table_lines(table: OutputTable, width: int | None) -> list[str]:
         for i in range(len(head))
     ]
     lines = [printable(table.title), ""] if table.title else []
-    hidden: Sequence[str] = ()
-    widths = None
-    for n in range(len(table.spare) + 1):
-        hidden = table.spare[:n]
-        shown = [i for i, name in enumerate(table.columns) if name not in hidden]
-        levels = _LEVELS if n == len(table.spare) else _LEVELS[:_N_READABLE]
-        widths = _column_widths([columns[i] for i in shown], width, levels)
-        if widths is not None:
-            head, is_number = [head[i] for i in shown], [is_number[i] for i in shown]
-            rows = [[row[i] for i in shown] for row in rows]
-            break
+    shown, widths = _fitting_columns(table, columns, width)
     if widths is None:
-        hidden = ()
         lines += _tall(head, rows, width or REPORT_WIDTH)
     else:
-        lines += _side_by_side(head, widths, is_number)
+        is_number = [is_number[i] for i in shown]
+        lines += _side_by_side([head[i] for i in shown], widths, is_number)
         lines.append(GAP.join("-" * n for n in widths))
         for row in rows:
-            lines += _side_by_side(row, widths, is_number)
+            lines += _side_by_side([row[i] for i in shown], widths, is_number)
+    hidden = [name for name in table.spare if table.columns.index(name) not in shown]
     if hidden:
         lines += ["", f"Not shown at this width: {', '.join(hidden)}; --wide shows all."]
     if table.note:
         lines += ["", *_wrapped(printable(table.note), width or REPORT_WIDTH)]
     return [*lines, ""]
+
+
+def _fitting_columns(
+    table: OutputTable, columns: Sequence[Sequence[str]], width: int | None
+) -> tuple[list[int], list[int] | None]:
+    """Return the columns that are shown side by side, with their widths; all and None if none can.
+
+    Columns that can be spared go one after the other, before cells become hard to read.
+    """
+    for n in range(len(table.spare) + 1):
+        shown = [i for i, name in enumerate(table.columns) if name not in table.spare[:n]]
+        levels = _LEVELS if n == len(table.spare) else _LEVELS[:_N_READABLE]
+        widths = _column_widths([columns[i] for i in shown], width, levels)
+        if widths is not None:
+            return shown, widths
+    return list(range(len(columns))), None
 
 
 def cell_text(value: object) -> str:

@@ -182,7 +182,7 @@ def help_tables(store: Store, names: Sequence[str] = ()) -> list[OutputTable]:
     Raises:
         RunError: The store has no such table or macro.
     """
-    from activation_store.catalog.reference import column_comments, entries
+    from activation_store.catalog.schema_reference import column_comments, entries
 
     known = {entry.name: entry for entry in entries()}
     if not names:

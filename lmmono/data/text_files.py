@@ -260,8 +260,17 @@ def _expand(pattern: str) -> list[SourceFile]:
     if path.is_dir():
         if saved := saved_files(path):
             return saved
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
-        files = [_source(p, p.relative_to(path).as_posix()) for p in inside if _is_readable(p)]
+        inside = sorted(
+            file
+            for file in path.rglob("*")
+            if file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
+        files = [
+            _source(file, file.relative_to(path).as_posix())
+            for file in inside
+            if has_readable_suffix(file.name) and file.name not in BESIDE
+        ]
         if not files:
             raise DataError(f"folder {path} holds no file to read: {WANTED}")
         return files
@@ -284,17 +293,9 @@ def _missing(path: Path) -> DataError:
     )
 
 
-def _is_hidden(path: Path, below: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(below).parts)
-
-
 def has_readable_suffix(name: str) -> bool:
     """Return whether a name ends as files do that can be read."""
     return _suffixes(Path(name))[0] in FORMATS
-
-
-def _is_readable(path: Path) -> bool:
-    return has_readable_suffix(path.name) and path.name not in BESIDE
 
 
 def saved_files(path: str | Path) -> list[SourceFile]:

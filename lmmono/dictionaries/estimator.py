@@ -306,17 +306,16 @@ def read_about(folder: Path) -> DictionaryFile:
     if isinstance(version, int) and version > FORMAT:
         raise DictionaryError(f"{path}: written by a newer lmmono; update lmmono")
     if "sha256" not in values:
+        is_sae_lens = all(
+            (folder / name).is_file() for name in ("cfg.json", "sae_weights.safetensors")
+        )
         as_is = f"lm.import_dictionary({str(folder)!r}, format='sae_lens')"
         raise DictionaryError(
             f"{path}: holds no sha256 of its weights, as lmmono wrote it before dictionaries had "
             "digests, so damage could not be told; fit it again"
-            + (f", or take its weights as they are: {as_is}" if _is_sae_lens(folder) else "")
+            + (f", or take its weights as they are: {as_is}" if is_sae_lens else "")
         )
     return read_json(path, DictionaryFile, DictionaryError, way_out=_WAY_OUT)
-
-
-def _is_sae_lens(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ("cfg.json", "sae_weights.safetensors"))
 
 
 def load_dictionary(folder: str | Path) -> Dictionary:

@@ -287,36 +287,9 @@ def _check(tree: Tree, with_files: bool) -> tuple[Recipe | None, list[Fault]]:
 
 def _missing_files(recipe: Recipe, tree: Tree) -> Iterator[Fault]:
     """Yield a fault for each file or folder that a recipe names and that is not there."""
-    data, robustness = recipe.data, recipe.robustness
-    names: dict[Path, str | None] = {
-        ("train", "minimal_pairs"): recipe.train.minimal_pairs,
-        ("robustness", "folder"): robustness.folder if robustness.suites else None,
-        ("robustness", "synonyms"): robustness.synonyms if robustness.suites else None,
-        ("registered",): recipe.registered,
-    }
-    if isinstance(data.corpus, FilesCorpus):
-        names |= {("data", "corpus", "paths", i): p for i, p in enumerate(data.corpus.paths)}
-    if isinstance(data.corpus, HubCorpus) and data.corpus.name.startswith((".", "/")):
-        names["data", "corpus", "name"] = data.corpus.name
-    if isinstance(data.tokenizer, FolderTokenizer):
-        names["data", "tokenizer", "path"] = data.tokenizer.path
-    if robustness.suites:
-        names |= {
-            ("robustness", "tasks", i, "path"): t.path for i, t in enumerate(robustness.tasks)
-        }
-        names |= {
-            ("robustness", "tasks", i, "ood", name, "path"): other.path
-            for i, task in enumerate(robustness.tasks)
-            for name, other in task.ood.items()
-        }
-    if isinstance(recipe.model, PretrainedModel):
-        local = {"path": recipe.model.path, "adapter": recipe.model.adapter}
-        names |= {
-            ("model", key): name for key, name in local.items() if name and not is_hub_name(name)
-        }
     wrong = set[Path]()
-    for path, name in names.items():
-        if name is None or FilePath(name).exists() or next(glob.iglob(name, recursive=True), None):
+    for path, name in _named_files(recipe):
+        if FilePath(name).exists() or next(glob.iglob(name, recursive=True), None):
             continue
         folder = FilePath(name).parent
         if not folder.is_dir():
@@ -327,13 +300,41 @@ def _missing_files(recipe: Recipe, tree: Tree) -> Iterator[Fault]:
         want = "want a file, folder or glob that is there"
         wrong.add(path[:3])
         yield _fault(tree, path, f"{want}, got {shown(name)}{hint}")
-    for i, task in enumerate(robustness.tasks if robustness.suites else ()):
+    for i, task in enumerate(recipe.robustness.tasks if recipe.robustness.suites else ()):
         path = ("robustness", "tasks", i)
         if task.path is not None and path not in wrong:
             try:
                 load("lmmono.data.tasks.reading:own_task")(task)
             except DataError as error:
                 yield _fault(tree, path, str(error))
+
+
+def _named_files(recipe: Recipe) -> Iterator[tuple[Path, str]]:
+    """Yield the files, folders and globs of this machine that a recipe names, with their keys."""
+    data, robustness = recipe.data, recipe.robustness
+    names: dict[Path, str | None] = {
+        ("train", "minimal_pairs"): recipe.train.minimal_pairs,
+        ("registered",): recipe.registered,
+    }
+    if isinstance(data.corpus, FilesCorpus):
+        names |= {("data", "corpus", "paths", i): p for i, p in enumerate(data.corpus.paths)}
+    if isinstance(data.corpus, HubCorpus) and data.corpus.name.startswith((".", "/")):
+        names["data", "corpus", "name"] = data.corpus.name
+    if isinstance(data.tokenizer, FolderTokenizer):
+        names["data", "tokenizer", "path"] = data.tokenizer.path
+    if robustness.suites:
+        names["robustness", "folder"] = robustness.folder
+        names["robustness", "synonyms"] = robustness.synonyms
+        for i, task in enumerate(robustness.tasks):
+            names["robustness", "tasks", i, "path"] = task.path
+            for name, other in task.ood.items():
+                names["robustness", "tasks", i, "ood", name, "path"] = other.path
+    if isinstance(recipe.model, PretrainedModel):
+        local = {"path": recipe.model.path, "adapter": recipe.model.adapter}
+        names |= {
+            ("model", key): name for key, name in local.items() if name and not is_hub_name(name)
+        }
+    yield from ((path, name) for path, name in names.items() if name is not None)
 
 
 def is_hub_name(name: str) -> bool:

@@ -32,16 +32,11 @@ def settings_markdown() -> str:
     """Return the page of all settings of a recipe."""
     parts = [HEAD, "## The recipe itself", "", *_table(Recipe, "", skip=SECTIONS)]
     for name in SECTIONS:
-        parts += ["", f"## {name}", "", _section_sentence(name), ""]
+        parts += ["", f"## {name}", "", " ".join(field_sentences(Recipe)[name].split()), ""]
         parts += _chapter(Recipe.model_fields[name], name)
         if name == "score":
             parts += _scorer_tables()
     return "\n".join(parts) + "\n"
-
-
-def _section_sentence(name: str) -> str:
-    """Return the sentence of a section of a recipe."""
-    return " ".join(field_sentences(Recipe)[name].split())
 
 
 def _scorer_tables() -> Iterator[str]:
@@ -158,12 +153,7 @@ def type_text(annotation: Any, metadata: Sequence[Any] = (), field: FieldInfo | 
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)
         return type_text(inner, [*metadata, *_flat(more)], field)
-    extra = field.json_schema_extra if field is not None else None
-    names = extra.get("enum") if isinstance(extra, dict) else None
-    for each in metadata:
-        if isinstance(each, OneOf):
-            names = each.names
-    if isinstance(names, list):
+    if (names := _listed_names(metadata, field)) is not None:
         return _one_of(names)
     if kinds := sections_of(annotation):
         tags = [_tag(kind) for kind in kinds]
@@ -180,13 +170,25 @@ def type_text(annotation: Any, metadata: Sequence[Any] = (), field: FieldInfo | 
         return f"list of {type_text(arguments[0])}{''.join(length)}"
     if origin is dict:
         return "mapping"
-    limits = [
+    return f"{_PLAIN.get(annotation, 'text')} {_limits(metadata)}".strip()
+
+
+def _listed_names(metadata: Sequence[Any], field: FieldInfo | None) -> list[Any] | None:
+    """Return the names that a setting chooses from, where its schema or its type lists them."""
+    listed = [item.names for item in metadata if isinstance(item, OneOf)]
+    extra = field.json_schema_extra if field is not None else None
+    names: Any = listed[-1] if listed else extra.get("enum") if isinstance(extra, dict) else None
+    return names if isinstance(names, list) else None
+
+
+def _limits(metadata: Sequence[Any]) -> str:
+    """Return the limits of a number, such as `>= 1, <= 9`."""
+    return ", ".join(
         text.format(f"{value:g}" if isinstance(value, float) else value)
         for name, text in _LIMITS
-        for each in metadata
-        if (value := getattr(each, name, None)) is not None
-    ]
-    return " ".join([_PLAIN.get(annotation, "text"), ", ".join(limits)]).strip()
+        for item in metadata
+        if (value := getattr(item, name, None)) is not None
+    )
 
 
 def _flat(metadata: Sequence[Any]) -> list[Any]:

@@ -408,7 +408,9 @@ class Run:
         """
         stages, stale = self.manifest.stages, self.manifest.stale_stages(recipe)
         replaced = {name for name in stale if not STAGES[name].is_additive}
-        aside = _free_name(self.dir / "replaced", self.manifest.recipe_digest[:8])
+        digest = self.manifest.recipe_digest[:8]
+        n_taken = len(list((self.dir / "replaced").glob(f"{digest}*")))
+        aside = self.dir / "replaced" / (f"{digest}-{n_taken + 1}" if n_taken else digest)
         if replaced:
             Run(aside, self.recipe, self.manifest)._write()
             self.set_aside = aside
@@ -498,11 +500,6 @@ def _holds_something(folder: Path) -> bool:
     started = {"recipe.yaml"} if ours else set[str]()
     started |= {"recipe.yaml.tmp", "manifest.json.tmp"}
     return any(path.name not in started for path in folder.iterdir())
-
-
-def _free_name(folder: Path, name: str) -> Path:
-    taken = len(list(folder.glob(f"{name}*")))
-    return folder / (f"{name}-{taken + 1}" if taken else name)
 
 
 def changes(before: Recipe, now: Recipe) -> list[str]:

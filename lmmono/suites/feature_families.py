@@ -19,6 +19,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from lmmono.dictionaries.classical import Classical
 from lmmono.dictionaries.coding import random_directions
 from lmmono.errors import RobustnessError
 from lmmono.recipe.robustness_settings import FamilySettings
@@ -286,19 +287,16 @@ def pca(rows: Tensor, settings: CodeSettings) -> FittedCode:
         raise RobustnessError(
             f"pca: d={d}: {rows.shape[0]} rows of width {rows.shape[1]} have {most}"
         )
-    centre: Tensor = rows.mean(0)
-    centred = (rows - centre).double()
-    vectors: Tensor = torch.linalg.eigh(centred.T @ centred)[1]
-    weight: Tensor = vectors.flip(1)[:, :d].float()
-
-    def encode(x: Tensor) -> Tensor:
-        return (x - centre) @ weight
-
-    return FittedCode(encode, weight.numel() + centre.numel())
+    fitted = Classical("pca", d_sae=d, max_tokens=len(rows)).fit(rows)
+    weights = fitted.tensors()
+    return FittedCode(fitted.encode, weights["W_enc"].numel() + weights["b_dec"].numel())
 
 
 def dense_ae(rows: Tensor, settings: CodeSettings) -> FittedCode:
-    """Learn x -> gelu(x W + b) -> x by Adam: as wide as a sparse code, and nothing sparse in it."""
+    """Learn x -> gelu(x W + b) -> x by Adam: as wide as a sparse code, and nothing sparse in it.
+
+    `Control("dense")` of `lmmono.dictionaries` is no such code: its ReLU leaves zeros, as SAEs do.
+    """
     d_in, d = rows.shape[1], settings.d or 4 * rows.shape[1]
     centre, scale = rows.mean(0), rows.std().clamp_min(1e-8)
     random = torch.Generator().manual_seed(settings.seed)

@@ -79,29 +79,34 @@ def suite_rows(
         return
     ground = Ground.of(bench, [draw for _, short in work for draw in short])
     tests = {part: bench.codes(part, indices) for part, indices in parts.items()}
-    consistency = {
-        name: _consistency(tests["test"], name, bench.task.n_classes)
-        for name in dict.fromkeys(arm.code.name for arm, _ in work)
-    }
+    facts = _facts_of_codes(bench, tests, [arm for arm, _ in work])
     jobs = (ground.job(arm, short, tests) for arm, short in work)
     for (arm, short), fitted in zip(work, solve(jobs), strict=True):
+        seconds = fitted.seconds / len(short) / len(tests)
         yield [
             bench.row(
                 about,
                 Measurement.of(
                     fitted.right[about.split][i],
                     fitted.probes.failures[i],
-                    {
-                        **probe_facts(fitted, i),
-                        **tests[about.split].facts,
-                        **consistency[arm.code.name],
-                    },
-                    fitted.seconds / len(short) / len(tests),
+                    {**probe_facts(fitted, i), **facts[about.split, arm.code.name]},
+                    seconds,
                 ),
             )
             for i, draw in enumerate(short)
             for about in conditions(arm, draw)
         ]
+
+
+def _facts_of_codes(
+    bench: Bench, tests: Mapping[str, LabelledCodes], arms: Sequence[ProbeArm]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return what rows say of their test texts and of their code, by part and code."""
+    facts: dict[tuple[str, str], dict[str, Any]] = {}
+    for name in dict.fromkeys(arm.code.name for arm in arms):
+        consistency = _consistency(tests["test"], name, bench.task.n_classes)
+        facts |= {(part, name): {**texts.facts, **consistency} for part, texts in tests.items()}
+    return facts
 
 
 def _consistency(texts: LabelledCodes, name: str, n_classes: int) -> dict[str, Any]:

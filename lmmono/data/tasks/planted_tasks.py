@@ -220,7 +220,8 @@ def _topics(document: PlantedDocument) -> Iterator[Passage]:
     words = document.words
     opened = np.flatnonzero(document.having("word_class.place")[:, 0])
     topics = document.having(*(f"topic.{topic.name}" for topic in TOPICS))
-    ends = [*(opened[1:] - 2).tolist(), len(words) - _last_sentence(document)]
+    first, after = _sentences(document)[-1]
+    ends = [*(opened[1:] - 2).tolist(), len(words) - (after - first)]
     for place, end in zip(opened.tolist(), ends, strict=True):
         yield " ".join(words[place + 2 : end]), int(topics[place].argmax())
 
@@ -248,8 +249,3 @@ def _awaiting(document: PlantedDocument) -> Iterator[Passage]:
 def _sentences(document: PlantedDocument) -> list[tuple[int, int]]:
     starts = np.flatnonzero(document.having("position.sentence_start")[:, 0]).tolist()
     return list(zip(starts, [*starts[1:], len(document.words)], strict=True))
-
-
-def _last_sentence(document: PlantedDocument) -> int:
-    first, after = _sentences(document)[-1]
-    return after - first

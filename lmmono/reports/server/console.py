@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import activation_store as astore
-from activation_store.catalog.reference import column_comments, entries
+from activation_store.catalog.schema_reference import column_comments, entries
 from lmmono.errors import RunError, nearest
 
 CELL = 2_000
