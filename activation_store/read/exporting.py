@@ -192,8 +192,8 @@ def export_delphi(
 
 def _widths(store: Store, hooks: str | Sequence[str] | None) -> dict[str, int]:
     """Return the hooks asked for with their widths."""
-    found = store.sql("SELECT hook, d FROM hooks WHERE kind = 'rows' ORDER BY hook").fetchall()
-    known: dict[str, int] = dict(found)
+    rows = store.sql("SELECT hook, d FROM hooks WHERE kind = 'rows' ORDER BY hook").fetchall()
+    known: dict[str, int] = dict(rows)
     wanted = [hooks] if isinstance(hooks, str) else known if hooks is None else hooks
     if missing := [hook for hook in wanted if hook not in known]:
         raise ContentError(
@@ -217,8 +217,8 @@ def _folder_name(hook: str) -> str:
 
 def _token_matrix(store: Store, pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the sequences, ascending, and their tokens as int64 [n, n_ctx]."""
-    found = store.sql("SELECT seq_id, pos, token_id FROM token_ids").fetchnumpy()
-    seq, pos, token = (np.asarray(found[name]) for name in ("seq_id", "pos", "token_id"))
+    columns = store.sql("SELECT seq_id, pos, token_id FROM token_ids").fetchnumpy()
+    seq, pos, token = (np.asarray(columns[name]) for name in ("seq_id", "pos", "token_id"))
     if not len(seq):
         raise ContentError(f"{store.path}: holds no tokens; nothing to export.")
     seqs, row = np.unique(seq, return_inverse=True)
@@ -229,7 +229,7 @@ def _token_matrix(store: Store, pad_token_id: int) -> tuple[np.ndarray, np.ndarr
 
 def _latents(store: Store, hook: str, start: int, stop: int, seqs: np.ndarray) -> Tensors:
     """Return the acts of units start to stop as delphi has them, token by token."""
-    found = store.sql(
+    columns = store.sql(
         "SELECT seq_id, pos, unit, act FROM acts WHERE hook = $hook AND unit >= $first"
         " AND unit < $stop AND abs(act) > $smallest ORDER BY seq_id, pos, unit",
         hook=hook,
@@ -237,15 +237,15 @@ def _latents(store: Store, hook: str, start: int, stop: int, seqs: np.ndarray) -
         stop=stop,
         smallest=_DELPHI_SMALLEST,
     ).fetchnumpy()
-    row = np.searchsorted(seqs, np.asarray(found["seq_id"]))
-    units = np.asarray(found["unit"]) - start
-    act = np.asarray(found["act"])
+    row = np.searchsorted(seqs, np.asarray(columns["seq_id"]))
+    units = np.asarray(columns["unit"]) - start
+    act = np.asarray(columns["act"])
     if too_large := int((np.abs(act) > np.finfo(np.float16).max).sum()):
         raise ContentError(
             f"{hook}: {too_large} activations are beyond the range of float16, in which delphi "
             "keeps them; export as Parquet instead."
         )
-    locations = np.stack([row, np.asarray(found["pos"]), units], axis=1)
+    locations = np.stack([row, np.asarray(columns["pos"]), units], axis=1)
     narrow = locations.max(initial=0) < 2**16
     return {
         "locations": locations.astype(np.uint16 if narrow else np.uint32),
@@ -308,8 +308,8 @@ def export_openai(
     with whole_folder(out) as folder:
         at = folder / str(number)
         at.mkdir()
-        for stats, found in records(store, hook, before, after):
-            record = _neuron_record(number, stats, found)
+        for stats, exemplars in records(store, hook, before, after):
+            record = _neuron_record(number, stats, exemplars)
             (at / f"{stats['unit']}.json").write_text(json.dumps(record, allow_nan=False))
     return Path(out)
 
@@ -323,18 +323,18 @@ def layer_of(hook: str) -> int:
     >>> layer_of("blocks.3.mlp.hook_post")
     3
     """
-    found = re.search(r"(?:^|\.)(\d+)\.", hook)
-    if found is None:
+    number = re.search(r"(?:^|\.)(\d+)\.", hook)
+    if number is None:
         raise ContentError(f"layer: {hook!r} names none; say which, as layer=0.")
-    return int(found.group(1))
+    return int(number.group(1))
 
 
 def _neuron_record(
-    layer: int, stats: dict[str, Any], found: dict[str, list[dict[str, Any]]]
+    layer: int, stats: dict[str, Any], exemplars: dict[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
     """Return one record in the form that OpenAI's `loads` turns into a NeuronRecord."""
-    bins = sorted({row["bin"] for row in found["quantile"]})
-    by_bin = [[row for row in found["quantile"] if row["bin"] == one] for one in range(10)]
+    bins = sorted({row["bin"] for row in exemplars["quantile"]})
+    by_bin = [[row for row in exemplars["quantile"] if row["bin"] == one] for one in range(10)]
     moments = ("mean", "variance", "skewness", "kurtosis")
     return {
         "dataclass_name": "NeuronRecord",
@@ -343,13 +343,13 @@ def _neuron_record(
             "layer_index": layer,
             "neuron_index": stats["unit"],
         },
-        "random_sample": [_activation_record(row) for row in found["random"]],
+        "random_sample": [_activation_record(row) for row in exemplars["random"]],
         "random_sample_by_quantile": (
             [[_activation_record(row) for row in rows] for rows in by_bin] if bins else None
         ),
         "quantile_boundaries": _boundaries(by_bin),
         **{name: _finite(stats[name]) for name in moments},
-        "most_positive_activation_records": [_activation_record(row) for row in found["top"]],
+        "most_positive_activation_records": [_activation_record(row) for row in exemplars["top"]],
     }
 
 

@@ -132,7 +132,7 @@ class SAEReport:
     def dictionary_row(self, name: str, *, path: str | None = None) -> dict[str, Any]:
         """Return the row of table `dictionaries`; `path` is where it was saved, from the store."""
         measures = {"l0": self.l0, "fvu": self.fvu, "dead_fraction": self.dead_fraction}
-        numbers = {each: estimate.row()["value"] for each, estimate in measures.items()}
+        numbers = {measure: estimate.row()["value"] for measure, estimate in measures.items()}
         return {"name": name, **self.about, **numbers, "path": path}
 
     def save_to(self, store: astore.Store, name: str, *, path: str | None = None) -> None:
@@ -146,8 +146,8 @@ class SAEReport:
         """
         row = self.dictionary_row(name, path=path)
         query = "SELECT * FROM dictionaries WHERE hook = $hook AND name = $name"
-        found = store.sql(query, hook=row["hook"], name=name).to_arrow_table().to_pylist()
-        before = found[0] if found else {}
+        stored = store.sql(query, hook=row["hook"], name=name).to_arrow_table().to_pylist()
+        before = stored[0] if stored else {}
         if before.get("digest") not in (None, row["digest"]):
             raise DictionaryError(
                 f"{row['hook']}: the store has a dictionary {name!r} with other weights; "
@@ -165,7 +165,7 @@ class SAEReport:
         }
         losses = {"clean": self.loss_clean, "spliced": self.loss_spliced}
         losses |= {"zero": self.loss_zero, "mean": self.loss_mean}
-        values = {f"loss_{each}": losses[each].value for each in losses}
+        values = {f"loss_{kind}": losses[kind].value for kind in losses}
         return [
             ("l0", None, self.l0, {}),
             ("fvu", None, self.fvu, {}),
@@ -173,7 +173,7 @@ class SAEReport:
             ("shrinkage", None, self.shrinkage, {}),
             ("dead_fraction", "nonzero", self.dead_fraction, {}),
             ("density", "nonzero", self.density, histogram),
-            *(("loss", each, losses[each], {}) for each in losses),
+            *(("loss", kind, losses[kind], {}) for kind in losses),
             ("ce_loss_recovered", "zero", self.ce_loss_recovered_zero, values),
             ("ce_loss_recovered", "mean", self.ce_loss_recovered_mean, values),
             ("kl", None, self.kl, {}),
@@ -258,13 +258,13 @@ def evaluate(
         DataError: `max_tokens` holds no row.
     """
     several = [dictionary] if isinstance(dictionary, Dictionary) else list(dictionary)
-    named = [(hook_of(model, each, hook), each) for each in several]
+    named = [(hook_of(model, single, hook), single) for single in several]
     text = DocumentRows(rows.limit(max_tokens, seed=seed), model, batch_tokens, skip)
     sites = {name: HookSums(model, name, text) for name, _ in named}
-    codes = [CodeSums(each, sites[name], text) for name, each in named]
+    codes = [CodeSums(single, sites[name], text) for name, single in named]
     loss_clean = _run_passes(model, text, list(sites.values()), codes, progress)
     draws = DocumentDraws(text.n_documents, text.n_tokens, n_resamples, seed, level)
-    reports = [_report(text, each, loss_clean, draws) for each in codes]
+    reports = [_report(text, code, loss_clean, draws) for code in codes]
     return reports[0] if isinstance(dictionary, Dictionary) else reports
 
 
@@ -314,7 +314,7 @@ class DocumentRows:
                 self.is_token[part],
                 self.counted[part],
             )
-            ids, *others = (torch.from_numpy(each).to(self.device) for each in arrays)
+            ids, *others = (torch.from_numpy(array).to(self.device) for array in arrays)
             yield TokenBatch(ids, *others, n_tokens=int(self.counted[part].sum()))
 
     def zeros(self) -> Float[Tensor, " documents"]:
@@ -472,16 +472,16 @@ def _run_passes(
                     site.add(batch, acts[site.hook])
                     with replaced(model, {site.hook: None}, batch.where):
                         batch.add_losses(site.loss_zero, batch.run(model))
-                for each in codes:
-                    vectors, latents, reconstructed = coded(each.dictionary, acts[each.at.hook])
+                for code in codes:
+                    vectors, latents, reconstructed = coded(code.dictionary, acts[code.at.hook])
                     where = batch.counted.flatten().to(vectors.device)
                     documents = batch.documents.flatten().to(vectors.device)[where]
-                    each.add(documents, vectors[where], latents[where], reconstructed[where])
-                    with replaced(model, {each.at.hook: reconstructed}, batch.where):
+                    code.add(documents, vectors[where], latents[where], reconstructed[where])
+                    with replaced(model, {code.at.hook: reconstructed}, batch.where):
                         logits = batch.run(model)
-                    batch.add_losses(each.loss, logits)
+                    batch.add_losses(code.loss, logits)
                     kl = divergences(clean, logits)
-                    each.kl.index_add_(0, batch.documents[batch.counted], kl[batch.counted])
+                    code.kl.index_add_(0, batch.documents[batch.counted], kl[batch.counted])
                 done += batch.n_tokens
                 progress("evaluate", done, 2 * text.n_tokens)
             for batch in text.batches():
@@ -531,7 +531,7 @@ def _report(
         "zero": site.loss_zero,
         "mean": site.loss_mean,
     }
-    losses = {name: draws.totals(on_host(each)) / predicted for name, each in summed.items()}
+    losses = {name: draws.totals(on_host(sums)) / predicted for name, sums in summed.items()}
     clean, spliced = losses["clean"], losses["spliced"]
     return SAEReport(
         hook=site.hook,

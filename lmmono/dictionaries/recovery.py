@@ -88,9 +88,10 @@ class RecoveryReport:
 
     def __repr__(self) -> str:
         lines = [f"RecoveryReport({self.hook or 'codes'}, {self.code.mcc.n} features)"]
-        for name, each in {"the code": self.code, **self.controls}.items():
+        for name, recovered in {"the code": self.code, **self.controls}.items():
             lines.append(
-                f"  {name}: mcc {each.mcc!r}, AUROC {each.feature_auroc!r}, F1 {each.feature_f1!r}"
+                f"  {name}: mcc {recovered.mcc!r}, AUROC {recovered.feature_auroc!r}, "
+                f"F1 {recovered.feature_f1!r}"
             )
         return "\n".join(lines)
 
@@ -218,19 +219,19 @@ def recovery_of(
     both = _measured(codes, [truth, shuffled], halves)
     measured = {None: both[0], "shuffled_truth": both[1]}
     measured |= {
-        name: _measured(each, [truth], halves)[0] for name, each in (controls or {}).items()
+        name: _measured(code, [truth], halves)[0] for name, code in (controls or {}).items()
     }
     n_positive = truth[halves.second].sum(axis=0)
     tables = [
-        _table(names, control, n_positive, *each, halves) for control, each in measured.items()
+        _table(names, control, n_positive, *parts, halves) for control, parts in measured.items()
     ]
-    means = {control: _means(each[1], halves.draws) for control, each in measured.items()}
+    means = {control: _means(parts[1], halves.draws) for control, parts in measured.items()}
     return RecoveryReport(
         hook=hook,
         split=split,
         seed=seed,
         code=means[None],
-        controls={name: each for name, each in means.items() if name is not None},
+        controls={name: mean for name, mean in means.items() if name is not None},
         table=pa.concat_tables(tables),
     )
 
@@ -304,7 +305,7 @@ def _measured(
 ) -> list[tuple[UnitChoice, Detection]]:
     """Choose on the first half and measure on the second, for each truth."""
     first, second = codes[halves.first], codes[halves.second]
-    correlation, auroc = scan(first, np.concatenate([each[halves.first] for each in truths], 1))
+    correlation, auroc = scan(first, np.concatenate([truth[halves.first] for truth in truths], 1))
     measured: list[tuple[UnitChoice, Detection]] = []
     for i, truth in enumerate(truths):
         part = slice(i * truth.shape[1], (i + 1) * truth.shape[1])
@@ -314,7 +315,7 @@ def _measured(
     return measured
 
 
-def _means(found: Detection, draws: DocumentDraws) -> Recovered:
+def _means(detection: Detection, draws: DocumentDraws) -> Recovered:
     """Return means over the features that are defined on all documents of the half.
 
     A redraw that lacks a rare feature keeps its number: without it the mean would be of other,
@@ -329,7 +330,7 @@ def _means(found: Detection, draws: DocumentDraws) -> Recovered:
         means = np.where(np.isnan(defined), defined[0], defined).mean(axis=1)
         return draws.estimate(means, n=n, nan_fraction=1 - n / n_features)
 
-    return Recovered(mean(found.correlation), mean(found.auroc), mean(found.f1))
+    return Recovered(mean(detection.correlation), mean(detection.auroc), mean(detection.f1))
 
 
 def _table(
@@ -402,7 +403,9 @@ def choose(
     ranked = lean.argmax(axis=1)
     every = np.arange(n_features)
     n_tried = min(CANDIDATES, size.shape[1])
-    tried = [np.argpartition(-each, n_tried - 1, axis=1)[:, :n_tried] for each in (size, lean)]
+    tried = [
+        np.argpartition(-measure, n_tried - 1, axis=1)[:, :n_tried] for measure in (size, lean)
+    ]
     trials = np.zeros(size.shape, bool)
     trials[every[:, None], np.concatenate(tried, axis=1)] = True
     split, split_sign, threshold = _best_splits(codes, truth, trials)
@@ -469,11 +472,11 @@ def measure(
     is_told = acts_of(choice.split, choice.split_sign) > choice.threshold
     outcomes = [is_told & truth, is_told & ~truth, ~is_told & truth]
     hits, alarms, misses = np.moveaxis(
-        draws.totals(by_document([each.astype(np.float64) for each in outcomes])), 2, 0
+        draws.totals(by_document([outcome.astype(np.float64) for outcome in outcomes])), 2, 0
     )
     f1 = np.where(hits + misses > 0, ratio(2 * hits, 2 * hits + alarms + misses), np.nan)
     return Detection(
-        *(np.where(defined, each, np.nan) for each in (correlation, _auroc(placed), f1))
+        *(np.where(defined, measure, np.nan) for measure in (correlation, _auroc(placed), f1))
     )
 
 

@@ -130,11 +130,11 @@ def stability(
     fits = list(dictionaries)
     _check(fits, firing)
     directions = [on_host(normalize(fit.tensors()["W_dec"].float(), dim=1)) for fit in fits]
-    is_alive = [np.abs(each).sum(1) > 0 for each in directions]
+    is_alive = [np.abs(rows).sum(1) > 0 for rows in directions]
     draws = DocumentDraws(0, 0, n_resamples, seed, level)
 
     def report(kept: Sequence[Bool[ndarray, " d_sae"]]) -> StabilityReport:
-        chosen = [each[keep] for each, keep in zip(directions, kept, strict=True)]
+        chosen = [rows[keep] for rows, keep in zip(directions, kept, strict=True)]
         return _report(fits[0].hook, chosen, threshold, signed, draws)
 
     everything = report(is_alive)
@@ -168,10 +168,10 @@ def _check(fits: list[Dictionary], firing: Sequence[ndarray] | None) -> None:
                 + ", ".join(str(value) for value in values)
             )
     sizes = [fit.d_sae for fit in fits]
-    if firing is not None and [len(each) for each in firing] != sizes:
+    if firing is not None and [len(counts) for counts in firing] != sizes:
         raise DictionaryError(
             f"firing: want counts per latent for each fit, {sizes} of them, got "
-            f"{[len(each) for each in firing]}"
+            f"{[len(counts) for counts in firing]}"
         )
 
 
@@ -183,19 +183,19 @@ def _report(
     draws: DocumentDraws,
 ) -> StabilityReport:
     places = list(combinations(range(len(directions)), 2))
-    if min(len(each) for each in directions) == 0:
+    if min(len(rows) for rows in directions) == 0:
         raise DictionaryError("stability: one of the fits has no latent to match: all are dead")
     matched = [matched_cosines(directions[i], directions[j], signed) for i, j in places]
     random = np.random.default_rng(draws.seed)
-    one, other = (_random(random, each) for each in directions[:2])
+    one, other = (_random(random, rows) for rows in directions[:2])
     floor = [matched_cosines(one, other, signed)]
-    is_above = [each > threshold for each in matched]
+    is_above = [cosines > threshold for cosines in matched]
     pairs = {
         "first": [i for i, _ in places],
         "second": [j for _, j in places],
-        "n_matched": [len(each) for each in matched],
-        "cosine": [float(each.mean()) for each in matched],
-        "share": [float(each.mean()) for each in is_above],
+        "n_matched": [len(cosines) for cosines in matched],
+        "cosine": [float(cosines.mean()) for cosines in matched],
+        "share": [float(is_found.mean()) for is_found in is_above],
     }
     return StabilityReport(
         hook=hook,
@@ -203,7 +203,9 @@ def _report(
         threshold=threshold,
         signed=signed,
         cosine=_estimate(matched, places, draws),
-        share=_estimate([each.astype(np.float64) for each in is_above], places, draws, lowest=0.0),
+        share=_estimate(
+            [is_found.astype(np.float64) for is_found in is_above], places, draws, lowest=0.0
+        ),
         floor_cosine=_estimate(floor, places[:1], draws),
         floor_share=_estimate([(floor[0] > threshold).astype(np.float64)], places[:1], draws),
         pairs=pa.table(pairs),
@@ -222,13 +224,13 @@ def _estimate(
     lowest: float = -1.0,
 ) -> Estimate:
     """Return the mean over pairs of the mean over latents, with its interval."""
-    n = sum(len(each) for each in values)
+    n = sum(len(of_pair) for of_pair in values)
     if len(places) == 1:
         latents = replace(draws, n_documents=len(values[0]))
         estimate = latents.estimate(latents.totals(values[0]) / n, n=n)
         method = f"percentile bootstrap over matched latents, {draws.n_resamples} resamples"
         return replace(estimate, n_documents=0, method=method)
-    means = np.array([each.mean() for each in values])
+    means = np.array([of_pair.mean() for of_pair in values])
     n_fits = max(j for _, j in places) + 1
     without = [means[[fit not in pair for pair in places]].mean() for fit in range(n_fits)]
     value = float(means.mean())

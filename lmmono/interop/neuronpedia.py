@@ -125,12 +125,12 @@ def export_neuronpedia(
     place = _Place(
         name, f"{number}-{source_set}", source_set, creator, creator_id, store.info().store_id
     )
-    found = store.sql(_UNITS, hook=hook).fetchall()
-    if not found:
+    sizes = store.sql(_UNITS, hook=hook).fetchall()
+    if not sizes:
         raise ExplainError(f"{store.path}: no hook {hook!r} stored as rows")
     check_shards(store, [hook])
     with whole_folder(out) as folder:
-        for file, row in _about(place, run, *found[0]).items():
+        for file, row in _about(place, run, *sizes[0]).items():
             _write(folder / name / place.source / f"{file}.jsonl", [row])
         _write_all(store, hook, place, folder, before, after)
     return Path(out)
@@ -143,13 +143,13 @@ def _write_all(
     at = folder / place.model / place.source
     n_batches = _write_units(store, hook, place, at, before, after)
     explanations = list(_explanations(store, hook, place))
-    ids = {each["_key"]: each["id"] for each in explanations}
+    ids = {explanation["_key"]: explanation["id"] for explanation in explanations}
     scores = list(_scores(store, hook, place, ids))
     for batch in range(n_batches):
         for kind, rows in (("explanations", explanations), ("scores", scores)):
             units = range(batch * BATCH_UNITS, (batch + 1) * BATCH_UNITS)
-            mine = [row for row in rows if row["_unit"] in units]
-            _write(at / kind / f"batch-{batch}.jsonl.gz", mine)
+            of_batch = [row for row in rows if row["_unit"] in units]
+            _write(at / kind / f"batch-{batch}.jsonl.gz", of_batch)
     for kind, rows in _types(place, explanations, scores).items():
         _write(folder / "config" / f"{kind}.jsonl", rows, if_empty=True)
 
@@ -161,11 +161,11 @@ def _run(store: astore.Store) -> Row:
 
 def _about(place: _Place, run: Row, d: int, n_tokens: int) -> dict[str, Row]:
     """Return release, model, set and source: one row each."""
-    made = {"creatorId": place.creator_id, "visibility": "PUBLIC"}
+    owned = {"creatorId": place.creator_id, "visibility": "PUBLIC"}
     shown = {"creatorName": place.creator, "urls": list[str]()}
     n_ctx = run.get("n_ctx")
     return {
-        "release": {"name": place.source_set, "description": place.source_set, **shown, **made},
+        "release": {"name": place.source_set, "description": place.source_set, **shown, **owned},
         "model": {
             "id": place.model,
             "displayName": place.model,
@@ -176,7 +176,7 @@ def _about(place: _Place, run: Row, d: int, n_tokens: int) -> dict[str, Row]:
             "neuronsPerLayer": d,
             "dimension": run.get("d_model"),
             "owner": place.creator,
-            **made,
+            **owned,
         },
         "sourceset": {
             "modelId": place.model,
@@ -185,7 +185,7 @@ def _about(place: _Place, run: Row, d: int, n_tokens: int) -> dict[str, Row]:
             "releaseName": place.source_set,
             "hasDashboards": True,
             **shown,
-            **made,
+            **owned,
         },
         "source": {
             "id": place.source,
@@ -195,7 +195,7 @@ def _about(place: _Place, run: Row, d: int, n_tokens: int) -> dict[str, Row]:
             "inferenceEnabled": False,
             "num_prompts": n_tokens // n_ctx if n_ctx else None,
             "num_tokens_in_prompt": n_ctx,
-            **made,
+            **owned,
         },
     }
 
@@ -215,14 +215,14 @@ def _write_units(
         batches.clear()
 
     n_batches = 0
-    for stats, found in records(store, hook, before, after):
+    for stats, exemplars in records(store, hook, before, after):
         batch = stats["unit"] // BATCH_UNITS
         if batch not in batches:
             flush()
             batches[batch], n_batches = ([], []), batch + 1
         features, activations = batches[batch]
         features.append(_feature(place, hook, stats))
-        activations += _activations(place, stats["unit"], found)
+        activations += _activations(place, stats["unit"], exemplars)
     flush()
     return n_batches
 
@@ -247,22 +247,22 @@ def _bars(store: astore.Store, hook: str, units: list[int]) -> Any:
         heights[unit - min(units), bar] = n
 
     def of(unit: int, largest: float) -> Row:
-        mine = heights[unit - min(units)] if largest > 0 else np.zeros(0, np.int64)
-        centres = (np.arange(len(mine)) + 0.5) * largest / N_BARS
+        bars = heights[unit - min(units)] if largest > 0 else np.zeros(0, np.int64)
+        centres = (np.arange(len(bars)) + 0.5) * largest / N_BARS
         return {
-            "freq_hist_data_bar_heights": mine.astype(float).tolist(),
+            "freq_hist_data_bar_heights": bars.astype(float).tolist(),
             "freq_hist_data_bar_values": centres.tolist(),
         }
 
     return of
 
 
-def _activations(place: _Place, unit: int, found: dict[str, list[Row]]) -> Iterator[Row]:
+def _activations(place: _Place, unit: int, exemplars: dict[str, list[Row]]) -> Iterator[Row]:
     """Yield the exemplars; those of a tenth of the activations with its share and its ends."""
     ends: dict[int, list[float]] = {}
-    for row in found["quantile"]:
+    for row in exemplars["quantile"]:
         ends.setdefault(row["bin"], []).append(row["act"])
-    for kind, rows in found.items():
+    for kind, rows in exemplars.items():
         for row in rows:
             acts, tenth = row["acts"], ends.get(row["bin"] if kind == "quantile" else -1)
             yield {
@@ -311,8 +311,8 @@ def _scores(
     for row in store.sql(_CONTROLS, hook=hook).to_arrow_table().to_pylist():
         controls.setdefault(tuple(row[k] for k in _KEY), {})[row["control"]] = row["value"]
     for row in store.sql(_SCORED, hook=hook).to_arrow_table().to_pylist():
-        key, there = tuple(row[k] for k in _KEY), seeds.get((row["unit"], row["explainer"]), [])
-        seed = row["seed"] if row["seed"] in there or len(there) != 1 else there[0]
+        key, explained = tuple(row[k] for k in _KEY), seeds.get((row["unit"], row["explainer"]), [])
+        seed = row["seed"] if row["seed"] in explained or len(explained) != 1 else explained[0]
         explanation = ids.get((row["unit"], row["explainer"], seed))
         if explanation is None:
             continue

@@ -474,12 +474,12 @@ def _watched_experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor
     into = "gate_up_proj" if module.has_gate else "up_proj"
     pre = [project(hidden[token], into, expert) for expert, token in enumerate(tokens)]
     if module.has_gate:
-        gates, ups = zip(*(_halves(module, each) for each in pre), strict=True)
+        gates, ups = zip(*(_halves(module, tensor) for tensor in pre), strict=True)
         gates, ups = probed("hook_pre", gates), probed("hook_pre_linear", ups)
-        pre = [_joined(module, *each) for each in zip(gates, ups, strict=True)]
-        acts = [module._apply_gate(each) for each in pre]
+        pre = [_joined(module, *halves) for halves in zip(gates, ups, strict=True)]
+        acts = [module._apply_gate(tensor) for tensor in pre]
     else:
-        acts = [module.act_fn(each) for each in probed("hook_pre", pre)]
+        acts = [module.act_fn(tensor) for tensor in probed("hook_pre", pre)]
     out = torch.zeros_like(hidden)
     for expert, x in enumerate(probed("hook_post", acts)):
         token, slot = places[expert]

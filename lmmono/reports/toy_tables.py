@@ -21,28 +21,28 @@ LABEL_NOISE = (0.0, 0.25, 0.4, 0.45)
 
 
 def superposition_tables(
-    found: Superposition, baseline: str = "poly", *, draws: int = 20
+    study: Superposition, baseline: str = "poly", *, draws: int = 20
 ) -> list[ReportTable]:
     """Return the tables of a toy study; differences are from the polysemantic code.
 
     Args:
-        found: The study.
+        study: The study.
         baseline: Code that the others are held against.
         draws: Training sets of the probes of two features.
     """
     of = {
-        metric: [each for each in found.results if each.metric == metric]
+        metric: [row for row in study.results if row.metric == metric]
         for metric in ("accuracy", "fisher_ratio")
     }
     compared = compare_families(of["accuracy"], baseline)
     ordered = [
-        each
-        for shots in dict.fromkeys(each.condition[4] for each in compared)
-        for each in compared
-        if each.condition[4] == shots
+        comparison
+        for shots in dict.fromkeys(comparison.condition[4] for comparison in compared)
+        for comparison in compared
+        if comparison.condition[4] == shots
     ]
     return [
-        _capacity_table(found),
+        _capacity_table(study),
         *level_tables(of["accuracy"]),
         comparison_table(ordered, title=f"Accuracy less that of {baseline}"),
         *level_tables(of["fisher_ratio"]),
@@ -50,12 +50,12 @@ def superposition_tables(
     ]
 
 
-def _capacity_table(found: Superposition) -> ReportTable:
+def _capacity_table(study: Superposition) -> ReportTable:
     rows = tuple(
-        (each.arm, f"{each.alone:.1f}", f"{each.shared:.1f}", f"{each.dropped:.1f}", each.about)
-        for each in found.capacities
+        (code.arm, f"{code.alone:.1f}", f"{code.shared:.1f}", f"{code.dropped:.1f}", code.about)
+        for code in study.capacities
     )
-    settings = found.settings
+    settings = study.settings
     return ReportTable(
         title=f"Codes of 40 features in 20 dimensions, {settings.seeds} seeds",
         columns=("code", "alone", "shared", "dropped", "how it comes about"),
@@ -69,14 +69,14 @@ def two_feature_table(errors: Iterable[TwoFeatureErrors], draws: int) -> ReportT
     """Return closed forms of the two-feature code beside what a probe on it achieves."""
     rows = tuple(
         (
-            f"{each.p:g}",
-            f"{each.label_noise:g}",
-            *(f"{_ratio(each, code):.3f}" for code in (MONO, POLY)),
-            *(_tied_ratio(each, code) for code in (MONO, POLY)),
-            f"{each.mono:.3f}",
-            f"{each.poly:.3f}",
+            f"{error.p:g}",
+            f"{error.label_noise:g}",
+            *(f"{_ratio(error, code):.3f}" for code in (MONO, POLY)),
+            *(_tied_ratio(error, code) for code in (MONO, POLY)),
+            f"{error.mono:.3f}",
+            f"{error.poly:.3f}",
         )
-        for each in errors
+        for error in errors
     )
     return ReportTable(
         title="Two features: the moment score J of x1 and of x1 - x2, and the accuracy of a probe",
@@ -91,11 +91,11 @@ def two_feature_table(errors: Iterable[TwoFeatureErrors], draws: int) -> ReportT
     )
 
 
-def _ratio(each: TwoFeatureErrors, code: tuple[float, float]) -> float:
-    return two_feature_ratio(each.p, code, label_noise=each.label_noise)
+def _ratio(error: TwoFeatureErrors, code: tuple[float, float]) -> float:
+    return two_feature_ratio(error.p, code, label_noise=error.label_noise)
 
 
-def _tied_ratio(each: TwoFeatureErrors, code: tuple[float, float]) -> str:
-    if each.label_noise:
+def _tied_ratio(error: TwoFeatureErrors, code: tuple[float, float]) -> str:
+    if error.label_noise:
         return "-"
-    return f"{two_feature_ratio(each.p, code, ties='negative'):.3f}"
+    return f"{two_feature_ratio(error.p, code, ties='negative'):.3f}"

@@ -80,7 +80,7 @@ def _ask_sides(
     answers = judge_by_client(
         job.client, explanations, items, order, words, settings.batch, settings.max_tokens
     )
-    return [each.failed or (each.fires == 1).reshape(shape) for each in answers]
+    return [answer.failed or (answer.fires == 1).reshape(shape) for answer in answers]
 
 
 def fuzz(job: ScoreJob) -> list[Row]:
@@ -174,8 +174,8 @@ class _Classification:
         present = contrasts.of(self._classes) >= 0
         if marks is not None:
             present = present & marks.any(axis=2)
-        each = [None] * len(ids) if marks is None else marks
-        items = [Items(one, mark) for one, mark in zip(ids, each, strict=True)]
+        marked = [None] * len(ids) if marks is None else marks
+        items = [Items(one, mark) for one, mark in zip(ids, marked, strict=True)]
         return _Asked(contrasts, items, present, n)
 
     def rows(self) -> list[Row]:
@@ -214,7 +214,7 @@ class _Classification:
                 settings.batch,
                 settings.max_tokens,
             )
-        return [self._by_program(i, each) for i, each in enumerate(explanations)]
+        return [self._by_program(i, explanation) for i, explanation in enumerate(explanations)]
 
     def _by_program(self, i: int, explanation: Explanation) -> Judgement:
         learn = self._learn
@@ -292,7 +292,7 @@ def _measured(
         prior = len(firing) / max(len(firing) + len(other), 1)
         chances = (CHANCE, CHANCE, prior)
         return {
-            each: undefined(failed, value) for each, value in zip(metrics, chances, strict=True)
+            metric: undefined(failed, value) for metric, value in zip(metrics, chances, strict=True)
         }
     a, b = judgement.fires[firing], judgement.fires[other]
     counts = {

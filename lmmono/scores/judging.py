@@ -131,8 +131,8 @@ def _collected(
     asked: Sequence[tuple[int, ndarray]],
     answers: Sequence[Answer],
 ) -> list[Judgement]:
-    scores = [np.full(len(each.token_ids), np.nan) for each in items]
-    fires = [np.full(len(each.token_ids), np.nan) for each in items]
+    scores = [np.full(len(item.token_ids), np.nan) for item in items]
+    fires = [np.full(len(item.token_ids), np.nan) for item in items]
     usages, hashes = [Usage() for _ in items], [list[str]() for _ in items]
     failures: list[list[Failed]] = [[] for _ in items]
     for (i, chosen), prompt, answer in zip(asked, prompts, answers, strict=True):
@@ -162,8 +162,11 @@ def failure_of(failures: Iterable[Failed | None], has_no_answer: bool) -> Failed
     An answer that cannot be read is the judge's fault and counted; one that never came would score
     the connection, so the unit is asked again.
     """
-    named = sorted((each for each in failures if each is not None), key=lambda each: each.failure)
-    outage = [each for each in named if each.failure in UNANSWERED]
+    named = sorted(
+        (failure for failure in failures if failure is not None),
+        key=lambda failure: failure.failure,
+    )
+    outage = [failure for failure in named if failure.failure in UNANSWERED]
     return next(iter(outage or (named if has_no_answer else [])), None)
 
 
@@ -183,7 +186,7 @@ def _prompt(
     system = _SYSTEM.format(where=where, zero_one="0s and 1s", example=example)
     messages = [Message("system", system)]
     for meaning, texts, answer in _SHOWN:
-        shown = [each if is_marked else each.replace("<<", "").replace(">>", "") for each in texts]
+        shown = [text if is_marked else text.replace("<<", "").replace(">>", "") for text in texts]
         messages.append(Message("user", _question(meaning, shown)))
         messages.append(Message("assistant", answer))
     texts = [
