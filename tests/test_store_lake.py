@@ -30,7 +30,7 @@ from activation_store.lake.lake_place import LAKE, extension_files
 from lmmono.cli.app import main
 
 N_CTX, D, HOOKS = 16, 8, ("blocks.0.mlp.hook_post", 'it\'s "x"; DROP TABLE shards; --')
-N_STORES, SEQS = 4, 2  # every sequence is a commit with four shards of its own
+N_STORES, SEQS = 4, 2  # every sequence is a commit with shards of its own
 SAME_TO_THE_BIT = (
     "FROM acts ORDER BY ALL",
     "FROM token_ids ORDER BY ALL",

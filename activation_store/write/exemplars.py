@@ -244,7 +244,8 @@ def draw_tile(
     u: int,
     tile_key: np.uint64,
     at: UInt16[np.ndarray, " n"],
-    values: Float32[np.ndarray, " n"],
+    acts: Float32[np.ndarray, "tokens units"],
+    column: int,
     used: np.ndarray,
     seq: int,
     pos: int,
@@ -252,10 +253,10 @@ def draw_tile(
 ) -> None:
     """Offer n tokens of one tile to the sample of unit u, in the order of their priorities.
 
-    `at` holds the places of the tokens in the tile, `values` the unit's activations; `used` is
-    scratch of at least the same length.
+    `at` holds the places of the tokens in the tile, a column of `acts` the unit's activations;
+    `used` is scratch of at least the same length. Few tokens are drawn, so nothing is copied.
     """
-    n = values.shape[0]
+    n = at.shape[0]
     used[:n] = False
     state = sample.salt[u] ^ tile_key
     key = 0.0
@@ -271,8 +272,9 @@ def draw_tile(
                 break
         used[k] = True
         state = mix(state)
-        if np.isfinite(values[k]):
-            offer_sample(sample, u, key, values[k], seq, pos + at[k], docs[at[k]])
+        act = acts[at[k], column]
+        if np.isfinite(act):
+            offer_sample(sample, u, key, act, seq, pos + at[k], docs[at[k]])
 
 
 @compiled

@@ -118,8 +118,10 @@ class Strip(NamedTuple):
     used: np.ndarray
 
 
+@compiled
+@no_type_check
 def new_strip() -> Strip:
-    """Return fresh buffers; numpy makes them, for compiling this would take seconds."""
+    """Return fresh buffers."""
     act = np.zeros((TILE, STRIP), np.float32)
     low, high = np.zeros(STRIP, np.float32), np.zeros(STRIP, np.float32)
     return Strip(
@@ -311,6 +313,8 @@ def collect(n: int, width: int, strip: Strip) -> None:
         strip.finite[u] = n
 
 
+@compiled
+@no_type_check
 def scan(
     x: Float32[np.ndarray, "rows d"],
     tiles: Tiles,
@@ -325,23 +329,8 @@ def scan(
 
     `entries` covers just these units. Activations above `largest` are counted, not kept.
     """
-    _scan(x, tiles, first, last, threshold, largest, seen, entries, new_strip())
-
-
-@compiled
-@no_type_check
-def _scan(
-    x: Float32[np.ndarray, "rows d"],
-    tiles: Tiles,
-    first: int,
-    last: int,
-    threshold: np.float32,
-    largest: np.float32,
-    seen: Seen,
-    entries: Entries,
-    strip: Strip,
-) -> None:
     # strips outside, tiles inside: moments, gates and counts of a strip's units stay in the cache
+    strip = new_strip()
     n_tiles = tiles.row.shape[0]
     before = entries.used[1]
     for c in range(first, last, STRIP):
@@ -420,14 +409,11 @@ def _choose(
         if m > 0 and strip.high[u] >= top.gate[unit]:
             _offer_best(tiles, tile, unit, u, top, strip)
         if is_drawn(firing.salt[unit], firing.gate[unit], tile_key, m):
-            at, values = strip.at[u, :m], strip.fired[u, :m]
-            draw_tile(firing, unit, tile_key, at, values, strip.used, seq, pos, docs)
+            at = strip.at[u, :m]
+            draw_tile(firing, unit, tile_key, at, strip.act, u, strip.used, seq, pos, docs)
         if is_drawn(random.salt[unit], random.gate[unit], tile_key, n):
-            # copied, so that `draw_tile` is compiled for one layout of memory only
-            for t in range(n):
-                strip.column[t] = strip.act[t, u]
-            at, values = strip.every[:n], strip.column[:n]
-            draw_tile(random, unit, tile_key, at, values, strip.used, seq, pos, docs)
+            at = strip.every[:n]
+            draw_tile(random, unit, tile_key, at, strip.act, u, strip.used, seq, pos, docs)
 
 
 @compiled

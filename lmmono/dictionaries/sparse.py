@@ -283,7 +283,8 @@ def _choose_in_rows(
     for i in range(first, last):
         for j in range(d_sae):
             row[j] = (pre[i, j] + bias[j]) * norm[j]
-        top[:] = row[:lanes]
+        for lane in range(lanes):  # numba takes seconds to compile a copy of one array to another
+            top[lane] = row[lane]
         for r in range(1, deep):
             for lane in range(lanes):
                 top[lane] = max(top[lane], row[r * lanes + lane])
@@ -453,7 +454,8 @@ def _decode(
     d_in = x.shape[1]
     for i in range(first, last):
         row = error[i]
-        row[:] = b_dec
+        for c in range(d_in):
+            row[c] = b_dec[c]
         for p in range(starts[i], starts[i + 1]):
             value = values[p]
             if value > 0.0:
