@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
+from lmmono.cli.doc_pages import PAGES
 from lmmono.errors import RecipeError
 from lmmono.recipe import SECTIONS, Recipe
 from lmmono.recipe.recipe import schema_text
@@ -572,9 +573,20 @@ def test_the_json_schema_agrees_with_loading_and_make_writes_it_where_recipes_lo
         assert faults(write(wrong))
 
 
-def test_the_page_of_settings_is_up_to_date_and_has_a_sentence_for_every_key():
-    page = (RECIPES.parent / "docs/settings.md").read_text(encoding="utf-8")
-    assert page == settings_markdown(), "lmmono schema --page settings --out docs/settings.md"
+@pytest.mark.parametrize("name", PAGES)
+def test_the_pages_that_are_written_from_the_code_are_up_to_date(name: str):
+    page = (RECIPES.parent / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert page == PAGES[name](), "make pages"
+
+
+def test_the_site_leads_to_every_page():
+    docs = RECIPES.parent / "docs"
+    listed = re.findall(r"^ +- (\S+\.md)$", (docs.parent / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(p.relative_to(docs).as_posix() for p in docs.rglob("*.md"))
+
+
+def test_the_page_of_settings_has_a_sentence_for_every_key():
+    page = settings_markdown()
     keys = [line for line in page.splitlines() if line.startswith("| `")]
     assert len(keys) > 150
     bare = [line for line in keys if line.endswith("|  |") and not re.search(r"kind`|arch`", line)]
