@@ -70,7 +70,7 @@ class Exemplar:
         )
 
     def _repr_html_(self) -> str:
-        return self.heatmap._repr_html_()
+        return str(self.heatmap.html)
 
 
 class Exemplars(list[Exemplar]):

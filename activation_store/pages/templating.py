@@ -40,7 +40,7 @@ def environment(*packages: str) -> Environment:
         lstrip_blocks=True,
     )
     made.filters |= {"number": number, "percent": percent, "token": token_text}
-    made.globals["log1p"] = math.log1p
+    made.globals.update(log1p=math.log1p)
     return made
 
 

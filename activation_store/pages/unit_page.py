@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ class UnitPage:
         """The page as one `<article>`, without styles or scripts."""
         template = environment().get_template("unit.html.jinja")
         scale = self.data["stats"]["max_act"] or 0.0
-        return Markup(template.render(page=self, heat=lambda e: _heat(e, scale), **self.data))
+        return Markup(template.render(page=self, heat=partial(_heat, scale=scale), **self.data))
 
     @property
     def id(self) -> str:
@@ -401,7 +401,9 @@ class _Reading:
             queries = {name: query for name, query in queries.items() if name not in _OF_ACTS}
             queries["exemplars"] = _WINDOWS  # their acts come with the counting
         self._rows = {panel: self._read(query) for panel, query in queries.items()}
-        for unit, (stats,) in self._rows["stats"].items() if counting is not None else ():
+        for unit, (stats,) in self._rows["stats"].items():
+            if counting is None:
+                break
             exemplars, k = self._rows["exemplars"].get(unit, []), options.list_k
             counted = counting.count(hook, unit, stats["max_act"], k, exemplars)
             for panel, rows in counted.items():

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -315,7 +316,8 @@ def _saliency(
             if len(here) < 3:
                 continue
             a, b = first[i, here].numpy(), second[i, there].numpy()
-            ranks.append(float(stats.spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else 0.0)
+            fitted: Any = stats.spearmanr(a, b) if np.ptp(a) and np.ptp(b) else None
+            ranks.append(0.0 if fitted is None else float(fitted.statistic))
             overlaps.append(_overlap(a, b))
     return ranks, overlaps
 

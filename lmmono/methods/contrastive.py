@@ -251,7 +251,8 @@ class _TiedTopK(_Head):
         if dead.any():
             aux = self._top(acts * dead, min(AUX_K, int(dead.sum()))) @ self.weight
             value = value + (left.detach() - aux).square().mean() / scale / 32
-        return value + 0.1 * info_nce(*codes.chunk(2), self.how.temperature)
+        first, second = codes.chunk(2)
+        return value + 0.1 * info_nce(first, second, self.how.temperature)
 
 
 def _network(d_in: int, how: HeadSettings, centre: Tensor) -> _Head:

@@ -118,8 +118,6 @@ def _trial(arm: str, recipe: Recipe, lr: float, progress: Progress) -> Trial:
 def _by_layer(run: Run, metric: str) -> tuple[float, ...]:
     """Return a statistic of each layer at the end of training."""
     table = run.metrics
-    is_last = pc.and_(
-        pc.equal(table["step"], run.recipe.train.last_step), pc.equal(table["metric"], metric)
-    )
+    is_last = (pc.field("step") == run.recipe.train.last_step) & (pc.field("metric") == metric)
     rows: Sequence[dict[str, float]] = table.filter(is_last).sort_by("layer").to_pylist()
     return tuple(float(row["value"]) for row in rows)

@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -495,7 +495,7 @@ def _adapted(body: Any, how: FineTuning) -> nn.Module:
 
 
 @contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
+def _frozen(network: nn.Module) -> Generator[None]:
     """Let no weight of a network move, in the block."""
     moving = [p for p in network.parameters() if p.requires_grad]
     network.requires_grad_(False)
@@ -610,7 +610,7 @@ def _train(job: _Tuning, progress: Progress) -> None:
             batch = trainee.batch(
                 [ids[row] for row in rows],
                 labels[rows],
-                tuple(job.train.texts[row] for row in rows),
+                tuple(str(job.train.texts[row]) for row in rows),
                 rows,
             )
             loss, *columns = take_step(

@@ -15,7 +15,7 @@ from lmmono.registry.suites import TEXT_CORRUPTIONS
 class ObjectiveSettings(Section):
     """What every objective has: a name, a weight and a schedule."""
 
-    kind: str
+    kind: Any
     """Which objective."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
     """Name of its column; null takes the kind. Two of one kind need different names."""

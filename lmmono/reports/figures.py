@@ -29,7 +29,7 @@ _CONTROL_MARKERS = {
     "untrained": "^",
 }
 # the salt and the date are all that differs between two drawings of one thing
-_RC = {"svg.hashsalt": "lmmono", "svg.fonttype": "none", "font.size": 9}
+_RC: dict[Any, Any] = {"svg.hashsalt": "lmmono", "svg.fonttype": "none", "font.size": 9}
 _METADATA: dict[str, dict[str, str | None]] = {
     "svg": {"Date": None, "Creator": "lmmono"},
     "png": {"Software": "lmmono"},

@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -41,7 +41,7 @@ _DASHES = ("-", "--", ":", "-.")
 """One for each round through the colours."""
 
 # the salt and the date are all that differs between two drawings of one thing
-_RC = {"svg.hashsalt": "lmmono", "svg.fonttype": "none", "font.size": 9}
+_RC: dict[Any, Any] = {"svg.hashsalt": "lmmono", "svg.fonttype": "none", "font.size": 9}
 
 FIGURES = "robustness"
 """Folder of a run that holds the figures of its suites."""

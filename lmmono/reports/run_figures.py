@@ -28,7 +28,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's colours, which colour-blind people tell apart; without black, for dark pages."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 CONTROL = "0.55"
-RC = {
+RC: dict[Any, Any] = {
     "svg.hashsalt": "lmmono",  # and without a date equal input gives equal bytes
     "svg.fonttype": "none",
     "font.size": 9,
@@ -53,7 +53,8 @@ def loss_figure(runs: Sequence[Run]) -> Figure:
     figure, axes = _panels(1, width=6.4, height=3.2)
     for i, run in enumerate(trained):
         rows = run.metrics.to_pylist()
-        for split, style in (("train", {"alpha": 0.55, "linewidth": 1.0}), ("val", {})):
+        faint: dict[str, Any] = {"alpha": 0.55, "linewidth": 1.0}
+        for split, style in (("train", faint), ("val", {})):
             points = [
                 (row["step"], row["value"])
                 for row in rows
@@ -61,8 +62,10 @@ def loss_figure(runs: Sequence[Run]) -> Figure:
             ]
             if points:
                 marker = MARKERS[i % len(MARKERS)] if split == "val" else None
+                points.sort()
                 axes[0].plot(
-                    *zip(*sorted(points), strict=True),
+                    [step for step, _ in points],
+                    [loss for _, loss in points],
                     color=COLOURS[i % len(COLOURS)],
                     marker=marker,
                     markersize=5,
@@ -137,7 +140,7 @@ def attribute_figure(
         value = values[row, column]
         ink = "#fefefe" if abs(value) > 0.6 * most else "#111111"  # on its cell, in dark mode too
         label = "" if np.isnan(value) else f"{value:.2g}"
-        centred = {"ha": "center", "va": "center", "fontsize": 7}
+        centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
         axes.text(column + 0.5, row + 0.5, label, color=ink, **centred)
     axes.set_xticks(np.arange(n_columns) + 0.5, list(attributes), rotation=45, ha="right")
     axes.set_yticks(np.arange(n_rows) + 0.5, list(classes))

@@ -427,7 +427,10 @@ class Run:
             key = (name, recipe.digest(*STAGES[name].sections))
             if name not in kept and key in earlier:
                 kept[name] = earlier.pop(key)
-        update = {"stages": kept, "earlier": tuple((n, r) for (n, _), r in earlier.items())}
+        update: dict[str, Any] = {
+            "stages": kept,
+            "earlier": tuple((n, r) for (n, _), r in earlier.items()),
+        }
         if kept:  # what is there was made under the claims of then
             update["registered"] = self.manifest.registered
         self.recipe, self.manifest = recipe, Manifest.new(recipe).model_copy(update=update)

@@ -340,8 +340,8 @@ def measured(counts: Counts) -> dict[str, Row]:
         over, under = counts.outcomes @ np.array(above), counts.outcomes @ np.array(below)
         has_any = under > 0
         value = float(over.sum() / under.sum()) if has_any.any() else np.nan
-        ends = ratio_interval(over[has_any], under[has_any])
-        columns[metric] = _told(value, *np.clip(ends, 0.0, 1.0), RATIO_METHOD, int(has_any.sum()))
+        low, high = np.clip(ratio_interval(over[has_any], under[has_any]), 0.0, 1.0)
+        columns[metric] = _told(value, low, high, RATIO_METHOD, int(has_any.sum()))
     low, high = auprc_interval(counts)
     columns["population_auprc"] = _told(counts.auprc, low, high, AUPRC_METHOD, n_documents)
     totals = counts.sums.sum(axis=0)
@@ -350,9 +350,9 @@ def measured(counts: Counts) -> dict[str, Row]:
         value = float(measure(totals))
         z = np.arctanh(np.clip(np.nan_to_num(measure(left_out)), -1 + 1e-12, 1 - 1e-12))
         centre = np.arctanh(np.clip(np.nan_to_num(value), -1 + 1e-12, 1 - 1e-12))
-        ends = np.tanh(jackknife_interval(centre, z))
+        low, high = np.tanh(jackknife_interval(centre, z))
         method = JACKKNIFE_METHOD
-        columns[f"population_{name}"] = _told(value, *ends, method, n_documents)
+        columns[f"population_{name}"] = _told(value, low, high, method, n_documents)
     return columns
 
 

@@ -75,7 +75,8 @@ def sided_rows(
             is_yes = np.zeros(len(excerpts), bool)
             if program is not None:
                 acts = simulate_many(program, excerpts.token_ids)
-                is_yes = ((acts > thresholds[control][row]) & (excerpts.token_ids >= 0)).any(axis=1)
+                above = (acts > thresholds[control][row]) & (excerpts.token_ids >= 0)
+                is_yes = np.any(np.asarray(above), axis=1)
             frames.append(is_yes)
         return frames
 

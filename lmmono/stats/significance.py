@@ -7,6 +7,7 @@ within it, and the mean is over the tasks at hand, not over tasks that might hav
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -117,16 +118,16 @@ def mean_test(values: Float[ndarray, " seeds"], bound: float) -> MeanTest:
     """
     n = len(values)
     if not n or np.isnan(values).any():
-        return MeanTest(*[math.nan] * 5, n)
+        return MeanTest(math.nan, math.nan, math.nan, math.nan, math.nan, n)
     mean, low, high = student_interval([values])
     if n < 2:
         return MeanTest(mean, low, high, math.nan, math.nan, n)
     if np.ptp(values) == 0:  # without spread, as where nothing was random
         return MeanTest(mean, low, high, float(mean == 0), float(abs(mean) >= bound), n)
-    p = float(ttest_1samp(values, 0.0).pvalue)
-    above = float(ttest_1samp(values, -bound, alternative="greater").pvalue)
-    below = float(ttest_1samp(values, bound, alternative="less").pvalue)
-    return MeanTest(mean, low, high, p, max(above, below), n)
+    zero: Any = ttest_1samp(values, 0.0)
+    above: Any = ttest_1samp(values, -bound, alternative="greater")
+    below: Any = ttest_1samp(values, bound, alternative="less")
+    return MeanTest(mean, low, high, float(zero.pvalue), float(max(above.pvalue, below.pvalue)), n)
 
 
 def sign_flip_p(shares: Float[ndarray, " pairs"], *, seed: int = 0) -> float:

@@ -210,7 +210,8 @@ def _compare(
     )
     sides = tuple([hook.from_density(least) for hook in side] for side in sides)
     if not all(sum(len(hook.values) for hook in side) for side in sides):
-        none = MeanDifference(*[math.nan] * 5, f"no unit fires on {least:g} of the tokens")
+        nan = math.nan
+        none = MeanDifference(nan, nan, nan, nan, nan, f"no unit fires on {least:g} of the tokens")
         return Difference(
             scorer.name,
             1,
@@ -224,7 +225,7 @@ def _compare(
         )
     sides = tuple([hook for hook in side if len(hook.values)] for side in sides)
     has_chance = scorer.chance is not None or all(h.defined.all() for side in sides for h in side)
-    pair = UnitPair(*sides, has_chance)
+    pair = UnitPair(sides[0], sides[1], has_chance)
     means = pair.means(None)
     rng = np.random.default_rng(seed)
     draws = np.array([pair.means(rng) for _ in range(N_DRAWS)])

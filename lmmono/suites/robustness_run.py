@@ -71,7 +71,7 @@ def _corpus_texts(run: Run) -> list[str]:
     rows = run.tokens("train")
     few = rows.limit(max(FIT_TOKENS, rows.n_ctx), seed=run.recipe.seed)
     texts = [
-        run.tokenizer.decode(ids[docs >= 0].tolist(), skip_special_tokens=True)
+        str(run.tokenizer.decode(ids[docs >= 0].tolist(), skip_special_tokens=True))
         for ids, docs in zip(few.ids, few.doc_ids, strict=True)
     ]
     return [text for text in texts if text.strip()]

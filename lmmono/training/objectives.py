@@ -187,7 +187,10 @@ class Step:
 
 @contextmanager
 def _embedded(network: Any, embeds: Tensor) -> Generator[None]:
-    handle = network.get_input_embeddings().register_forward_hook(lambda *_: embeds)
+    def replaced(*_: Any) -> Tensor:
+        return embeds
+
+    handle = network.get_input_embeddings().register_forward_hook(replaced)
     try:
         yield
     finally:

@@ -10,9 +10,10 @@ import gzip
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -181,10 +182,10 @@ def _opened(each: str | Path | Run) -> list[Run]:
 
 
 def _page_id(name: str, hook: str, unit: int) -> str:
-    return UnitPage(name, hook, unit, {}, {}, str, None).id
+    return UnitPage(name, hook, unit, {}, {}, lambda hook, unit: f"{hook}:{unit}", None).id
 
 
-def _linker(name: str) -> Any:
+def _linker(name: str) -> Callable[[str, int], str]:
     return lambda hook, unit: f"#{_page_id(name, hook, unit)}"
 
 
@@ -268,7 +269,7 @@ def _figures(
     """Return the figures by section, each with what is seen on it."""
     layers = layer_summaries(runs)
     made: dict[str, list[tuple[str, Markup]]] = {}
-    drawn = (
+    drawn: list[tuple[str, str, Callable[[Any], Any], Any]] = [
         ("training", "Loss over steps, training and held-out documents", loss_figure, runs),
         ("layers", "Density, kurtosis and dead share by layer and run", layer_figure, layers),
         ("scores", "Scores by layer and run, with controls", score_figure, layers),
@@ -276,10 +277,10 @@ def _figures(
         (
             "dictionaries",
             "L0 against the loss that dictionaries recover",
-            lambda source: pareto_figure(source, y="ce_loss_recovered (zero)"),
+            partial(pareto_figure, y="ce_loss_recovered (zero)"),
             stores,
         ),
-    )
+    ]
     for section, label, draw, source in drawn:
         try:
             figure = draw(source)

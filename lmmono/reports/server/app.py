@@ -6,7 +6,7 @@ opened, and the static files are read once, at the start.
 
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -63,7 +63,7 @@ def build_app(served: Served, access: Access | None = None) -> ASGIApp:
 
 def _closing(served: Served) -> Any:
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> Any:
+    async def lifespan(_: Starlette) -> AsyncGenerator[None]:
         yield
         served.close()
 

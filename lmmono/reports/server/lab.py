@@ -183,7 +183,8 @@ class Lab:
             *after.topk(SHOWN_TOKENS).indices.tolist(),
         }
         p, q = before.exp(), after.exp()
-        order = sorted(chosen, key=lambda i: -abs(float(q[i] - p[i])))
+        moved: list[float] = (q - p).abs().tolist()
+        order = sorted(chosen, key=moved.__getitem__, reverse=True)
         strings = self._strings(order)
         tokens = [
             NextToken(string, float(p[i]), float(q[i]))

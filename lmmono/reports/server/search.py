@@ -106,7 +106,7 @@ def list_units(
     query = _LIST.format(
         key=keys[sort],  # a name of our own, never the text of a request
         order="ASC" if ascending else "DESC",
-        statistics=", ".join(f"u.{name}" for name in STATISTICS if name != "unit"),
+        statistics=", ".join(f"u.{name}" for name in STATISTICS),
     )
     given = {"hook": hook, "metric": metric, "n_least": n_least, "picked": picked}
     first = min(max(first, 0), FURTHEST)
