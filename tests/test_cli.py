@@ -133,6 +133,7 @@ def test_run_finishes_every_run_and_compares_them_and_a_second_run_skips(study, 
             "train": "finished",
             "capture": "finished",
             "score": "finished",
+            "promotes": "finished",
         }
     times = [path.stat().st_mtime_ns for path in manifests]
     assert call("run", "tiny.yaml") == 0

@@ -135,6 +135,14 @@ def test_sets_of_objectives_are_tuned_side_by_side() -> None:
     assert tuners(settings)[1].how.identity["objectives"][0]["kind"] == "sparsity"
 
 
+def test_a_term_grows_to_its_weight_after_its_start():
+    objective = nn.Identity()
+    object.__setattr__(objective, "__class__", Probing)
+    term = Term("t", objective, 2.0, start_fraction=0.5, warmup_fraction=0.2)
+    assert [term.weight_at(i, 10) for i in (5, 6, 9)] == [1.0, 2.0, 2.0]
+    assert [term.is_on(i, 10) for i in (4, 5)] == [False, True]
+
+
 def test_wrong_objectives_are_told_with_the_way_out(recipe_file: Path) -> None:
     def faults(override: str) -> str:
         with pytest.raises(RecipeError) as told:
@@ -143,7 +151,7 @@ def test_wrong_objectives_are_told_with_the_way_out(recipe_file: Path) -> None:
 
     two = faults("train.objectives=[{kind: sparsity}, {kind: sparsity}]")
     assert "two objectives are called sparsity; give one a name" in two
-    assert "want one of decorrelation, " in faults("train.objectives=[{kind: spars}]")
+    assert "want one of continuity, decorrelation, " in faults("train.objectives=[{kind: spars}]")
     assert "has no term to weigh" in faults(
         "train.objectives=[{kind: reversed_deactivation, weight: 2.0}]"
     )

@@ -152,7 +152,7 @@ def test_a_run_captures_explains_and_scores_what_transformers_own_model_does(run
     assert lm.Recipe.load(run.dir / "recipe.yaml") == run.recipe
     assert "train" not in run.manifest.stages
     (signed,) = run.warnings
-    assert "capture.signed=true stores the rest as blocks.0.mlp.hook_post_neg" in signed
+    assert "stores the rest as blocks.0.mlp.hook_post_neg" in signed
 
 
 def test_its_control_is_its_own_architecture_drawn_anew(run):

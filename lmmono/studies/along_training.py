@@ -106,7 +106,7 @@ def at_equal_loss(a: Trained, b: Trained, *, last_block: bool = True) -> AtEqual
     after = next(i for i, loss in enumerate(losses) if loss <= end.val_loss)
     if after == 0 and losses[0] < end.val_loss:  # nothing is extrapolated
         return AtEqualLoss(
-            end.val_loss, _in_order(end.n_tokens, math.nan, swap), np.full(3, np.nan)
+            end.val_loss, _in_order(float(end.n_tokens), math.nan, swap), np.full(3, np.nan)
         )
     before = max(after - 1, 0)
     gap = losses[before] - losses[after]
@@ -117,11 +117,13 @@ def at_equal_loss(a: Trained, b: Trained, *, last_block: bool = True) -> AtEqual
             found += weight * _between(worse, end, better.models[i], last_block)
             n_tokens += weight * math.log(max(better.models[i].n_tokens, 1))
     found = (-found if swap else found) - _floor(a, b, last_block)
-    return AtEqualLoss(end.val_loss, _in_order(end.n_tokens, math.exp(n_tokens), swap), found)
+    return AtEqualLoss(
+        end.val_loss, _in_order(float(end.n_tokens), math.exp(n_tokens), swap), found
+    )
 
 
 def _in_order(worse: float, better: float, swap: bool) -> tuple[float, float]:
-    return (better, float(worse)) if swap else (float(worse), better)
+    return (better, worse) if swap else (worse, better)
 
 
 def _between(

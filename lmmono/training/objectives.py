@@ -325,12 +325,7 @@ class Term:
         return index >= self.start_fraction * n_steps and index % self.every_steps == 0
 
     def weight_at(self, index: int, n_steps: int) -> float:
-        """Return its weight in a step that it is part of.
-
-        >>> term = Term("t", None, 2.0, start_fraction=0.5, warmup_fraction=0.2)
-        >>> [term.weight_at(i, 10) for i in (5, 6, 9)]
-        [1.0, 2.0, 2.0]
-        """
+        """Return its weight in a step that it is part of."""
         ramp = self.warmup_fraction * n_steps
         begun = index + 1 - self.start_fraction * n_steps
         return self.weight * min(1.0, begun / ramp) if ramp else self.weight
