@@ -136,9 +136,7 @@ def test_sets_of_objectives_are_tuned_side_by_side() -> None:
 
 
 def test_a_term_grows_to_its_weight_after_its_start():
-    objective = nn.Identity()
-    object.__setattr__(objective, "__class__", Probing)
-    term = Term("t", objective, 2.0, start_fraction=0.5, warmup_fraction=0.2)
+    term = Term("t", Probing(), 2.0, start_fraction=0.5, warmup_fraction=0.2)
     assert [term.weight_at(i, 10) for i in (5, 6, 9)] == [1.0, 2.0, 2.0]
     assert [term.is_on(i, 10) for i in (4, 5)] == [False, True]
 

@@ -104,12 +104,14 @@ ORDER BY explainer NULLS FIRST, metric, preset NULLS FIRST, judge, control NULLS
 """
 
 _PROMOTES = """
-SELECT hook || ':' || unit AS unit, max(promotes.logit) AS logit, any_value(control) FILTER (rank = 1),
+SELECT hook || ':' || unit AS unit, max(promotes.logit) AS logit,
+    any_value(control) FILTER (rank = 1),
     list(coalesce(token, '[' || token_id || ']') ORDER BY rank)[:5] AS promoted
 FROM promotes LEFT JOIN vocabulary USING (token_id)
 WHERE sign = 'up'
 GROUP BY hook, promotes.unit
-ORDER BY max(promotes.logit) - any_value(control) FILTER (rank = 1) DESC, hook, promotes.unit LIMIT $k
+ORDER BY max(promotes.logit) - any_value(control) FILTER (rank = 1) DESC, hook, promotes.unit
+LIMIT $k
 """
 
 Row = dict[str, Any]
