@@ -7,7 +7,7 @@ policy lets them be; a file that stands alone takes `css` and `scripts` in as th
 import math
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from activation_store.pages.escaping import shown
 
@@ -40,7 +40,8 @@ def environment(*packages: str) -> Environment:
         lstrip_blocks=True,
     )
     made.filters |= {"number": number, "percent": percent, "token": token_text}
-    made.globals.update(log1p=math.log1p)
+    names: dict[str, Any] = made.globals
+    names["log1p"] = math.log1p
     return made
 
 
