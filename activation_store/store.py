@@ -26,8 +26,9 @@ from activation_store.catalog.verification import Report
 from activation_store.errors import ContentError, LockedError, QueryError, StoreError
 from activation_store.lake.lake_backend import LakeBackend
 from activation_store.lake.lake_place import PREFIX, lake_place
+from activation_store.read.queried import unit_stats
 from activation_store.shards.names import Shard, listed
-from activation_store.unit import ExemplarKind, Exemplars, Unit, read_exemplars, read_unit
+from activation_store.unit import ExemplarKind, Exemplars, Unit, read_exemplars
 
 if TYPE_CHECKING:
     from activation_store.catalog.compaction import Compaction, Sizes
@@ -369,7 +370,7 @@ class Store:
         Raises:
             ContentError: the store has no such unit.
         """
-        return read_unit(self, hook, unit)
+        return Unit(self, unit_stats(self, hook, unit))
 
     def exemplars(
         self,

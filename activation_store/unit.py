@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
-from activation_store.errors import ContentError
 from activation_store.read.characters import whole_characters
+from activation_store.read.queried import Queried
 
 if TYPE_CHECKING:
     from activation_store.pages.heatmap import Heatmap
@@ -14,20 +13,6 @@ else:  # for annotations only: most who open a store look at no page
     Heatmap = object
 
 ExemplarKind = Literal["top", "random", "quantile"]
-
-
-@runtime_checkable
-class Queried(Protocol):
-    """What answers SQL over the tables of a store: all that reading needs of one."""
-
-    @property
-    def path(self) -> Path:
-        """What to call it in a message."""
-        ...
-
-    def sql(self, query: str, /, **params: Any) -> Any:
-        """Run one query."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,25 +137,6 @@ _ACTS = """
 SELECT seq_id, pos, act FROM acts
 WHERE hook = $hook AND unit = $unit AND seq_id IN (SELECT unnest($seqs::INTEGER[]))
 """
-
-
-def read_unit(store: Queried, hook: str, unit: int) -> Unit:
-    """Return one unit of the store.
-
-    Raises:
-        ContentError: the store has no statistics of that unit; names the hooks it has.
-    """
-    result = store.sql("FROM unit($hook, $unit)", hook=hook, unit=unit)
-    rows = result.fetchall()
-    if not rows:
-        widths = store.sql(
-            "SELECT hook, d FROM hooks WHERE kind = 'rows' ORDER BY hook LIMIT 20"
-        ).fetchall()
-        listing = ", ".join(f"{name} (units 0 to {d - 1})" for name, d in widths) or "none"
-        raise ContentError(
-            f"{store.path}: no unit {unit} of hook {hook!r}; hooks captured as rows: {listing}."
-        )
-    return Unit(store, dict(zip(result.columns, rows[0], strict=True)))
 
 
 def read_exemplars(

@@ -5,8 +5,8 @@
 Prints, for each metric, the share of units whose true explanation ranks above each kind of false
 one (lowest of the kinds; `lmmono audit-scorer NAME --densities` has all), and the least density
 from which on it is 95 % for all kinds. What is measured is kept in `--folder`, a file per scorer:
-run again after a kill, it goes on. `--write` writes `lmmono/registry/court.py` from it, with the
-commit, so that records, tables and means know from which density on a scorer holds.
+run again after a kill, it goes on. `--write` writes `lmmono/registry/least_densities.py` from it,
+with the commit, so that records, tables and means know from which density on a scorer holds.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import activation_store as astore
 from lmmono.registry.scorers import SCORERS
-from lmmono.scores.court import DENSITIES, NOISES, Verdict, hold_court, write_court
+from lmmono.scores.court import DENSITIES, NOISES, CourtVerdict, hold_court, write_court
 
 SIDES = {"sides": ["active", "predicted", "random"], "per_side": 20}
 SETTINGS: dict[str, dict[str, object]] = {"simulation_tar": SIDES, "detection": SIDES}
@@ -26,7 +26,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "detection": ("", "_recall", "_precision", "_f1", "_weighted"),
     "population": ("_f1", "_iou", "_auprc", "_cosine", "_pearson"),
 }
-HOME = Path("lmmono/registry/court.py")
+HOME = Path("lmmono/registry/least_densities.py")
 HEAD = '''"""From which density on each metric ranks true explanations first; written, not typed.
 
     {command}
@@ -88,10 +88,10 @@ def main() -> None:
         write(place, size, options.commit)
 
 
-def read(path: Path) -> tuple[float, list[Verdict]]:
+def read(path: Path) -> tuple[float, list[CourtVerdict]]:
     """Return the seconds and the verdicts of a file."""
     kept = json.loads(path.read_text())
-    return kept["seconds"], [Verdict(name, tuple(rows)) for name, rows in kept["rows"].items()]
+    return kept["seconds"], [CourtVerdict(name, tuple(rows)) for name, rows in kept["rows"].items()]
 
 
 def show(path: Path) -> None:
@@ -135,7 +135,7 @@ def tables(place: Path) -> None:
             print(f"| `{verdict.metric}` | {' | '.join(cells)} | |")
 
 
-def _rankings(verdict: Verdict, noise: str, density: float, kind: str = "") -> list[float]:
+def _rankings(verdict: CourtVerdict, noise: str, density: float, kind: str = "") -> list[float]:
     return [
         row["ranking"]
         for row in verdict.rows

@@ -9,7 +9,7 @@ from lmmono.recipe.registration import read_registration, register
 from lmmono.stats.significance import mean_test
 from lmmono.studies.along_training import (
     KeptModel,
-    Trained,
+    KeptTraining,
     at_equal_loss,
     at_equal_tokens,
     difference,
@@ -22,12 +22,12 @@ def block(score: float, n: int = 20, density: float = 0.1) -> HookUnits:
     return HookUnits(np.full(n, score), np.ones(n, bool), np.full(n, density))
 
 
-def training(losses, scores, tokens, floor=0.0) -> Trained:
+def training(losses, scores, tokens, floor=0.0) -> KeptTraining:
     models = tuple(
         KeptModel(i, n, loss, (block(score), block(score + 0.1)))
         for i, (loss, score, n) in enumerate(zip(losses, scores, tokens, strict=True))
     )
-    return Trained(models, (block(floor), block(floor)))
+    return KeptTraining(models, (block(floor), block(floor)))
 
 
 def test_a_difference_that_is_all_training_goes_at_equal_loss():
@@ -55,11 +55,11 @@ def test_floors_are_subtracted_and_the_last_block_left_out_where_there_is_anothe
     b = training((6.0,), (0.6,), (100,), floor=0.5)
     assert at_equal_tokens(a, b)[100].tolist() == pytest.approx([0.2] * 3)
     low, high = (block(0.1), block(0.9)), (block(0.1), block(0.2))
-    one = Trained((KeptModel(1, 100, 6.0, low),))
-    other = Trained((KeptModel(1, 100, 6.0, high),))
+    one = KeptTraining((KeptModel(1, 100, 6.0, low),))
+    other = KeptTraining((KeptModel(1, 100, 6.0, high),))
     assert at_equal_tokens(one, other)[100][0] == pytest.approx(0.35)
     assert at_equal_tokens(one, other, last_block=False)[100][0] == pytest.approx(0.0)
-    single = Trained((KeptModel(1, 100, 6.0, low[:1]),))
+    single = KeptTraining((KeptModel(1, 100, 6.0, low[:1]),))
     assert np.isnan(at_equal_tokens(single, single, last_block=False)[100]).all()
 
 

@@ -10,10 +10,10 @@ from small_models import tiny
 
 from lmmono.errors import DataError, RobustnessError
 from lmmono.methods.concepts.bottleneck import ConceptBottleneck
+from lmmono.methods.concepts.concept_texts import read_concepts, text_rows
 from lmmono.methods.concepts.dolfin import Dolfin
 from lmmono.methods.concepts.hi_concept import HiConcept
 from lmmono.methods.concepts.induction import InductionGram
-from lmmono.methods.concepts.reading import read_concepts, text_rows
 from lmmono.methods.concepts.suffixes import SuffixIndex, suffix_array
 
 

@@ -13,7 +13,6 @@ from test_training import RECIPE, stop_at
 from torch import nn
 
 from lmmono.errors import RecipeError, TrainError, TrainingStopped
-from lmmono.methods.consistency import JacobianTerm, VatTerm, has_dropout
 from lmmono.methods.distances import (
     LOGIT_DISTANCES,
     attribute_distance,
@@ -22,6 +21,7 @@ from lmmono.methods.distances import (
     normed_cosine,
 )
 from lmmono.methods.perturbations import gaussian, replaced_tokens
+from lmmono.methods.smoothness import JacobianTerm, VatTerm, has_dropout
 from lmmono.pipeline import train
 from lmmono.probes.finetuning import FineTuning, finetune
 from lmmono.recipe import Recipe
@@ -45,8 +45,8 @@ from lmmono.training.objectives import (
     Outputs,
     Step,
     Term,
-    TokenBatch,
     Trainee,
+    TrainingBatch,
 )
 
 NOISE = (Perturbation(kind="embedding_gaussian"),)
@@ -110,7 +110,7 @@ def test_perturbations_have_the_strength_that_they_say():
     assert moved[:, 1:].std().item() == pytest.approx(0.2 * rms.item(), rel=0.03)
     assert not moved[:, 0].any()
     ids = torch.arange(8 * 64).view(8, 64)
-    batch = TokenBatch(ids, is_token, ids)
+    batch = TrainingBatch(ids, is_token, ids)
     changed = (replaced_tokens(batch, 0.25) != ids).float()
     assert changed[:, 1:].mean().item() == pytest.approx(0.25, abs=0.06) and not changed[:, 0].any()
 
@@ -145,7 +145,7 @@ class Linear(Trainee):
 def linear_step():
     trainee = Linear()
     ids = torch.tensor([[0, 1, 2], [0, 5, 6]])
-    batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([0, 2]))
+    batch = TrainingBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([0, 2]))
     context = ObjectiveContext(trainee.model, True, 10, 0, 4, 3)
     return Step(trainee, batch, trainee.run(batch), 0, 10, {}), context, trainee.weight
 

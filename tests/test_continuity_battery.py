@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmmono.data.planted.edits import attributes_apart, graded_edit
+from lmmono.data.planted.graded_edits import attributes_apart, graded_edit
 from lmmono.data.planted.lexicon import Lexicon
 from lmmono.data.tasks.planted_tasks import planted_task
 from lmmono.data.tasks.task import Labelled

@@ -8,11 +8,11 @@ from explained_store import HOOK, planted_store
 
 import activation_store as astore
 import lmmono as lm
-from lmmono.registry.court import COURT
+from lmmono.registry.least_densities import COURT
 from lmmono.scores.court import (
     DENSITIES,
     FALSE_KINDS,
-    Verdict,
+    CourtVerdict,
     hold_court,
     hook_of,
     write_court,
@@ -73,7 +73,9 @@ def test_the_population_knows_every_truth_and_few_random_records_do_not(court):
 def test_the_least_density_is_where_the_run_of_passed_densities_ends():
     def verdict(*rankings):
         pairs = zip(DENSITIES, rankings, strict=True)
-        return Verdict("m", tuple({"noise": "exact", "density": d, "ranking": r} for d, r in pairs))
+        return CourtVerdict(
+            "m", tuple({"noise": "exact", "density": d, "ranking": r} for d, r in pairs)
+        )
 
     assert verdict(0.5, 0.96, 0.5, 0.95, 1.0, 0.97).least_density() == 3e-3
     assert verdict(0.5, 0.5, 0.96, 0.95, 1.0, 0.5).least_density() == 1e-3  # dense units fail

@@ -19,8 +19,8 @@ from small_served import NASTY, small_served  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from lmmono.reports.server import console, search  # noqa: E402
-from lmmono.reports.server.app import build_app  # noqa: E402
 from lmmono.reports.server.guard import Access, Guard  # noqa: E402
+from lmmono.reports.server.site import build_app  # noqa: E402
 
 BASE = "http://127.0.0.1:8765"
 

@@ -43,8 +43,8 @@ ADDRESSES = {
 def base(tmp_path_factory):
     import uvicorn
 
-    from lmmono.reports.server.app import build_app
     from lmmono.reports.server.guard import Access
+    from lmmono.reports.server.site import build_app
 
     served = small_served(tmp_path_factory.mktemp("browsed"))
     with socket.socket() as listener:

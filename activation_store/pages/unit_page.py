@@ -19,7 +19,7 @@ from activation_store.errors import ContentError
 from activation_store.pages.heatmap import heat_spans, in_notebook
 from activation_store.pages.templating import environment
 from activation_store.read.characters import whole_characters
-from activation_store.unit import Queried, read_unit
+from activation_store.read.queried import Queried, unit_stats
 
 N_BARS = 24
 """Bars of the histogram: as many as a panel of 300 pixels shows apart."""
@@ -105,7 +105,7 @@ def unit_page(
     pages = unit_pages(store, hook, [unit], name=name, link=link, ask=ask, options=options)
     for page in pages:
         return page
-    read_unit(store, hook, unit)  # raises with the hooks that there are
+    unit_stats(store, hook, unit)  # raises with the hooks that there are
     raise ContentError(f"{store.path}: no unit {unit} of hook {hook!r}.")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from activation_store.read.characters import whole_characters
-from activation_store.unit import Queried
+from activation_store.read.queried import Queried
 
 _UNITS = 256  # units whose exemplars are looked up together
 

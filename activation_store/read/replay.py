@@ -13,8 +13,8 @@ from jaxtyping import Float32, Int32
 
 from activation_store.errors import ContentError
 from activation_store.read.gather import gather
+from activation_store.read.queried import Queried
 from activation_store.read.selection import select
-from activation_store.unit import Queried
 
 
 @runtime_checkable

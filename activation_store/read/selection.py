@@ -26,8 +26,8 @@ from jaxtyping import Bool, Int64, UInt64
 
 from activation_store.catalog.door import read_only
 from activation_store.errors import ContentError, QueryError, StoreError
+from activation_store.read.queried import Queried
 from activation_store.shards.pages import Placed, Spans, VectorFile, cut
-from activation_store.unit import Queried
 
 Keys = Int64[np.ndarray, " n"]
 

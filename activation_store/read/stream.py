@@ -21,9 +21,9 @@ import numpy as np
 from activation_store.errors import ContentError
 from activation_store.hooks import LARGEST, Dtype
 from activation_store.read.gather import Buffers, gather
+from activation_store.read.queried import Queried
 from activation_store.read.selection import EpochOrder, Mixing, Selection, select
 from activation_store.shards.pages import Placed
-from activation_store.unit import Queried
 
 Array: TypeAlias = Any
 """A numpy array or, with framework="torch", a torch tensor: [n, d]."""

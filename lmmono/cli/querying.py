@@ -12,7 +12,7 @@ from lmmono.cli.output import Format, OutputTable, write_tables
 from lmmono.errors import RecipeError, RunError, nearest
 from lmmono.recipe.tree import read_override
 from lmmono.runs.folder import open_run
-from lmmono.runs.names import schema_names
+from lmmono.runs.schema_names import schema_names
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch

@@ -30,7 +30,7 @@ from lmmono.dictionaries.vector_source import VectorSource
 from lmmono.errors import DictionaryError, nearest
 from lmmono.files.atomic import disk_faults, write_atomic
 from lmmono.files.json_files import read_json
-from lmmono.recipe.base import Section
+from lmmono.recipe.section import Section
 from lmmono.types import Progress
 
 Layout = Literal["lmmono", "sae_lens", "sparsify", "dictionary_learning"]

@@ -37,7 +37,7 @@ from lmmono.training.objectives import (
     ObjectiveContext,
     Outputs,
     Step,
-    TokenBatch,
+    TrainingBatch,
 )
 
 GUARD = ("confidence", "feature_variance")
@@ -61,7 +61,7 @@ def counted(
     return logits if logits.ndim == 2 else logits[chosen]
 
 
-def unchanged(batch: TokenBatch, other: TokenBatch) -> Bool[Tensor, "batch pos"]:
+def unchanged(batch: TrainingBatch, other: TrainingBatch) -> Bool[Tensor, "batch pos"]:
     """Return the tokens that a length-preserving perturbation left as they were."""
     return batch.is_token & (batch.ids == other.ids)
 
@@ -241,8 +241,8 @@ def _of_attributes(
     interpreter: AttributeMap,
     clean: Outputs,
     changed: Outputs,
-    batch: TokenBatch,
-    other: TokenBatch,
+    batch: TrainingBatch,
+    other: TrainingBatch,
     held: bool,
 ) -> Float[Tensor, "n"]:
     sides: list[Any] = []

@@ -21,16 +21,16 @@ from torch import Tensor
 
 from lmmono.data.corruption.synonyms import Synonyms
 from lmmono.data.corruption.text_noise import corrupt_texts
-from lmmono.data.planted.edits import Attribute, graded_edit
+from lmmono.data.planted.graded_edits import Attribute, graded_edit
 from lmmono.data.tasks.task import Labelled
 from lmmono.errors import DataError
-from lmmono.methods.consistency import per_text_norm
 from lmmono.methods.distances import aligned, symmetric_kl
+from lmmono.methods.smoothness import per_text_norm
 from lmmono.probes.finetuning import Classifier, ClassifierTrainee
 from lmmono.stats.bootstrap import DocumentDraws, ratio
 from lmmono.stats.estimate import LEVEL, Estimate
 from lmmono.suites.attacks import AttackReport, attack
-from lmmono.training.objectives import Step, TokenBatch
+from lmmono.training.objectives import Step, TrainingBatch
 
 N_RESAMPLES = 999
 """Redraws of texts behind an interval; its ends are the 25th and 975th of them."""
@@ -322,7 +322,7 @@ def _saliency(
     return ranks, overlaps
 
 
-def _shared(one: TokenBatch, two: TokenBatch, i: int) -> tuple[list[int], list[int]]:
+def _shared(one: TrainingBatch, two: TrainingBatch, i: int) -> tuple[list[int], list[int]]:
     return aligned(one.ids[i], one.is_token[i], two.ids[i], two.is_token[i])
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lmmono.data.planted.edits import Attribute
+from lmmono.data.planted.graded_edits import Attribute
 from lmmono.data.tasks.planted_tasks import planted_task
 from lmmono.data.tasks.task import Labelled
 from lmmono.errors import DataError, ModelError, RobustnessError, TrainError

@@ -27,7 +27,7 @@ LSE_SHARPNESS = 5.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reading:
+class AttributeReading:
     """What an interpreter makes of a batch."""
 
     tokens: Float[Tensor, "batch pos attribute"]
@@ -121,7 +121,7 @@ class Interpreter(nn.Module):
         each = [norm(x.flatten(2).float()) for norm, x in zip(self.norms, acts, strict=True)]
         return self.hook_attributes(self.psi(torch.cat(each, -1)))
 
-    def forward(self, acts: Sequence[Tensor], used: Bool[Tensor, "batch pos"]) -> Reading:
+    def forward(self, acts: Sequence[Tensor], used: Bool[Tensor, "batch pos"]) -> AttributeReading:
         """Read a batch.
 
         Args:
@@ -130,7 +130,7 @@ class Interpreter(nn.Module):
         """
         tokens = self.attributes(acts) * used[..., None]
         phi = self.pool(tokens, used)
-        return Reading(tokens, phi, self.dropout(phi) @ self.weight)
+        return AttributeReading(tokens, phi, self.dropout(phi) @ self.weight)
 
     def pool(
         self, tokens: Float[Tensor, "batch pos attribute"], used: Bool[Tensor, "batch pos"]
@@ -157,7 +157,7 @@ class Interpreter(nn.Module):
 
     def input_loss(
         self,
-        reading: Reading,
+        reading: AttributeReading,
         ids: Int64[Tensor, "batch pos"],
         used: Bool[Tensor, "batch pos"],
         embedding: Float[Tensor, "d_vocab d_embed"],

@@ -17,8 +17,8 @@ from torch import Tensor
 from lmmono.errors import RobustnessError
 from lmmono.methods import flint_losses as losses
 from lmmono.methods.flint_interpreter import (
+    AttributeReading,
     Interpreter,
-    Reading,
     counted_tokens,
     embedding_of,
 )
@@ -98,7 +98,9 @@ class FlintObjective(Objective):
             min_documents=self.settings.min_documents,
         )
 
-    def read(self, acts: Mapping[str, Tensor], is_token: Bool[Tensor, "batch pos"]) -> Reading:
+    def read(
+        self, acts: Mapping[str, Tensor], is_token: Bool[Tensor, "batch pos"]
+    ) -> AttributeReading:
         """Return what the interpreter makes of activations of its hooks."""
         each = [acts[hook] for hook in self.hooks]
         if self.settings.detach_inputs:

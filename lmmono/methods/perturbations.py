@@ -20,14 +20,14 @@ from lmmono.data.corruption.text_noise import corrupt_texts
 from lmmono.errors import TrainError
 from lmmono.recipe.objective_settings import EMBEDDING_NOISE, Perturbation
 from lmmono.registry.suites import TEXT_CORRUPTIONS
-from lmmono.training.objectives import ObjectiveContext, Outputs, Step, TokenBatch
+from lmmono.training.objectives import ObjectiveContext, Outputs, Step, TrainingBatch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Perturbed:
     """A perturbed batch that the model has read."""
 
-    batch: TokenBatch
+    batch: TrainingBatch
     """What was read."""
     outputs: Outputs
     """What the model made of it."""
@@ -114,7 +114,7 @@ _EMBEDDING_CHANGES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 
-def replaced_tokens(batch: TokenBatch, amount: float) -> Tensor:
+def replaced_tokens(batch: TrainingBatch, amount: float) -> Tensor:
     """Return ids of which a share `amount` is another token of the batch, the first ones kept."""
     known = batch.ids[batch.is_token]
     drawn = known[torch.randint(len(known), batch.ids.shape, device="cpu").to(known.device)]

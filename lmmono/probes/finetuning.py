@@ -41,8 +41,8 @@ from lmmono.training.objectives import (
     Outputs,
     Term,
     Terms,
-    TokenBatch,
     Trainee,
+    TrainingBatch,
     build_terms,
     take_step,
 )
@@ -455,7 +455,7 @@ class ClassifierTrainee(Trainee):
         """Return the weights that move."""
         return self.network.trained()
 
-    def run(self, batch: TokenBatch, *, is_main: bool = False) -> Outputs:  # noqa: ARG002
+    def run(self, batch: TrainingBatch, *, is_main: bool = False) -> Outputs:  # noqa: ARG002
         """Run texts; every pass is alike."""
         features = self.network.features(batch.ids, batch.is_token.sum(dim=1))
         logits = self.network.head(features)
@@ -465,7 +465,7 @@ class ClassifierTrainee(Trainee):
         """Return the mean of the main loss over texts."""
         return self._criterion.loss(logits.T, labels).mean()
 
-    def read(self, texts: Sequence[str], labels: Tensor) -> TokenBatch:
+    def read(self, texts: Sequence[str], labels: Tensor) -> TrainingBatch:
         """Return texts as a batch, on the model's device."""
         return self.batch(self.reader.read(texts)[0], labels, tuple(texts))
 
@@ -475,13 +475,13 @@ class ClassifierTrainee(Trainee):
         labels: Int64[Tensor, "batch"],
         texts: tuple[str, ...],
         rows: Int64[ndarray, "batch"] | None = None,
-    ) -> TokenBatch:
+    ) -> TrainingBatch:
         """Return texts that were read as a batch, on the model's device."""
         device = next(self.network.parameters()).device
         block = self.reader.block(ids)
         lengths = torch.tensor([len(row) for row in ids])
         is_token = torch.arange(block.shape[1]) < lengths[:, None]
-        return TokenBatch(block.to(device), is_token.to(device), labels.to(device), texts, rows)
+        return TrainingBatch(block.to(device), is_token.to(device), labels.to(device), texts, rows)
 
 
 def _adapted(body: Any, how: FineTuning) -> nn.Module:

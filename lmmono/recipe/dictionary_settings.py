@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_serializer, model_validator
 
 from lmmono.errors import nearest
-from lmmono.recipe.base import Count, Fraction, Section, clash
+from lmmono.recipe.section import Count, Fraction, Section, clash
 from lmmono.recipe.sections import SkippedTokens
 
 

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from lmmono.errors import ExplainError, nearest
-from lmmono.recipe.base import Count, OneOf, Section, clash
+from lmmono.recipe.section import Count, OneOf, Section, clash
 from lmmono.registry.explainers import EXPLAINERS, ProtocolName
 from lmmono.registry.scorers import SCORERS
 

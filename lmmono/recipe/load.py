@@ -10,9 +10,9 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from lmmono.errors import DataError, RecipeError, nearest
-from lmmono.recipe.base import Section
 from lmmono.recipe.faults import clash_fault, faults_of, keys_of, shown
 from lmmono.recipe.recipe import SECTIONS, Recipe, recipe_schema, row_clash
+from lmmono.recipe.section import Section
 from lmmono.recipe.sections import (
     Data,
     FilesCorpus,

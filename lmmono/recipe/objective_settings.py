@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lmmono.recipe.base import Count, Fraction, OneOf, Section, clash
+from lmmono.recipe.section import Count, Fraction, OneOf, Section, clash
 from lmmono.registry.suites import TEXT_CORRUPTIONS
 
 

@@ -17,10 +17,10 @@ from pydantic_core import PydanticCustomError
 
 from lmmono.errors import RecipeError
 from lmmono.files.docstrings import field_sentences
-from lmmono.recipe.base import Section, clash
 from lmmono.recipe.dictionary_settings import Dictionaries
 from lmmono.recipe.explain_settings import Explain, Score, unexplained_clash
 from lmmono.recipe.robustness_settings import Robustness
+from lmmono.recipe.section import Section, clash
 from lmmono.recipe.sections import (
     Capture,
     Data,

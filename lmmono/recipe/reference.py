@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic.fields import FieldInfo
 
 from lmmono.files.docstrings import field_sentences
-from lmmono.recipe.base import OneOf, Section
 from lmmono.recipe.recipe import SECTIONS, Recipe
+from lmmono.recipe.section import OneOf, Section
 from lmmono.registry.scorer_settings import ScorerSettings
 from lmmono.registry.scorers import SCORERS
 

@@ -35,7 +35,7 @@ class ArmTest(Section):
     """What is claimed of a less b."""
 
 
-class Family(Section):
+class HolmFamily(Section):
     """A way to look at all tests, corrected together."""
 
     at: Literal["equal_tokens", "equal_loss"]
@@ -64,7 +64,7 @@ class Registration(Section):
     """Level of each family after Holm's correction."""
     bound: Fraction = 0.02
     """Differences below this matter to nobody: the bound of equivalence."""
-    families: tuple[Family, ...] = Field(default=(), strict=False)
+    families: tuple[HolmFamily, ...] = Field(default=(), strict=False)
     """Ways to look at all tests."""
     tests: tuple[ArmTest, ...] = Field(default=(), strict=False)
     """Tests between arms."""

@@ -12,13 +12,13 @@ from pydantic import (
 )
 
 from lmmono.errors import nearest
-from lmmono.recipe.base import Count, Fraction, OneOf, Section, clash
 from lmmono.recipe.objective_settings import (
     AnyObjective,
     FlintSettings,
     Perturbation,
     raise_equal_names,
 )
+from lmmono.recipe.section import Count, Fraction, OneOf, Section, clash
 from lmmono.registry.suites import (
     FAMILIES,
     HYPOTHESES,

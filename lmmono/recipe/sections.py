@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lmmono.recipe.base import Count, Fraction, Section, clash
 from lmmono.recipe.objective_settings import AnyObjective, raise_equal_names
+from lmmono.recipe.section import Count, Fraction, Section, clash
 from lmmono.types import Split
 
 

@@ -48,7 +48,7 @@ class Method:
 
 
 _PENALTIES = "lmmono.methods.penalties"
-_CONSISTENCY = "lmmono.methods.consistency"
+_CONSISTENCY = "lmmono.methods.smoothness"
 _ADAPTERS = "lmmono.methods.adapters:adapted"
 _CONTRASTIVE = "lmmono.methods.contrastive"
 _CONCEPTS = "lmmono.methods.concepts"

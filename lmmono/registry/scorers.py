@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lmmono.errors import ExplainError
-from lmmono.registry.court import COURT
+from lmmono.registry.least_densities import COURT
 from lmmono.registry.lookup import find, load
 from lmmono.registry.scorer_settings import (
     AskedTrialSettings,

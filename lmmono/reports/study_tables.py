@@ -23,7 +23,7 @@ from lmmono.reports.training_tables import Scored, training_tables
 from lmmono.runs.folder import Run, find_runs, open_run
 from lmmono.stats.intervals import student_interval
 from lmmono.studies.differences import Difference, MeanDifference, compare
-from lmmono.studies.variance import WHOLE_CORPUS, score_variance
+from lmmono.studies.score_variance import WHOLE_CORPUS, score_variance
 from lmmono.types import Progress, silent
 
 Key = tuple[str, str, str]

@@ -23,7 +23,7 @@ from lmmono.stats.significance import mean_test
 from lmmono.studies.along_training import (
     WAYS,
     KeptModel,
-    Trained,
+    KeptTraining,
     at_equal_loss,
     at_equal_tokens,
     verdicts,
@@ -38,7 +38,7 @@ NEURONS = "blocks.*.mlp.hook_post"
 Scored = tuple[str, str, str | None]
 """A scorer, an explainer without its preset, and the preset of both."""
 
-Trainings = Mapping[Scored, Mapping[str, Sequence[Trained]]]
+Trainings = Mapping[Scored, Mapping[str, Sequence[KeptTraining]]]
 """By what is scored, then by arm: one training per seed, in the order of seeds."""
 
 VERDICTS = (
@@ -75,7 +75,7 @@ def training_tables(
     keys = list(scored)
     tests = claims[0].tests if claims else ()
     keys += [key for key in map(_key, tests) if key not in keys]
-    trainings: dict[Scored, dict[str, list[Trained]]] = {key: {} for key in keys}
+    trainings: dict[Scored, dict[str, list[KeptTraining]]] = {key: {} for key in keys}
     for arm, runs in arms.items():
         for run in runs:
             for key, trained in _read(run, keys).items():
@@ -109,7 +109,7 @@ def _claims(runs: Sequence[Run]) -> tuple[Registration, str] | None:
     return read_registration(path), f"{words} before they began."
 
 
-def _read(run: Run, keys: Sequence[Scored]) -> dict[Scored, Trained]:
+def _read(run: Run, keys: Sequence[Scored]) -> dict[Scored, KeptTraining]:
     """Return a training for each key that all its kept steps are scored by."""
     runs = {**kept_runs(run), run.recipe.train.last_step: run}
     untrained = run.dir / "untrained" / "store.duckdb"
@@ -124,7 +124,7 @@ def _read(run: Run, keys: Sequence[Scored]) -> dict[Scored, Trained]:
                     hooks[key].append(tuple(read_units(store, scorer, NEURONS, stored)))
                 except ExplainError:  # not scored by it, such as a preset of one explainer
                     del hooks[key]
-    found: dict[Scored, Trained] = {}
+    found: dict[Scored, KeptTraining] = {}
     for key, units in hooks.items():
         models = tuple(
             KeptModel(step, int(one.model_facts["train_tokens"]), one.val_loss, each)
@@ -132,11 +132,11 @@ def _read(run: Run, keys: Sequence[Scored]) -> dict[Scored, Trained]:
         )
         floor = units[len(runs)] if untrained.exists() else ()
         has_chance = find_scorer(key[0]).chance is not None
-        found[key] = Trained(models, floor, has_chance)
+        found[key] = KeptTraining(models, floor, has_chance)
     return found
 
 
-def _means(trained: Trained, i: int) -> tuple[float, float]:
+def _means(trained: KeptTraining, i: int) -> tuple[float, float]:
     """Return the mean score of a kept step, undefined as guessing, and that of the untrained."""
     own, floor = (
         float(np.mean([hook.values.mean() for hook in hooks])) if hooks else np.nan

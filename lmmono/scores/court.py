@@ -225,7 +225,7 @@ def _fire(
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class CourtVerdict:
     """What the court found of one metric of a scorer."""
 
     metric: str
@@ -265,7 +265,7 @@ def hold_court(
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Progress = silent,
-) -> tuple[Verdict, ...]:
+) -> tuple[CourtVerdict, ...]:
     """Let a scorer score the true and the false explanations; return a verdict for each metric.
 
     Args:
@@ -304,7 +304,8 @@ def hold_court(
                         undefined[name][place] = is_undefined
         progress(f"court {scorer}", done, len(units.hooks))
     return tuple(
-        Verdict(name, tuple(_rows(units.hooks, values[name], undefined[name]))) for name in wanted
+        CourtVerdict(name, tuple(_rows(units.hooks, values[name], undefined[name])))
+        for name in wanted
     )
 
 
@@ -338,7 +339,7 @@ def audit_densities(
     n_tokens: int = 600_000,
     seed: int = 0,
     progress: Progress = silent,
-) -> Verdict:
+) -> CourtVerdict:
     """Hold court on one scorer, in a store that is thrown away.
 
     Raises:

@@ -166,7 +166,7 @@ def _from_top(counts: ndarray) -> Float[ndarray, " levels"]:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class PopulationCounts:
     """What a unit does and what is predicted of it, summed by document."""
 
     sums: Float[ndarray, "documents 6"]
@@ -186,7 +186,7 @@ def count(
     threshold: float,
     firing: Int[ndarray, " firing"],
     acts: Float[ndarray, " firing"],
-) -> Counts:
+) -> PopulationCounts:
     """Sum up one unit and one program on every token.
 
     With TP and M the true positives and all tokens at or above a level, the average precision is
@@ -212,7 +212,7 @@ def count(
     if len(firing):
         auprc = float((hits * precision).sum()) / len(firing)
         influence = (gained - lost - auprc * n_firing) / len(firing)
-    return Counts(
+    return PopulationCounts(
         np.stack([n, t, p, tt, pp, tp], axis=1),
         np.stack([both, said_here - both, n_firing - both], axis=1),
         auprc,
@@ -326,13 +326,13 @@ METRICS_OF = (*RATIOS, "population_auprc", "population_cosine", "population_pear
 """Metrics of `population`, the headline first."""
 
 
-def _details(counts: Counts, threshold: float) -> dict[str, float]:
+def _details(counts: PopulationCounts, threshold: float) -> dict[str, float]:
     both, wrong, missed = counts.outcomes.sum(axis=0).tolist()
     return {"threshold": threshold, "n_both": both, "n_predicted": both + wrong,
             "n_firing": both + missed}  # fmt: skip
 
 
-def measured(counts: Counts) -> dict[str, Row]:
+def measured(counts: PopulationCounts) -> dict[str, Row]:
     """Return value and interval of each measure of a unit."""
     columns: dict[str, Row] = {}
     n_documents = len(counts.outcomes)
@@ -366,7 +366,7 @@ def _pearson(sums: Float[ndarray, "*batch 6"]) -> Float[ndarray, "*batch"]:
     )
 
 
-def auprc_interval(counts: Counts) -> tuple[float, float]:
+def auprc_interval(counts: PopulationCounts) -> tuple[float, float]:
     """Return the interval of an average precision over documents, on the logit scale.
 
     The variance is m / (m - 1) times the sum of squared influences of m documents. It is at least

@@ -41,7 +41,7 @@ class KeptModel:
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class KeptTraining:
     """One training: its kept steps, and the same model untrained."""
 
     models: tuple[KeptModel, ...]
@@ -81,7 +81,9 @@ def difference(
     return found
 
 
-def at_equal_tokens(a: Trained, b: Trained, *, last_block: bool = True) -> dict[int, ndarray]:
+def at_equal_tokens(
+    a: KeptTraining, b: KeptTraining, *, last_block: bool = True
+) -> dict[int, ndarray]:
     """Return the differences at every token count that both kept, the floors subtracted.
 
     Args:
@@ -97,7 +99,7 @@ def at_equal_tokens(a: Trained, b: Trained, *, last_block: bool = True) -> dict[
     }
 
 
-def at_equal_loss(a: Trained, b: Trained, *, last_block: bool = True) -> AtEqualLoss:
+def at_equal_loss(a: KeptTraining, b: KeptTraining, *, last_block: bool = True) -> AtEqualLoss:
     """Return the differences where both have the higher one of their final losses."""
     swap = a.models[-1].val_loss < b.models[-1].val_loss
     worse, better = (b, a) if swap else (a, b)
@@ -127,12 +129,12 @@ def _in_order(worse: float, better: float, swap: bool) -> tuple[float, float]:
 
 
 def _between(
-    of: Trained, one: KeptModel, other: KeptModel, last_block: bool
+    of: KeptTraining, one: KeptModel, other: KeptModel, last_block: bool
 ) -> Float[ndarray, "3"]:
     return _of_blocks(one.hooks, other.hooks, last_block, of.has_chance)
 
 
-def _floor(a: Trained, b: Trained, last_block: bool) -> Float[ndarray, "3"]:
+def _floor(a: KeptTraining, b: KeptTraining, last_block: bool) -> Float[ndarray, "3"]:
     if not (a.untrained and b.untrained):
         return np.zeros(3)
     return _of_blocks(a.untrained, b.untrained, last_block, a.has_chance)
@@ -148,7 +150,7 @@ def _of_blocks(
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class RegisteredVerdict:
     """What a registered test came to."""
 
     test: MeanTest
@@ -166,7 +168,7 @@ def verdicts(
     *,
     bound: float,
     alpha: float = 0.05,
-) -> list[Verdict]:
+) -> list[RegisteredVerdict]:
     """Return the verdicts of a family of registered tests.
 
     supported, opposite: p after Holm's correction is below `alpha`, and the mean has the expected
@@ -184,7 +186,7 @@ def verdicts(
         holm([1.0 if math.isnan(getattr(t, name)) else getattr(t, name) for t in tests])
         for name in ("p", "p_equivalent")
     )
-    found: list[Verdict] = []
+    found: list[RegisteredVerdict] = []
     for test, (_, sign), one, other in zip(tests, by_test, p, p_equivalent, strict=True):
         if math.isnan(test.p):
             one = other = math.nan
@@ -193,5 +195,5 @@ def verdicts(
             word = "supported" if test.mean * sign > 0 else "opposite"
         else:
             word = "equivalent" if other < alpha else "inconclusive"
-        found.append(Verdict(test, one, other, word))
+        found.append(RegisteredVerdict(test, one, other, word))
     return found

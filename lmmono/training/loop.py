@@ -46,8 +46,8 @@ from lmmono.training.objectives import (
     ObjectiveContext,
     Outputs,
     Terms,
-    TokenBatch,
     Trainee,
+    TrainingBatch,
     build_terms,
     take_step,
 )
@@ -142,7 +142,7 @@ class LanguageTrainee(Trainee):
         """Return all its weights."""
         return self._model.parameters()
 
-    def run(self, batch: TokenBatch, *, is_main: bool = False) -> Outputs:
+    def run(self, batch: TrainingBatch, *, is_main: bool = False) -> Outputs:
         """Run rows of tokens; further passes of a step go past the wrapper of several processes."""
         network = self._model if is_main else self._network
         autocast = None if is_main or self._accelerator is None else self._accelerator.autocast()
@@ -262,7 +262,7 @@ class _Loop:
             self.trainee,
             # padding stands last in its row, so no token sees what it is clamped to
             [
-                (TokenBatch(part.clamp(min=0), part >= 0, part), share)
+                (TrainingBatch(part.clamp(min=0), part >= 0, part), share)
                 for part, share in zip(parts, shares, strict=True)
             ],
             self.terms,

@@ -34,7 +34,7 @@ from lmmono.training.optimizer import set_lr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TokenBatch:
+class TrainingBatch:
     """What one forward pass reads."""
 
     ids: Int64[Tensor, "batch pos"]
@@ -78,14 +78,14 @@ class Trainee(ABC):
         """Return the weights that are trained."""
 
     @abstractmethod
-    def run(self, batch: TokenBatch, *, is_main: bool = False) -> Outputs:
+    def run(self, batch: TrainingBatch, *, is_main: bool = False) -> Outputs:
         """Run the model in the mode it is in; `is_main` is the pass that wrappers must see."""
 
     @abstractmethod
     def loss_of(self, logits: Tensor, labels: Tensor) -> Float[Tensor, ""]:
         """Return the main loss of logits."""
 
-    def read(self, texts: Sequence[str], labels: Tensor) -> TokenBatch:  # noqa: ARG002
+    def read(self, texts: Sequence[str], labels: Tensor) -> TrainingBatch:  # noqa: ARG002
         """Return texts as a batch.
 
         Raises:
@@ -114,7 +114,7 @@ class Step:
     """One training step as an objective sees it."""
 
     trainee: Trainee
-    batch: TokenBatch
+    batch: TrainingBatch
     outputs: Outputs
     """Of the main pass; `acts` has the hooks of every objective of the training."""
     index: int
@@ -145,7 +145,7 @@ class Step:
 
     def again(
         self,
-        batch: TokenBatch | None = None,
+        batch: TrainingBatch | None = None,
         *,
         embeds: Float[Tensor, "batch pos d"] | None = None,
         hooks: Sequence[str] = (),
@@ -176,7 +176,7 @@ class Step:
         """Return the main loss of logits."""
         return self.trainee.loss_of(logits, labels)
 
-    def read(self, texts: Sequence[str], labels: Tensor) -> TokenBatch:
+    def read(self, texts: Sequence[str], labels: Tensor) -> TrainingBatch:
         """Return texts as a batch; see `Trainee.read`."""
         return self.trainee.read(texts, labels)
 
@@ -461,7 +461,7 @@ def build_terms(settings: Sequence[ObjectiveSettings], context: ObjectiveContext
 
 def take_step(
     trainee: Trainee,
-    parts: Sequence[tuple[TokenBatch, float]],
+    parts: Sequence[tuple[TrainingBatch, float]],
     terms: Terms,
     optimizer: torch.optim.Optimizer,
     *,
@@ -520,7 +520,7 @@ def take_step(
 
 
 def _main_pass(
-    trainee: Trainee, batch: TokenBatch, terms: Terms, edits: Mapping[str, Watch]
+    trainee: Trainee, batch: TrainingBatch, terms: Terms, edits: Mapping[str, Watch]
 ) -> Outputs:
     """Run the model with what the terms change in it, and record what they read."""
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
 from lmmono.reports.pages.interest import Interesting as Interesting
 from lmmono.reports.pages.interest import interesting as interesting
-from lmmono.reports.pages.offline import Report as Report
+from lmmono.reports.pages.offline import OfflineReport as OfflineReport
 from lmmono.reports.pages.offline import report as report

@@ -76,7 +76,7 @@ WHERE metric = 'attribute_relevance' AND control IS NULL AND value IS NOT NULL O
 
 
 @dataclass(frozen=True)
-class Report:
+class OfflineReport:
     """Runs as one HTML page, in memory until it is saved."""
 
     html: str = field(repr=False)
@@ -97,7 +97,7 @@ class Report:
 
     def __repr__(self) -> str:
         size = len(self.html.encode()) / 1e6
-        return f"Report({', '.join(self.runs)}: {self.n_units} unit pages, {size:.1f} MB)"
+        return f"OfflineReport({', '.join(self.runs)}: {self.n_units} unit pages, {size:.1f} MB)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,9 @@ class _Pair:
     names: tuple[str, str]
 
 
-def report(*runs: str | Path | Run, units: int | None = 12, progress: Progress = silent) -> Report:
+def report(
+    *runs: str | Path | Run, units: int | None = 12, progress: Progress = silent
+) -> OfflineReport:
     """Return a report of runs, side by side; each must be captured.
 
     Args:
@@ -169,7 +171,7 @@ def report(*runs: str | Path | Run, units: int | None = 12, progress: Progress =
             pages={each: _packed(html) for each, html in pages.items()},
             metrics=_metrics(stores),
         )
-    return Report(html, tuple(str(run.dir) for run in opened), len(pages))
+    return OfflineReport(html, tuple(str(run.dir) for run in opened), len(pages))
 
 
 def _opened(each: str | Path | Run) -> list[Run]:

@@ -52,7 +52,7 @@ class ConsoleLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class QueryAnswer:
     """The rows of a query, as JSON can hold them."""
 
     columns: tuple[str, ...]
@@ -98,7 +98,7 @@ class Console:
         self._running: dict[str, astore.QueryResult | None] = {}
         self._stopped: set[str] = set()
 
-    def run(self, query: str, *, key: str = "", rows: int | None = None) -> Answer:
+    def run(self, query: str, *, key: str = "", rows: int | None = None) -> QueryAnswer:
         """Return what one query gives.
 
         Args:
@@ -131,7 +131,7 @@ class Console:
                 self._stopped.discard(key)
             self._slots.release()
 
-    def _run(self, query: str, key: str, n_most: int) -> Answer:
+    def _run(self, query: str, key: str, n_most: int) -> QueryAnswer:
         began = time.monotonic()
         result = self.store.sql(query)
         names, types = _told_apart(result.columns), tuple(map(str, result.types))
@@ -147,7 +147,7 @@ class Console:
         found = plain.fetchall()
         cells = tuple(tuple(_value(cell, kind) for cell, kind in zip(row, types, strict=True))
                       for row in found[:n_most])  # fmt: skip
-        return Answer(names, types, cells, len(found) > n_most, time.monotonic() - began)
+        return QueryAnswer(names, types, cells, len(found) > n_most, time.monotonic() - began)
 
     def stop(self, key: str) -> bool:
         """Stop the query of a key; False where none runs."""

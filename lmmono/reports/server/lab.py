@@ -24,7 +24,7 @@ KINDS = ("ablate", "scale", "set", "steer")
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class TextReading:
     """A text as the model reads it."""
 
     tokens: list[str]
@@ -45,7 +45,7 @@ class NextToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Effect:
+class EditEffect:
     """What an edit of one unit changes, at every position of the text and after it."""
 
     tokens: list[NextToken]
@@ -102,7 +102,7 @@ class Lab:
         # a model's head can be wider than its tokenizer
         return [known[i] if i < len(known) else f"[{i}]" for i in ids]
 
-    def read(self, text: str, units: list[tuple[str, int]]) -> Reading:
+    def read(self, text: str, units: list[tuple[str, int]]) -> TextReading:
         """Return the activations of units on each token of a text.
 
         Raises:
@@ -118,7 +118,7 @@ class Lab:
                 _, cache = run_with_cache(self._model, ids, hooks)
                 for hook, unit in units:
                     acts[hook, unit] = cache[hook][0].flatten(1)[:, unit].float().tolist()
-        return Reading(self._strings(ids[0].tolist()), acts)
+        return TextReading(self._strings(ids[0].tolist()), acts)
 
     def strongest(
         self, text: str, largest: dict[str, list[float | None]], k: int
@@ -151,7 +151,7 @@ class Lab:
 
     def edit(
         self, text: str, hook: str, unit: int, kind: str, value: float, *, max_tokens: int = 24
-    ) -> Effect:
+    ) -> EditEffect:
         """Return what an edit of one unit changes; continuations take the likeliest token.
 
         Args:
@@ -190,7 +190,7 @@ class Lab:
             NextToken(string, float(p[i]), float(q[i]))
             for string, i in zip(strings, order, strict=True)
         ]
-        return Effect(tokens, kl, text_before, text_after)
+        return EditEffect(tokens, kl, text_before, text_after)
 
     @staticmethod
     def _edit_of(model: Any, ids: Any, hook: str, unit: int, kind: str, value: float) -> Edit:

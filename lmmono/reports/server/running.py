@@ -46,10 +46,10 @@ def serve(
     _require("serve", "jinja2", "starlette", "uvicorn")
     import uvicorn
 
-    from lmmono.reports.server.app import build_app
     from lmmono.reports.server.console import ConsoleLimits
     from lmmono.reports.server.guard import LOOPBACK, Access
     from lmmono.reports.server.served import Served
+    from lmmono.reports.server.site import build_app
 
     if token is None and host not in LOOPBACK:
         token = secrets.token_urlsafe(24)

@@ -11,7 +11,7 @@ import activation_store as astore
 from lmmono.errors import RunError, nearest
 from lmmono.reports.server.console import Console, ConsoleLimits
 from lmmono.runs.folder import open_run
-from lmmono.runs.names import schema_names
+from lmmono.runs.schema_names import schema_names
 
 if TYPE_CHECKING:
     from lmmono.reports.server.lab import Lab

@@ -10,6 +10,8 @@
 Changes are per text (row of tokens), padding and the first token left out.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from lmmono.models.hooks import bare
 from lmmono.recipe.objective_settings import (
     FreeLargeBatch,
     JacobianPenalty,
+    ObjectiveSettings,
     RDrop,
     SmoothAdversarial,
     SmoothedLabels,
@@ -83,6 +86,16 @@ class _Adversarial(Objective):
 
     columns = GUARD
 
+    def __init__(self, settings: ObjectiveSettings, context: ObjectiveContext) -> None:
+        """Take the settings.
+
+        Raises:
+            TrainError: The model has no token embeddings.
+        """
+        super().__init__()
+        context.require_embeddings(settings.kind)
+        self.settings: Any = settings  # each class says which
+
     def _start(self, step: Step) -> tuple[Change, Float[Tensor, "batch pos 1"]]:
         """Return the token embeddings, and 1 where they may change."""
         used = step.batch.is_token.clone()
@@ -107,15 +120,7 @@ class VatTerm(_Adversarial):
     change. Radius and probe are shares of the norm of the text's embeddings.
     """
 
-    def __init__(self, settings: VirtualAdversarial, context: ObjectiveContext) -> None:
-        """Take radius and probe.
-
-        Raises:
-            TrainError: The model has no token embeddings.
-        """
-        super().__init__()
-        context.require_embeddings("vat")
-        self.settings = settings
+    settings: VirtualAdversarial
 
     def forward(self, step: Step) -> Loss:
         """Return the KL at the worst change that was found."""
@@ -141,15 +146,7 @@ class SmartTerm(_Adversarial):
     of one largest norm. There is no Bregman proximal term.
     """
 
-    def __init__(self, settings: SmoothAdversarial, context: ObjectiveContext) -> None:
-        """Take noise and step.
-
-        Raises:
-            TrainError: The model has no token embeddings.
-        """
-        super().__init__()
-        context.require_embeddings("smart")
-        self.settings = settings
+    settings: SmoothAdversarial
 
     def forward(self, step: Step) -> Loss:
         """Return the symmetric KL at the change."""
@@ -177,15 +174,7 @@ class FreeLbTerm(_Adversarial):
 
     replaces_main = True
 
-    def __init__(self, settings: FreeLargeBatch, context: ObjectiveContext) -> None:
-        """Take steps and radius.
-
-        Raises:
-            TrainError: The model has no token embeddings.
-        """
-        super().__init__()
-        context.require_embeddings("freelb")
-        self.settings = settings
+    settings: FreeLargeBatch
 
     def forward(self, step: Step) -> Loss:
         """Return the mean loss at changed embeddings, which stands for the main loss."""
@@ -237,15 +226,7 @@ class JacobianTerm(_Adversarial):
     every token and word.
     """
 
-    def __init__(self, settings: JacobianPenalty, context: ObjectiveContext) -> None:
-        """Take the number of projections.
-
-        Raises:
-            TrainError: The model has no token embeddings.
-        """
-        super().__init__()
-        context.require_embeddings("jacobian")
-        self.settings = settings
+    settings: JacobianPenalty
 
     def forward(self, step: Step) -> Loss:
         """Return the mean over projections."""
