@@ -26,7 +26,7 @@ from lmmono.recipe.objective_settings import (
 )
 
 HOW = FineTuning(epochs=12, lr=1e-2, batch_texts=16)
-SMALL = {"n_attributes": 6, "d_hidden": 32, "lr_scale": 1.0, "tuning": HOW}
+SMALL = {"n_attributes": 6, "d_hidden": 32, "lr": HOW.lr, "tuning": HOW}
 
 
 def fitted(family="gpt2", mode="by_design", model=None, **settings):
@@ -203,6 +203,11 @@ def test_what_cannot_be_is_refused_with_the_way_out(classifier):
         Flint().predict(["w1"])
     with pytest.raises(RobustnessError, match="no content word is in 999"):
         fitted(min_documents=999)
+
+
+def test_attributes_that_all_died_are_no_interpretation():
+    with pytest.raises(RobustnessError, match=r"every attribute is 0 .* was 3: take a lower lr"):
+        fitted(lr=3.0, l1_weight=50.0, tuning=FineTuning(epochs=3, lr=1e-2))
 
 
 def test_what_is_likely_to_go_wrong_is_said():

@@ -31,7 +31,7 @@ FEW = {
     "n_test": 40,
 }
 FLINT = {
-    "interpreter": {"n_attributes": 6, "d_hidden": 16, "min_documents": 1, "lr_scale": 1.0},
+    "interpreter": {"n_attributes": 6, "d_hidden": 16, "min_documents": 1, "lr": 1e-2},
     "ablations": ["l1_only"],
     "baselines": ["topics", "lime"],
     "epochs": 1,

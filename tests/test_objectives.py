@@ -198,14 +198,14 @@ def test_own_weights_of_a_term_learn_and_are_those_of_the_best_epoch() -> None:
 
 def test_own_weights_have_a_rate_and_a_decay_of_their_own() -> None:
     class Slow(Probing):
-        lr_scale = 0.0
+        lr = 0.0
         weight_decay = 0.5
 
     slow = Slow()
     before = slow.map.weight.clone()
     tuned(terms=[Term("slow", slow)], epochs=1)
-    assert torch.equal(slow.map.weight, before), "its rate is 0 times the model's"
-    groups = Terms([Term("slow", slow)]).groups(0.01)
+    assert torch.equal(slow.map.weight, before), "its rate is 0"
+    groups = Terms([Term("slow", slow)]).groups(0.01, 0.1)
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.5), (1, 0.0)]
 
 

@@ -270,7 +270,7 @@ class Flint:
 
         Raises:
             RobustnessError: The labels cannot be learned, the model lacks a layer, there are too
-                many classes, or by design gets a finished classifier.
+                many classes, by design gets a finished classifier, or every attribute died.
         """
         given, judged = _labelled(train), _labelled(val)
         n = max(given.labels.max(initial=0), judged.labels.max(initial=0)) + 1
@@ -318,6 +318,12 @@ class Flint:
         self.hooks = objective.hooks
         self.facts = {"classifier": weights_digest(classifier.network)}
         self.facts["warnings"] = [*objective.warnings, *self._batch_doubts()]
+        if not self.interpret(judged.texts).phi.any():
+            raise RobustnessError(
+                "Flint: every attribute is 0 on every text that epochs are judged on, so it "
+                f"explains nothing; its own learning rate was {self.settings.lr:g}: take a lower "
+                "lr, or smaller l1_weight and conciseness_weight"
+            )
         return self
 
     def _learn_post_hoc(

@@ -79,7 +79,7 @@ class FlintObjective(Objective):
         self._diversity: losses.Diversity = cast(losses.Diversity, settings.decided("diversity"))
         self.mean_usage: Tensor
         self.register_buffer("mean_usage", torch.zeros(settings.n_attributes))
-        self.lr_scale, self.weight_decay = settings.lr_scale, settings.weight_decay
+        self.lr, self.weight_decay = settings.lr, settings.weight_decay
         self.warnings = tuple(_doubts(settings, context.pooling))
 
     def _words(self, context: ObjectiveContext) -> ContentWords | None:

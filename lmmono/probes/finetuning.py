@@ -584,7 +584,7 @@ def _train(job: _Tuning, progress: Progress) -> None:
     n_epochs = -(-n_steps // per_epoch)
     lr = (FULL_RATE if how.method == "full" else ADAPTER_RATE) if how.lr is None else how.lr
     terms = job.build_terms(n_steps)
-    groups = [{"params": network.trained()}, *terms.groups(how.weight_decay)]
+    groups = [{"params": network.trained()}, *terms.groups(how.weight_decay, lr)]
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise TrainError("nothing to train: the classifier is frozen and no objective has weights")

@@ -189,7 +189,9 @@ class _Loop:
         torch.manual_seed(recipe.seed)
         terms = build_terms(recipe.train.objectives, _context(run, bare))
         whole = nn.ModuleDict({"model": bare, "objectives": terms}) if len(terms) else bare
-        optimizer = build_optimizer(bare, recipe.train, terms.groups(recipe.train.weight_decay))
+        optimizer = build_optimizer(
+            bare, recipe.train, terms.groups(recipe.train.weight_decay, recipe.train.lr)
+        )
         position = load_checkpoint(
             run.dir / "checkpoint",
             whole,

@@ -273,8 +273,9 @@ class Objective(nn.Module, ABC):
     """Whether it computes the main loss itself; one objective of a training may."""
     hooks: tuple[str, ...] = ()
     """Exact names of the hooks that are recorded in the main pass."""
-    lr_scale: float = 1.0
-    """Learning rate of its own weights, as a multiple of the model's."""
+    lr: float | None = None
+    """Highest learning rate of its own weights, on the training's schedule; None takes the
+    training's own."""
     weight_decay: float | None = None
     """Decay of its own matrices; None takes that of the training. Vectors are never decayed."""
 
@@ -362,8 +363,13 @@ class Terms(nn.Module):
     def __len__(self) -> int:
         return len(self.terms)
 
-    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the groups of an optimizer for the objectives' own weights."""
+    def groups(self, weight_decay: float, lr: float) -> list[dict[str, Any]]:
+        """Return the groups of an optimizer for the objectives' own weights.
+
+        Args:
+            weight_decay: The training's, for objectives without one of their own.
+            lr: The training's highest learning rate.
+        """
         groups: list[dict[str, Any]] = []
         for objective in self.by_name.values():
             own = objective.weight_decay
@@ -374,7 +380,7 @@ class Terms(nn.Module):
                 ([p for p in weights if p.dim() < 2], 0.0),
             ):
                 if part:
-                    scale = objective.lr_scale
+                    scale = 1.0 if objective.lr is None else objective.lr / lr
                     groups.append({"params": part, "weight_decay": its_decay, "lr_scale": scale})
         return groups
 
