@@ -87,6 +87,7 @@ def unit_page(
     link: Callable[[str, int], str] | None = None,
     ask: Callable[[str], str] | None = None,
     options: PageOptions | None = None,
+    counting: "Counting | None" = None,
 ) -> UnitPage:
     """Return the page of one unit; everything is read now, the markup is made when it is asked for.
 
@@ -98,12 +99,13 @@ def unit_page(
         link: Address of another unit's page; by default `#hook:unit`.
         ask: Address of a console with a query in it; without one a query can be copied only.
         options: How much is shown.
+        counting: The store's tokens in memory, for who asks for one page after another.
 
     Raises:
         ContentError: The store has no such unit.
     """
-    pages = unit_pages(store, hook, [unit], name=name, link=link, ask=ask, options=options)
-    for page in pages:
+    reading = _Reading(store, hook, [unit], options or PageOptions(), counting)
+    for page in reading.pages(name, link or _own_link, ask):
         return page
     unit_stats(store, hook, unit)  # raises with the hooks that there are
     raise ContentError(f"{store.path}: no unit {unit} of hook {hook!r}.")
@@ -125,7 +127,7 @@ def unit_pages(
     """
     shape = options or PageOptions()
     units = list(dict.fromkeys(int(unit) for unit in units))
-    counting = _Counting(store) if len(units) > 1 else None
+    counting = Counting(store) if len(units) > 1 else None
     for first in range(0, len(units), BATCH):
         some = units[first : first + BATCH]
         yield from _Reading(store, hook, some, shape, counting).pages(name, link or _own_link, ask)
@@ -296,7 +298,7 @@ counted here: SQL over units that lie apart would read all that lies between, fo
 Row = dict[str, Any]
 
 
-class _Counting:
+class Counting:
     """The tokens of a store in memory, and what the acts of one unit after another come to there.
 
     Gives what the queries of `_OF_ACTS` give.
@@ -392,7 +394,7 @@ class _Reading:
         hook: str,
         units: Sequence[int],
         options: PageOptions,
-        counting: _Counting | None,
+        counting: Counting | None,
     ) -> None:
         self._store, self._options = store, options
         self._hook, self._units = hook, list(units)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import activation_store as astore
+from activation_store.pages.unit_page import Counting
 from lmmono.errors import RunError, nearest
 from lmmono.reports.server.console import Console, ConsoleLimits
 from lmmono.runs.folder import open_run
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from lmmono.reports.server.lab import Lab
 else:  # for annotations only: a lab needs torch
     Lab = object
+
+MOST_TOKENS = 20_000_000
+"""Tokens of a store that are held in memory for its pages: a key and an id, 12 bytes each."""
 
 
 @dataclass
@@ -73,6 +77,11 @@ class ServedRun:
         """Documents, tokens and acts of the store."""
         info = self.store.info()
         return {"documents": info.n_documents, "tokens": info.n_tokens, "acts": info.n_acts}
+
+    @cached_property
+    def counting(self) -> Counting | None:
+        """The tokens of the store in memory, where they are not too many: pages come sooner."""
+        return Counting(self.store) if self.counts["tokens"] <= MOST_TOKENS else None
 
     def lab(self) -> Lab:
         """Return the model, loaded at the first call.

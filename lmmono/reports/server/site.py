@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlencode
@@ -23,6 +24,7 @@ from starlette.types import ASGIApp
 from activation_store.errors import ContentError, QueryError, StoreError
 from activation_store.pages import text_heatmap, unit_page
 from activation_store.pages.templating import environment
+from activation_store.pages.unit_page import UnitPage
 from lmmono.errors import LmmonoError, RunError
 from lmmono.reports.server import lab as laboratory
 from lmmono.reports.server.console import Busy, json_text
@@ -42,6 +44,8 @@ _STATIC = {
 }
 _KINDS = {"css": "text/css", "js": "text/javascript"}
 _UNIT = re.compile(r"[\s,]*(\S.*?):([0-9]{1,9})(?=[\s,]|$)")
+KEPT_PAGES = 256
+"""Unit pages that are kept in memory: people go back and forth between a few."""
 MOST_UNITS = 20
 """Units whose activations on a text are shown."""
 
@@ -105,6 +109,8 @@ class _Site:
         self._served = served
         self._said = {name: Explained(run) for name, run in served.runs.items()}
         self._pages = environment(HERE)
+        # a store that is open for reading stays as it is, and so do its pages
+        self._kept_page = lru_cache(maxsize=KEPT_PAGES)(self._read_page)
         self._static = {
             name: files(package).joinpath("static", name).read_bytes()
             for name, package in _STATIC.items()
@@ -188,14 +194,19 @@ class _Site:
             title=f"Units of {run.name}",
         )  # fmt: skip
 
-    def _page_of(self, run: ServedRun, hook: str, unit: int, *, with_console: bool = True) -> Any:
+    def _page_of(self, run: ServedRun, hook: str, unit: int) -> UnitPage:
+        return self._kept_page(run.name, hook, unit)
+
+    def _read_page(self, name: str, hook: str, unit: int) -> UnitPage:
+        run = self._served.runs[name]
         return unit_page(
             run.store,
             hook,
             unit,
             name=run.name,
             link=lambda h, u: address("/unit", run=run.name, hook=h, unit=u),
-            ask=(lambda query: address("/sql", run=run.name, q=query)) if with_console else None,
+            ask=lambda query: address("/sql", run=run.name, q=query),
+            counting=run.counting,
         )
 
     def unit(self, request: Request) -> Response:
@@ -423,7 +434,7 @@ class _Site:
         """Return what the page of a unit shows."""
         run, (hook, unit) = self._run(request), _unit_of(request)
         run.require(hook, unit)
-        page = self._page_of(run, hook, unit, with_console=False)
+        page = self._page_of(run, hook, unit)
         return _json(
             {"run": run.name, "hook": hook, "unit": unit, **page.data, "sql": page.queries}
         )
@@ -450,7 +461,7 @@ class _Site:
         run = self._served.run(at["model"])
         hook = hook_of_layer(run, at["layer"])
         run.require(hook, at["unit"])
-        page = self._page_of(run, hook, at["unit"], with_console=False)
+        page = self._page_of(run, hook, at["unit"])
         return _json(feature_json(run.name, at["layer"], page))
 
 
