@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lmmono.methods import flint_losses as losses
 from lmmono.methods.flint_words import ContentWords, count_words
+from lmmono.probes.finetuning import pooled_tokens
 from lmmono.recipe.objective_settings import AttributePooling, FlintDecoder, FlintHead
 
 LSE_SHARPNESS = 5.0
@@ -188,12 +189,8 @@ class Interpreter(nn.Module):
 
 
 def counted_tokens(is_token: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-    """Return the tokens that count: all but the first of a text, unless it is all there is.
-
-    The first stands before every text and says nothing of it; a classifier leaves it out too.
-    """
-    place = is_token.long().cumsum(1)
-    return is_token & ((place > 1) | (is_token.sum(1, keepdim=True) == 1))
+    """Return the tokens that count: those that a classifier pools."""
+    return pooled_tokens(is_token.shape[1], is_token.sum(1))
 
 
 def embedding_of(network: Any) -> Float[Tensor, "d_vocab d_embed"]:
