@@ -65,7 +65,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(runs) -> offline.Report:
+def page(runs) -> offline.OfflineReport:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interest, "MIN_ACTIVATIONS", 5)
         return lm.report(*find_runs(runs), units=4)
