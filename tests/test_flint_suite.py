@@ -33,6 +33,7 @@ FEW = {
 FLINT = {
     "interpreter": {"n_attributes": 6, "d_hidden": 16, "min_documents": 1, "lr": 1e-2},
     "ablations": ["l1_only"],
+    "floors": ["shuffled_labels", "untrained_model"],
     "baselines": ["topics", "lime"],
     "epochs": 1,
     "steps": None,
@@ -68,7 +69,8 @@ def test_every_entrant_has_its_rows_at_every_seed(run):
         rows = store.sql(ROWS).df()
     assert set(rows.suite) == {"flint"} and set(rows.metric) <= set(METRICS)
     assert set(rows.feature) == {
-        *("black_box", "flint_by_design", "flint_post_hoc", "l1_only", "topics", "lime")
+        *("black_box", "flint_by_design", "flint_post_hoc", "l1_only", "topics", "lime"),
+        *("flint_shuffled_labels", "flint_untrained_model"),
     }
     accuracy = rows[rows.metric == "accuracy"].groupby(["feature", "probe"]).size()
     assert set(accuracy) == {2}
@@ -86,7 +88,7 @@ def test_the_report_has_a_table_of_each_task(run):
     (table,) = (t for t in suite_tables(run) if t.title.startswith("Interpreters"))
     assert "planted_polarity" in table.title
     by_name = {row[:2]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
-    assert table.rows[0][0] == "black_box" and len(by_name) == 8
+    assert table.rows[0][0] == "black_box" and len(by_name) == 12
     ours = by_name["flint_by_design", "classifier"]["accuracy - black box"]
     values = [
         by_name[name, "classifier"]["accuracy"].value for name in ("flint_by_design", "black_box")

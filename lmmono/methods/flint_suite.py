@@ -36,6 +36,7 @@ from lmmono.methods.flint_pictures import as_json, class_attribute_rows, picture
 from lmmono.methods.flint_planted import planted_values
 from lmmono.methods.flint_report import FlintValue, evaluate, shared_measures
 from lmmono.models.hooks import bare
+from lmmono.models.untrained import untrained
 from lmmono.probes.finetuning import (
     Classifier,
     FineTuning,
@@ -63,6 +64,12 @@ OFF: dict[str, dict[str, float]] = {
 }
 """What each ablation of the interpreter by design leaves out."""
 
+SHUFFLED, UNTRAINED = "flint_shuffled_labels", "flint_untrained_model"
+"""Floors of the interpreter by design."""
+
+BY_DESIGN = ("flint_by_design", "flint_objectives", *OFF, SHUFFLED, UNTRAINED)
+"""Entrants that have a classifier of their own."""
+
 SHARES = ("accuracy", "fidelity", "fidelity_errors", "fidelity_ood", "fidelity_noisy")
 """Measures that are shares of texts, and have Wilson's interval."""
 
@@ -81,7 +88,7 @@ class FlintEntrant:
     @property
     def identity(self) -> tuple[list[Any], list[Any]]:
         """What it reads is the model; how it learns are the section's settings."""
-        others = {"modes", "ablations", "baselines", "maximise"}
+        others = {"modes", "ablations", "floors", "baselines", "maximise"}
         return ["flint", self.label], [self.study.model_dump(mode="json", exclude=others)]
 
     @property
@@ -128,7 +135,7 @@ class _FlintDraw:
         roles: tuple[Role, ...] = ("interpreter",)
         if label == "black_box":
             roles = ("classifier",)
-        elif label in ("flint_by_design", "flint_objectives", *OFF):
+        elif label in BY_DESIGN:
             roles = ("classifier", "interpreter")
         lacks = any(self._bench.lacks(self._about(label, role), stored) for role in roles)
         kept = self._folder(label)
@@ -245,9 +252,15 @@ class _FlintDraw:
             seed=self._draw.seed,
             **{name: getattr(settings, name) for name in type(settings).model_fields},
         )
+        model, train = self._bench.encoder.model, self._train
+        if label == UNTRAINED:
+            model = untrained(model, seed=self._draw.seed)
+        if label == SHUFFLED:  # validation labels stay: the last epoch is kept, whatever they say
+            order = np.random.default_rng(self._draw.seed).permutation(len(train.labels))
+            train = LabelledTexts(train.texts, train.labels[order])
         flint.fit(
-            self.black_box if is_post_hoc else self._bench.encoder.model,
-            self._train,
+            self.black_box if is_post_hoc else model,
+            train,
             self._val,
             n_classes=self._bench.task.n_classes,
             tokenizer=self._bench.encoder.reader.tokenizer,

@@ -296,6 +296,9 @@ class FlintStudy(Section):
     finished classifier."""
     ablations: tuple[Literal["no_regularisers", "l1_only"], ...] = ()
     """By design without entropies and L1, or with L1 alone."""
+    floors: tuple[Literal["shuffled_labels", "untrained_model"], ...] = ()
+    """By design from training labels in a random order, or from the model before its training: what
+    a number is worth where there is nothing to learn, or little to learn it with."""
     baselines: tuple[FlintBaseline, ...] = ("linear_probe", "topics")
     """Other interpreters of the same classifier. `concepts` are those of CB-LLM, small, with and
     without the correction of their scores; `lime` explains text by text."""
@@ -325,7 +328,7 @@ class FlintStudy(Section):
 
     @model_validator(mode="after")
     def _check_once(self) -> "FlintStudy":
-        raise_repeats(self, ("modes", "ablations", "baselines"))
+        raise_repeats(self, ("modes", "ablations", "floors", "baselines"))
         return self
 
     @property
@@ -333,7 +336,8 @@ class FlintStudy(Section):
         """Names of all that is compared, the classifier alone first."""
         modes = [f"flint_{mode}" for mode in self.modes]
         modes += ["flint_objectives"] if self.objectives else []
-        return ("black_box", *modes, *self.ablations, *self.baselines)
+        floors = [f"flint_{floor}" for floor in self.floors]
+        return ("black_box", *modes, *self.ablations, *floors, *self.baselines)
 
 
 class Robustness(Section):
