@@ -30,7 +30,8 @@ def run(tmp_path_factory):
         "perturbations: [word_drop]}], vat: [{kind: vat}]}"
     )
     own = (
-        *("robustness.tasks=[planted_polarity]", "robustness.continuity.n_texts=8"),
+        *("arm=trained", "robustness.tasks=[planted_polarity]"),
+        "robustness.continuity.n_texts=8",
         "robustness.continuity.noises=[word_drop, word_shuffle]",
     )
     out = f"out={tmp_path_factory.mktemp('continuity_suite')}"
