@@ -67,13 +67,13 @@ class Rows:
             want = f"{len(self.kept)} finite numbers"
             _check(self.hook, "cuts", _shortened(self.cuts), fits, want)
         if self.units is not None:
-            known = len(self.units) > 0 and 0 <= min(self.units) <= max(self.units) < self.d
+            is_inside = len(self.units) > 0 and 0 <= min(self.units) <= max(self.units) < self.d
             ascends = list(self.units) == sorted(set(self.units))
             _check(
                 self.hook,
                 "units",
                 _shortened(self.units),
-                known and ascends,
+                is_inside and ascends,
                 f"ascending units between 0 and {self.d - 1}",
             )
 

@@ -480,7 +480,7 @@ class Store:
                     f"table {table!r} takes no rows from here; these do: "
                     f"{', '.join(tables.APPENDABLE)}{hint}."
                 )
-        incoming = {table: tables.arrow_rows(table, given) for table, given in rows.items()}
+        incoming = {table: tables.arrow_rows(table, values) for table, values in rows.items()}
         if any(part.num_rows for part in incoming.values()):
             self.backend.commit(
                 lambda con: [tables.replace(con, table, part) for table, part in incoming.items()],

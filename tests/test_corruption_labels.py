@@ -46,7 +46,6 @@ def test_exactly_as_many_labels_flip_as_asked_and_none_to_its_own_class(kind, ra
     else:
         assert differ.sum() == round(rate * N)
     assert np.array_equal(differ, made.flipped)
-    assert made.realised == differ.mean()
     assert np.array_equal(made.confusion, confusion_matrix(LABELS, made.labels))
     assert made.labels.min() >= 0 and made.labels.max() < C
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_a_scorer_that_no_recipe_can_call_says_which_argument_it_wants_in_python
 
 def test_settings_of_scorers_have_a_sentence_each_and_defaults_that_pass_their_own_check():
     for scorer in SCORERS.values():
-        values = {name: getattr(scorer.settings, name) for name in scorer.setting_names}
+        values = asdict(scorer.settings)
         assert set(field_sentences(type(scorer.settings))) == set(values)
         assert scorer.with_settings(changes=values) == scorer.settings
         for preset in scorer.presets:

@@ -43,8 +43,8 @@ def entries() -> tuple[Entry, ...]:
 @cache
 def column_comments() -> dict[tuple[str, str], str]:
     """Return what each column of a table holds, by table and column."""
-    found = re.findall(r"COMMENT ON COLUMN (\w+)\.(\w+) IS '(.*)';", schema_sql())
-    comments = {(table, column): about for table, column, about in found}
+    comments_of = re.findall(r"COMMENT ON COLUMN (\w+)\.(\w+) IS '(.*)';", schema_sql())
+    comments = {(table, column): about for table, column, about in comments_of}
     for (table, column), about in list(comments.items()):
         if table == "all_scores":  # whose columns the two views have
             comments |= {(view, column): about for view in ("scores", "hook_scores")}

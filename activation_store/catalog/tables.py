@@ -152,15 +152,15 @@ def arrow_rows(table: str, rows: Any) -> pa.Table:
         ContentError: an unknown column, a value of another type, or none where one must be.
     """
     columns = expected_tables()[table]
-    given = _columns(rows, columns)
-    if unknown := [name for name in given if name not in columns]:
+    incoming = _columns(rows, columns)
+    if unknown := [name for name in incoming if name not in columns]:
         close = get_close_matches(unknown[0], columns, n=1) or [", ".join(columns)]
         raise ContentError(f"{table}: no column {unknown[0]!r}; did you mean {close[0]}?")
-    n_rows = len(next(iter(given.values()), []))
-    if "created_at" in columns and "created_at" not in given:
-        given["created_at"] = pa.array([datetime.now(UTC).replace(tzinfo=None)] * n_rows)
+    n_rows = len(next(iter(incoming.values()), []))
+    if "created_at" in columns and "created_at" not in incoming:
+        incoming["created_at"] = pa.array([datetime.now(UTC).replace(tzinfo=None)] * n_rows)
     filled = {
-        name: _typed(f"{table}.{name}", column, given.get(name, pa.nulls(n_rows)))
+        name: _typed(f"{table}.{name}", column, incoming.get(name, pa.nulls(n_rows)))
         for name, column in columns.items()
     }
     return pa.table(filled)

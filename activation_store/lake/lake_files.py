@@ -43,13 +43,13 @@ class LakeFiles:
             return
         bucket = self.folder.root.partition("/")[0]
         try:
-            found = self.folder.fs.get_file_info(bucket)
+            status = self.folder.fs.get_file_info(bucket)
         except OSError as fault:
             raise StoreError(
                 f"s3://{bucket}: cannot reach it: {_short(fault)}. Check AWS_ENDPOINT_URL, "
                 "AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             ) from fault
-        if found.type == pafs.FileType.NotFound:
+        if status.type == pafs.FileType.NotFound:
             raise StoreError(f"s3://{bucket}: no such bucket; create it, or check data_path.")
 
     def upload(self, source: Path, shard: Shard) -> int:
@@ -80,8 +80,8 @@ class LakeFiles:
 
     def _copy(self, source: Path, target: str) -> str:
         digest = hashlib.sha256()
-        with source.open("rb") as given, self.folder.fs.open_output_stream(target) as out:
-            while chunk := given.read(_CHUNK):
+        with source.open("rb") as stream, self.folder.fs.open_output_stream(target) as out:
+            while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
                 out.write(chunk)
         if not self.place.is_remote:

@@ -259,9 +259,9 @@ def extension_files(names: Sequence[str]) -> list[Path]:
         folder = Path(spec.submodule_search_locations[0]) / "extensions"
         file = folder / f"v{duckdb.__version__}" / f"{name}.duckdb_extension"
         if not file.is_file():
-            found = ", ".join(sorted(path.name for path in folder.glob("v*"))) or "none"
+            versions = ", ".join(sorted(path.name for path in folder.glob("v*"))) or "none"
             raise StoreError(
-                f"{package} is for DuckDB {found}, installed is v{duckdb.__version__}; run: "
+                f"{package} is for DuckDB {versions}, installed is v{duckdb.__version__}; run: "
                 f"pip install '{package}=={duckdb.__version__}'"
             )
         files.append(file)
@@ -306,8 +306,8 @@ def _bucket_secret(place: LakePlace) -> str:
         "URL_STYLE": "path" if access.endpoint else None,
         "SCOPE": f"s3://{place.data_path.removeprefix('s3://').partition('/')[0]}",
     }
-    given = [f"{name} {quoted(value)}" for name, value in facts.items() if value is not None]
-    return f"CREATE SECRET lake_bucket (TYPE s3, USE_SSL {access.use_ssl}, {', '.join(given)})"
+    options = [f"{name} {quoted(value)}" for name, value in facts.items() if value is not None]
+    return f"CREATE SECRET lake_bucket (TYPE s3, USE_SSL {access.use_ssl}, {', '.join(options)})"
 
 
 def redacted(place: LakePlace, fault: BaseException | str) -> str:

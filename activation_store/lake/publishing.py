@@ -112,8 +112,8 @@ def _read_source(where: Place) -> Source:
         rows = con.execute("SELECT key, value FROM writer_state").fetchall()
         states = {key: load_state(bytes(value), where.folder) for key, value in rows}
         names = ("documents", "vocabulary", *_COPIED)
-        held = {name: con.execute(f"FROM {name}").to_arrow_table() for name in names}
-        return Source(presence, where, meta["store_id"], meta, tuple(listed(con)), states, held)
+        contents = {name: con.execute(f"FROM {name}").to_arrow_table() for name in names}
+        return Source(presence, where, meta["store_id"], meta, tuple(listed(con)), states, contents)
 
 
 def take_in(con: duckdb.DuckDBPyConnection, source: Source, upload: Upload) -> Publication:
@@ -125,14 +125,25 @@ def take_in(con: duckdb.DuckDBPyConnection, source: Source, upload: Upload) -> P
     """
     _check_pins(con, source)
     fresh = _fresh(con, source)
-    held = dict(con.execute("SELECT key, value FROM writer_state").fetchall())
+    states = dict(con.execute("SELECT key, value FROM writer_state").fetchall())
     ours = {f"{source.store_id} {key}": value for key, value in source.states.items()}
     shards = [shard for shard in fresh if shard.kind != "tokens"]
     shards += _tokens_once(con, source, fresh, upload)
     register(con, shards)
-    _insert(con, "publications", _publication_rows(source, fresh))
-    if fresh or any(held.get(key) != value for key, value in ours.items()):
-        _write_totals(con, source, _captures(held | ours))
+    _insert(
+        con,
+        "publications",
+        pa.table(
+            {
+                "file": [shard.file for shard in fresh],
+                "store_id": [source.store_id] * len(fresh),
+                "n_rows": [shard.n_rows for shard in fresh],
+            },
+            schema=pa.schema({"file": pa.string(), "store_id": pa.string(), "n_rows": pa.int64()}),
+        ),
+    )
+    if fresh or any(states.get(key) != value for key, value in ours.items()):
+        _write_totals(con, source, _captures(states | ours))
         con.execute(_COUNT_LISTED)
     for key, value in ours.items():
         state.write(con, key, value)
@@ -144,14 +155,14 @@ def take_in(con: duckdb.DuckDBPyConnection, source: Source, upload: Upload) -> P
 
 def _check_pins(con: duckdb.DuckDBPyConnection, source: Source) -> None:
     """Compare what a lake holds once with the source; the first source decides."""
-    known = dict(con.execute("SELECT key, value FROM meta").fetchall())
+    pinned = dict(con.execute("SELECT key, value FROM meta").fetchall())
     for name in ("model_digest", "n_ctx"):
         now = source.meta.get(name)
         if now is None:
             continue
-        if known.setdefault(name, now) != now:
+        if pinned.setdefault(name, now) != now:
             raise ContentError(
-                f"{source.where.file}: {name}: the lake holds {known[name]}, this store has {now};"
+                f"{source.where.file}: {name}: the lake holds {pinned[name]}, this store has {now};"
                 " publish it to a lake of its own."
             )
         con.execute("DELETE FROM meta WHERE key = $1", [name])
@@ -179,17 +190,6 @@ def _fresh(con: duckdb.DuckDBPyConnection, source: Source) -> list[Shard]:
     return [shard for shard in source.shards if shard.file not in taken]
 
 
-def _publication_rows(source: Source, fresh: Sequence[Shard]) -> pa.Table:
-    return pa.table(
-        {
-            "file": [shard.file for shard in fresh],
-            "store_id": [source.store_id] * len(fresh),
-            "n_rows": [shard.n_rows for shard in fresh],
-        },
-        schema=pa.schema({"file": pa.string(), "store_id": pa.string(), "n_rows": pa.int64()}),
-    )
-
-
 def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
     if rows.num_rows:
         con.register("rows_to_insert", rows)
@@ -197,14 +197,14 @@ def _insert(con: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
         con.unregister("rows_to_insert")
 
 
-def _captures(held: Mapping[str, bytes]) -> list[RankCapture]:
+def _captures(states: Mapping[str, bytes]) -> list[RankCapture]:
     """Return the captures of all stores, by store and rank."""
-    found: list[RankCapture] = []
-    for key in sorted(held):
+    captures: list[RankCapture] = []
+    for key in sorted(states):
         if key.partition(" ")[2].startswith(_CAPTURE):
-            arrays = state.from_bytes(bytes(held[key]))
-            found.append(RankCapture(arrays, json.loads(str(arrays["settings"]))))
-    return found
+            arrays = state.from_bytes(bytes(states[key]))
+            captures.append(RankCapture(arrays, json.loads(str(arrays["settings"]))))
+    return captures
 
 
 def _write_totals(
@@ -311,21 +311,21 @@ def _tokens_once(
         ContentError: another store has published other tokens for the same sequence.
     """
     twice = _shared_sequences(con, source)
-    found: list[Shard] = []
+    written: list[Shard] = []
     for shard in fresh:
         if shard.kind != "tokens":
             continue
         if len(twice) == 0:
-            found.append(shard)
+            written.append(shard)
             continue
         rows = pq.read_table(source.where.folder / shard.file)
         new = ~np.isin(rows.column("seq_id").to_numpy(), twice)
         if new.all():
-            found.append(shard)
+            written.append(shard)
         elif new.any():
-            number = next_number(con) + len(found)
-            found.append(_written(con, rows.filter(pa.array(new)), number, upload))
-    return found
+            number = next_number(con) + len(written)
+            written.append(_written(con, rows.filter(pa.array(new)), number, upload))
+    return written
 
 
 def _shared_sequences(con: duckdb.DuckDBPyConnection, source: Source) -> np.ndarray:
@@ -337,24 +337,24 @@ def _shared_sequences(con: duckdb.DuckDBPyConnection, source: Source) -> np.ndar
         if key.partition(" ")[2].startswith(_TOKENS) and not key.startswith(f"{source.store_id} ")
     ]
     ours = [value for key, value in source.states.items() if key.startswith(_TOKENS)]
-    known, here = _digests(others), _digests(ours)
+    digests_there, here = _digests(others), _digests(ours)
     names, digests = here.items()
-    there = known.get(names)
-    other = names[(there > 0) & (there != digests)]
+    theirs = digests_there.get(names)
+    other = names[(theirs > 0) & (theirs != digests)]
     if len(other):
         raise ContentError(
             f"{source.where.file}: sequence {other[0]}: its tokens or documents differ from those "
             "in the lake; a lake holds one corpus. Publish to another lake."
         )
-    return names[there > 0]
+    return names[theirs > 0]
 
 
 def _digests(states: Sequence[bytes]) -> SequenceTable:
-    found = SequenceTable()
+    digests = SequenceTable()
     for value in states:
-        held = state.from_bytes(value)
-        found.put(from_ranges(held["given"]), held["digest"])
-    return found
+        arrays = state.from_bytes(value)
+        digests.put(from_ranges(arrays["given"]), arrays["digest"])
+    return digests
 
 
 def _written(con: duckdb.DuckDBPyConnection, rows: pa.Table, number: int, upload: Upload) -> Shard:

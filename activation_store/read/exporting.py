@@ -124,20 +124,16 @@ def _copy_rows(files: fs.FileSystem, shard: str, to: Path) -> None:
     try:
         source = pq.ParquetFile(files.open_input_file(shard))
     except (FileNotFoundError, pa.ArrowInvalid) as fault:
-        raise _unreadable(shard, fault) from fault
+        raise ShardError(
+            f"{shard}: cannot be read: {fault}. Run `lmmono store verify --repair` on the store, "
+            "which drops only what is lost and says what."
+        ) from fault
     with source:
         names = [name for name in source.schema_arrow.names if name != "hook"]
         schema = pa.schema([source.schema_arrow.field(name) for name in names])
         with pq.ParquetWriter(to, schema, compression="zstd") as file:
             for number in range(source.num_row_groups):
                 file.write_table(source.read_row_group(number, columns=names))
-
-
-def _unreadable(shard: str, fault: Exception) -> ShardError:
-    return ShardError(
-        f"{shard}: cannot be read: {fault}. Run `lmmono store verify --repair` on the store, which "
-        "drops only what is lost and says what."
-    )
 
 
 def export_delphi(
@@ -193,16 +189,16 @@ def export_delphi(
 def _widths(store: Store, hooks: str | Sequence[str] | None) -> dict[str, int]:
     """Return the hooks asked for with their widths."""
     rows = store.sql("SELECT hook, d FROM hooks WHERE kind = 'rows' ORDER BY hook").fetchall()
-    known: dict[str, int] = dict(rows)
-    wanted = [hooks] if isinstance(hooks, str) else known if hooks is None else hooks
-    if missing := [hook for hook in wanted if hook not in known]:
+    widths: dict[str, int] = dict(rows)
+    wanted = [hooks] if isinstance(hooks, str) else widths if hooks is None else hooks
+    if missing := [hook for hook in wanted if hook not in widths]:
         raise ContentError(
             f"{store.path}: no rows of hook {missing[0]!r}; hooks captured as rows: "
-            f"{', '.join(known) or 'none'}."
+            f"{', '.join(widths) or 'none'}."
         )
     if not wanted:
         raise ContentError(f"{store.path}: no hook was captured as rows; nothing to export.")
-    return {hook: known[hook] for hook in wanted}
+    return {hook: widths[hook] for hook in wanted}
 
 
 def _folder_name(hook: str) -> str:

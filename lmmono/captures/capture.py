@@ -88,9 +88,9 @@ def capture(
         DroppedWarning: Rows of gated neurons leave out their negative half; `signed=True` keeps it.
     """
     of_text = {key: settings.pop(key) for key in _TEXT_SETTINGS if key in settings}
-    given = {"hooks": _names(hooks), "vectors": _names(vectors), "max_tokens": max_tokens}
+    arguments = {"hooks": _names(hooks), "vectors": _names(vectors), "max_tokens": max_tokens}
     try:
-        chosen = Capture.model_validate({**given, **settings})
+        chosen = Capture.model_validate({**arguments, **settings})
     except ValidationError as error:
         raise RunError(f"capture: {error}") from None
     if left_out := _left_out(model, chosen):
@@ -319,8 +319,8 @@ def measure_cuts(
                     flat = torch.where(flat.isfinite(), flat, -torch.inf)
                     n_active[hook] += int((flat > settings.threshold).sum())
                     n_kept = max(1, round(settings.acts_per_token / flat.shape[1] * n_tokens))
-                    known = strongest.get(hook, flat[:0])
-                    both = torch.cat([known, flat])
+                    strongest_so_far = strongest.get(hook, flat[:0])
+                    both = torch.cat([strongest_so_far, flat])
                     strongest[hook] = both.topk(min(n_kept, len(both)), dim=0).values
     model.train(was_training)
     return {

@@ -210,7 +210,7 @@ def claim(
 
 def claim_all(
     store: astore.Store,
-    given: Sequence[Code] | Mapping[str, Code],
+    codes: Sequence[Code] | Mapping[str, Code],
     halves: bool,
     width: Callable[[str], int],
 ) -> list[Latents]:
@@ -221,15 +221,15 @@ def claim_all(
     Raises:
         DictionaryError: As `claim`, or one dictionary is given twice.
     """
-    if isinstance(given, Mapping):
-        pairs = list(given.items())
+    if isinstance(codes, Mapping):
+        pairs = list(codes.items())
     else:
-        pairs = [(named_hook(code), code) for code in given]
-    found = [claim(store, code, hook, width(hook), halves=halves) for hook, code in pairs]
-    twice = {each.hook for each in found if sum(each.hook == other.hook for other in found) > 1}
+        pairs = [(named_hook(code), code) for code in codes]
+    claims = [claim(store, code, hook, width(hook), halves=halves) for hook, code in pairs]
+    twice = {each.hook for each in claims if sum(each.hook == other.hook for other in claims) > 1}
     if twice:
         raise DictionaryError(f"dictionaries: one is given twice: {', '.join(sorted(twice))}")
-    return found
+    return claims
 
 
 def rows_settings(

@@ -74,7 +74,7 @@ def prints_rows(
     A verb with parameters `format` and `wide` is told which was chosen, and may write by itself.
     """
     own = inspect.signature(verb, eval_str=True).parameters.values()
-    told = {parameter.name for parameter in own} & {"format", "wide"}
+    passed_on = {parameter.name for parameter in own} & {"format", "wide"}
 
     @wraps(verb)
     def print_rows(
@@ -89,7 +89,7 @@ def prints_rows(
             raise typer.BadParameter("want at most one of --csv, --json, --arrow")
         format: Format = "csv" if csv else "json" if json else "arrow" if arrow else "table"
         chosen = {"format": format, "wide": wide}
-        result = verb(**arguments, **{name: chosen[name] for name in told})
+        result = verb(**arguments, **{name: chosen[name] for name in passed_on})
         after: Sequence[str] = ()
         if isinstance(result, Outcome):
             result, after = result.tables, result.after
@@ -100,7 +100,7 @@ def prints_rows(
         for line in after:
             print(printable(line), file=sys.stderr)
 
-    shown = [parameter for parameter in own if parameter.name not in told]
+    shown = [parameter for parameter in own if parameter.name not in passed_on]
     options = [
         _option("wide", "One line per row, however long."),
         _option("csv", "CSV on stdout."),

@@ -184,7 +184,7 @@ def help_tables(store: Store, names: Sequence[str] = ()) -> list[OutputTable]:
     """
     from activation_store.catalog.schema_reference import column_comments, entries
 
-    known = {entry.name: entry for entry in entries()}
+    by_name = {entry.name: entry for entry in entries()}
     if not names:
         rows = [(entry.call, entry.kind, entry.about) for entry in entries()]
         note = (
@@ -195,15 +195,17 @@ def help_tables(store: Store, names: Sequence[str] = ()) -> list[OutputTable]:
         return [OutputTable(("name", "kind", "what its rows are"), rows, note=note, is_report=True)]
     tables: list[OutputTable] = []
     for name in names:
-        if name not in known:
-            raise RunError(f".help {name}: no such table or macro; {nearest(name, known)}")
-        entry, comments = known[name], column_comments()
+        if name not in by_name:
+            raise RunError(f".help {name}: no such table or macro; {nearest(name, by_name)}")
+        entry, comments = by_name[name], column_comments()
         if entry.kind == "macro":
             rows = [(entry.call, "macro", entry.about)]
             heads = ("call", "kind", "what its rows are")
         else:
-            found = store.sql(f"DESCRIBE FROM {name}").fetchall()
-            rows = [(column, kind, comments.get((name, column), "")) for column, kind, *_ in found]
+            columns = store.sql(f"DESCRIBE FROM {name}").fetchall()
+            rows = [
+                (column, kind, comments.get((name, column), "")) for column, kind, *_ in columns
+            ]
             heads = ("column", "type", "what it holds")
         tables.append(OutputTable(heads, rows, title=f"{name}: {entry.about}", is_report=True))
     return tables

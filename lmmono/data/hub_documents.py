@@ -72,8 +72,8 @@ def _rows(corpus: HubCorpus) -> Iterable[Any]:
     if isinstance(saved, datasets.Dataset):
         return saved
     if corpus.split not in saved:
-        known = nearest(corpus.split, map(str, saved))
-        raise DataError(f"dataset {corpus.name}: no split {corpus.split!r}; {known}")
+        way_out = nearest(corpus.split, map(str, saved))
+        raise DataError(f"dataset {corpus.name}: no split {corpus.split!r}; {way_out}")
     return saved[corpus.split]
 
 

@@ -78,7 +78,7 @@ def tokenize(
     paths = _paths(texts)
     if rows is None:
         rows = "documents" if paths is None and _is_texts(texts) else "packed"
-    given: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "corpus": {"kind": "files", "paths": paths or ("(given in Python)",)},
         "tokenizer": {"kind": "folder", "path": str(tokenizer.name_or_path or "(the model's)")},
         "splits": dict(splits or HALVES),
@@ -88,20 +88,24 @@ def tokenize(
         "eos": eos,
         "chat": chat,
     }
-    given["corpus"] |= {"text_column": text_column, "split": split, "max_documents": max_documents}
+    settings["corpus"] |= {
+        "text_column": text_column,
+        "split": split,
+        "max_documents": max_documents,
+    }
     try:
-        section = Data.model_validate(given)
+        section = Data.model_validate(settings)
     except ValidationError as error:
         raise DataError(f"tokenize: {error.errors(include_url=False)[0]['msg']}") from None
     assert isinstance(section.corpus, FilesCorpus)
     messages = None if chat is None else Chat(chat, tokenizer)
     if paths is not None:
-        found, notes = documents(section.corpus, messages), reading_notes(section.corpus, messages)
+        pieces, notes = documents(section.corpus, messages), reading_notes(section.corpus, messages)
     else:
-        found, notes = islice(_given(texts, section.corpus, messages), max_documents), []
+        pieces, notes = islice(_given(texts, section.corpus, messages), max_documents), []
     folder = Path(tempfile.mkdtemp(prefix="lmmono-tokens-"))
     try:
-        write_rows(found, tokenizer, section, folder, progress, notes=notes, keep_rest=True)
+        write_rows(pieces, tokenizer, section, folder, progress, notes=notes, keep_rest=True)
         corpus = TokenCorpus(folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -112,13 +116,13 @@ def tokenize(
 
 def _tokenizer(model: Any, tokenizer: Any) -> PreTrainedTokenizerFast:
     own = model if isinstance(model, PreTrainedTokenizerFast) else getattr(model, "tokenizer", None)
-    found = tokenizer or own
-    if not isinstance(found, PreTrainedTokenizerFast):
+    chosen = tokenizer or own
+    if not isinstance(chosen, PreTrainedTokenizerFast):
         raise DataError(
             "text needs the model's tokenizer: open the model with lm.open_model, or pass "
             "tokenizer=, a fast one of transformers"
         )
-    return found
+    return chosen
 
 
 def _paths(texts: Any) -> tuple[str, ...] | None:

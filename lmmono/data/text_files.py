@@ -412,7 +412,7 @@ def _whole_json_rows(
     """Yield the objects of a list, alone or as the only list of an object, or of JSON lines."""
     text = "".join(line for _, line in _lines(file, bare=False))
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # many call JSON lines .json
             yield from _json_rows(file, columns)
@@ -420,10 +420,10 @@ def _whole_json_rows(
         raise DataError(f"{file.path}:{error.lineno}: no JSON: {error.msg}") from error
     except RecursionError as error:
         raise DataError(f"{file.path}: no JSON: nested too deeply") from error
-    lists = [v for v in found.values() if isinstance(v, list)] if isinstance(found, dict) else []
-    rows: Any = lists[0] if len(lists) == 1 else found
+    lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
+    rows: Any = lists[0] if len(lists) == 1 else value
     if not isinstance(rows, list):
-        raise DataError(f"{file.path}: want a list of objects, got {type(found).__name__}")
+        raise DataError(f"{file.path}: want a list of objects, got {type(value).__name__}")
     for i, row in enumerate(cast(list[Any], rows)):
         if not isinstance(row, dict):
             raise DataError(f"{file.path}: item {i}: want an object, got {type(row).__name__}")

@@ -335,17 +335,19 @@ def _read_facts(folder: Path) -> CorpusFile:
     if not path.is_file():
         raise DataError(f"{folder} is no prepared corpus: it has no corpus.json; prepare it again")
     way_out = f"delete {folder} and prepare again"
-    found = read_json(path, dict, DataError, way_out=way_out).get("format")
-    if found != FORMAT:
-        raise DataError(f"{path}: want a corpus of format {FORMAT}, got {found}; prepare it again")
+    version = read_json(path, dict, DataError, way_out=way_out).get("format")
+    if version != FORMAT:
+        raise DataError(
+            f"{path}: want a corpus of format {FORMAT}, got {version}; prepare it again"
+        )
     return read_json(path, CorpusFile, DataError, way_out=way_out)
 
 
 def _no_rows(split: Split, facts: dict[str, int], n_ctx: int, notes: Sequence[str]) -> str:
-    told = "".join(f" ({note})" for note in notes)
+    remarks = "".join(f" ({note})" for note in notes)
     return (
         f"split {split!r} fills no row of {n_ctx} tokens: it has {facts['n_documents']} documents "
-        f"with {facts['n_tokens']} tokens in all{told}; use more documents, a larger "
+        f"with {facts['n_tokens']} tokens in all{remarks}; use more documents, a larger "
         f"{'corpus' if split == 'train' else f'data.splits.{split}_fraction'}, a smaller "
         "data.n_ctx, or data.rows: documents"
     )

@@ -153,8 +153,8 @@ class SAEReport:
                 f"{row['hook']}: the store has a dictionary {name!r} with other weights; "
                 "give another name"
             )
-        known = {key: value for key, value in row.items() if value is not None}
-        store.append_all({"all_scores": self.rows(name), "dictionaries": [{**before, **known}]})
+        filled = {key: value for key, value in row.items() if value is not None}
+        store.append_all({"all_scores": self.rows(name), "dictionaries": [{**before, **filled}]})
 
     def _measures(self) -> list[tuple[str, str | None, Estimate, dict[str, Any]]]:
         """Return metric, preset, number and details of every row."""

@@ -338,7 +338,7 @@ def _table(
     control: str | None,
     n_positive: Int[ndarray, " features"],
     choice: UnitChoice,
-    found: Detection,
+    detection: Detection,
     halves: _Halves,
 ) -> pa.Table:
     """Return one row per feature."""
@@ -349,7 +349,7 @@ def _table(
     }
     units = {"correlation": choice.matched, "auroc": choice.ranked, "f1": choice.split}
     for measure_name, unit in units.items():
-        values: Float[ndarray, "draws features"] = getattr(found, measure_name)
+        values: Float[ndarray, "draws features"] = getattr(detection, measure_name)
         defined = ~np.isnan(values[0])
         columns[f"{measure_name}_unit"] = pa.array(unit, mask=~defined | (unit < 0))
         ends = ("", "_low", "_high")

@@ -127,8 +127,8 @@ def explain(
         stored = set[int]() if overwrite else answered_units(store, hook, plan.name, seed)
         left = [unit for unit in wanted[hook] if unit not in stored]
         n_found += len(wanted[hook]) - len(left)
-        found = sorted(stored.intersection(wanted[hook]))
-        n_outdated += count_outdated(store, hook, plan.name, seed, found) if found else 0
+        explained = sorted(stored.intersection(wanted[hook]))
+        n_outdated += count_outdated(store, hook, plan.name, seed, explained) if explained else 0
         if left:
             whole_hook = units is None and len(left) == len(wanted[hook])
             plan.explain(hook, None if whole_hook else left, progress)

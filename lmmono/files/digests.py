@@ -11,16 +11,10 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_digests(folder: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, str]:
-    """Return the digest of every file below a folder by its relative path.
-
-    Args:
-        folder: Folder; links are not followed.
-        leave_out: Relative paths without a digest, such as the index that the digests go into.
-    """
+def folder_digests(folder: Path) -> dict[str, str]:
+    """Return the digest of every file below a folder by its relative path; links are left out."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: file_digest(path) for name, path in names.items() if name not in leave_out}
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
 
 
 def damaged_files(folder: Path, digests: Mapping[str, str]) -> list[str]:

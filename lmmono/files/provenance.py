@@ -27,13 +27,13 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Return the version of Python and of every package in `PACKAGES` that is installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def git_commit(folder: Path | None = None) -> str | None:

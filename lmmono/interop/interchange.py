@@ -483,14 +483,6 @@ def _auto_encoder(t: Weights) -> Converted:
     return "standard", weights, {}
 
 
-def _auto_encoder_new(t: Weights) -> Converted:
-    return "standard", _linear(t, "decoder.bias"), {"apply_b_dec_to_input": False}
-
-
-def _top_k(t: Weights) -> Converted:
-    return "topk", _linear(t, "b_dec"), {"k": int(t["k"])}
-
-
 def _batch_top_k(t: Weights) -> Converted:
     weights = _linear(t, "b_dec")
     return "jumprelu", {**weights, "threshold": t["threshold"].expand_as(weights["b_enc"])}, {}
@@ -499,10 +491,6 @@ def _batch_top_k(t: Weights) -> Converted:
 def _matryoshka(t: Weights) -> Converted:
     weights = {name: t[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     return "jumprelu", {**weights, "threshold": t["threshold"].expand_as(t["b_enc"])}, {}
-
-
-def _jump_relu(t: Weights) -> Converted:
-    return "jumprelu", dict(t), {"apply_b_dec_to_input": False}
 
 
 def _gated(t: Weights) -> Converted:
@@ -533,11 +521,20 @@ _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 _PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 _CLASSES: dict[str, tuple[tuple[str, ...], Callable[[Weights], Converted]]] = {
     "AutoEncoder": ((*_LINEAR, "bias"), _auto_encoder),
-    "AutoEncoderNew": ((*_LINEAR, "decoder.bias"), _auto_encoder_new),
-    "AutoEncoderTopK": ((*_LINEAR, "b_dec", "k"), _top_k),
+    "AutoEncoderNew": (
+        (*_LINEAR, "decoder.bias"),
+        lambda t: ("standard", _linear(t, "decoder.bias"), {"apply_b_dec_to_input": False}),
+    ),
+    "AutoEncoderTopK": (
+        (*_LINEAR, "b_dec", "k"),
+        lambda t: ("topk", _linear(t, "b_dec"), {"k": int(t["k"])}),
+    ),
     "BatchTopKSAE": ((*_LINEAR, "b_dec", "threshold"), _batch_top_k),
     "MatryoshkaBatchTopKSAE": (_PLAIN, _matryoshka),
-    "JumpReluAutoEncoder": (_PLAIN, _jump_relu),
+    "JumpReluAutoEncoder": (
+        _PLAIN,
+        lambda t: ("jumprelu", dict(t), {"apply_b_dec_to_input": False}),
+    ),
     "GatedAutoEncoder": (
         ("decoder_bias", "encoder.weight", "r_mag", "gate_bias", "mag_bias", "decoder.weight"),
         _gated,

@@ -166,7 +166,7 @@ def _weights(
 ) -> dict[str, Tensor]:
     """Cut the file into named weights, query and key reordered for transformers' rotary."""
     d_head = config.hidden_size // config.num_attention_heads
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     offset = HEADER.size
     for name, shape in shapes.items():
         count = math.prod(shape)
@@ -176,8 +176,8 @@ def _weights(
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             tensor = _halves_from_pairs(tensor, d_head)
         layers = enumerate(tensor) if "{}" in name else [(0, tensor)]
-        found |= {name.format(i): weight for i, weight in layers if name != "rotary"}
-    return found
+        weights |= {name.format(i): weight for i, weight in layers if name != "rotary"}
+    return weights
 
 
 def _halves_from_pairs(weight: Tensor, d_head: int) -> Tensor:

@@ -84,7 +84,7 @@ def export_simulations(
     settings = scorer.with_settings(preset, {"simulator": simulator})
     names = list(explainers or _explainers(store, hook, simulator))
     stored = {name: kept_explanations(reader, hook, name) for name in names}
-    wanted = sorted({unit for said in stored.values() for unit in said})
+    wanted = sorted({unit for of_explainer in stored.values() for unit in of_explainer})
     chosen = wanted if units is None else [unit for unit in wanted if unit in set(units)]
     job = ScoreJob(store, hook, reader, tuple(chosen), settings, seed=seed, client=client)
     records, words = scored_records(job, ("top", "random")), read_vocabulary(store)
@@ -92,9 +92,9 @@ def export_simulations(
     with whole_folder(out) as folder:
         at = folder / str(number)
         at.mkdir()
-        for unit, told in _scored(job, records, stored, words):
+        for unit, scored in _scored(job, records, stored, words):
             neuron = _named("NeuronId", layer_index=number, neuron_index=unit)
-            line = _named("NeuronSimulationResults", neuron_id=neuron, scored_explanations=told)
+            line = _named("NeuronSimulationResults", neuron_id=neuron, scored_explanations=scored)
             text = json.dumps(line, allow_nan=False) + "\n"
             (at / f"{unit}.jsonl").write_text(text, encoding="utf-8")
     return Path(out)
@@ -104,10 +104,10 @@ def _explainers(store: astore.Store, hook: str, simulator: str) -> list[str]:
     query = """SELECT DISTINCT explainer FROM explanations
         WHERE hook = $hook AND (program IS NOT NULL OR $reads) ORDER BY explainer"""
     reads = simulator != "program"
-    found = [name for (name,) in store.sql(query, hook=hook, reads=reads).fetchall()]
-    if not found:
+    names = [name for (name,) in store.sql(query, hook=hook, reads=reads).fetchall()]
+    if not names:
         raise ExplainError(f"{store.path}: no explanations of {hook!r} to simulate by {simulator}")
-    return found
+    return names
 
 
 def _scored(
@@ -118,22 +118,22 @@ def _scored(
 ) -> Iterator[tuple[int, list[Json]]]:
     """Yield each unit with its scored explanations."""
     for first in range(0, len(records.units), UNITS_AT_ONCE):
-        mine = np.arange(first, min(first + UNITS_AT_ONCE, len(records.units)))
-        index, units = records.index[mine], [int(unit) for unit in records.units[mine]]
-        there = (index >= 0)[:, :, None]
-        ids = np.where(there, records.excerpts.token_ids[index], np.int32(-1))
-        told: dict[int, list[Json]] = {unit: [] for unit in units}
-        for said in stored.values():
-            rows = [i for i, unit in enumerate(units) if unit in said]
-            explanations = [said[units[i]] for i in rows]
+        block = np.arange(first, min(first + UNITS_AT_ONCE, len(records.units)))
+        index, units = records.index[block], [int(unit) for unit in records.units[block]]
+        present = (index >= 0)[:, :, None]
+        ids = np.where(present, records.excerpts.token_ids[index], np.int32(-1))
+        lines: dict[int, list[Json]] = {unit: [] for unit in units}
+        for of_explainer in stored.values():
+            rows = [i for i, unit in enumerate(units) if unit in of_explainer]
+            explanations = [of_explainer[units[i]] for i in rows]
             predicted, answers = predictions(job, explanations, ids[rows])
-            sums = record_sums(records.acts[mine][rows], predicted, ids[rows] >= 0)
+            sums = record_sums(records.acts[block][rows], predicted, ids[rows] >= 0)
             for k, (i, explanation) in enumerate(zip(rows, explanations, strict=True)):
                 if explanation.text is not None and not isinstance(answers[k], Failed):
-                    truth = records.acts[mine[i]]
+                    truth = records.acts[block[i]]
                     parts = _sequences(job, ids[i], truth, predicted[k], sums[k], words)
-                    told[units[i]].append(_explanation(explanation.text, parts, sums[k]))
-        yield from told.items()
+                    lines[units[i]].append(_explanation(explanation.text, parts, sums[k]))
+        yield from lines.items()
 
 
 def _explanation(text: str, parts: list[Json], sums: Float[ndarray, "records sums"]) -> Json:
@@ -154,13 +154,15 @@ def _sequences(
     """Return the records that there are, each with its own scores."""
     simulator = job.settings_as(SimulationSettings).simulator
     normalised, by_program = simulator == "llm", simulator == "program"
-    found: list[Json] = []
+    sequences: list[Json] = []
     for record in np.flatnonzero((ids >= 0).any(axis=1)):
-        there = ids[record] >= 0
-        values = [float(value) for value in predicted[record][there]]
+        is_token = ids[record] >= 0
+        values = [float(value) for value in predicted[record][is_token]]
         simulation = _named(
             "SequenceSimulation",
-            tokens=[words[i] if i < len(words) else f"[{i}]" for i in ids[record][there].tolist()],
+            tokens=[
+                words[i] if i < len(words) else f"[{i}]" for i in ids[record][is_token].tolist()
+            ],
             expected_activations=values,
             activation_scale=(
                 "simulated_normalized_activations" if normalised else "neuron_activations"
@@ -169,14 +171,14 @@ def _sequences(
             distribution_probabilities=[[1.0] if by_program else [] for _ in values],
             uncalibrated_simulation=None,
         )
-        acts = [float(act) for act in truth[record][there]]
+        acts = [float(act) for act in truth[record][is_token]]
         scores = _scores(sums[record])
-        found.append(
+        sequences.append(
             _named(
                 "ScoredSequenceSimulation", simulation=simulation, true_activations=acts, **scores
             )
         )
-    return found
+    return sequences
 
 
 def _scores(sums: Float[ndarray, " sums"]) -> Json:

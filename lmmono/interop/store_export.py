@@ -31,8 +31,8 @@ def export_store(
     """
     if to not in EXPLAINED:
         if to not in FORMATS:
-            known = sorted({*EXPLAINED, *FORMATS})
-            raise ExplainError(f"export: layout {to!r} is not known; {nearest(to, known)}")
+            layouts = sorted({*EXPLAINED, *FORMATS})
+            raise ExplainError(f"export: layout {to!r} is not known; {nearest(to, layouts)}")
         return astore.export(store, to, out, hooks)
     if store.is_lake:
         raise ExplainError(f"export: {to} reads a store, not a lake; export the store of the run")

@@ -96,17 +96,19 @@ def _rows(
     }
     rows: Rows = []
     for part in (TEST, *bench.task.ood):
-        some = data if part == TEST else _limited(bench, part)
+        some = (
+            data
+            if part == TEST
+            else bench.task.part(part).take(
+                drawn(bench.task, part, bench.settings.continuity.n_texts)
+            )
+        )
         right = classifier.predict(some.texts).argmax(axis=1) == some.labels
         measured = Measurement(
             int(right.sum()), len(right), None, time.perf_counter() - began, facts
         )
         rows.append(bench.row(replace(about, split=part), measured))
     return [*rows, *(_row(bench, about, tuner, value) for value in values), *cue]
-
-
-def _limited(bench: Bench, part: str) -> Labelled:
-    return bench.task.part(part).take(drawn(bench.task, part, bench.settings.continuity.n_texts))
 
 
 def _values(

@@ -93,11 +93,6 @@ def paper_output_fidelity(
     return -(scores.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
 
 
-def conciseness_diversity(phi: Phi, *, eta: float, kind: Diversity = "paper") -> Scalar:
-    """Return L_cd = E1 - E2 + eta mean|Phi|: the paper's term with the mean for its L1."""
-    return conciseness(phi) - diversity(phi, kind) + eta * mean_l1(phi)
-
-
 def word_loss(log_p: Float[Tensor, "batch word"], counts: Float[Tensor, "batch word"]) -> Scalar:
     """Return the mean over texts of -sum_v c_v log p_v / sum_v c_v, in nats per word.
 

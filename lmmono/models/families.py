@@ -283,8 +283,8 @@ def no_names(model: nn.Module) -> str:
     if kind in FAMILIES:
         unfit = ", ".join(unfit_settings(FAMILIES[kind], config))
         return f"blocks of {kind} with {unfit} do not fit TransformerLens names"
-    known = ", ".join(sorted(FAMILIES))
-    return f"{kind or type(model).__name__} is in no family with TransformerLens names ({known})"
+    families = ", ".join(sorted(FAMILIES))
+    return f"{kind or type(model).__name__} is in no family with TransformerLens names ({families})"
 
 
 def decoder_path(model: Any) -> str:

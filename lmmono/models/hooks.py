@@ -85,8 +85,8 @@ def match_hooks(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
 
 def negative_halves(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return the hooks of the negative halves of signed neurons that `names` leave out."""
-    known = set(hook_names(model)) - set(names)
-    return [half for name in names if (half := f"{name}_neg") in known]
+    other_names = set(hook_names(model)) - set(names)
+    return [half for name in names if (half := f"{name}_neg") in other_names]
 
 
 def hook_width(model: nn.Module, name: str) -> int:

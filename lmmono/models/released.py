@@ -105,15 +105,11 @@ def _read(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, ValueError, LookupError) as fault:
         raise ModelError(
             f"{path}: {path.stat().st_size:,} bytes that are no whole PyTorch checkpoint"
-            f" ({_first_line(fault)}); copy it again"
+            f" ({(str(fault) or type(fault).__name__).splitlines()[0]}); copy it again"
         ) from fault
     if not isinstance(saved, Mapping):
         raise ModelError(f"{path}: holds a {type(saved).__name__}, want a dict of weights")
     return dict(cast(Mapping[str, Any], saved))
-
-
-def _first_line(fault: BaseException) -> str:
-    return (str(fault) or type(fault).__name__).splitlines()[0]
 
 
 def _weights(path: Path, saved: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -55,7 +55,15 @@ def settled_runs(recipe: Recipe, *, progress: Progress = silent) -> tuple[Recipe
     if not recipe.sweep.lr:
         return runs
     chosen = {t.arm: t.lr for t in sweep(recipe, progress=progress) if t.is_chosen}
-    return tuple(_at_rate(run, chosen[_arm(run)]) for run in runs)
+    return tuple(
+        run.model_copy(
+            update={
+                "train": run.train.model_copy(update={"lr": chosen[_arm(run)]}),
+                "sweep": Sweep(),
+            }
+        )
+        for run in runs
+    )
 
 
 def sweep(recipe: Recipe, *, progress: Progress = silent) -> list[Trial]:
@@ -97,11 +105,6 @@ def trial_recipe(recipe: Recipe, lr: float) -> Recipe:
 
 def _arm(recipe: Recipe) -> str:
     return recipe.arm or recipe.name
-
-
-def _at_rate(recipe: Recipe, lr: float) -> Recipe:
-    train = recipe.train.model_copy(update={"lr": lr})
-    return recipe.model_copy(update={"train": train, "sweep": Sweep()})
 
 
 def _trial(arm: str, recipe: Recipe, lr: float, progress: Progress) -> Trial:

@@ -91,9 +91,9 @@ def _check_dictionaries(run: Run, report: RunReport) -> None:
     if folders:
         from lmmono.dictionaries.estimator import verify_dictionary
 
-        known = {fault.partition(": ")[0] for fault in report.faults}
+        places = {fault.partition(": ")[0] for fault in report.faults}
         faults = [fault for folder in folders for fault in verify_dictionary(folder)]
-        report.faults += [fault for fault in faults if fault.partition(": ")[0] not in known]
+        report.faults += [fault for fault in faults if fault.partition(": ")[0] not in places]
 
 
 def _check_stores(run: Run, report: RunReport) -> None:

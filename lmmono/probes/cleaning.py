@@ -108,10 +108,10 @@ def relabelled(problems: Problems) -> Probes:
         neighbours = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(x) - 1)).fit(x)
         near = torch.from_numpy(neighbours.kneighbors(return_distance=False))
         for i in members.tolist():
-            given = problems.y[i][rows]
-            voted = outvoted(given, near, problems.n_classes)
+            labels = problems.y[i][rows]
+            voted = outvoted(labels, near, problems.n_classes)
             y[i, rows] = voted
-            notes[i] = f"{int((voted != given).sum())} of {len(rows)} labels changed"
+            notes[i] = f"{int((voted != labels).sum())} of {len(rows)} labels changed"
     cleaned = replace(problems, y=y)
     return _after_cleaning(tuned_logistic(cleaned), faults, cleaned.faults(), notes)
 

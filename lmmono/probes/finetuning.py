@@ -202,7 +202,8 @@ class Classifier:
             files={},
         )
         with atomic_folder(Path(folder)) as fresh:
-            save_file(_tensors(self.network), fresh / "weights.safetensors")
+            weights = {k: t.detach().contiguous() for k, t in _tensors(self.network).items()}
+            save_file(weights, fresh / "weights.safetensors")
             stored = asdict(facts) | {"files": folder_digests(fresh)}
             (fresh / "classifier.json").write_text(json.dumps(stored, indent=1))
 
@@ -253,7 +254,10 @@ def load_classifier(folder: str | Path, model: nn.Module, tokenizer: Any = None)
     with torch.random.fork_rng(devices=[]):
         network = TextNetwork(bare(model), stored.n_classes, settings)
     try:
-        _fill(network, load_file(folder / "weights.safetensors"))
+        weights = load_file(folder / "weights.safetensors")
+        with torch.no_grad():
+            for name, tensor in _tensors(network).items():
+                tensor.copy_(weights[name])
     except (KeyError, RuntimeError, SafetensorError) as fault:
         raise RobustnessError(
             f"{folder}: its weights do not fit this {type(bare(model)).__name__} ({fault}); give "
@@ -266,17 +270,7 @@ def load_classifier(folder: str | Path, model: nn.Module, tokenizer: Any = None)
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    return {name: tensor.detach().contiguous() for name, tensor in named.items()}
-
-
-@torch.no_grad()
-def _fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    for name, tensor in {
-        **dict(network.named_parameters()),
-        **dict(network.named_buffers()),
-    }.items():
-        tensor.copy_(tensors[name])
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def finetune(

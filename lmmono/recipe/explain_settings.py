@@ -34,12 +34,12 @@ class Explain(Section):
     @model_validator(mode="before")
     @classmethod
     def _name_what_is_there(cls, values: Any) -> Any:
-        given: Any = values.get("explainers") if isinstance(values, dict) else None
-        names: tuple[Any, ...] = tuple(given) if isinstance(given, tuple | list) else ()
+        explainers: Any = values.get("explainers") if isinstance(values, dict) else None
+        names: tuple[Any, ...] = tuple(explainers) if isinstance(explainers, tuple | list) else ()
         for i, name in enumerate(names):
-            known = EXPLAINERS.get(name) if isinstance(name, str) else None
-            if known is not None and known.needs:
-                raise _from_python(name, known.needs[0], f"explainers.{i}", "explain", "explainer")
+            record = EXPLAINERS.get(name) if isinstance(name, str) else None
+            if record is not None and record.needs:
+                raise _from_python(name, record.needs[0], f"explainers.{i}", "explain", "explainer")
         return values
 
     @model_validator(mode="after")
@@ -84,9 +84,9 @@ class Scoring(
             raise clash(f"want a scorer, got {self.name!r}; {nearest(self.name, RUNNABLE)}", "name")
         if scorer.argument is not None:
             raise _from_python(self.name, scorer.argument, "name", "score", "scorer")
-        known = scorer.presets
-        if self.preset is not None and self.preset not in known:
-            way_out = nearest(self.preset, known) if known else "it has none"
+        presets = scorer.presets
+        if self.preset is not None and self.preset not in presets:
+            way_out = nearest(self.preset, presets) if presets else "it has none"
             raise clash(f"{self.name} has no preset {self.preset!r}; {way_out}", "preset")
         try:
             scorer.with_settings(self.preset, self.settings)

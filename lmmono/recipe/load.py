@@ -147,10 +147,10 @@ def _override(tree: Tree, change: Tree) -> None:
 
 
 def _seed_faults(tree: Tree) -> list[Fault]:
-    given = {"seed", "seeds"} & set(tree.values)
+    keys = {"seed", "seeds"} & set(tree.values)
     message = "want seed (an integer >= 0) or seeds (a list of them), got "
-    if len(given) != 1:
-        return [_fault(tree, ("seed",), message + ("both" if given else "neither"))]
+    if len(keys) != 1:
+        return [_fault(tree, ("seed",), message + ("both" if keys else "neither"))]
     if tree.values.get("seeds") == ():
         return [_fault(tree, ("seeds",), message + "an empty list")]
     return []
@@ -363,17 +363,17 @@ def _filled(values: Values, section: type[Section]) -> Values:
     """
     filled = dict(values)
     for key, field in section.model_fields.items():
-        made, given = field.default_factory, filled.get(key)
-        kind = made if isinstance(made, type) and issubclass(made, Section) else None
-        if not isinstance(given, dict) or not (kind or field.discriminator):
+        factory, entry = field.default_factory, filled.get(key)
+        kind = factory if isinstance(factory, type) and issubclass(factory, Section) else None
+        if not isinstance(entry, dict) or not (kind or field.discriminator):
             continue
         if field.discriminator:
             tag = str(field.discriminator)
-            kinds = [k for k in get_args(field.annotation) if set(given) <= set(k.model_fields)]
+            kinds = [k for k in get_args(field.annotation) if set(entry) <= set(k.model_fields)]
             if kind not in kinds and len(kinds) == 1:
                 kind = kinds[0]
-            if tag not in given and kind is not None:
+            if tag not in entry and kind is not None:
                 (name,) = get_args(kind.model_fields[tag].annotation)
-                given = {tag: name, **given}
-        filled[key] = _filled(given, kind) if kind is not None else given
+                entry = {tag: name, **entry}
+        filled[key] = _filled(entry, kind) if kind is not None else entry
     return filled

@@ -104,7 +104,11 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
     @classmethod
     def _settle_pretrained(cls, values: Any) -> Any:
         """Let a pretrained model bring its tokenizer, and an arm of one leave out training."""
-        if not isinstance(values, dict) or not _is_pretrained(values.get("model")):
+        if not isinstance(values, dict):
+            return values
+        model = values.get("model")
+        arch = model.get("arch") if isinstance(model, dict) else getattr(model, "arch", None)
+        if arch != "pretrained":
             return values
         data = values.get("data", {})
         if isinstance(data, dict) and "tokenizer" not in data:
@@ -237,11 +241,6 @@ class Recipe(Section, json_schema_extra=_seed_or_seeds):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _is_pretrained(model: Any) -> bool:
-    arch = model.get("arch") if isinstance(model, dict) else getattr(model, "arch", None)
-    return arch == "pretrained"
-
-
 def row_clash(data: Data, train: Train) -> PydanticCustomError | None:
     """Return the fault of a batch that is no whole number of rows, if it is one."""
     for field in ("batch_tokens", "micro_batch_tokens"):
@@ -298,7 +297,10 @@ def _arm_keys(root: Schema) -> Schema:
     for section in SECTIONS:
         for key, schema in _dotted(section, root, root):
             keys.setdefault(key, []).append(schema)
-    return {key: found[0] if len(found) == 1 else {"anyOf": found} for key, found in keys.items()}
+    return {
+        key: schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+        for key, schemas in keys.items()
+    }
 
 
 def _dotted(path: str, above: Schema, root: Schema) -> Iterator[tuple[str, Schema]]:

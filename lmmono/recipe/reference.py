@@ -218,9 +218,9 @@ def _yaml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Section):
-        told = {name for name in ("kind", "arch") if name in type(value).model_fields}
-        given = {name: getattr(value, name) for name in (*sorted(told), *value.model_fields_set)}
-        return _yaml(given)
+        tags = {name for name in ("kind", "arch") if name in type(value).model_fields}
+        settings = {name: getattr(value, name) for name in (*sorted(tags), *value.model_fields_set)}
+        return _yaml(settings)
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_yaml, value))}]"
     if isinstance(value, dict):

@@ -101,8 +101,8 @@ class FamilySettings(
         takes = FAMILIES[self.name].takes
         for setting in get_args(FamilySetting):
             if getattr(self, setting) is not None and setting not in takes:
-                known = ", ".join(takes) or "none"
-                raise clash(f"{self.name} has no such setting; it has: {known}", setting)
+                names = ", ".join(takes) or "none"
+                raise clash(f"{self.name} has no such setting; it has: {names}", setting)
         return self
 
     @property

@@ -107,7 +107,7 @@ def read_sides(
 
     def choose(unit: UnitActs) -> Int[ndarray, " records"]:
         row, chosen = row_of[unit.unit], list[ndarray]()
-        for said, is_predicted in enumerate(predicted(row)):
+        for state, is_predicted in enumerate(predicted(row)):
             frames = {
                 "active": unit.largest > 0,
                 "predicted": is_predicted,
@@ -118,9 +118,9 @@ def read_sides(
                 rng = stream(f"side {side}", seed, hook, excerpts.split, unit.unit)
                 drawn.append(filled(draw_up_to(rng, np.flatnonzero(frames[side]), n), n))
             picks = np.stack(drawn)
-            sizes[said, row] = [[int(frames[side].sum()) for side in sides]]
+            sizes[state, row] = [[int(frames[side].sum()) for side in sides]]
             on = np.stack([frames[side][picks] for side in sides], axis=-1)
-            is_on[said, row] = on & (picks >= 0)[..., None]
+            is_on[state, row] = on & (picks >= 0)[..., None]
             chosen.append(picks.ravel())
         return np.concatenate(chosen)
 
@@ -136,10 +136,10 @@ def read_sides(
             excerpts,
             tuple(sides),
             wanted,
-            index[:, said],
-            acts[:, said],
-            np.array([sizes[said, row][0] for row in rows], np.int64).reshape(-1, len(sides)),
-            np.stack([is_on[said, row] for row in rows]),
+            index[:, state],
+            acts[:, state],
+            np.array([sizes[state, row][0] for row in rows], np.int64).reshape(-1, len(sides)),
+            np.stack([is_on[state, row] for row in rows]),
         )
-        for said in range(n_said)
+        for state in range(n_said)
     ]

@@ -1,7 +1,7 @@
 """The scorers: what each measures, needs and cites. Adding one is adding a record."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lmmono.errors import ExplainError
@@ -78,11 +78,6 @@ class Scorer:
         Infinite where it passes at no density.
         """
         return least_density(self.metrics[0])
-
-    @property
-    def setting_names(self) -> tuple[str, ...]:
-        """Names of its settings."""
-        return tuple(each.name for each in fields(self.settings))
 
     def load(self) -> Callable[[Any], Any]:
         """Import and return the function that scores."""

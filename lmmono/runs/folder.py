@@ -464,7 +464,10 @@ def open_run(path: str | Path) -> Run:
     if not folder.is_dir():
         raise RunError(f"{folder}: no such run folder; {_nearby(folder)}")
     if not (folder / "manifest.json").is_file():
-        raise RunError(_no_run(folder))
+        if inner := find_runs(folder):
+            names = ", ".join(map(str, inner))
+            raise RunError(f"{folder}: holds several runs; name one: {names}")
+        raise RunError(f"{folder}: no run folder (it has no manifest.json); {_nearby(folder)}")
     manifest = Manifest.read(folder)
     try:
         recipe = Recipe.load(folder / "recipe.yaml")
@@ -483,15 +486,8 @@ def find_runs(folder: str | Path) -> list[Path]:
 
 
 def _nearby(folder: Path) -> str:
-    known = [str(path) for path in find_runs(folder.parent)] if folder.parent.is_dir() else []
-    return nearest(str(folder), known) if known else "`lmmono run RECIPE` makes one"
-
-
-def _no_run(folder: Path) -> str:
-    inner = find_runs(folder)
-    if inner:
-        return f"{folder}: holds several runs; name one: {', '.join(map(str, inner))}"
-    return f"{folder}: no run folder (it has no manifest.json); {_nearby(folder)}"
+    runs = [str(path) for path in find_runs(folder.parent)] if folder.parent.is_dir() else []
+    return nearest(str(folder), runs) if runs else "`lmmono run RECIPE` makes one"
 
 
 def _holds_something(folder: Path) -> bool:

@@ -109,10 +109,10 @@ class Manifest(BaseModel):
         """
         path = folder / "manifest.json"
         way_out = "restore the file, or remove the folder and run again"
-        found = read_json(path, dict, RunError, way_out=way_out).get("format", 0)
-        if isinstance(found, int) and found > FORMAT:
+        version = read_json(path, dict, RunError, way_out=way_out).get("format", 0)
+        if isinstance(version, int) and version > FORMAT:
             raise RunError(
-                f"{path}: written by a newer lmmono (format {found}, this one reads up to "
+                f"{path}: written by a newer lmmono (format {version}, this one reads up to "
                 f"{FORMAT}); update lmmono"
             )
         return read_json(path, cls, RunError, way_out=way_out)

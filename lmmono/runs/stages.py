@@ -10,10 +10,6 @@ from dataclasses import dataclass
 from lmmono.recipe import Recipe
 
 
-def _always(_: Recipe) -> bool:
-    return True
-
-
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One stage of a run."""
@@ -31,7 +27,7 @@ class Stage:
     """Files and folders in the run folder that leave with it when its settings change."""
     verb: str = ""
     """The verb that does it, where that is not its name."""
-    is_asked: Callable[[Recipe], bool] = _always
+    is_asked: Callable[[Recipe], bool] = lambda _: True
     """Whether a recipe asks for it at all."""
     wants: str = ""
     """What to tell who names the verb where the recipe does not ask for it."""

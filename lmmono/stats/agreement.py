@@ -13,38 +13,36 @@ from jaxtyping import Bool, Float
 from numpy import ndarray
 from scipy.stats import rankdata
 
-N_SUMS = 13
-"""n, t, p, tt, pp, tp, |t - p|, |t|, and of ranks: t, p, tt, pp, tp."""
-
 NO_VARIATION = 1e-10
 """A series whose variance is below this share of its mean square is constant."""
 
 Sums = Float[ndarray, "*batch sums"]
+"""n, t, p, tt, pp, tp, |t - p|, |t|, and of ranks: t, p, tt, pp, tp."""
 
 
 def record_sums(
     truth: Float[ndarray, "units records window"],
     predicted: Float[ndarray, "units records window"],
-    there: Bool[ndarray, "units records window"],
+    present: Bool[ndarray, "units records window"],
 ) -> Float[ndarray, "units records sums"]:
     """Return the sums of each record over the tokens that are there.
 
     Ranks are average ranks over all tokens of the unit that are there.
     """
-    t = np.where(there, truth, 0.0).astype(np.float64)
-    p = np.where(there, predicted, 0.0).astype(np.float64)
-    parts = [there.astype(np.float64), t, p, t * t, p * p, t * p, np.abs(t - p), np.abs(t)]
+    t = np.where(present, truth, 0.0).astype(np.float64)
+    p = np.where(present, predicted, 0.0).astype(np.float64)
+    parts = [present.astype(np.float64), t, p, t * t, p * p, t * p, np.abs(t - p), np.abs(t)]
     sums = [part.sum(axis=-1) for part in parts]
-    rank_t, rank_p = _ranked(t, there), _ranked(p, there)
+    rank_t, rank_p = _ranked(t, present), _ranked(p, present)
     pairs = ((rank_t, None), (rank_p, None), (rank_t, rank_t), (rank_p, rank_p), (rank_t, rank_p))
     sums += [(a if b is None else a * b).sum(axis=-1) for a, b in pairs]
     return np.stack(sums, axis=-1)
 
 
-def _ranked(values: ndarray, there: ndarray) -> Float[ndarray, "units records window"]:
+def _ranked(values: ndarray, present: ndarray) -> Float[ndarray, "units records window"]:
     """Return the average rank of each value among those there, minus the mean rank; 0 elsewhere."""
     shape = (len(values), values[0].size if len(values) else 0)
-    is_there = there.reshape(shape)
+    is_there = present.reshape(shape)
     # what is not there ranks after everything that is
     ranks = rankdata(np.where(is_there, values.reshape(shape), np.inf), axis=1)
     middle = (is_there.sum(axis=1, keepdims=True) + 1) / 2

@@ -4,7 +4,7 @@ Tokens of one document hang together, so an interval that takes them as independ
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -97,15 +97,15 @@ class DocumentDraws:
         Numbers that every redraw defines, which are most, are sorted in one call.
         """
         whole = np.isfinite(values).all(axis=0) & (self.n_documents > 1) & (len(values) > 1)
-        found = np.empty((values.shape[1], 3))
+        intervals = np.empty((values.shape[1], 3))
         if whole.any():
             tail = (1 - self.level) / 2
-            found[whole, 0] = values[0, whole]
-            found[whole, 1:] = np.quantile(values[1:, whole], [tail, 1 - tail], axis=0).T
+            intervals[whole, 0] = values[0, whole]
+            intervals[whole, 1:] = np.quantile(values[1:, whole], [tail, 1 - tail], axis=0).T
         for i in np.flatnonzero(~whole):
             each = self.estimate(values[:, i])
-            found[i] = each.value, each.low, each.high
-        return found
+            intervals[i] = each.value, each.low, each.high
+        return intervals
 
 
 def ratio(above: Float[ndarray, "*n"], below: Float[ndarray, "*n"]) -> Float[ndarray, "*n"]:
@@ -137,32 +137,3 @@ def bca_interval(groups: Sequence[Float[ndarray, " _"]], seed: int = 0) -> Inter
 
 def _mean_of_means(*groups: Float[ndarray, "..."], axis: int = -1) -> Float[ndarray, "..."]:
     return np.asarray(sum(group.mean(axis=axis) for group in groups) / len(groups))
-
-
-def percentile_interval(
-    data: Float[ndarray, " n"],
-    statistic: Callable[..., Float[ndarray, "..."]],
-    *,
-    n_resamples: int,
-    seed: int = 0,
-) -> Interval:
-    """Return scipy's percentile interval of a statistic of independent items.
-
-    Args:
-        data: The items, at least one.
-        statistic: Such as `numpy.median`; takes `axis`.
-        n_resamples: Redraws of the items.
-        seed: Seed of the redraws.
-    """
-    if len(data) == 1:
-        return float(data[0]), float(data[0])
-    result = bootstrap(
-        (data,),
-        statistic,
-        n_resamples=n_resamples,
-        vectorized=True,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(result.low), float(result.high)

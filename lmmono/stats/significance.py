@@ -37,8 +37,6 @@ class Effect:
     """The least p that so many seeds can give; above 0.05, no result can be significant."""
     n_seeds: int
     """Differences, over all tasks."""
-    n_tasks: int
-    """Tasks."""
     ci_method: str
     """How the interval was made."""
 
@@ -69,7 +67,6 @@ def effect(by_task: Sequence[Float[ndarray, " _"]], *, seed: int = 0) -> Effect:
         sign_flip_p(shares, seed=seed),
         min(1.0, 2.0 ** (1 - n)),
         n,
-        len(by_task),
         method,
     )
 

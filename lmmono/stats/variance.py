@@ -112,14 +112,14 @@ def components(
         return np.maximum(np.stack([*parts, mean_squares[RESIDUAL]]), 0.0)
 
     names = (*factors, RESIDUAL)
-    found = solved({name: np.array([squares[name] / freedom[name]]) for name in names})[:, 0]
+    estimates = solved({name: np.array([squares[name] / freedom[name]]) for name in names})[:, 0]
     rng = np.random.default_rng(seed)
     drawn = solved({name: squares[name] / rng.chisquare(freedom[name], N_PIVOTS) for name in names})
     total = drawn.sum(axis=0)
     shares = drawn / np.where(total > 0, total, 1.0)
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(shares, [tail, 1 - tail], axis=1)
-    whole = found.sum()
+    whole = estimates.sum()
     levels = {name: values.shape[axis[name]] for name in factors} | {RESIDUAL: freedom[RESIDUAL]}
     return tuple(
         Component(
@@ -130,5 +130,5 @@ def components(
             float(low[i]),
             float(high[i]),
         )  # fmt: skip
-        for i, (name, part) in enumerate(zip(names, found, strict=True))
+        for i, (name, part) in enumerate(zip(names, estimates, strict=True))
     )

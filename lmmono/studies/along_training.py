@@ -74,11 +74,11 @@ def difference(
     """
     pair = UnitPair(list(a), list(b), has_chance)
     means = pair.means(None)
-    found = means[:, 0] - means[:, 1]
+    differences = means[:, 0] - means[:, 1]
     n_defined = min(sum(int(hook.defined.sum()) for hook in side) for side in (a, b))
     if n_defined < MIN_DEFINED:
-        found[1] = np.nan
-    return found
+        differences[1] = np.nan
+    return differences
 
 
 def at_equal_tokens(
@@ -113,14 +113,14 @@ def at_equal_loss(a: KeptTraining, b: KeptTraining, *, last_block: bool = True) 
     before = max(after - 1, 0)
     gap = losses[before] - losses[after]
     share = (losses[before] - end.val_loss) / gap if gap else 1.0
-    found, n_tokens = np.zeros(3), 0.0
+    changes, n_tokens = np.zeros(3), 0.0
     for i, weight in ((before, 1 - share), (after, share)):
         if weight:  # 0 x NaN is NaN
-            found += weight * _between(worse, end, better.models[i], last_block)
+            changes += weight * _between(worse, end, better.models[i], last_block)
             n_tokens += weight * math.log(max(better.models[i].n_tokens, 1))
-    found = (-found if swap else found) - _floor(a, b, last_block)
+    changes = (-changes if swap else changes) - _floor(a, b, last_block)
     return AtEqualLoss(
-        end.val_loss, _in_order(float(end.n_tokens), math.exp(n_tokens), swap), found
+        end.val_loss, _in_order(float(end.n_tokens), math.exp(n_tokens), swap), changes
     )
 
 
@@ -186,7 +186,7 @@ def verdicts(
         holm([1.0 if math.isnan(getattr(t, name)) else getattr(t, name) for t in tests])
         for name in ("p", "p_equivalent")
     )
-    found: list[RegisteredVerdict] = []
+    judged: list[RegisteredVerdict] = []
     for test, (_, sign), one, other in zip(tests, by_test, p, p_equivalent, strict=True):
         if math.isnan(test.p):
             one = other = math.nan
@@ -195,5 +195,5 @@ def verdicts(
             word = "supported" if test.mean * sign > 0 else "opposite"
         else:
             word = "equivalent" if other < alpha else "inconclusive"
-        found.append(RegisteredVerdict(test, one, other, word))
-    return found
+        judged.append(RegisteredVerdict(test, one, other, word))
+    return judged

@@ -147,11 +147,11 @@ def two_way_effect(by_task: Sequence[Float[ndarray, "seeds texts"]]) -> Effect:
     Seeds alone say how sure a difference is on these texts; of two equal codes 40 of 100 such
     intervals leave 0 out.
     """
-    found = two_way_mean(by_task)
+    tested = two_way_mean(by_task)
     method = "two-way over seeds and test texts, Student t"
-    ends, p = (found.ci_low, found.ci_high), 1.0 if math.isnan(found.p) else found.p
-    least = 1.0 if math.isnan(found.p) else 0.0
-    return Effect(found.mean, *ends, p, least, found.n_seeds, len(by_task), method)
+    ends, p = (tested.ci_low, tested.ci_high), 1.0 if math.isnan(tested.p) else tested.p
+    least = 1.0 if math.isnan(tested.p) else 0.0
+    return Effect(tested.mean, *ends, p, least, tested.n_seeds, method)
 
 
 def by_seed(values: Mapping[tuple[str, int], float]) -> list[Float[ndarray, " _"]]:

@@ -157,7 +157,7 @@ def _distance(
         intercept,
         float(np.mean([point.at_home for point in ours])),
         float(np.mean([point.elsewhere for point in ours])),
-        Effect(value, low, high, p, least, len(seeds), 1, method),
+        Effect(value, low, high, p, least, len(seeds), method),
         p,
     )
 

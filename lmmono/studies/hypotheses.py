@@ -28,7 +28,7 @@ from lmmono.studies.doses import (
     doses_of,
     is_whole,
 )
-from lmmono.studies.effective import EffectiveRobustness, effective_robustness
+from lmmono.studies.effective import effective_robustness
 from lmmono.suites.results import Result
 
 ALPHA = 0.05
@@ -204,15 +204,15 @@ def _noisy_labels(evidence: Evidence, low: float, high: float) -> list[Result]:
     ]
     if rows and all(math.isnan(each.margin) for each in rows):
         raise NotTestedError("rows of noisy_labels do not say n_classes, so no margin is known")
-    found = [each for each in rows if low - 1e-9 <= each.margin <= high + 1e-9]
-    if not found:
+    inside = [each for each in rows if low - 1e-9 <= each.margin <= high + 1e-9]
+    if not inside:
         raise NotTestedError(f"no row of noisy_labels with a margin from {low:g} to {high:g}")
-    return found
+    return inside
 
 
 def _against_dense(evidence: Evidence, rows: Sequence[Result]) -> list[Finding]:
     """Return each claimed family's difference from the best dense control of its budget."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     arms = sorted({(r.feature, r.budget) for r in rows if evidence.is_claimed(r.feature)})
     if not arms:
         raise NotTestedError("no family that is claimed to be robust has rows")
@@ -224,10 +224,10 @@ def _against_dense(evidence: Evidence, rows: Sequence[Result]) -> list[Finding]:
                 control: _effect(same, feature, control, of_seeds)
                 for control, of_seeds in differences(same, feature, controls).items()
             }
-            found.append(from_all(f"{feature} ({budget})", effects))
-    if not found:
+            findings.append(from_all(f"{feature} ({budget})", effects))
+    if not findings:
         raise NotTestedError("no dense control has rows at the budget of a claimed family")
-    return found
+    return findings
 
 
 def _effect(
@@ -337,12 +337,12 @@ def judge_doses(evidence: Evidence) -> list[Finding]:
             f"want {MIN_DICTIONARIES} dictionaries of one width with a measure and a gain, "
             f"got {most or 'none'}"
         )
-    found = [r for r in dose_responses(doses, gains) if r.n >= MIN_DICTIONARIES]
-    if not found:
+    responses = [r for r in dose_responses(doses, gains) if r.n >= MIN_DICTIONARIES]
+    if not responses:
         raise NotTestedError("the measure or the gain is the same in all dictionaries")
     return [
         Finding(f"width {r.width}", r.measure, r.rho, r.ci_low, r.ci_high, r.p, 1.0, r.n)
-        for r in found
+        for r in responses
     ]
 
 
@@ -374,20 +374,27 @@ def judge_other_domains(evidence: Evidence) -> list[Finding]:
     """Return each claimed family's effective robustness, domain by domain."""
     rows = [r for r in evidence.results if r.suite == "ood" and r.probe == evidence.probe]
     dense = sorted({each.feature for each in rows if evidence.is_dense(each.feature)})
-    mine = [r for r in rows if evidence.is_claimed(r.feature) or r.feature in dense]
-    if not any((each.split or "").startswith("ood:") for each in mine):
+    compared = [r for r in rows if evidence.is_claimed(r.feature) or r.feature in dense]
+    if not any((each.split or "").startswith("ood:") for each in compared):
         raise NotTestedError("no row of suite ood on another domain")
-    found = effective_robustness(mine, dense)
-    if not found:
+    distances = effective_robustness(compared, dense)
+    if not distances:
         raise NotTestedError("no family that is claimed to be robust has rows")
-    few = min(each.effect.n_seeds for each in found)
+    few = min(each.effect.n_seeds for each in distances)
     if few < MIN_SEEDS:
         raise NotTestedError(f"want {MIN_SEEDS} seeds, got {few}")
     line = "line of " + ", ".join(dense)
-    return [_above(line, each) for each in found]
-
-
-def _above(line: str, found: EffectiveRobustness) -> Finding:
-    what, made = f"{found.feature}: {found.task} -> {found.split[4:]}", found.effect
-    ends = (made.value, made.ci_low, made.ci_high)
-    return Finding(what, line, *ends, made.p, 1.0, made.n_seeds, made.least_p)
+    return [
+        Finding(
+            f"{distance.feature}: {distance.task} -> {distance.split[4:]}",
+            line,
+            distance.effect.value,
+            distance.effect.ci_low,
+            distance.effect.ci_high,
+            distance.effect.p,
+            1.0,
+            distance.effect.n_seeds,
+            distance.effect.least_p,
+        )
+        for distance in distances
+    ]

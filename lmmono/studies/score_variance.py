@@ -147,8 +147,8 @@ def _mean(
         job = ScoreJob(store, hook, reader, tuple(units), record.settings, explainer=named,
                        controls=False, seed=reader.seed, client=judge)  # fmt: skip
         rows = record.load()(job)
-        found = [row["value"] for row in rows if row["metric"] == record.metrics[0]]
-        means.append(float(np.mean([value for value in found if value is not None])))
+        values = [row["value"] for row in rows if row["metric"] == record.metrics[0]]
+        means.append(float(np.mean([value for value in values if value is not None])))
     if not means:
         raise ExplainError(f"{store.path}: no unit that {scorer} holds for")
     return float(np.mean(means))

@@ -90,8 +90,8 @@ def _right(
         labels = bench.task.part(part).labels[indices]
         right[part] = nothing[part]
         if len(labels):
-            said = best[2].predict(words.transform(_texts(bench, part, indices)))
-            right[part] = np.asarray(said == labels, bool)
+            predictions = best[2].predict(words.transform(_texts(bench, part, indices)))
+            right[part] = np.asarray(predictions == labels, bool)
     return right, {"c": best[1], "n_words": len(words.vocabulary_)}, None
 
 

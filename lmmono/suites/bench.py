@@ -215,9 +215,9 @@ class Bench:
             none = {name: np.zeros((0, d), np.float32) for name, d in widths.items()}
             return LabelledCodes(none, labelled.labels[indices], 0, 0)
         texts = [labelled.texts[i] for i in indices.tolist()]
-        made = self._encode(self.encoder, texts, part)
+        encoded = self._encode(self.encoder, texts, part)
         labels = labelled.labels[indices]
-        return LabelledCodes(made.codes, labels, made.n_truncated, made.n_tokenless)
+        return LabelledCodes(encoded.codes, labels, encoded.n_truncated, encoded.n_tokenless)
 
     def key(self, about: Condition) -> Key:
         """Return what tells the row of a condition from others."""
@@ -245,11 +245,11 @@ class Bench:
         """Say whether the row of a condition is missing, or was computed of something else."""
         return stored.get(self.key(about)) != self.digest(about)
 
-    def row(self, about: Condition, made: Measurement) -> dict[str, Any]:
+    def row(self, about: Condition, measured: Measurement) -> dict[str, Any]:
         """Return one row: a share of texts with its interval, or why there is none."""
         entrant, draw = about.entrant, about.draw
-        failure = made.failure or (None if made.n else f"part {about.split} has no text")
-        low, high = (None, None) if failure else wilson(float(made.n_right), made.n)
+        failure = measured.failure or (None if measured.n else f"part {about.split} has no text")
+        low, high = (None, None) if failure else wilson(float(measured.n_right), measured.n)
         sizes = {"n_train": len(draw.train), "n_val": len(draw.val)}
         facts = {"draw": 0, "n_classes": self.task.n_classes, **entrant.facts, **sizes}
         return {
@@ -264,21 +264,21 @@ class Bench:
             "metric_version": METRICS[METRIC].version,
             "seed": draw.seed,
             "split": about.split,
-            "value": None if failure else made.n_right / made.n,
+            "value": None if failure else measured.n_right / measured.n,
             "ci_low": low,
             "ci_high": high,
             "ci_level": None if failure else LEVEL,
             "ci_method": None if failure else CI_METHOD,
-            "n": made.n,
+            "n": measured.n,
             "failure": failure,
             "settings": {
                 "digest": self.digest(about),
                 **facts,
                 **draw.facts,
-                **made.facts,
-                **({} if failure or made.right is None else {"right": packed(made.right)}),
+                **measured.facts,
+                **({} if failure or measured.right is None else {"right": packed(measured.right)}),
             },
-            "seconds": made.seconds,
+            "seconds": measured.seconds,
         }
 
 
@@ -366,10 +366,10 @@ class CodesInMemory:
             t for t in texts if any((k, t) not in self._rows for k in keys.values())
         )
         if fresh:
-            made = encoder.encode(list(fresh)).codes
+            fresh_codes = encoder.encode(list(fresh)).codes
             for name, key in keys.items():
                 self._rows.update(
-                    ((key, text), row) for text, row in zip(fresh, made[name], strict=True)
+                    ((key, text), row) for text, row in zip(fresh, fresh_codes[name], strict=True)
                 )
         _, n_truncated, n_tokenless = encoder.reader.read(texts)
         codes = {name: np.stack([self._rows[key, t] for t in texts]) for name, key in keys.items()}

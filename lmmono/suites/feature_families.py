@@ -191,41 +191,41 @@ class FeatureFamily:
         return acts
 
     def _identity(self, acts: Tensor, origin: str) -> str:
-        given, settings = self._given_digest, self._settings
-        if given is None:
+        digest, settings = self._given_digest, self._settings
+        if digest is None:
             parts: list[Any] = [self.name, settings.d, settings.k, settings.seed, origin]
             later = (settings.positives, settings.map, settings.spread, settings.steps)
             parts += [later] if any(each is not None for each in later) else []
         else:
             sample = acts[:SAMPLE_ROWS].cpu().contiguous().numpy().tobytes()
-            parts = [given or hashlib.sha256(sample).hexdigest()]
+            parts = [digest or hashlib.sha256(sample).hexdigest()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def as_family(name: str, given: Any, *, seed: int = 0) -> FeatureFamily:
-    """Return what `features={name: given}` stands for.
+def as_family(name: str, source: Any, *, seed: int = 0) -> FeatureFamily:
+    """Return what `features={name: source}` stands for.
 
     Args:
         name: The name that it gets in tables.
-        given: None for the rows as they are, a kind by name or as a recipe has it, a
+        source: None for the rows as they are, a kind by name or as a recipe has it, a
             `FeatureFamily`, or an encoder.
         seed: Seed of what is drawn, for a kind given by name.
 
     Raises:
         RobustnessError: It is none of these, or an unknown kind.
     """
-    if isinstance(given, FeatureFamily):
-        family = given
-    elif isinstance(given, FamilySettings):
-        family = FeatureFamily(given.name, seed=seed, **given.model_dump(exclude={"name"}))
-    elif given is None or isinstance(given, str):
-        family = FeatureFamily(given or "raw", seed=seed)
-    elif callable(given):
-        family = FeatureFamily.of_encoder(name, cast(Encode, given))
+    if isinstance(source, FeatureFamily):
+        family = source
+    elif isinstance(source, FamilySettings):
+        family = FeatureFamily(source.name, seed=seed, **source.model_dump(exclude={"name"}))
+    elif source is None or isinstance(source, str):
+        family = FeatureFamily(source or "raw", seed=seed)
+    elif callable(source):
+        family = FeatureFamily.of_encoder(name, cast(Encode, source))
     else:
         raise RobustnessError(
             f"features[{name!r}]: want None, a name ({', '.join(FAMILIES)}), a FeatureFamily or a "
-            f"function such as sae.encode; got {type(given).__name__}"
+            f"function such as sae.encode; got {type(source).__name__}"
         )
     return family
 

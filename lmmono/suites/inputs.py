@@ -126,15 +126,17 @@ def _noised(
     severity, seed = noise[1:]
     try:
         if kind in MODEL_NOISE:
-            made = bench.encoder.encode(texts, names=names, noise=InputNoise(kind, severity, seed))
+            encoded = bench.encoder.encode(
+                texts, names=names, noise=InputNoise(kind, severity, seed)
+            )
         else:
             lists = synonyms_for(bench) if kind == "synonyms" else None
             noisy = corrupt_texts(texts, kind, severity, seed=seed, synonyms=lists)
-            made = bench.encoder.encode(noisy, names=names)
+            encoded = bench.encoder.encode(noisy, names=names)
     except (DataError, RobustnessError) as fault:
         return str(fault)
     return replace(
-        clean, codes=made.codes, n_truncated=made.n_truncated, n_tokenless=made.n_tokenless
+        clean, codes=encoded.codes, n_truncated=encoded.n_truncated, n_tokenless=encoded.n_tokenless
     )
 
 

@@ -118,9 +118,9 @@ class Result:
 
         None where a row does not say which texts are right.
         """
-        given = self.settings.get("items")
-        if given is not None or "right" not in self.settings or not self.n:
-            return given
+        items = self.settings.get("items")
+        if items is not None or "right" not in self.settings or not self.n:
+            return items
         bits = np.frombuffer(base64.b64decode(self.settings["right"]), np.uint8)
         return np.unpackbits(bits, count=self.n).astype(np.float64)
 
@@ -208,18 +208,6 @@ def result_of(row: Mapping[str, Any]) -> Result:
     return Result(**columns)
 
 
-def severity_areas(results: Iterable[Result]) -> list[Result]:
-    """Return the area under each family's curve of value over level, per corruption and seed.
-
-    Trapezoids over the levels from 0 on, divided by the largest level, so that the area is on the
-    scale of the value: mostly what the family has without noise; what noise takes away is in
-    `severity_changes`. Levels at which no family has a value, such as a rate at which nothing can
-    be learned, are left out; a curve that lacks a value that another family has has no area:
-    `incomplete_curve`.
-    """
-    return [area for area, _ in areas_and_starts(results)]
-
-
 def severity_changes(results: Iterable[Result]) -> list[Result]:
     """Return what noise does to a family on average: its area less its value at level 0.
 
@@ -247,7 +235,14 @@ def _with_items(
 
 
 def areas_and_starts(results: Iterable[Result]) -> Iterator[tuple[Result, Result | None]]:
-    """Yield the area under each curve, and the row at level 0 that it starts from."""
+    """Yield the area under each family's curve of value over level, with the row at level 0.
+
+    Trapezoids over the levels from 0 on, divided by the largest level, so that the area is on the
+    scale of the value: mostly what the family has without noise; what noise takes away is in
+    `severity_changes`. Levels at which no family has a value, such as a rate at which nothing can
+    be learned, are left out; a curve that lacks a value that another family has has no area:
+    `incomplete_curve`.
+    """
     clean: dict[tuple[Any, ...], Result] = {}
     curves: dict[tuple[Any, ...], dict[float, Result]] = {}
     levels: dict[tuple[Any, ...], set[float]] = {}
@@ -272,10 +267,10 @@ def areas_and_starts(results: Iterable[Result]) -> Iterator[tuple[Result, Result
         failure = "incomplete_curve" if math.isnan(area) else None
         rows = [start, *(points.get(level) for level in along[1:])]
         items = [row.items for row in rows if row is not None]
-        known = [of_texts for of_texts in items if of_texts is not None]
+        of_levels = [of_texts for of_texts in items if of_texts is not None]
         mean = None
-        if len(known) == len(along) and len({len(of_texts) for of_texts in known}) == 1:
-            mean = np.trapezoid(np.stack(known), along, axis=0) / along[-1]
+        if len(of_levels) == len(along) and len({len(of_texts) for of_texts in of_levels}) == 1:
+            mean = np.trapezoid(np.stack(of_levels), along, axis=0) / along[-1]
         settings = _with_items(first.settings, mean)
         yield replace(first, level=None, value=area, failure=failure, settings=settings), start
 

@@ -80,8 +80,8 @@ def _corpus_texts(run: Run) -> list[str]:
 def run_results(run: Run, store: astore.Store) -> list[Result]:
     """Return the rows of a run's store that its recipe asks for; its suites are done."""
     settings = run.recipe.robustness
-    made = run.manifest.stages["robustness"].facts.get("features")
-    features = [str(name) for name in made] if isinstance(made, list) else None
+    recorded = run.manifest.stages["robustness"].facts.get("features")
+    features = [str(name) for name in recorded] if isinstance(recorded, list) else None
     names = [task.title for task in settings.tasks]
     return read_results(store, asked=AskedRows(settings, names, features))
 
@@ -99,7 +99,7 @@ def _dictionaries(run: Run) -> Mapping[str, Callable[[Any], Any]]:
     hooks = sorted({place.parent.name for place in folder.glob("*/*/dictionary.json")})
     if settings.hook is not None:
         hooks = match_hooks(run.model, settings.hook)[:1]
-    found: dict[str, Callable[[Any], Any]] = {}
+    encoders: dict[str, Callable[[Any], Any]] = {}
     for pattern in settings.dictionaries:
         places = _matching(folder, hooks, pattern)
         if len({place.parent.name for place in places}) > 1:
@@ -108,24 +108,24 @@ def _dictionaries(run: Run) -> Mapping[str, Callable[[Any], Any]]:
                 f"robustness.dictionaries: {pattern} is at several hooks ({names}); name one as "
                 "robustness.hook"
             )
-        found |= {place.name: load_dictionary(place).encode for place in places}
-    return found
+        encoders |= {place.name: load_dictionary(place).encode for place in places}
+    return encoders
 
 
 def _matching(folder: Path, hooks: list[str], pattern: str) -> list[Path]:
-    known = [
+    saved = [
         about.parent
         for hook in hooks
         for about in sorted((folder / hook).glob("*/dictionary.json"))
     ]
     places = [
         place
-        for place in known
+        for place in saved
         if place.name == pattern
         or (fnmatchcase(place.name, pattern) and not place.name.endswith(_CONTROLS))
     ]
     if not places:
-        way_out = nearest(pattern, [place.name for place in known]) if known else "there are none"
+        way_out = nearest(pattern, [place.name for place in saved]) if saved else "there are none"
         where = ", ".join(hooks) or "any hook"
         raise RobustnessError(f"robustness.dictionaries: no {pattern!r} at {where}; {way_out}")
     return places

@@ -140,8 +140,10 @@ class CodeStore:
                 items = list(missing.items())
                 for first in range(0, len(items), COMMIT_TEXTS):
                     block = items[first : first + COMMIT_TEXTS]
-                    made = encoder.encode([text for _, text in block], names=short).codes
-                    self._add([i for i, _ in block], {code_ids[name]: made[name] for name in short})
+                    encoded = encoder.encode([text for _, text in block], names=short).codes
+                    self._add(
+                        [i for i, _ in block], {code_ids[name]: encoded[name] for name in short}
+                    )
             codes = {name: self._read(code, text_ids) for name, code in code_ids.items()}
         return TextCodes(codes, n_truncated, n_tokenless)
 
@@ -166,11 +168,11 @@ class CodeStore:
         family = code.family
         parts = [code.hook, code.pooling, family.digest, encoder.model_digest]
         digest = hashlib.sha256(json.dumps([*parts, encoder.reader.digest]).encode()).hexdigest()
-        known = self._con.execute(
+        stored = self._con.execute(
             "SELECT code_id FROM codes WHERE digest = $1", [digest]
         ).fetchone()
-        if known is not None:
-            return int(known[0])
+        if stored is not None:
+            return int(stored[0])
         row = self._con.execute("SELECT count(*) FROM codes").fetchone()
         assert row is not None
         about = {"code_id": row[0], "digest": digest, "hook": code.hook, "pooling": code.pooling}

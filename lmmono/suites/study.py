@@ -124,14 +124,14 @@ def robustness(
     return study.run()
 
 
-def _checked(given: Mapping[str, Any]) -> Robustness:
+def _checked(settings: Mapping[str, Any]) -> Robustness:
     """Return the settings as a recipe's section.
 
     Raises:
         RobustnessError: One is unknown or out of range; names all of them.
     """
     names = ("learners", "poolings", "label_noise", "input_noise", "attacks")
-    plain = {k: (v,) if k in names and isinstance(v, str) else v for k, v in given.items()}
+    plain = {k: (v,) if k in names and isinstance(v, str) else v for k, v in settings.items()}
     try:
         return Robustness.model_validate(_with_tuples(plain))
     except ValidationError as error:
@@ -214,11 +214,11 @@ class Study:
         odd = [name for name in self.features if set(name) & set("@:")]
         if odd:
             raise RobustnessError(f"features: want names without @ and :, got {odd[0]!r}")
-        for name, given in self.features.items():
-            as_family(name, given)
+        for name, source in self.features.items():
+            as_family(name, source)
 
     def _families(self) -> dict[str, FeatureFamily]:
-        return {name: as_family(name, given) for name, given in self.features.items()}
+        return {name: as_family(name, source) for name, source in self.features.items()}
 
     def _hook(self, encode: Encode, solve: Solver) -> str:
         """Return the hook: as given, as dictionaries want it, or as clean validation texts say."""
@@ -266,8 +266,8 @@ class Study:
         if self.store is None:
             return
         query = "SELECT value FROM meta WHERE key = 'model_digest'"
-        for (known,) in self.store.sql(query).fetchall():
-            if known != digest:
+        for (stored,) in self.store.sql(query).fetchall():
+            if stored != digest:
                 raise RobustnessError(
                     f"{self.store.path}: holds activations of another model; give a store of this "
                     "one, or none"

@@ -196,8 +196,8 @@ class TextEncoder:
                 key = (code.hook, id(code.family))
                 rows = batch.rows[code.hook]
                 if code.family.reads == "texts":
-                    made = code.family.transform(pool(rows, batch.lengths, "mean"))
-                    pooled[code.name].append(made.cpu())
+                    code_rows = code.family.transform(pool(rows, batch.lengths, "mean"))
+                    pooled[code.name].append(code_rows.cpu())
                     continue
                 if key not in acts:
                     acts[key] = code.family.transform(rows)

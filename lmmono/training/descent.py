@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lmmono.errors import TrainError
 from lmmono.files.atomic import atomic_file
-from lmmono.types import Progress, silent
 
 
 def minimise(
@@ -22,11 +21,9 @@ def minimise(
     steps: int,
     lr: float,
     seed: int,
-    weight_decay: float = 0.0,
     folder: Path | None = None,
     key: str = "",
     checkpoint_every: int = 200,
-    progress: Progress = silent,
 ) -> list[float]:
     """Train the weights of a module that want a gradient, and return the loss of every step.
 
@@ -40,18 +37,16 @@ def minimise(
         steps: Number of steps.
         lr: Adam's learning rate.
         seed: Seed of the draws.
-        weight_decay: Of AdamW.
         folder: Where to save; None saves nothing.
         key: Says of which fit a save is; others in the folder are left alone.
         checkpoint_every: Steps between saves.
-        progress: Told the steps done and the loss.
 
     Raises:
         TrainError: The loss is no number any more.
     """
     weights = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay)
-    name = hashlib.sha256(f"{key} {steps} {lr} {seed} {weight_decay}".encode()).hexdigest()[:16]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    name = hashlib.sha256(f"{key} {steps} {lr} {seed}".encode()).hexdigest()[:16]
     path = None if folder is None else folder / f"descent-{name}.pt"
     devices = list({p.device.index or 0 for p in weights if p.device.type == "cuda"})
     losses: list[float] = []
@@ -76,7 +71,6 @@ def minimise(
                 raise TrainError(
                     f"the loss is {losses[-1]} at step {step + 1}: want an lr below {lr:g}"
                 )
-            progress("steps", step + 1, steps, loss=losses[-1])
             if path is not None and (step + 1) % checkpoint_every == 0 and step + 1 < steps:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 state = {

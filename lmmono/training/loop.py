@@ -457,8 +457,8 @@ def require_new_weights(digest: str, step: int, earlier: Mapping[int, str]) -> N
     Raises:
         TrainError: Names both steps.
     """
-    for other, known in earlier.items():
-        if known == digest:
+    for other, weights in earlier.items():
+        if weights == digest:
             raise TrainError(
                 f"steps {other} and {step} have the same weights (sha256 {digest[:12]}): nothing "
                 "was learned between them; raise train.lr, or keep steps that are further apart"

@@ -433,9 +433,9 @@ class Terms(nn.Module):
         """Return the mean of each column over the steps that had it; others are left out."""
         means: dict[str, float] = {}
         for name, values in zip(self.columns, zip(*vectors, strict=True), strict=True):
-            known = [value for value in values if not math.isnan(value)]
-            if known:
-                means[name] = sum(known) / len(known)
+            numbers = [value for value in values if not math.isnan(value)]
+            if numbers:
+                means[name] = sum(numbers) / len(numbers)
         return means
 
 
@@ -518,7 +518,10 @@ def take_step(
     if accelerator is None:
         nn.utils.clip_grad_norm_(parameters, clip_norm)
     else:
-        _average_gradients(terms, accelerator)
+        # the objectives' own weights: no wrapper averages their gradients over processes
+        for weight in terms.parameters() if accelerator.num_processes > 1 else ():
+            if weight.grad is not None:
+                weight.grad = accelerator.reduce(weight.grad, reduction="mean")  # pyright: ignore[reportAttributeAccessIssue]
         accelerator.clip_grad_norm_(parameters, clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -536,11 +539,3 @@ def _main_pass(
         acts = stack.enter_context(recording(trainee.model, terms.hooks)) if terms.hooks else {}
         outputs = trainee.run(batch, is_main=True)
     return Outputs(outputs.logits, outputs.loss, outputs.features, dict(acts)) if acts else outputs
-
-
-def _average_gradients(terms: Terms, accelerator: Accelerator) -> None:
-    """Average the gradients of the objectives' own weights, which no wrapper does."""
-    if accelerator.num_processes > 1:
-        for weight in terms.parameters():
-            if weight.grad is not None:
-                weight.grad = accelerator.reduce(weight.grad, reduction="mean")  # pyright: ignore[reportAttributeAccessIssue]

@@ -38,11 +38,6 @@ class NoisyLabels:
     """How many of each clean class (row) got each label (column)."""
 
     @property
-    def realised(self) -> float:
-        """Share of labels that differ from the clean ones."""
-        return float(self.flipped.mean())
-
-    @property
     def learnable(self) -> bool:
         """Whether each class that occurs is still the commonest among the labels of its texts.
 

@@ -26,13 +26,13 @@ _POS = ("n", "v", "a", "r")
 
 def synonyms_of(lists: Mapping[str, Iterable[str]]) -> Synonyms:
     """Return the look-up of given lists; a word is no synonym of itself."""
-    known = {
+    by_word = {
         word.lower(): tuple(
             dict.fromkeys(other for other in others if other.lower() != word.lower())
         )
         for word, others in lists.items()
     }
-    return lambda word: known.get(word, ())
+    return lambda word: by_word.get(word, ())
 
 
 def read_synonyms(path: str | Path, words: Iterable[str] | None = None) -> Synonyms:
@@ -107,11 +107,11 @@ def planted_synonyms() -> Synonyms:
 
 
 def _senses(wordnet: Any, word: str) -> tuple[str, ...]:
-    found: list[str] = []
+    names: list[str] = []
     for pos in _POS:
         for synset in wordnet.synsets(word, pos=pos)[:1]:
-            found += [name for name in synset.lemma_names() if "_" not in name]
-    return tuple(dict.fromkeys(name for name in found if name.lower() != word))
+            names += [name for name in synset.lemma_names() if "_" not in name]
+    return tuple(dict.fromkeys(name for name in names if name.lower() != word))
 
 
 def _json_lists(path: Path, text: str) -> dict[str, list[str]]:

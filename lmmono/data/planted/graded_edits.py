@@ -41,7 +41,7 @@ def _neighbours(attribute: Attribute | None) -> dict[str, _Neighbours]:
     """Return the neighbours of each content word that has both kinds; ambiguous nouns are out."""
     lexicon = Lexicon()
     words = [w for w in lexicon.words if w.word_class in _CONTENT and len(w.topics) < 2]
-    found: dict[str, _Neighbours] = {}
+    neighbours: dict[str, _Neighbours] = {}
     for word in words:
         others = [w for w in words if w.word_class == word.word_class and w.form != word.form]
         alike = tuple(w.form for w in others if not attributes_apart(word, w))
@@ -51,8 +51,8 @@ def _neighbours(attribute: Attribute | None) -> dict[str, _Neighbours]:
             if len(names := attributes_apart(word, w)) == 1 and attribute in (None, *names)
         )
         if alike and apart:
-            found[word.form] = _Neighbours(alike, apart)
-    return found
+            neighbours[word.form] = _Neighbours(alike, apart)
+    return neighbours
 
 
 def graded_edit(
@@ -74,14 +74,14 @@ def graded_edit(
         The edited text; None where the text has fewer words that can be replaced.
     """
     assert 0 <= distance <= n_words, (distance, n_words)
-    words, known = text.split(" "), _neighbours(attribute)
-    places = [i for i, word in enumerate(words) if word in known]
+    words, neighbours = text.split(" "), _neighbours(attribute)
+    places = [i for i, word in enumerate(words) if word in neighbours]
     if len(places) < n_words:
         return None
     rng = np.random.default_rng((seed, *text.encode()))
     for rank, place in enumerate(rng.permutation(places)[:n_words].tolist()):
         pick = rng.random()
-        choices = known[words[place]]
+        choices = neighbours[words[place]]
         others = choices.apart if rank < distance else choices.alike
         words[place] = others[int(pick * len(others))]
     return " ".join(words)

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -21,8 +22,6 @@ class Shared:
     """The text as its first part has it."""
     places: tuple[tuple[str, int], ...]
     """Part and index in it, part by part, at least two parts."""
-    same_label: bool
-    """Whether all copies have one class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +34,6 @@ class Leakage:
     """Every text that more than one part has."""
     between: Mapping[tuple[str, str], int]
     """Number of such texts for every two parts that share any."""
-    repeated: Mapping[str, int]
-    """Number of texts of each part that repeat an earlier one of the same part."""
-
-    @property
-    def reaches_training(self) -> bool:
-        """Whether a text of `train` or `val` is also tested on."""
-        fitted = {"train", "val"}
-        return any(
-            (first in fitted) != (second in fitted) or {first, second} == fitted
-            for first, second in self.between
-        )
 
     def __str__(self) -> str:
         if not self.between:
@@ -67,20 +55,22 @@ def text_key(text: str) -> bytes:
 
 
 def leakage(task: Task) -> Leakage:
-    """Return which texts stand in more than one part, and how many repeat inside a part."""
+    """Return which texts stand in more than one part."""
     places: dict[bytes, list[tuple[str, int]]] = {}
-    repeated = dict.fromkeys(task.parts, 0)
     for name, part in task.parts.items():
-        seen: set[bytes] = set()
         for i, text in enumerate(part.texts):
-            key = text_key(text)
-            repeated[name] += key in seen
-            seen.add(key)
-            places.setdefault(key, []).append((name, i))
-    shared = tuple(
-        _shared(task, copies) for copies in places.values() if len({name for name, _ in copies}) > 1
-    )
-    return Leakage(task.name, shared, _between(task, shared), repeated)
+            places.setdefault(text_key(text), []).append((name, i))
+    names = list(task.parts)
+    shared: list[Shared] = []
+    between: dict[tuple[str, str], int] = {}
+    for copies in places.values():
+        holding = sorted({name for name, _ in copies}, key=names.index)
+        if len(holding) > 1:
+            part, first = copies[0]
+            shared.append(Shared(task.parts[part].texts[first], tuple(copies)))
+        for pair in combinations(holding, 2):
+            between[pair] = between.get(pair, 0) + 1
+    return Leakage(task.name, tuple(shared), between)
 
 
 def without_leakage(task: Task) -> Task:
@@ -104,20 +94,3 @@ def without_leakage(task: Task) -> Task:
 def _without(part: Labelled, keys: set[bytes]) -> Labelled:
     kept = [i for i, text in enumerate(part.texts) if text_key(text) not in keys]
     return part if len(kept) == len(part) else part.take(np.array(kept, np.int64))
-
-
-def _shared(task: Task, copies: list[tuple[str, int]]) -> Shared:
-    name, first = copies[0]
-    labels = {int(task.parts[part].labels[i]) for part, i in copies}
-    return Shared(task.parts[name].texts[first], tuple(copies), len(labels) == 1)
-
-
-def _between(task: Task, shared: tuple[Shared, ...]) -> dict[tuple[str, str], int]:
-    names = list(task.parts)
-    counts: dict[tuple[str, str], int] = {}
-    for text in shared:
-        holding = sorted({name for name, _ in text.places}, key=names.index)
-        for i, first in enumerate(holding):
-            for second in holding[i + 1 :]:
-                counts[first, second] = counts.get((first, second), 0) + 1
-    return counts

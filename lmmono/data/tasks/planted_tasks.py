@@ -79,11 +79,11 @@ class Cue:
     def put(self, texts: list[str], labels: Int64[np.ndarray, "n"], seed: int) -> list[str]:
         """Return the texts with a name before each; exactly `round(agreement * n)` agree."""
         rng = np.random.default_rng((seed, len(texts), self.n_classes))
-        told = (labels + rng.integers(1, self.n_classes, len(texts))) % self.n_classes
+        named = (labels + rng.integers(1, self.n_classes, len(texts))) % self.n_classes
         agreeing = rng.permutation(len(texts))[: round(self.agreement * len(texts))]
-        told[agreeing] = labels[agreeing]
+        named[agreeing] = labels[agreeing]
         names = NAMES.split()
-        return [f"{names[i]} , {text}" for i, text in zip(told.tolist(), texts, strict=True)]
+        return [f"{names[i]} , {text}" for i, text in zip(named.tolist(), texts, strict=True)]
 
 
 def planted_task(

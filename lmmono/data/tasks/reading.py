@@ -205,14 +205,14 @@ def read_task(
         pair=pair,
         refuse_others=True,
     )
-    found = list(_counted_rows(table, source.rows()))
+    counted = list(_counted_rows(table, source.rows()))
     task = assemble(
-        found,
+        counted,
         name=title,
-        about=f"{label} of {source.name}, parts {', '.join(sorted({row.part for row in found}))}",
+        about=f"{label} of {source.name}, parts {', '.join(sorted({row.part for row in counted}))}",
         licence="not stated",
         source=source.name,
-        label_names=_classes(found, source.name),
+        label_names=_classes(counted, source.name),
     )
     parts = {**task.parts}
     for domain, other in (ood or {}).items():
@@ -256,18 +256,18 @@ class _Source:
 
 
 def _other_domain(
-    task: Task, given: Any, columns: tuple[str, ...], label: str, domain: str
+    task: Task, source_of: Any, columns: tuple[str, ...], label: str, domain: str
 ) -> Labelled:
     """Return rows of another domain as a part of a task.
 
     Raises:
         DataError: They cannot be read, or hold no text of the task's classes.
     """
-    about: Mapping[str, Any] = given if isinstance(given, Mapping) else {"path": given}  # pyright: ignore[reportUnknownVariableType]
-    known = ("path", "text", "label", "labels")
+    about: Mapping[str, Any] = source_of if isinstance(source_of, Mapping) else {"path": source_of}  # pyright: ignore[reportUnknownVariableType]
+    keys = ("path", "text", "label", "labels")
     for key in about:
-        if key not in known:
-            raise DataError(f"task {task.name}, ood {domain}: no {key!r}; {nearest(key, known)}")
+        if key not in keys:
+            raise DataError(f"task {task.name}, ood {domain}: no {key!r}; {nearest(key, keys)}")
     if "path" not in about:
         raise DataError(f"task {task.name}, ood {domain}: want a path, or rows as path")
     text: Any = about.get("text") or columns
@@ -280,16 +280,16 @@ def _other_domain(
     )
     mapping: Mapping[str, str] = about.get("labels") or {name: name for name in task.label_names}
     where = f"task {task.name}, part {OOD}{domain}"
-    found = list(_counted_rows(table, source.rows()))
+    counted = list(_counted_rows(table, source.rows()))
     if not about.get("labels"):  # only what is mapped on purpose is left out
-        return labelled(found, task.label_names, where)
+        return labelled(counted, task.label_names, where)
     rows = [
         Row(row.part, row.text, mapping[row.label], None, None)
-        for row in found
+        for row in counted
         if row.label in mapping
     ]
     if not rows:
-        has = ", ".join(sorted({row.label for row in found})[:10])
+        has = ", ".join(sorted({row.label for row in counted})[:10])
         raise DataError(f"{where}: no text of the classes {', '.join(mapping)}; it has {has}")
     return labelled(rows, task.label_names, where)
 
@@ -347,8 +347,10 @@ def labelled(
     some = any(row.noisy is not None for row in rows)
     if some and fitted:
         rows = [row for row in rows if row.noisy is not None]
-    given = [row.noisy for row in rows if row.noisy is not None]
-    noisy = [index[name] for name in given] if some and len(given) == len(rows) else None
+    noisy_names = [row.noisy for row in rows if row.noisy is not None]
+    noisy = (
+        [index[name] for name in noisy_names] if some and len(noisy_names) == len(rows) else None
+    )
     return Labelled(
         tuple(row.text for row in rows),
         np.array([index[row.label] for row in rows], np.int64),
