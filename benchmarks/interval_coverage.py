@@ -12,7 +12,7 @@ percentile bootstrap over records within kinds (1,000 resamples), and the jackkn
 
 `shares`: token selectivity of units that fire at random, half of the time on one token, or on one
 token alone, 6 to 1,000 times in 60 documents of unequal length; and shares of three items a
-document (`lmmono.stats.ratios`), alike within a document or not.
+document (`lmmono.stats.intervals`), alike within a document or not.
 """
 
 import argparse
@@ -23,8 +23,7 @@ from lmmono.records.corpus_excerpts import TokenGrid
 from lmmono.scores.unit_statistics import Corpus, selectivity_columns
 from lmmono.stats.agreement import AGREEMENTS, Agreement, record_sums
 from lmmono.stats.formulas import entropies
-from lmmono.stats.intervals import unit_intervals
-from lmmono.stats.ratios import ratio_interval
+from lmmono.stats.intervals import ratio_interval, unit_intervals
 
 PEARSON = AGREEMENTS["pearson"]
 AT_ONCE = 50

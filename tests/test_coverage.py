@@ -16,11 +16,11 @@ from lmmono.stats.bootstrap import DocumentDraws
 from lmmono.stats.intervals import (
     cluster_error,
     jackknife_interval,
+    ratio_interval,
     student_interval,
     student_quantile,
     unit_intervals,
 )
-from lmmono.stats.ratios import ratio_interval
 
 N_DRAWS, N_DOCUMENTS = 300, (8, 40, 170)
 LEAST = {8: 0.88, 40: 0.90, 170: 0.91}

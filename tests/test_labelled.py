@@ -22,7 +22,7 @@ from lmmono.registry.scorer_settings import LabelledSettings
 from lmmono.scores.labelled import selectivity, strongest
 from lmmono.scores.labelled_items import TokenLabels, read_labelled
 from lmmono.scores.score_job import ScoreJob
-from lmmono.stats.consistency import consistency
+from lmmono.stats.formulas import consistency
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from dataclasses import asdict
 
 import pytest
 
+from lmmono.dictionaries.estimator import DICTIONARY_KINDS
 from lmmono.errors import ExplainError
 from lmmono.files.docstrings import field_sentences
 from lmmono.recipe.explain_settings import Explain, Scoring
 from lmmono.recipe.robustness_settings import FamilySettings, Robustness
-from lmmono.registry.dictionary_kinds import DICTIONARY_KINDS
 from lmmono.registry.explainers import EXPLAINERS
 from lmmono.registry.lookup import load
 from lmmono.registry.methods import METHODS

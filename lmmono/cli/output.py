@@ -236,23 +236,23 @@ def reports(tables: Iterable[ReportTable]) -> list[OutputTable]:
 
 def table_lines(table: OutputTable, width: int | None) -> list[str]:
     """Return the lines of a table that is at most `width` wide; None is no limit."""
-    head = [printable(name).replace("\n", " ") for name in table.columns]
-    rows = [[cell_text(cell) for cell in row] for row in table.rows]
-    columns = [[name, *(row[i] for row in rows)] for i, name in enumerate(head)]
-    is_number = [
-        bool(rows) and all(isinstance(row[i], int | float) for row in table.rows)
-        for i in range(len(head))
+    columns = [
+        [printable(name).replace("\n", " "), *(cell_text(row[i]) for row in table.rows)]
+        for i, name in enumerate(table.columns)
     ]
-    lines = [printable(table.title), ""] if table.title else []
     shown, widths = _fitting_columns(table, columns, width)
+    head, *rows = zip(*(columns[i] for i in shown), strict=True)
+    lines = [printable(table.title), ""] if table.title else []
     if widths is None:
         lines += _tall(head, rows, width or REPORT_WIDTH)
     else:
-        is_number = [is_number[i] for i in shown]
-        lines += _side_by_side([head[i] for i in shown], widths, is_number)
+        is_number = [
+            bool(rows) and all(isinstance(row[i], int | float) for row in table.rows) for i in shown
+        ]
+        lines += _side_by_side(head, widths, is_number)
         lines.append(GAP.join("-" * n for n in widths))
         for row in rows:
-            lines += _side_by_side([row[i] for i in shown], widths, is_number)
+            lines += _side_by_side(row, widths, is_number)
     hidden = [name for i, name in enumerate(table.columns) if i not in shown]
     if hidden:
         lines += ["", f"Not shown at this width: {', '.join(hidden)}; --wide shows all."]

@@ -30,7 +30,6 @@ from lmmono.files import provenance
 from lmmono.files.atomic import disk_faults, write_atomic
 from lmmono.files.digests import damaged_files, file_digest
 from lmmono.files.json_files import read_json
-from lmmono.registry.dictionary_kinds import DICTIONARY_KINDS
 from lmmono.registry.lookup import load
 from lmmono.types import Progress, silent
 
@@ -43,6 +42,15 @@ WEIGHTS = "weights.safetensors"
 WEIGHT_FILES = (WEIGHTS, "cfg.json", "sae_weights.safetensors")
 """Files whose digests stand in `dictionary.json`; training curves may be left behind."""
 
+
+DICTIONARY_KINDS = {
+    "sae": "lmmono.dictionaries.sae:SAE",
+    "classical": "lmmono.dictionaries.classical:Classical",
+    "control": "lmmono.dictionaries.controls:Control",
+    "imported": "lmmono.interop.interchange:Imported",
+}
+"""`module:class` by the kind that `dictionary.json` names; the architectures of each kind are the
+tags of their settings: `lmmono.recipe.dictionary_settings`."""
 
 T = TypeVar("T", bound="Dictionary")  # not Self: beartype checks methods, not this class
 

@@ -1,7 +1,7 @@
 """Statistics of units that need labels: how well a unit keeps to one concept.
 
 `semantic_consistency` is the largest share of a concept among the items on which the unit fires,
-raw and beyond chance; see `lmmono.stats.consistency`. The `top` variants take the same number of
+raw and beyond chance; see `lmmono.stats.formulas`. The `top` variants take the same number of
 items for each unit, its strongest, so that dense and sparse codes can be compared.
 """
 
@@ -16,7 +16,7 @@ from lmmono.registry.scorer_settings import LabelledSettings
 from lmmono.scores.labelled_items import LabelledItems, read_labelled
 from lmmono.scores.score_job import Row, ScoreJob
 from lmmono.scores.unit_statistics import METHOD, N_GROUPS
-from lmmono.stats.consistency import MIN_SUPPORT, beyond_chance, consistency, fires
+from lmmono.stats.formulas import MIN_SUPPORT, beyond_chance, consistency, fires
 from lmmono.stats.intervals import jackknife_interval
 
 

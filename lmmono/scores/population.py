@@ -35,8 +35,7 @@ from lmmono.records.unit_rows import read_unit_rows
 from lmmono.records.units import checked_units
 from lmmono.registry.scorer_settings import PopulationSettings
 from lmmono.scores.score_job import Row, ScoreJob, over_documents, undefined
-from lmmono.stats.intervals import Z, jackknife_interval, student_quantile
-from lmmono.stats.ratios import ratio_interval
+from lmmono.stats.intervals import Z, jackknife_interval, ratio_interval, student_quantile
 from lmmono.types import Split
 
 RATIO_METHOD = "delta method over documents, four more added (Agresti and Coull), Student t"

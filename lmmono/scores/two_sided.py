@@ -24,8 +24,7 @@ from lmmono.registry.scorer_settings import Side
 from lmmono.scores.population import read_tokens
 from lmmono.scores.score_job import Row, ScoreJob, over_documents, undefined
 from lmmono.stats.agreement import pearson
-from lmmono.stats.intervals import jackknife_interval
-from lmmono.stats.ratios import ratio_interval
+from lmmono.stats.intervals import jackknife_interval, ratio_interval
 
 SIDED = ("recall", "precision", "f1", "weighted")
 """Last parts of the metrics' names."""

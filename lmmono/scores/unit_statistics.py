@@ -20,8 +20,7 @@ from lmmono.records.units import checked_units
 from lmmono.registry.scorer_settings import StatisticsSettings
 from lmmono.scores.score_job import Row, ScoreJob
 from lmmono.stats.formulas import entropies, kurtosis
-from lmmono.stats.intervals import jackknife_interval
-from lmmono.stats.ratios import ratio_interval
+from lmmono.stats.intervals import jackknife_interval, ratio_interval
 from lmmono.types import Split
 
 N_GROUPS = 10

@@ -4,7 +4,7 @@ Tokens of one document hang together, so an interval that takes them as independ
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -119,13 +119,30 @@ def ratio(above: Float[ndarray, "*n"], below: Float[ndarray, "*n"]) -> Float[nda
 
 
 def bca_interval(groups: Sequence[Float[ndarray, " _"]], seed: int = 0) -> Interval:
-    """Return scipy's BCa interval of the mean of group means; groups are resampled apart."""
+    """Return the BCa interval of the mean of group means; groups are resampled apart."""
     if all(np.ptp(group) == 0 for group in groups):
         mean = float(np.mean([group[0] for group in groups]))
         return mean, mean
+
+    def mean_of_means(*groups: Float[ndarray, "..."], axis: int = -1) -> Float[ndarray, "..."]:
+        return np.asarray(sum(group.mean(axis=axis) for group in groups) / len(groups))
+
+    return bca(groups, mean_of_means, seed)
+
+
+def bca(
+    groups: Sequence[ndarray], statistic: Callable[..., Float[ndarray, "..."]], seed: int
+) -> Interval:
+    """Return scipy's BCa interval of a statistic of groups that are resampled apart.
+
+    Args:
+        groups: The items of each.
+        statistic: Takes the groups and `axis`, along which their items lie.
+        seed: Seed of the redraws.
+    """
     result = bootstrap(
         tuple(groups),
-        _mean_of_means,
+        statistic,
         n_resamples=N_RESAMPLES,
         vectorized=True,
         confidence_level=LEVEL,
@@ -133,7 +150,3 @@ def bca_interval(groups: Sequence[Float[ndarray, " _"]], seed: int = 0) -> Inter
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(result.low), float(result.high)
-
-
-def _mean_of_means(*groups: Float[ndarray, "..."], axis: int = -1) -> Float[ndarray, "..."]:
-    return np.asarray(sum(group.mean(axis=axis) for group in groups) / len(groups))

@@ -80,29 +80,20 @@ def components(
     axis = {name: i for i, name in enumerate(factors)}
     squares: dict[str, float] = {}
     freedom: dict[str, int] = {}
+    per: dict[str, float] = {}  # values behind each mean
     for name in factors:
         kept = [axis[name]] + ([axis[nested[name]]] if name in nested else [])
         means = values.mean(axis=tuple(i for i in range(values.ndim) if i not in kept))
-        per = n / means.size
+        around = np.asarray(grand)
         if name in nested:
-            outer = sorted(kept).index(axis[name])
-            around = means.mean(axis=outer, keepdims=True)
-            squares[name] = per * float(np.square(means - around).sum())
-            freedom[name] = means.size - around.size
-        else:
-            squares[name] = per * float(np.square(means - grand).sum())
-            freedom[name] = means.size - 1
+            around = means.mean(axis=sorted(kept).index(axis[name]), keepdims=True)
+        per[name] = n / means.size
+        squares[name] = per[name] * float(np.square(means - around).sum())
+        freedom[name] = means.size - around.size
     squares[RESIDUAL] = max(float(np.square(values - grand).sum()) - sum(squares.values()), 0.0)
     freedom[RESIDUAL] = n - 1 - sum(freedom.values())
     if freedom[RESIDUAL] < 1:
         raise ExplainError("components of variance want more combinations than factors have levels")
-    per = {
-        name: n
-        / (
-            values.shape[axis[name]] * (values.shape[axis[nested[name]]] if name in nested else 1)
-        )  # fmt: skip
-        for name in factors
-    }
     inner = {outer: name for name, outer in nested.items()}
 
     def solved(mean_squares: Mapping[str, ndarray]) -> Float[ndarray, "parts draws"]:

@@ -209,44 +209,30 @@ def _compare(
         float(np.mean(np.concatenate([hook.is_rarer(least) for hook in side]))) for side in sides
     )
     sides = tuple([hook.from_density(least) for hook in side] for side in sides)
-    if not all(sum(len(hook.values) for hook in side) for side in sides):
-        nan = math.nan
-        none = MeanDifference(nan, nan, nan, nan, nan, f"no unit fires on {least:g} of the tokens")
-        return Difference(
-            scorer.name,
-            1,
-            *[none] * 3,
-            overlap=math.nan,
-            undefined=(math.nan, math.nan),
-            below=(below[0], below[1]),
-            least_density=least,
-            paired_documents=paired,
-            ci_method="none",
-        )
-    sides = tuple([hook for hook in side if len(hook.values)] for side in sides)
-    has_chance = scorer.chance is not None or all(h.defined.all() for side in sides for h in side)
-    pair = UnitPair(sides[0], sides[1], has_chance)
-    means = pair.means(None)
-    rng = np.random.default_rng(seed)
-    draws = np.array([pair.means(rng) for _ in range(N_DRAWS)])
-    differences = draws[:, :, 0] - draws[:, :, 1]
-    failures = pair.failures()
-    estimates: list[MeanDifference] = []
-    for i, ((x, y), failure) in enumerate(zip(means.tolist(), failures, strict=True)):
-        drawn = differences[:, i][~np.isnan(differences[:, i])]
-        half = Z * float(drawn.std(ddof=1)) if failure is None and len(drawn) > 1 else np.nan
-        estimates.append(MeanDifference(x, y, x - y, x - y - half, x - y + half, failure))
     drawn_again = "documents, the same for both, and units" if paired else "units"
+    method = f"normal, standard error from {N_DRAWS} draws of {drawn_again}"
+    overlap, undefined = math.nan, (math.nan, math.nan)
+    if all(sum(len(hook.values) for hook in side) for side in sides):
+        filled = [[hook for hook in side if len(hook.values)] for side in sides]
+        has_chance = scorer.chance is not None or all(
+            hook.defined.all() for side in filled for hook in side
+        )
+        pair = UnitPair(filled[0], filled[1], has_chance)
+        estimates = pair.differences(seed)
+        overlap, undefined = pair.overlap, (pair.undefined_share(0), pair.undefined_share(1))
+    else:
+        why = f"no unit fires on {least:g} of the tokens"
+        estimates, method = [MeanDifference(*[math.nan] * 5, why)] * 3, "none"
     return Difference(
         scorer.name,
         1,
         *estimates,
-        overlap=pair.overlap,
-        undefined=(pair.undefined_share(0), pair.undefined_share(1)),
+        overlap=overlap,
+        undefined=undefined,
         below=(below[0], below[1]),
         least_density=least,
         paired_documents=paired,
-        ci_method=f"normal, standard error from {N_DRAWS} draws of {drawn_again}",
+        ci_method=method,
     )
 
 
@@ -388,6 +374,19 @@ class UnitPair:
             bins = np.where(both, a_bins, 0.0), np.where(both, b_bins, 0.0)
             matched = [float(side @ share / share.sum()) for side in bins]
         return np.array([*zip(a, b, strict=True), matched])
+
+    def differences(self, seed: int) -> list[MeanDifference]:
+        """Return the raw, defined and density-matched differences, with a spread over draws."""
+        rng = np.random.default_rng(seed)
+        means = self.means(None)
+        draws = np.array([self.means(rng) for _ in range(N_DRAWS)])
+        estimates: list[MeanDifference] = []
+        for i, ((x, y), failure) in enumerate(zip(means.tolist(), self.failures(), strict=True)):
+            drawn = draws[:, i, 0] - draws[:, i, 1]
+            drawn = drawn[~np.isnan(drawn)]
+            half = Z * float(drawn.std(ddof=1)) if failure is None and len(drawn) > 1 else np.nan
+            estimates.append(MeanDifference(x, y, x - y, x - y - half, x - y + half, failure))
+        return estimates
 
     def _side(
         self,

@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
-from scipy.stats import bootstrap
 
 from lmmono.errors import DataError
-from lmmono.stats.bootstrap import N_RESAMPLES
-from lmmono.stats.estimate import LEVEL
+from lmmono.stats.bootstrap import bca
 from lmmono.stats.intervals import jackknife_interval
 from lmmono.stats.significance import FEW_SEEDS, Effect, holm, sign_flip_p
 from lmmono.suites.results import Result
@@ -193,13 +191,4 @@ def _interval(sums: Float[ndarray, "seeds 8"], seed: int) -> tuple[float, float,
     def above(seeds: Int[ndarray, "..."], axis: int = -1) -> Float[ndarray, "..."]:
         return np.asarray(fitted(sums[seeds].sum(axis=axis - 1))[..., 2])
 
-    interval = bootstrap(
-        (np.arange(n),),
-        above,
-        n_resamples=N_RESAMPLES,
-        vectorized=True,
-        confidence_level=LEVEL,
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(interval.low), float(interval.high), "BCa bootstrap over seeds"
+    return *bca([np.arange(n)], above, seed), "BCa bootstrap over seeds"

@@ -21,14 +21,14 @@ from lmmono.data.tasks.task import Task
 from lmmono.recipe.robustness_settings import Robustness
 from lmmono.registry.metrics import METRICS
 from lmmono.registry.suites import Suite
-from lmmono.stats.consistency import (
+from lmmono.stats.estimate import LEVEL
+from lmmono.stats.formulas import (
     MIN_SUPPORT,
     N_SHUFFLES,
     beyond_chance,
     consistency,
     fires,
 )
-from lmmono.stats.estimate import LEVEL
 from lmmono.stats.intervals import wilson
 from lmmono.suites.suite_draws import SuiteDraw
 from lmmono.suites.text_codes import ProbedCode, TextCodes, TextEncoder, origin_of
@@ -319,7 +319,7 @@ def semantic_consistency(
     """Return the mean corrected consistency of a code's coordinates, and how many counted.
 
     Third comes the mean share of the texts on which these are active: near 1, the consistency says
-    nothing of the code. The formula is that of `lmmono.stats.consistency`, items being texts. NaN
+    nothing of the code. The formula is that of `lmmono.stats.formulas`, items being texts. NaN
     where no coordinate counted, or one class is all there is.
 
     With `strongest`, only that share of the texts counts for each coordinate, those on which it is
