@@ -21,19 +21,20 @@ _jaxtyped = jaxtyping.jaxtyped
 
 
 def jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Check what jaxtyping checks, in less time: each argument once, shapes where there are any.
+    """Check functions and dataclasses that annotate shapes, each argument once.
 
     jaxtyping's own way checks the arguments before the call and again with what it returns, for a
-    message of its own.
+    message of its own; types without shapes are for pyright, which costs no test a second.
     """
 
     def decorate(thing: Any) -> Any:
+        hints = inspect.get_annotations(thing).values()
+        if any(isinstance(hint, str) for hint in hints):
+            return _jaxtyped(typechecker=typechecker)(thing)
+        if not any("jaxtyping." in repr(hint) for hint in hints):
+            return thing
         if inspect.isfunction(thing):
-            hints = inspect.get_annotations(thing).values()
-            if not any(isinstance(hint, str) for hint in hints):
-                checked = typechecker(thing)
-                has_shapes = any("jaxtyping." in repr(hint) for hint in hints)
-                return _jaxtyped(typechecker=None)(checked) if has_shapes else checked
+            return _jaxtyped(typechecker=None)(typechecker(thing))
         return _jaxtyped(typechecker=typechecker)(thing)
 
     return decorate
