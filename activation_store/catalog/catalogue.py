@@ -144,7 +144,7 @@ def locked(file: Path, wait_seconds: float = 0.0) -> Generator[None]:
                     f"{file.parent}: process {holder} is writing this store; wait for it to end, "
                     "or end it: its last commit stays."
                 )
-            time.sleep(0.01)
+            time.sleep(0.01)  # polled: flock itself waits for ever or not at all
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}".encode(), 0)
         yield

@@ -339,6 +339,7 @@ class _Watch:
                 self._wakes_at = min(deadlines, default=float("inf"))
                 wait = max(0.0, self._wakes_at - time.monotonic())
             # what is overdue is interrupted again and again: it may not have begun to run before
+            # a wait without end is None to select, which refuses infinity
             ready, _, _ = select.select(
                 [self._reader], [], [], None if wait > 1e9 else max(wait, 0.05)
             )

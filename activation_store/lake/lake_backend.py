@@ -249,6 +249,7 @@ class LakeBackend:
                         f"{self.address.name}: other programs changed the lake in each of "
                         f"{ATTEMPTS} attempts: {text}. Nothing was written; run again later."
                     ) from fault
+                # longer each time, and at random: who collided once would do so again in step
                 time.sleep(min(5.0, 0.05 * 2**attempt) * random.uniform(0.5, 1.0))
             except BaseException:
                 _roll_back(con)

@@ -45,7 +45,7 @@ _COPIED = (
 )
 _CAPTURE = "capture "
 _TOKENS = "tokens"
-_ATTEMPTS = 5
+_ATTEMPTS = 5  # at reading a store whose writer commits meanwhile
 
 _COUNT_LISTED = """
 UPDATE hooks SET n_acts = coalesce((

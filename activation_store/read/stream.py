@@ -248,7 +248,12 @@ class VectorStream:
                 end = at + part.stop - part.start
                 part.give(i, batch[at:end])
                 at = end
-            batches[hook] = batch if self.settings.framework == "numpy" else _as_torch(batch)
+            if self.settings.framework == "numpy":
+                batches[hook] = batch
+            else:
+                import torch  # only for who asks for tensors
+
+                batches[hook] = torch.from_numpy(batch)
         return batches[self.hooks[0]] if self._single else batches
 
     def _check_settings(self) -> None:
@@ -360,12 +365,6 @@ def _as_cursor(cursor: Cursor | str) -> Cursor:
     if not isinstance(place, dict):
         raise ContentError(f"cursor: want a stream's `cursor`, got {cursor!r}.")
     return dict(place)
-
-
-def _as_torch(array: np.ndarray) -> Array:
-    import torch
-
-    return torch.from_numpy(array)
 
 
 class MappedPool:

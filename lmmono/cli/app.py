@@ -670,7 +670,7 @@ def _exit_code(error: BaseException) -> int | str | None:
     is_interrupt = isinstance(error, RuntimeError) and "interrupted" in str(error).lower()
     if isinstance(error, SystemExit | KeyboardInterrupt) or is_interrupt:
         _tell("stopped; what was finished is kept, the same command resumes from there")
-        return 130
+        return 130  # 128 + SIGINT, as shells say it
     if isinstance(error, BrokenPipeError):  # the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -684,7 +684,7 @@ def _exit_code(error: BaseException) -> int | str | None:
     if not isinstance(error, kinds):
         raise error
     _tell(str(error))
-    return 143 if isinstance(error, TrainingStopped) else 2
+    return 143 if isinstance(error, TrainingStopped) else 2  # 143: 128 + SIGTERM
 
 
 def _is_memory_error(error: BaseException) -> bool:

@@ -168,15 +168,8 @@ def write_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([printable(name) for name in columns])
     for row in rows:
-        writer.writerow([_field(value) for value in row])
-
-
-def _field(value: object) -> object:
-    if isinstance(value, str):
-        return printable(value)
-    if isinstance(value, list | dict):
-        return printable(_json_text(value))
-    return value
+        texts = [_json_text(x) if isinstance(x, list | dict) else x for x in row]
+        writer.writerow([printable(x) if isinstance(x, str) else x for x in texts])
 
 
 def write_arrow(table: ArrowTable) -> None:

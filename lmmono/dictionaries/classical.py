@@ -159,7 +159,7 @@ def _dictionary_learning(x: Array, d_sae: int, settings: Decomposition, seed: in
     scaled = centred / max(np.linalg.norm(centred, axis=1).mean(), np.finfo(np.float32).tiny)
     fitted: Any = MiniBatchDictionaryLearning(
         d_sae,
-        alpha=1.2 / np.sqrt(x.shape[1]),
+        alpha=1.2 / np.sqrt(x.shape[1]),  # as Mairal et al. 2009, for data of norm 1
         fit_algorithm="cd",
         max_iter=settings.max_iterations,
         random_state=seed,

@@ -511,6 +511,7 @@ def _moments(acts: Float[ndarray, "n features"], truth: Truth) -> list[ndarray]:
 def _correlation(sums: Float[ndarray, "draws features 5"]) -> Drawn:
     n, present, act, squares, both = np.moveaxis(sums, 2, 0)
     spread = np.maximum(n * squares - act * act, 0.0)
+    # relative: what is left of a unit that does not vary is rounding
     silent = spread <= 1e-12 * np.maximum(n * squares, np.finfo(np.float64).tiny)
     size = np.sqrt(np.maximum(n * present - present * present, 0.0) * spread)
     correlation = ratio(n * both - present * act, size)

@@ -489,6 +489,7 @@ def _config(network: Any, tokenizer: Any) -> Any:
     d_head = getattr(ours, "head_dim", None) or ours.hidden_size // n_heads
     d_mlp = _first(ours, "d_mlp", "n_inner", "intermediate_size", "ffn_dim", "ffn_hidden_size")
     act_fn = _first(ours, "activation_function", "hidden_act", "hidden_activation", "activation")
+    bos = getattr(tokenizer, "bos_token_id", None)
     return HookedTransformerConfig(
         n_layers=ours.num_hidden_layers,
         d_model=ours.hidden_size,
@@ -503,7 +504,8 @@ def _config(network: Any, tokenizer: Any) -> Any:
         normalization_type="RMS" if hasattr(ours, "rms_norm_eps") else "LN",
         device=str(network.device),
         tokenizer_name=getattr(tokenizer, "name_or_path", None),
-        default_prepend_bos=_adds_bos(tokenizer),
+        # whether it puts its BOS before every text by itself
+        default_prepend_bos=bos is not None and list(tokenizer.encode("a"))[:1] == [bos],
     )
 
 
@@ -511,9 +513,3 @@ def _first(config: Any, *names: str) -> Any:
     """Return the first of several settings that there is, else None."""
     values = (getattr(config, name, None) for name in names)
     return next((value for value in values if value is not None), None)
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    """Say whether a tokenizer puts its BOS before every text by itself."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return bos is not None and list(tokenizer.encode("a"))[:1] == [bos]

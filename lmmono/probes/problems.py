@@ -180,6 +180,7 @@ def choose(
     p, n_candidates, m, _ = log_probabilities.shape
     at = labels[:, None, :, None].expand(p, n_candidates, m, 1)
     n = rows.sum(dim=1, keepdim=True).clamp_min(1)
+    # clamped: -inf times the 0 of a row left out is NaN
     loss = -(log_probabilities.gather(-1, at)[..., 0].clamp_min(-1e4) * rows[:, None]).sum(-1) / n
     right = (log_probabilities.argmax(dim=-1) == labels[:, None]) & rows[:, None]
     n_right = right.sum(dim=-1)

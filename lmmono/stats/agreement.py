@@ -117,6 +117,7 @@ class Agreement:
 
     def straight(self, value: ndarray) -> ndarray:
         """Return the value on the scale where its error is even: Fisher's z, or -log(1 - x)."""
+        # a perfect value has no finite place on either scale
         if self.scale == "correlation":
             return np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12))
         return -np.log(np.maximum(1 - value, 1e-12))

@@ -156,6 +156,7 @@ def unit_intervals(
         part = np.square(gap).sum(axis=1)
         variance += part
         weight += part**2 / (n - 1)
+    # Welch and Satterthwaite; 0 / 0 where nothing varies
     freedom = np.maximum(variance**2 / np.maximum(weight, 1e-300), 1.0)
     if documents is not None:
         variance, m = _squared_by_document(gaps, documents, present)

@@ -66,6 +66,7 @@ def auroc_interval(area: float, n_firing: int, n_other: int) -> Interval:
     mean_n = (n_firing + n_other) / 2
     inner = 1 + (mean_n - 1) * ((1 - grid) / (2 - grid) + grid / (1 + grid))
     error = np.sqrt(grid * (1 - grid) * inner / (n_firing * n_other))
+    # at 0 and 1 the error is 0: an area of 0 or 1 is kept in spite of rounding
     kept = grid[np.abs(grid - area) <= Z * error + 1e-9]
     if not len(kept):
         return area, area

@@ -195,6 +195,7 @@ def spearman_interval(rho: float, n: int) -> tuple[float, float]:
     """Return Bonett and Wright's interval of Spearman's correlation over n pairs."""
     if n < MIN_FOR_INTERVAL:
         return math.nan, math.nan
+    # atanh of 1 is infinite
     inside = float(np.clip(rho, -1 + 1e-9, 1 - 1e-9))
     half = Z * math.sqrt((1 + inside**2 / 2) / (n - 3))
     centre = math.atanh(inside)

@@ -204,6 +204,7 @@ def _noisy_labels(evidence: Evidence, low: float, high: float) -> list[Result]:
     ]
     if rows and all(math.isnan(each.margin) for each in rows):
         raise NotTestedError("rows of noisy_labels do not say n_classes, so no margin is known")
+    # margins are computed from rates: one on a bound is off it by rounding
     inside = [each for each in rows if low - 1e-9 <= each.margin <= high + 1e-9]
     if not inside:
         raise NotTestedError(f"no row of noisy_labels with a margin from {low:g} to {high:g}")

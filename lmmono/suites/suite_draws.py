@@ -238,7 +238,7 @@ def tuning_draws(task: Task, settings: Robustness) -> Iterator[SuiteDraw]:
 def _hopeless(kind: str, rate: float, n_classes: int) -> bool:
     """Say whether another class is as likely as the true one, whatever is drawn."""
     limit = {"symmetric": (n_classes - 1) / n_classes, "pair_flip": 0.5}.get(kind)
-    return limit is not None and rate >= limit - 1e-12
+    return limit is not None and rate >= limit - 1e-12  # (c - 1) / c is rounded
 
 
 def few_shot_draws(task: Task, settings: Robustness) -> Iterator[SuiteDraw]:

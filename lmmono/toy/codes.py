@@ -108,4 +108,5 @@ def dimensionality(weight: Float[ndarray, "d features"]) -> Float[ndarray, " fea
     """
     gram = weight.T @ weight
     square = np.square(np.diag(gram))
+    # a feature without a direction has none: else 0 / 0
     return np.where(square > 1e-12, square / np.maximum(np.square(gram).sum(axis=1), 1e-12), 0.0)

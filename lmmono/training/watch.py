@@ -8,7 +8,7 @@ from torch import nn
 from lmmono.errors import TrainingDiverged
 from lmmono.recipe.sections import Train
 
-SMOOTHING = 0.9
+SMOOTHING = 0.9  # the mean is over about ten steps: one odd batch stops nothing
 WORSE_THAN_GUESSING_NATS = 1.0
 
 
