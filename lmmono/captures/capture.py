@@ -229,7 +229,7 @@ def stream(
     dense = match_hooks(model, settings.vectors) if settings.vectors else []
     n_ctx, total = parts[0].n_ctx, sum(part.ids.size for part in parts)
     batch_rows = max(1, settings.batch_tokens // n_ctx)
-    sources = [*names, *dense, *(each.source for each in latents)]
+    sources = [*names, *dense, *(latent.source for latent in latents)]
     was_training, recorder = model.training, OutputRecorder()
     model.eval()
     n_done = 0
@@ -239,7 +239,7 @@ def stream(
                 rows_settings(n, hook_width(model, n), settings, settings.units, cuts.get(n))
                 for n in names
             ]
-            + [rows_settings(each.hook, each.n_units, settings) for each in latents],
+            + [rows_settings(latent.hook, latent.n_units, settings) for latent in latents],
             vectors=[
                 astore.Vectors(hook=name, d=hook_width(model, name), dtype=settings.vectors_dtype)
                 for name in dense
@@ -269,7 +269,7 @@ def stream(
                         name: per_token(name, tensor, *inputs.shape)
                         for name, tensor in acts.items()
                     }
-                    flat |= {each.hook: each.encode(flat[each.source]) for each in latents}
+                    flat |= {latent.hook: latent.encode(flat[latent.source]) for latent in latents}
                     if not is_new.all():
                         keep = torch.from_numpy(is_new)
                         flat = {name: x[keep.to(x.device)] for name, x in flat.items()}

@@ -372,7 +372,7 @@ def _save(
             f"{before['latents_hook']}; give this one another name in dictionary.learn"
         )
     control = fit.planned.control
-    named = [{**each, "control": each.get("control") or control} for each in scores]
+    named = [{**score, "control": score.get("control") or control} for score in scores]
     # in one commit, so that a dictionary with measures has its scores
     store.append_all({"all_scores": named, "dictionaries": [row]})
 

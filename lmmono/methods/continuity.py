@@ -80,7 +80,8 @@ class ContinuityTerm(Objective):
         super().__init__()
         self.settings = settings
         self._perturbing = [
-            Perturbing(each, context, settings.synonyms) for each in settings.perturbations
+            Perturbing(perturbation, context, settings.synonyms)
+            for perturbation in settings.perturbations
         ]
         self._distances: list[tuple[Distance, tuple[str, ...]]] = []
         for distance in settings.distances:
@@ -150,12 +151,12 @@ class ContinuityTerm(Objective):
         """Return one distance, row by row."""
         batch, other = step.batch, perturbed.batch
         clean, changed = step.outputs, perturbed.outputs
-        held = self.settings.hold_clean
+        is_fixed = self.settings.hold_clean
         if isinstance(distance, LogitDistance):
             chosen = batch.is_token if step.is_classifier else unchanged(batch, other)
             p, q = counted(clean.logits, chosen), counted(changed.logits, chosen)
             measure = LOGIT_DISTANCES[distance.measure]
-            return measure(p.detach().float() if held else p.float(), q.float())
+            return measure(p.detach().float() if is_fixed else p.float(), q.float())
         if isinstance(distance, HiddenDistance):
             same = None if step.is_classifier else unchanged(batch, other)
             rows = [
@@ -164,11 +165,11 @@ class ContinuityTerm(Objective):
                 for acts, which in ((clean.acts, batch.is_token), (changed.acts, other.is_token))
             ]
             pairs = zip(rows[::2], rows[1::2], strict=True)
-            return torch.cat([normed_cosine(h.detach() if held else h, k) for h, k in pairs])
+            return torch.cat([normed_cosine(h.detach() if is_fixed else h, k) for h, k in pairs])
         if isinstance(distance, GradientDistance):
             return self._gradients(step, perturbed)
         assert attributes is not None
-        return _of_attributes(distance, attributes, clean, changed, batch, other, held)
+        return _of_attributes(distance, attributes, clean, changed, batch, other, is_fixed)
 
     def _gradients(self, step: Step, perturbed: Perturbed) -> Float[Tensor, "n"]:
         """Return the distances of the loss' gradients by embeddings; two more passes."""
@@ -191,8 +192,8 @@ class ContinuityTerm(Objective):
             strict=True,
         )
         places = [aligned(*row) for row in rows]
-        held = self.settings.hold_clean
-        return gradient_distance(first.detach() if held else first, second, places)
+        is_fixed = self.settings.hold_clean
+        return gradient_distance(first.detach() if is_fixed else first, second, places)
 
     def _attribute_map(self, step: Step) -> AttributeMap | None:
         """Return the interpreter that is trained along, where a distance is of its attributes.
@@ -243,7 +244,7 @@ def _of_attributes(
     changed: Outputs,
     batch: TrainingBatch,
     other: TrainingBatch,
-    held: bool,
+    is_fixed: bool,
 ) -> Float[Tensor, "n"]:
     sides: list[Any] = []
     for outputs, read in ((clean, batch), (changed, other)):
@@ -252,4 +253,4 @@ def _of_attributes(
         sides.append(interpreter.relevance(phi, outputs.logits) if relevance else phi)
     first, second = sides
     measure = cosine_distance if distance.of == "relevance" else attribute_distance
-    return measure(first.detach() if held else first, second)
+    return measure(first.detach() if is_fixed else first, second)

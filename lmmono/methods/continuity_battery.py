@@ -234,8 +234,8 @@ def attack_values(
             seed=seed,
             synonyms=synonyms,
         )
-        held = [float(not (r.skipped or r.success)) for r in report.results]
-        value = BatteryValue("attacked_accuracy", method, None, _mean(held, seed))
+        withstood = [float(not (r.skipped or r.success)) for r in report.results]
+        value = BatteryValue("attacked_accuracy", method, None, _mean(withstood, seed))
         yield value, report
         other = (against or {}).get(method)
         if other is not None:
@@ -312,10 +312,10 @@ def _saliency(
         classes = one.outputs.logits.argmax(dim=-1)
         first, second = _input_gradients(one, classes), _input_gradients(two, classes)
         for i in range(len(first)):
-            here, there = _shared(one.batch, two.batch, i)
-            if len(here) < 3:
+            at_a, at_b = _shared(one.batch, two.batch, i)
+            if len(at_a) < 3:
                 continue
-            a, b = first[i, here].numpy(), second[i, there].numpy()
+            a, b = first[i, at_a].numpy(), second[i, at_b].numpy()
             fitted: Any = stats.spearmanr(a, b) if np.ptp(a) and np.ptp(b) else None
             ranks.append(0.0 if fitted is None else float(fitted.statistic))
             overlaps.append(_overlap(a, b))

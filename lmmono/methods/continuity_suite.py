@@ -122,7 +122,7 @@ def _values(
     """Yield the battery; the attacks on the first model are left in `against`."""
     study, name = bench.settings.continuity, bench.task.name
     yield from battery.clean_values(classifier, data, seed=seed)
-    noises = {each.kind: each.strength for each in study.noises}
+    noises = {noise.kind: noise.strength for noise in study.noises}
     wants_words = "synonyms" in noises or "words" in study.attacks
     synonyms = synonyms_for(bench) if wants_words else None
     yield from battery.noise_values(classifier, data, noises, seed=seed, synonyms=synonyms)
@@ -151,8 +151,10 @@ def _row(bench: Bench, about: Condition, tuner: Tuner, value: BatteryValue) -> d
     own = replace(about, corruption=value.group, level=value.level)
     estimate = value.estimate.row()
     names = ("value", "ci_low", "ci_high", "ci_level", "ci_method", "n", "failure")
-    constraints = (each for each in tuner.how.objectives if isinstance(each, Continuity))
-    met = {noise.kind for each in constraints for noise in each.perturbations}
+    constraints = (
+        objective for objective in tuner.how.objectives if isinstance(objective, Continuity)
+    )
+    met = {noise.kind for constraint in constraints for noise in constraint.perturbations}
     facts = {"seen": value.group in met}
     return {
         **bench.row(own, Measurement(0, max(1, value.estimate.n), facts=facts)),

@@ -320,10 +320,10 @@ def csr(rows: TextRows, settings: CodeSettings) -> FittedCode:
     return _learned(rows, settings, map=None, k=settings.k or 8, lr=4e-4)
 
 
-def _learned(rows: TextRows, settings: CodeSettings, **given: Any) -> FittedCode:
-    given |= {"d": settings.d, "seed": settings.seed, "spread": float(settings.spread or 0)}
+def _learned(rows: TextRows, settings: CodeSettings, **arguments: Any) -> FittedCode:
+    arguments |= {"d": settings.d, "seed": settings.seed, "spread": float(settings.spread or 0)}
     if settings.steps is not None:
-        given["steps"] = settings.steps
+        arguments["steps"] = settings.steps
     pairs = positive_pairs(rows, settings.positives or "spans", settings.seed)
-    head = ContrastiveHead(**given).fit(pairs)
+    head = ContrastiveHead(**arguments).fit(pairs)
     return FittedCode(head.encode, sum(w.numel() for w in head.tensors().values()))

@@ -93,9 +93,9 @@ def aligned(
     """
     first, second = ids[is_token].tolist(), other[is_other].tolist()
     blocks = SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
-    here = [block.a + i for block in blocks for i in range(block.size)]
-    there = [block.b + i for block in blocks for i in range(block.size)]
-    return here, there
+    at_a = [block.a + i for block in blocks for i in range(block.size)]
+    at_b = [block.b + i for block in blocks for i in range(block.size)]
+    return at_a, at_b
 
 
 def gradient_distance(
@@ -111,7 +111,7 @@ def gradient_distance(
         places: Of each pair, see `aligned`.
     """
     rows = [
-        cosine_distance(gradient[here].flatten()[None], other[there].flatten()[None])
-        for gradient, other, (here, there) in zip(gradients, others, places, strict=True)
+        cosine_distance(gradient[at_a].flatten()[None], other[at_b].flatten()[None])
+        for gradient, other, (at_a, at_b) in zip(gradients, others, places, strict=True)
     ]
     return torch.cat(rows)

@@ -272,8 +272,8 @@ class Flint:
             RobustnessError: The labels cannot be learned, the model lacks a layer, there are too
                 many classes, by design gets a finished classifier, or every attribute died.
         """
-        given, judged = _labelled(train), _labelled(val)
-        n = max(given.labels.max(initial=0), judged.labels.max(initial=0)) + 1
+        labelled, judged = _labelled(train), _labelled(val)
+        n = max(labelled.labels.max(initial=0), judged.labels.max(initial=0)) + 1
         n_classes = int(n) if n_classes is None else n_classes
         check_classes(n_classes, self.settings.n_attributes)
         where = None if folder is None else Path(folder)
@@ -286,7 +286,7 @@ class Flint:
             how = replace(self.tuning, objectives=(*self.tuning.objectives, self.settings))
             classifier = finetune(
                 model,
-                given,
+                labelled,
                 judged,
                 n_classes=n_classes,
                 seed=self.seed,
@@ -303,7 +303,7 @@ class Flint:
             else:
                 classifier = finetune(
                     model,
-                    given,
+                    labelled,
                     judged,
                     n_classes=n_classes,
                     seed=self.seed,
@@ -312,7 +312,7 @@ class Flint:
                     folder=None if where is None else where / "classifier",
                     progress=progress,
                 )
-            objective = self._learn_post_hoc(classifier, given, judged, where, progress)
+            objective = self._learn_post_hoc(classifier, labelled, judged, where, progress)
         assert isinstance(objective, FlintObjective)
         self._classifier, self._interpreter = classifier, objective.interpreter.eval()
         self.hooks = objective.hooks

@@ -170,9 +170,9 @@ def concept_bottleneck(
         scores = corrected_scores(scores, np.asarray(train.labels), of_class)
     ours, theirs = (pooled(classifier, hooks, data.texts) for data in (train, test))
     layer = Ridge(alpha=1.0).fit(ours, scores)
-    told = [np.maximum(layer.predict(x), 0.0) for x in (ours, theirs)]
-    scale = told[0].std() + 1e-12
-    return _linear(classifier, train, test, told[0] / scale, told[1] / scale)
+    layers_out = [np.maximum(layer.predict(x), 0.0) for x in (ours, theirs)]
+    scale = layers_out[0].std() + 1e-12
+    return _linear(classifier, train, test, layers_out[0] / scale, layers_out[1] / scale)
 
 
 def concept_scores(

@@ -80,8 +80,10 @@ def integrated_gradients(
         warnings.filterwarnings(
             "ignore", message="Input Tensor 0 did not already require gradients"
         )
-        made = IntegratedGradients(value).attribute(embeds, baselines=baseline, n_steps=n_steps)
-    return made[0].sum(-1).detach().cpu().numpy()
+        gradients = IntegratedGradients(value).attribute(
+            embeds, baselines=baseline, n_steps=n_steps
+        )
+    return gradients[0].sum(-1).detach().cpu().numpy()
 
 
 def giving(embeds: Tensor) -> Callable[..., Tensor]:
@@ -120,8 +122,8 @@ def gradient_agreement(
         acts = read.acts[i][1:, top]
         if len(acts) < 3 or acts.std() == 0:
             continue
-        made = integrated_gradients(flint, read.ids[i], attribute=top, n_steps=n_steps)[1:]
-        if made.std() > 0:
-            ranked: Any = spearmanr(acts, made)
+        gradients = integrated_gradients(flint, read.ids[i], attribute=top, n_steps=n_steps)[1:]
+        if gradients.std() > 0:
+            ranked: Any = spearmanr(acts, gradients)
             values.append(float(ranked.statistic))
     return (float(np.mean(values)), len(values)) if values else (float("nan"), 0)

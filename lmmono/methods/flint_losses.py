@@ -104,10 +104,10 @@ def word_loss(log_p: Float[Tensor, "batch word"], counts: Float[Tensor, "batch w
     return (each * has_words).sum() / has_words.sum().clamp_min(1)
 
 
-def embedding_loss(made: Float[Tensor, "batch d"], target: Float[Tensor, "batch d"]) -> Scalar:
+def embedding_loss(embedding: Float[Tensor, "batch d"], target: Float[Tensor, "batch d"]) -> Scalar:
     """Return the mean over texts of 1 - cos(d(Phi), e) + mean (d(Phi) - e)^2."""
-    cosine = torch.nn.functional.cosine_similarity(made, target, dim=-1)
-    return (1.0 - cosine + (made - target).square().mean(-1)).mean()
+    cosine = torch.nn.functional.cosine_similarity(embedding, target, dim=-1)
+    return (1.0 - cosine + (embedding - target).square().mean(-1)).mean()
 
 
 def token_loss(

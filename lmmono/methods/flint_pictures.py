@@ -108,9 +108,9 @@ def pictures(
         label = int(matrix[:, j].argmax())
         likely, unlikely = decoder_words(flint, j, n_words)
         top = windows(flint, read, j, label=label, k=n_windows)
-        found = control = None
+        best = control = None
         if j in order and top:
-            found = maximised(flint, read.ids[top[0].text], j, seed=seed)
+            best = maximised(flint, read.ids[top[0].text], j, seed=seed)
             blank = untrained_interpreter(flint, seed=seed)
             control = maximised(flint, read.ids[top[0].text], j, seed=seed, interpreter=blank)
         shown.append(
@@ -121,7 +121,7 @@ def pictures(
                 unlikely=unlikely,
                 top=tuple(top),
                 middle=tuple(windows(flint, read, j, k=n_windows, kind="middle")),
-                maximised=found,
+                maximised=best,
                 control=control,
             )
         )
@@ -214,7 +214,7 @@ def windows(
     order = np.flatnonzero(wanted)
     order = order[np.argsort(-values[order], kind="stable")]
     decode: Any = flint.classifier.reader.tokenizer.decode
-    found: list[AttributeWindow] = []
+    shown: list[AttributeWindow] = []
     seen: list[set[int]] = []
     for i in order.tolist():
         acts, ids = read.acts[i][:, attribute], read.ids[i]
@@ -225,12 +225,12 @@ def windows(
             continue
         seen.append(here)
         tokens = tuple(decode([int(t)]) for t in ids[span])
-        found.append(
+        shown.append(
             AttributeWindow(i, float(values[i]), tokens, tuple(acts[span].astype(float).tolist()))
         )
-        if len(found) == k:
+        if len(shown) == k:
             break
-    return found
+    return shown
 
 
 def untrained_interpreter(flint: Flint, *, seed: int = 0) -> Interpreter:

@@ -76,7 +76,7 @@ def planted_values(
     other half.
     """
     truths = planted_truth(task, texts, flint)
-    found = _recovered(read, truths, seed)
+    recovered = _recovered(read, truths, seed)
     blank = Flint(mode=flint.mode)
     blank.settings, blank.hooks = flint.settings, flint.hooks
     blank._classifier = flint.classifier  # pyright: ignore[reportPrivateUsage]
@@ -85,8 +85,8 @@ def planted_values(
     shares: Float[ndarray, "n attribute"] = np.stack([truth[1:].mean(axis=0) for truth in truths])
     n = len(texts)
     return [
-        FlintValue("mcc", found.code.mcc.value, n),
-        FlintValue("mcc_shuffled", found.controls["shuffled_truth"].mcc.value, n),
+        FlintValue("mcc", recovered.code.mcc.value, n),
+        FlintValue("mcc_shuffled", recovered.controls["shuffled_truth"].mcc.value, n),
         FlintValue("mcc_untrained", untrained.code.mcc.value, n),
         FlintValue("mcc_texts", matched_on_halves(read.phi, shares, seed=seed), n),
     ]

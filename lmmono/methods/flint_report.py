@@ -184,10 +184,10 @@ def faithfulness(
         "_irrelevant": lambda i: read.acts[i] @ (~measures.relevant(read.relevance[i], tau)),
     }
     if with_gradients:
-        made: Mapping[int, ndarray] = dict(
+        gradients: Mapping[int, ndarray] = dict(
             zip(texts, class_gradients(flint, read, texts), strict=True)
         )
-        chosen["_gradients"] = lambda i: made[i]
+        chosen["_gradients"] = lambda i: gradients[i]
     labels = read.log_p.argmax(axis=1)
     values: list[FlintValue] = []
     for end, weight_of in chosen.items():

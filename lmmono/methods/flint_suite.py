@@ -144,7 +144,7 @@ class _FlintDraw:
             return [], np.load(phi) if phi is not None and phi.is_file() else None
         began = time.perf_counter()
         try:
-            made, attributes = self._measured(label)
+            by_role, attributes = self._measured(label)
         except RobustnessError as fault:
             failed = Measurement(n=len(self.test), failure=str(fault))
             return [self._bench.row(self._about(label, role), failed) for role in roles], None
@@ -154,7 +154,7 @@ class _FlintDraw:
             np.save(phi, attributes)
         return [
             self._row(label, role, value, seconds)
-            for role, values in made.items()
+            for role, values in by_role.items()
             for value in values
         ], attributes
 
@@ -231,10 +231,10 @@ class _FlintDraw:
             values += planted_values(task.name, texts, flint, read, seed=seed)
         if seed == 0:
             self._show(label, flint, read)
-        made: dict[Role, list[FlintValue]] = {"interpreter": values}
+        by_role: dict[Role, list[FlintValue]] = {"interpreter": values}
         if flint.mode == "by_design":
-            made["classifier"] = [self._accuracy(flint.classifier)]
-        return made, read.phi
+            by_role["classifier"] = [self._accuracy(flint.classifier)]
+        return by_role, read.phi
 
     def _fitted(self, label: str) -> Flint:
         """Return a FLINT, that of the folder where it is finished there."""
@@ -326,8 +326,8 @@ class _FlintDraw:
             return
         shown = pictures(flint, read, maximise=self._study.maximise, seed=self._draw.seed)
         about = {"task": task.name, "feature": label, "seed": self._draw.seed}
-        told = as_json(shown, task.label_names, **about)
-        write_atomic(folder / "pictures.json", json.dumps(told, indent=1) + "\n")
+        pictured = as_json(shown, task.label_names, **about)
+        write_atomic(folder / "pictures.json", json.dumps(pictured, indent=1) + "\n")
         rows = class_attribute_rows(
             read, task.label_names, task=task.name, feature=label, seed=self._draw.seed
         )

@@ -111,10 +111,10 @@ def _path(
     for penalty in l2:
         bounds = [(0.0, None)] * weight.size
         options = {"maxiter": MAX_ITERATIONS, "maxfun": 4 * MAX_ITERATIONS}
-        found = minimize(
+        solution = minimize(
             loss, weight.ravel(), (penalty,), "L-BFGS-B", jac=True, bounds=bounds, options=options
         )
-        weight = np.asarray(found.x).reshape(weight.shape)
+        weight = np.asarray(solution.x).reshape(weight.shape)
         weights.append(weight)
-        converged.append(bool(found.success))
+        converged.append(bool(solution.success))
     return np.stack(weights), converged

@@ -147,8 +147,8 @@ class SparsityTerm(_OnTokens):
         """Return the mean over hooks."""
         acts = list(self.token_acts(step))
         is_l1 = self.settings.measure == "l1"
-        values = [each.float().abs().mean() if is_l1 else hoyer_density(each) for each in acts]
-        active = torch.stack([(each != 0).float().mean() for each in acts])
+        values = [act.float().abs().mean() if is_l1 else hoyer_density(act) for act in acts]
+        active = torch.stack([(act != 0).float().mean() for act in acts])
         return Loss(torch.stack(values).mean(), {"active_fraction": active.mean()})
 
 

@@ -116,8 +116,10 @@ _EMBEDDING_CHANGES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 def replaced_tokens(batch: TrainingBatch, amount: float) -> Tensor:
     """Return ids of which a share `amount` is another token of the batch, the first ones kept."""
-    known = batch.ids[batch.is_token]
-    drawn = known[torch.randint(len(known), batch.ids.shape, device="cpu").to(known.device)]
-    chosen = (torch.rand(batch.ids.shape).to(known.device) < amount) & batch.is_token
+    seen_ids = batch.ids[batch.is_token]
+    drawn = seen_ids[
+        torch.randint(len(seen_ids), batch.ids.shape, device="cpu").to(seen_ids.device)
+    ]
+    chosen = (torch.rand(batch.ids.shape).to(seen_ids.device) < amount) & batch.is_token
     chosen[:, 0] = False
     return torch.where(chosen, drawn, batch.ids)

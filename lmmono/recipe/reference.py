@@ -163,7 +163,9 @@ def type_text(annotation: Any, metadata: Sequence[Any] = (), field: FieldInfo | 
     if origin is Literal:
         return _one_of(arguments)
     if origin in (Union, UnionType):
-        parts = [type_text(each, metadata) for each in arguments if each is not NoneType]
+        parts = [
+            type_text(argument, metadata) for argument in arguments if argument is not NoneType
+        ]
         return " or ".join(parts) + (", or null" if NoneType in arguments else "")
     if origin is tuple:
         length = [f", at least {m.min_length}" for m in metadata if getattr(m, "min_length", 0)]

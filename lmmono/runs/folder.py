@@ -196,7 +196,7 @@ class Run:
             self.model_facts,
             dict(capture.facts) if capture else {},
         )
-        return [str(line) for each in facts for line in each.get("warnings", [])]
+        return [str(line) for fact in facts for line in fact.get("warnings", [])]
 
     @property
     def cache_dir(self) -> Path:

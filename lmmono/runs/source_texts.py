@@ -59,4 +59,4 @@ def changed_texts(paths: Sequence[str], marks: Mapping[str, TextMark]) -> list[s
 def _size_and_time(file: SourceFile) -> list[int]:
     parts = list(file.path.glob("*.arrow")) if file.path.is_dir() else [file.path]
     stats = [part.stat() for part in parts]
-    return [sum(each.st_size for each in stats), max(each.st_mtime_ns for each in stats)]
+    return [sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)]

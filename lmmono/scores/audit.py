@@ -104,8 +104,8 @@ def _scores(
         for at, kind in enumerate(("true", *FALSE)):
             explainer = explainer_of(kind, criterion)
             score(store, hooks, scorer=name, explainer=explainer, controls=False)
-            found = store.sql(query, metric=metric, explainer=explainer).fetchall()
-            for hook, unit, value in found:
+            rows = store.sql(query, metric=metric, explainer=explainer).fetchall()
+            for hook, unit, value in rows:
                 values[chosen[hook, unit], at] = value
             progress(f"audit {name}", at + 1, 1 + len(FALSE))
     return values

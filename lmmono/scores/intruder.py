@@ -194,18 +194,18 @@ def _row(
 ) -> Row:
     """Return the row of one unit; a trial without an answer counts as a guess."""
     n, chance = len(trials.intruder), 1 / job.settings_as(TrialSettings).size
-    known: Row = {"control": control, "n": n, "n_documents": trials.n_documents}
-    known |= {"n_records": n * trials.token_ids.shape[1]}
-    known |= {"n_tokens": int((trials.token_ids >= 0).sum())}
+    shared: Row = {"control": control, "n": n, "n_documents": trials.n_documents}
+    shared |= {"n_records": n * trials.token_ids.shape[1]}
+    shared |= {"n_tokens": int((trials.token_ids >= 0).sum())}
     if failed is None and n < MIN_RECORDS:
         failed = Failed("too_few_records")
     if failed is not None:
-        return job.row(metric, unit, **known, **undefined(failed, chance))
+        return job.row(metric, unit, **shared, **undefined(failed, chance))
     unanswered = int(np.isnan(right).sum())
     total = float(np.nansum(right)) + unanswered * chance
     low, high = wilson(total, n)
     columns: Row = {"value": total / n, "ci_low": low, "ci_high": high, "ci_method": METHOD}
     details = {"right": float(np.nansum(right)), "unanswered": unanswered, "chance": chance}
     return job.row(
-        metric, unit, **known, **columns, nan_fraction=0.0, n_failures=unanswered, details=details
+        metric, unit, **shared, **columns, nan_fraction=0.0, n_failures=unanswered, details=details
     )

@@ -215,8 +215,8 @@ def _dense(
     columns = store.sql(query, hook=hook, **limits).fetchnumpy()
     seq, pos, unit, act = (np.asarray(columns[name]) for name in ("seq_id", "pos", "unit", "act"))
     dense = np.zeros((rows.ids.size, d), np.float32)
-    known = np.isin(seq, seq_ids)  # the store may hold further rows
-    dense[np.searchsorted(seq_ids, seq[known]) * n_ctx + pos[known], unit[known]] = act[known]
+    wanted = np.isin(seq, seq_ids)  # the store may hold further rows
+    dense[np.searchsorted(seq_ids, seq[wanted]) * n_ctx + pos[wanted], unit[wanted]] = act[wanted]
     return dense
 
 

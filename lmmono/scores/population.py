@@ -151,8 +151,8 @@ class Levels:
         if not len(firing):
             return float(self.values[-1]) / 2
         hits = np.bincount(self.of_token[firing], minlength=len(self.values))
-        right, said = _from_top(hits), _from_top(self.n_tokens)
-        f1 = 2 * right / (said + len(firing))
+        right, predicted = _from_top(hits), _from_top(self.n_tokens)
+        f1 = 2 * right / (predicted + len(firing))
         best = np.flatnonzero(f1 >= f1.max() - 1e-12)
         level = int(best[len(best) // 2])
         below = self.values[level - 1] if level else self.values[0] - 1.0
@@ -194,12 +194,15 @@ def count(
     any of its tokens.
     """
     hits = np.bincount(levels.of_token[firing], minlength=len(levels.values)).astype(np.float64)
-    right, said = _from_top(hits), np.maximum(_from_top(levels.n_tokens), 1.0)
-    precision = right / said
-    by_right, by_said = np.cumsum(hits / said), np.cumsum(hits * precision / said)
+    right, n_predicted = _from_top(hits), np.maximum(_from_top(levels.n_tokens), 1.0)
+    precision = right / n_predicted
+    by_right, by_predicted = (
+        np.cumsum(hits / n_predicted),
+        np.cumsum(hits * precision / n_predicted),
+    )
     first = int(np.searchsorted(levels.values, threshold, side="right"))
     everywhere = np.zeros((tokens.n_documents, 5))
-    _sum_tokens(levels.of_token, tokens.documents, levels.values, first, by_said, everywhere)
+    _sum_tokens(levels.of_token, tokens.documents, levels.values, first, by_predicted, everywhere)
     firing_sums = np.zeros((tokens.n_documents, 6))
     gain = precision + by_right
     _sum_firing(
@@ -304,8 +307,8 @@ def score_population(job: ScoreJob) -> list[Row]:
                 if failed is None and not len(firing):
                     failed = Failed("silent", "the unit fires on no token of split score")
                 for metric in METRICS_OF:
-                    told = undefined(failed, 0.0) if failed else columns[metric]
-                    rows.append(job.row(metric, unit, **facts, **told))
+                    outcome = undefined(failed, 0.0) if failed else columns[metric]
+                    rows.append(job.row(metric, unit, **facts, **outcome))
         done += len(on_score.units)
         job.progress(f"population {job.hook}", done, len(units))
     return rows
@@ -313,11 +316,11 @@ def score_population(job: ScoreJob) -> list[Row]:
 
 def _check_programs(job: ScoreJob, explained: Iterable[list[Explanation]]) -> None:
     for explanations in explained:
-        for each in explanations:
-            if each.failure is None and each.program is None:
+        for explanation in explanations:
+            if explanation.failure is None and explanation.program is None:
                 raise ExplainError(
-                    f"{job.hook}: explanations by {each.explainer} have no program, and no judge "
-                    f"reads every token; score them by detection or fuzz with client="
+                    f"{job.hook}: explanations by {explanation.explainer} have no program, and no "
+                    "judge reads every token; score them by detection or fuzz with client="
                 )
 
 

@@ -203,18 +203,18 @@ class _Lens:
         if self._writes is None:
             return acts
         written: list[Tensor] = []
-        given = torch.cat([acts, torch.zeros_like(acts[:1])])[:, None]
+        padded = torch.cat([acts, torch.zeros_like(acts[:1])])[:, None]
         watches: dict[str, Watch] = {
-            self._source: lambda acts: given.to(acts),
+            self._source: lambda acts: padded.to(acts),
             self._writes: lambda acts: written.append(acts[:, 0].float().cpu()),
         }
-        self._run(len(given), watches)
+        self._run(len(padded), watches)
         return written[0][:-1] - written[0][-1]
 
     def _logits(self, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
         """Return the logits after a last stream of these directions."""
-        given = directions[:, None]
-        logits = self._run(len(directions), {self._last: lambda acts: given.to(acts)})
+        written = directions[:, None]
+        logits = self._run(len(directions), {self._last: lambda acts: written.to(acts)})
         return logits[:, 0].float().cpu()
 
     def _run(self, n: int, watches: dict[str, Watch]) -> Float[Tensor, "n 1 d_vocab"]:
@@ -238,8 +238,8 @@ def _tables(
     sides = (("up", read.up, read.up_ids), ("down", read.down, read.down_ids))
     for (sign, values, ids), floor in zip(sides, control, strict=True):
         keys = _keys(hook, "sign", sign, first, *values.shape)
-        found = {"token_id": ids.numpy().astype(np.int32).ravel(), "logit": _double(values)}
-        tables.append(pa.table(keys | found | {"control": np.tile(_double(floor), len(values))}))
+        columns = {"token_id": ids.numpy().astype(np.int32).ravel(), "logit": _double(values)}
+        tables.append(pa.table(keys | columns | {"control": np.tile(_double(floor), len(values))}))
     return tables
 
 
@@ -256,12 +256,12 @@ def _by_weights(
         cosines[torch.arange(len(cosines)), torch.arange(first, first + len(cosines))] = -2.0
         best = cosines.topk(k)
         keys = _keys(hook, "kind", "weights", first, *best.values.shape)
-        found = {
+        columns = {
             "neighbour": best.indices.numpy().astype(np.int32).ravel(),
             "cosine": _double(best.values),
             "control": np.tile(floor, len(cosines)),
         }
-        tables.append(pa.table(keys | found))
+        tables.append(pa.table(keys | columns))
     return pa.concat_tables(tables)
 
 
@@ -296,15 +296,15 @@ def _by_activation(store: astore.Store, hook: str, n_units: int, seed: int) -> p
         cosines = product.toarray() if is_sparse else np.asarray(product)
         cosines[np.arange(len(cosines)), np.arange(first, first + len(cosines))] = -2.0
         best = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
-        mine = np.repeat(np.arange(first, first + len(cosines)), k)
+        at = np.repeat(np.arange(first, first + len(cosines)), k)
         keys = _keys(hook, "kind", "coactivation", 0, len(cosines), k)
-        found = {
-            "unit": firing[mine].astype(np.int32),
+        promoted = {
+            "unit": firing[at].astype(np.int32),
             "neighbour": firing[best.ravel()].astype(np.int32),
             "cosine": _double(np.take_along_axis(cosines, best, axis=1)).ravel(),
-            "control": share[mine] * share[best.ravel()],
+            "control": share[at] * share[best.ravel()],
         }
-        parts.append(pa.table(keys | found))
+        parts.append(pa.table(keys | promoted))
     return pa.concat_tables([*parts, _NO_NEIGHBOURS])
 
 

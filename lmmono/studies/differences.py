@@ -242,9 +242,9 @@ def _over_seeds(pairs: list[Difference]) -> Difference:
     for name in ("raw", "defined", "density_matched"):
         of_pairs: list[MeanDifference] = [getattr(pair, name) for pair in pairs]
         # a pair without a difference leaves none: a mean of the others would be of other runs
-        mean, low, high = student_interval([np.array([each.difference for each in of_pairs])])
-        a, b = (float(np.mean([getattr(each, side) for each in of_pairs])) for side in "ab")
-        lacks = [each.failure for each in of_pairs if np.isnan(each.difference)]
+        mean, low, high = student_interval([np.array([of_pair.difference for of_pair in of_pairs])])
+        a, b = (float(np.mean([getattr(of_pair, side) for of_pair in of_pairs])) for side in "ab")
+        lacks = [of_pair.failure for of_pair in of_pairs if np.isnan(of_pair.difference)]
         failure = f"{len(lacks)} of {len(pairs)} pairs: {lacks[0]}" if lacks else None
         estimates.append(MeanDifference(a, b, mean, low, high, failure))
     return Difference(

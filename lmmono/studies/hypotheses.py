@@ -180,12 +180,14 @@ def _verdict(hypothesis: Hypothesis, evidence: Evidence) -> HypothesisVerdict:
         return HypothesisVerdict(*about, "not tested", reason)
     corrected = holm([each.p for each in raw])
     findings = tuple(replace(each, p_holm=p) for each, p in zip(raw, corrected, strict=True))
-    sure: list[Outcome] = [name for name in SURE if any(each.outcome == name for each in findings)]
+    sure: list[Outcome] = [
+        name for name in SURE if any(finding.outcome == name for finding in findings)
+    ]
     outcome: Outcome = sure[0] if len(sure) == 1 else "not supported"
     counts = ", ".join(
         f"{n} {name}"
         for name in ("supported", "opposite", "not supported")
-        if (n := sum(each.outcome == name for each in findings))
+        if (n := sum(finding.outcome == name for finding in findings))
     )
     best = max(findings, key=lambda each: each.value)
     reason = (
@@ -198,14 +200,14 @@ def _verdict(hypothesis: Hypothesis, evidence: Evidence) -> HypothesisVerdict:
 def _noisy_labels(evidence: Evidence, low: float, high: float) -> list[Result]:
     """Return the rows of noisy labels whose margin is in a range."""
     rows = [
-        each
-        for each in evidence.results
-        if each.suite == "noisy_labels" and each.probe == evidence.probe and each.level
+        result
+        for result in evidence.results
+        if result.suite == "noisy_labels" and result.probe == evidence.probe and result.level
     ]
-    if rows and all(math.isnan(each.margin) for each in rows):
+    if rows and all(math.isnan(row.margin) for row in rows):
         raise NotTestedError("rows of noisy_labels do not say n_classes, so no margin is known")
     # margins are computed from rates: one on a bound is off it by rounding
-    inside = [each for each in rows if low - 1e-9 <= each.margin <= high + 1e-9]
+    inside = [row for row in rows if low - 1e-9 <= row.margin <= high + 1e-9]
     if not inside:
         raise NotTestedError(f"no row of noisy_labels with a margin from {low:g} to {high:g}")
     return inside
@@ -218,7 +220,7 @@ def _against_dense(evidence: Evidence, rows: Sequence[Result]) -> list[Finding]:
     if not arms:
         raise NotTestedError("no family that is claimed to be robust has rows")
     for feature, budget in arms:
-        same = [each for each in rows if each.budget == budget]
+        same = [row for row in rows if row.budget == budget]
         controls = sorted({each.feature for each in same if evidence.is_dense(each.feature)})
         if controls:
             effects = {
@@ -294,10 +296,10 @@ def _common_means(
 ) -> dict[tuple[str, int], list[float]]:
     """Return the mean of each family over the conditions that all have, by task and seed."""
     values: dict[tuple[str, int], dict[object, dict[str, float]]] = {}
-    for each in rows:
-        if each.feature in families and not math.isnan(each.value):
-            cells = values.setdefault((each.task, each.seed), {})
-            cells.setdefault((each.draw, each.condition), {})[each.feature] = each.value
+    for row in rows:
+        if row.feature in families and not math.isnan(row.value):
+            cells = values.setdefault((row.task, row.seed), {})
+            cells.setdefault((row.draw, row.condition), {})[row.feature] = row.value
     means: dict[tuple[str, int], list[float]] = {}
     for key, cells in values.items():
         shared = [cell for cell in cells.values() if len(cell) == len(families)]
@@ -359,7 +361,7 @@ def gains_of(evidence: Evidence, rows: Sequence[Result] | None = None) -> Mappin
     """
     if rows is None:
         rows = _noisy_labels(evidence, 0.0, 1.0)
-    full = [each for each in rows if is_whole(each)]
+    full = [row for row in rows if is_whole(row)]
     controls = sorted({each.feature for each in full if evidence.is_dense(each.feature)})
     claimed = sorted({each.feature for each in full if evidence.is_claimed(each.feature)})
     if not controls or not claimed:
@@ -374,7 +376,7 @@ def gains_of(evidence: Evidence, rows: Sequence[Result] | None = None) -> Mappin
 def judge_other_domains(evidence: Evidence) -> list[Finding]:
     """Return each claimed family's effective robustness, domain by domain."""
     rows = [r for r in evidence.results if r.suite == "ood" and r.probe == evidence.probe]
-    dense = sorted({each.feature for each in rows if evidence.is_dense(each.feature)})
+    dense = sorted({row.feature for row in rows if evidence.is_dense(row.feature)})
     compared = [r for r in rows if evidence.is_claimed(r.feature) or r.feature in dense]
     if not any((each.split or "").startswith("ood:") for each in compared):
         raise NotTestedError("no row of suite ood on another domain")

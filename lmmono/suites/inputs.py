@@ -79,7 +79,7 @@ def noised_rows(
     clean = bench.codes(TEST, indices)
     for (i, kind, severity), short in lacking.items():
         probes = [learned[about.entrant.label, about.entrant.learner] for about in short]
-        names = list(dict.fromkeys(each.arm.code.name for each in probes))
+        names = list(dict.fromkeys(probe.arm.code.name for probe in probes))
         noisy = clean
         if severity:
             noisy = _noised(bench, texts, clean, (kind, severity, draws[i].seed), names)

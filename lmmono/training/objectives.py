@@ -454,14 +454,19 @@ def build_terms(settings: Sequence[ObjectiveSettings], context: ObjectiveContext
     """
     place = "fine_tuning" if context.is_classifier else "train"
     terms: list[Term] = []
-    for each in settings:
-        method = find_method(each.kind)
+    for setting in settings:
+        method = find_method(setting.kind)
         if place not in method.places:
             others = ", ".join(method.places)
-            raise TrainError(f"objective {each.kind} is not for {place}; it is for {others}")
-        objective: Objective = method.load()(each, context)
-        schedule = (each.weight, each.start_fraction, each.warmup_fraction, each.every_steps)
-        terms.append(Term(each.title, objective, *schedule))
+            raise TrainError(f"objective {setting.kind} is not for {place}; it is for {others}")
+        objective: Objective = method.load()(setting, context)
+        schedule = (
+            setting.weight,
+            setting.start_fraction,
+            setting.warmup_fraction,
+            setting.every_steps,
+        )
+        terms.append(Term(setting.title, objective, *schedule))
     return Terms(terms).to(context.device)
 
 

@@ -135,9 +135,9 @@ class ConceptBottleneck:
         if which:
             is_true = one_hot(torch.as_tensor(truth), u.shape[2]).bool()
             high, low = (net.high, net.low) if net.mode != "independent" else (30.0, -30.0)
-            told = torch.where(is_true, torch.as_tensor(high), torch.as_tensor(low))
+            corrected = torch.where(is_true, torch.as_tensor(high), torch.as_tensor(low))
             u = u.clone()
-            u[:, list(which)] = told[:, list(which)]
+            u[:, list(which)] = corrected[:, list(which)]
         return net.head(net.seen(u)).log_softmax(dim=-1)
 
     @torch.no_grad()
@@ -157,11 +157,11 @@ class ConceptBottleneck:
     def load(cls, folder: str | Path) -> "ConceptBottleneck":
         """Return what `save` wrote; it gives the same bits."""
         about, tensors = load_fitted(Path(folder))
-        made = cls(**about["settings"])
+        model = cls(**about["settings"])
         d, n_classes, n_concepts, n_values = about["sizes"]
-        made._net = _Bottleneck(d, n_classes, n_concepts, n_values, made.settings.mode)
-        made._net.load_state_dict(tensors)
-        return made
+        model._net = _Bottleneck(d, n_classes, n_concepts, n_values, model.settings.mode)
+        model._net.load_state_dict(tensors)
+        return model
 
     def _fitted(self) -> "_Bottleneck":
         if self._net is None:

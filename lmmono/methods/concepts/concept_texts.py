@@ -59,9 +59,9 @@ def read_concepts(
             for column in (text, label, split, *concepts):
                 if column not in row:
                     raise missing_column(where, column, list(row))
-            found = [str(row[column]) for column in concepts]
-            if not {str(row[label]), *found} & set(leave_out):
-                rows.append((str(row[split]), str(row[text]), str(row[label]), found))
+            held_concepts = [str(row[column]) for column in concepts]
+            if not {str(row[label]), *held_concepts} & set(leave_out):
+                rows.append((str(row[split]), str(row[text]), str(row[label]), held_concepts))
     if not rows:
         raise DataError(f"{path}: no row without {', '.join(leave_out)}; leave out less")
     classes = tuple(sorted({row[2] for row in rows}))

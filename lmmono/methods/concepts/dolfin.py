@@ -108,11 +108,11 @@ class Dolfin:
     def load(cls, folder: str | Path) -> "Dolfin":
         """Return what `save` wrote; it gives the same bits."""
         about, tensors = load_fitted(Path(folder))
-        made = cls(**about["settings"])
+        model = cls(**about["settings"])
         d_in, n_classes = about["sizes"]
-        made._net = _Features(d_in, n_classes, made.settings)
-        made._net.load_state_dict(tensors)
-        return made
+        model._net = _Features(d_in, n_classes, model.settings)
+        model._net.load_state_dict(tensors)
+        return model
 
     def _fitted(self) -> "_Features":
         if self._net is None:

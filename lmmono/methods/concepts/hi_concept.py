@@ -143,11 +143,11 @@ class HiConcept:
     def load(cls, folder: str | Path) -> "HiConcept":
         """Return what `save` wrote; it gives the same bits."""
         about, tensors = load_fitted(Path(folder))
-        made = cls(**about["settings"])
-        made._net = _Concepts(about["d"], made.settings)
-        made._net.load_state_dict(tensors)
-        made.impacts = torch.tensor(about["impacts"])
-        return made
+        model = cls(**about["settings"])
+        model._net = _Concepts(about["d"], model.settings)
+        model._net.load_state_dict(tensors)
+        model.impacts = torch.tensor(about["impacts"])
+        return model
 
     def _fitted(self) -> "_Concepts":
         if self._net is None:

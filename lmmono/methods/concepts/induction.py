@@ -165,14 +165,14 @@ class InductionGram:
 
     def _in_corpus(self, seen: Ids) -> tuple[int, int, int]:
         """Return the longest suffix that the corpus goes on after, and its range of suffixes."""
-        found = (0, 0, 0)
+        longest = (0, 0, 0)
         low, high = 1, min(self.max_n, len(seen))
         while low <= high:  # a suffix that is there has all shorter ones there
             n = (low + high) // 2
             where = self._index.range_of(seen[len(seen) - n :])
             begins = self._index.order[slice(*where)]
             if len(begins) and begins.min() + n < len(self._corpus):
-                found, low = (n, *where), n + 1
+                longest, low = (n, *where), n + 1
             else:
                 high = n - 1
-        return found
+        return longest
