@@ -60,9 +60,11 @@ def suite_rows(
     def lacks(arm: ProbeArm, draw: SuiteDraw) -> bool:
         return any(bench.lacks(about, stored) for about in conditions(arm, draw))
 
-    draws = list(suite.load()(bench.task, bench.settings))
-    for draw in draws:
-        if draw.failure:  # nothing to learn from, whoever learns
+    learnable: list[SuiteDraw] = []
+    for draw in list(suite.load()(bench.task, bench.settings)):
+        if not draw.failure:
+            learnable.append(draw)
+        else:  # nothing to learn from, whoever learns
             yield [
                 bench.row(about, Measurement(failure=draw.failure))
                 for arm in bench.arms
@@ -72,14 +74,14 @@ def suite_rows(
     work = [
         (arm, short[first : first + CHUNK])
         for arm in bench.arms
-        if (short := [draw for draw in draws if not draw.failure and lacks(arm, draw)])
+        if (short := [draw for draw in learnable if lacks(arm, draw)])
         for first in range(0, len(short), CHUNK)
     ]
     if not work:
         return
     ground = Ground.of(bench, [draw for _, short in work for draw in short])
     tests = {part: bench.codes(part, indices) for part, indices in parts.items()}
-    facts = _facts_of_codes(bench, tests, [arm for arm, _ in work])
+    facts = _facts_of_codes(bench, tests, work)
     jobs = (ground.job(arm, short, tests) for arm, short in work)
     for (arm, short), fitted in zip(work, solve(jobs), strict=True):
         seconds = fitted.seconds / len(short) / len(tests)
@@ -99,11 +101,13 @@ def suite_rows(
 
 
 def _facts_of_codes(
-    bench: Bench, tests: Mapping[str, LabelledCodes], arms: Sequence[ProbeArm]
+    bench: Bench,
+    tests: Mapping[str, LabelledCodes],
+    work: Sequence[tuple[ProbeArm, list[SuiteDraw]]],
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Return what rows say of their test texts and of their code, by part and code."""
     facts: dict[tuple[str, str], dict[str, Any]] = {}
-    for name in dict.fromkeys(arm.code.name for arm in arms):
+    for name in dict.fromkeys(arm.code.name for arm, _ in work):
         consistency = _consistency(tests["test"], name, bench.task.n_classes)
         facts |= {(part, name): {**texts.facts, **consistency} for part, texts in tests.items()}
     return facts
