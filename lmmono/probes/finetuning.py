@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from numpy import ndarray
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lmmono.errors import RobustnessError, TrainError
@@ -35,7 +35,13 @@ from lmmono.recipe.objective_settings import AnyObjective
 from lmmono.registry.lookup import load
 from lmmono.registry.methods import find_method
 from lmmono.registry.suites import MonoVariant, TuningLoss, TuningMode
-from lmmono.training.checkpoint import Position, load_checkpoint, save_checkpoint
+from lmmono.training.checkpoint import (
+    Position,
+    load_checkpoint,
+    restore_weights,
+    save_checkpoint,
+    save_weights,
+)
 from lmmono.training.objectives import (
     ObjectiveContext,
     Outputs,
@@ -202,8 +208,7 @@ class Classifier:
             files={},
         )
         with atomic_folder(Path(folder)) as fresh:
-            weights = {k: t.detach().contiguous() for k, t in _tensors(self.network).items()}
-            save_file(weights, fresh / "weights.safetensors")
+            save_weights(self.network, fresh / "weights.safetensors")
             stored = asdict(facts) | {"files": folder_digests(fresh)}
             (fresh / "classifier.json").write_text(json.dumps(stored, indent=1))
 
@@ -254,10 +259,7 @@ def load_classifier(folder: str | Path, model: nn.Module, tokenizer: Any = None)
     with torch.random.fork_rng(devices=[]):
         network = TextNetwork(bare(model), stored.n_classes, settings)
     try:
-        weights = load_file(folder / "weights.safetensors")
-        with torch.no_grad():
-            for name, tensor in _tensors(network).items():
-                tensor.copy_(weights[name])
+        restore_weights(network, load_file(folder / "weights.safetensors"))
     except (KeyError, RuntimeError, SafetensorError) as fault:
         raise RobustnessError(
             f"{folder}: its weights do not fit this {type(bare(model)).__name__} ({fault}); give "
@@ -267,10 +269,6 @@ def load_classifier(folder: str | Path, model: nn.Module, tokenizer: Any = None)
     classifier.history, classifier.chosen_epoch = stored.history, stored.chosen_epoch
     classifier.n_truncated = stored.n_truncated
     return classifier
-
-
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def finetune(

@@ -6,6 +6,7 @@ of a run that never stopped.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def save_checkpoint(
         RunError: The disk refuses.
     """
     with atomic_folder(folder) as fresh:
-        save_file(_weights(model), fresh / "weights.safetensors")
+        save_weights(model, fresh / "weights.safetensors")
         save_file(_moments(model, optimizer), fresh / "optimizer.safetensors")
         state = {"position": asdict(position), "files": folder_digests(fresh)}
         (fresh / "state.json").write_text(json.dumps(state))
@@ -101,10 +102,26 @@ def _unusable(folder: Path, reason: str) -> TrainError:
     )
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter once, by name (tied weights share one), and the buffers."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor.detach().contiguous() for name, tensor in named.items()}
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write every parameter once, by name (tied weights share one), and the buffers."""
+    named = _tensors(model)
+    save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
+
+
+def restore_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put back what `save_weights` wrote.
+
+    Raises:
+        KeyError: A tensor is missing.
+        RuntimeError: One is of another shape.
+    """
+    with torch.no_grad():
+        for name, tensor in _tensors(model).items():
+            tensor.copy_(weights[name])
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -126,13 +143,8 @@ def _restore(
     weights: dict[str, Tensor],
     moments: dict[str, Tensor],
 ) -> None:
-    """Put tensors back where `_weights` and `_moments` took them from."""
-    with torch.no_grad():
-        for name, tensor in {
-            **dict(model.named_parameters()),
-            **dict(model.named_buffers()),
-        }.items():
-            tensor.copy_(weights[name])
+    """Put tensors back where `save_weights` and `_moments` took them from."""
+    restore_weights(model, weights)
     for name, parameter in model.named_parameters():
         keys = [key for key in moments if key.rpartition("/")[0] == name]
         optimizer.state[parameter] = {
