@@ -21,6 +21,7 @@ from lmmono.captures.latents import Code, Latents, claim_all, rows_settings
 from lmmono.data.sources import tokenize
 from lmmono.data.tokens import TokenCorpus, TokenRows
 from lmmono.errors import RunError
+from lmmono.files.json_files import settings_faults
 from lmmono.files.processes import Processes, this_process
 from lmmono.models.hooks import hook_width, match_hooks, negative_halves, run_until
 from lmmono.models.pretrained import on_best_device
@@ -92,7 +93,7 @@ def capture(
     try:
         chosen = Capture.model_validate({**arguments, **settings})
     except ValidationError as error:
-        raise RunError(f"capture: {error}") from None
+        raise RunError(settings_faults("capture", error)) from None
     if left_out := _left_out(model, chosen):
         warnings.warn(left_out, astore.DroppedWarning, stacklevel=2)
     parts = _token_rows(model, texts, of_text, progress)

@@ -18,6 +18,7 @@ from torch import Tensor
 import activation_store as astore
 from activation_store.read.replay import Replay
 from lmmono.errors import DictionaryError
+from lmmono.files.json_files import settings_faults
 from lmmono.recipe.sections import Capture
 from lmmono.types import Progress, silent
 
@@ -273,7 +274,7 @@ def _checked(settings: dict[str, Any]) -> Capture:
     try:
         return Capture.model_validate(settings)
     except ValidationError as error:
-        raise DictionaryError(f"store_latents: {error}") from None
+        raise DictionaryError(settings_faults("store_latents", error)) from None
 
 
 def _check_name(name: str, rows: list[dict[str, Any]], digest: str) -> None:

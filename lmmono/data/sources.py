@@ -19,6 +19,7 @@ from lmmono.data.hub_documents import row_documents
 from lmmono.data.text_files import has_readable_suffix
 from lmmono.data.tokens import TokenCorpus, write_rows
 from lmmono.errors import DataError
+from lmmono.files.json_files import settings_faults
 from lmmono.recipe.sections import Data, FilesCorpus, HubCorpus
 from lmmono.types import Progress, silent
 
@@ -96,7 +97,7 @@ def tokenize(
     try:
         section = Data.model_validate(settings)
     except ValidationError as error:
-        raise DataError(f"tokenize: {error.errors(include_url=False)[0]['msg']}") from None
+        raise DataError(settings_faults("tokenize", error)) from None
     assert isinstance(section.corpus, FilesCorpus)
     messages = None if chat is None else Chat(chat, tokenizer)
     if paths is not None:

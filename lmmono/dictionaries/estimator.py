@@ -29,7 +29,7 @@ from lmmono.errors import DictionaryError
 from lmmono.files import provenance
 from lmmono.files.atomic import disk_faults, write_atomic
 from lmmono.files.digests import damaged_files, file_digest
-from lmmono.files.json_files import read_json
+from lmmono.files.json_files import read_json, settings_faults
 from lmmono.registry.lookup import load
 from lmmono.types import Progress, silent
 
@@ -83,13 +83,8 @@ class Dictionary(ABC):
         try:
             self.settings = self.adapter.validate_python({"arch": arch, **settings})
         except ValidationError as error:
-            lines = [
-                f"{type(self).__name__}({arch!r}): "
-                f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}"
-                + (f", got {fault['input']!r}" if fault["type"] != "missing" else "")
-                for fault in error.errors(include_url=False)
-            ]
-            raise DictionaryError("\n".join(lines)) from None
+            what = f"{type(self).__name__}({arch!r})"
+            raise DictionaryError(settings_faults(what, error)) from None
         self.seed, self.hook = seed, None
         self.d_in = self.d_sae = 0
         self.facts: dict[str, Any] = {}

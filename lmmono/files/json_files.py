@@ -44,16 +44,25 @@ def read_json(
     try:
         return TypeAdapter[Content](content).validate_json(text)
     except ValidationError as fault:
-        faults = [_told(each) for each in fault.errors(include_url=False)]
+        faults = [_fault_line(each) for each in fault.errors(include_url=False)]
         more = f"; and {len(faults) - MAX_TOLD} more" if len(faults) > MAX_TOLD else ""
         raise error(f"{path}: damaged: {'; '.join(faults[:MAX_TOLD])}{more}{end}") from None
 
 
-def _told(fault: Any) -> str:
+def settings_faults(what: str, error: ValidationError) -> str:
+    """Return a line for each fault of the settings of a call: `what: place: wanted, got`."""
+    return "\n".join(f"{what}: {_fault_line(each)}" for each in error.errors(include_url=False))
+
+
+def _fault_line(fault: Any) -> str:
     """Return one fault of pydantic's: place, what was wanted, what was there."""
-    place = ".".join(map(str, fault["loc"]))
+    # of fields that clash, the first is the one to change
+    clashing = fault.get("ctx", {}).get("fields", ())[:1]
+    place = ".".join(map(str, (*fault["loc"], *clashing)))
     if fault["type"] == "json_invalid":
         return str(fault["msg"])
+    if clashing:
+        return f"{place}: {fault['msg']}"
     got = "" if fault["type"] == "missing" else f", got {_shortened(fault['input'])}"
     return f"{place}: {fault['msg']}{got}" if place else f"{fault['msg']}{got}"
 

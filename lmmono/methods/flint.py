@@ -32,7 +32,7 @@ from activation_store.write.recorder import digest as weights_digest
 from lmmono.errors import RobustnessError
 from lmmono.files.atomic import atomic_folder
 from lmmono.files.digests import damaged_files, folder_digests
-from lmmono.files.json_files import read_json
+from lmmono.files.json_files import read_json, settings_faults
 from lmmono.methods import flint_measures as measures
 from lmmono.methods.flint_interpreter import Interpreter, counted_tokens
 from lmmono.methods.flint_objective import FlintObjective, build_interpreter, check_classes
@@ -217,7 +217,7 @@ class Flint:
         try:
             self.settings = FlintSettings.model_validate({**chosen, **settings})
         except ValidationError as error:
-            raise RobustnessError("\n".join(map(_fault, error.errors()))) from None
+            raise RobustnessError(settings_faults("Flint", error)) from None
         self.mode: Mode = mode
         self.tuning, self.seed = tuning or FineTuning(), seed
         self.hooks: tuple[str, ...] = ()
@@ -511,13 +511,6 @@ def context_of(classifier: Classifier, texts: Sequence[str], *, seed: int = 0) -
         texts=tuple(texts),
         pooling=classifier.settings.pooling,
     )
-
-
-def _fault(fault: Any) -> str:
-    """Return one fault of settings; one of two fields that clash names the one to change."""
-    if fields := fault.get("ctx", {}).get("fields"):
-        return f"Flint: {fields[0]}: {fault['msg']}"
-    return f"Flint: {'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']!r}"
 
 
 def _labelled(data: TextsWithLabels) -> LabelledTexts:

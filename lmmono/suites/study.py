@@ -18,6 +18,7 @@ import activation_store as astore
 from lmmono.data.tasks.reading import find_task
 from lmmono.data.tasks.task import Task
 from lmmono.errors import RobustnessError
+from lmmono.files.json_files import settings_faults
 from lmmono.models.hooks import match_hooks
 from lmmono.probes.probe_jobs import Solver, solving
 from lmmono.recipe.robustness_settings import Robustness
@@ -135,12 +136,7 @@ def _checked(settings: Mapping[str, Any]) -> Robustness:
     try:
         return Robustness.model_validate(_with_tuples(plain))
     except ValidationError as error:
-        faults = [
-            f"robustness: {'.'.join(map(str, fault['loc']))}: {fault['msg']}, "
-            f"got {fault['input']!r}"
-            for fault in error.errors(include_url=False)
-        ]
-        raise RobustnessError("\n".join(faults)) from None
+        raise RobustnessError(settings_faults("robustness", error)) from None
 
 
 def _with_tuples(value: Any) -> Any:
