@@ -87,8 +87,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     'did you mean blocks.0.mlp.hook_post?'
     >>> nearest("zzz", ["crate", "gpt2"])
     'known: crate, gpt2'
+    >>> nearest("zzz", [])
+    'it has none'
     """
     choices = list(known)
+    if not choices:
+        return "it has none"
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"

@@ -166,7 +166,7 @@ class _ExplainPlan:
         asks = "client" in explainer.needs
         for name in settings:
             if name not in explainer.settings:
-                way_out = nearest(name, explainer.settings) if explainer.settings else "it has none"
+                way_out = nearest(name, explainer.settings)
                 raise ExplainError(f"{explainer.name}: no setting {name!r}; {way_out}")
         if asks and client is None:
             raise ExplainError(f"{explainer.name} asks a language model; pass client=")

@@ -84,9 +84,8 @@ class Scoring(
             raise clash(f"want a scorer, got {self.name!r}; {nearest(self.name, RUNNABLE)}", "name")
         if scorer.argument is not None:
             raise _from_python(self.name, scorer.argument, "name", "score", "scorer")
-        presets = scorer.presets
-        if self.preset is not None and self.preset not in presets:
-            way_out = nearest(self.preset, presets) if presets else "it has none"
+        if self.preset is not None and self.preset not in scorer.presets:
+            way_out = nearest(self.preset, scorer.presets)
             raise clash(f"{self.name} has no preset {self.preset!r}; {way_out}", "preset")
         try:
             scorer.with_settings(self.preset, self.settings)

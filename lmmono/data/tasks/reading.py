@@ -503,7 +503,7 @@ def _shifted(
     """Return the out-of-domain parts asked for, or those that the folder holds."""
     for key in ood or ():
         if key not in record.ood:
-            way_out = nearest(key, record.ood) if record.ood else "it has none"
+            way_out = nearest(key, record.ood)
             raise DataError(f"task {record.name}: no out-of-domain set {key!r}; {way_out}")
     keys = ood if ood is not None else [key for key in record.ood if folder is not None]
     parts: dict[str, Labelled] = {}
