@@ -245,6 +245,23 @@ class Dictionary(ABC):
             )
 
 
+class NetworkDictionary(Dictionary):
+    """A dictionary whose code is that of one of sae-lens' networks, which `network` holds."""
+
+    network: Any = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weights by name, as the SAELens folder has them."""
+        self._check_fitted("tensors")
+        return dict(self.network.state_dict())
+
+    def _encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        return self.network.encode(x)
+
+    def _decode(self, acts: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]:
+        return self.network.decode(acts)
+
+
 class PlainDictionary(Dictionary):
     """A dictionary that is some tensors by name; a kind says how they are learned and used."""
 

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from lmmono.dictionaries.architectures import read_inference, write_inference
-from lmmono.dictionaries.estimator import Dictionary, load_dictionary
+from lmmono.dictionaries.estimator import Dictionary, NetworkDictionary, load_dictionary
 from lmmono.dictionaries.sae_training import (
     FitPlan,
     SaeFit,
@@ -42,7 +42,7 @@ from lmmono.recipe.reference import settings_help
 from lmmono.types import Progress, silent
 
 
-class SAE(Dictionary):
+class SAE(NetworkDictionary):
     """A sparse autoencoder: standard, gated, topk, batchtopk, jumprelu, matryoshka, pursuit.
 
     `fit` takes, in addition to vectors and progress:
@@ -60,13 +60,7 @@ class SAE(Dictionary):
 
     kind: ClassVar[str] = "sae"
     adapter: ClassVar[TypeAdapter[Any]] = TypeAdapter(Sae)
-    network: Any = None
     history: pa.Table | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the weights by name, as the SAELens folder has them."""
-        self._check_fitted("tensors")
-        return dict(self.network.state_dict())
 
     def _fit(self, source: VectorSource, *, progress: Progress, **options: Any) -> None:
         folder = options.pop("folder", None)
@@ -74,12 +68,6 @@ class SAE(Dictionary):
         broken = _fit_jobs([job], source, progress=progress, **options)
         for error in broken.values():
             raise error
-
-    def _encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-        return self.network.encode(x)
-
-    def _decode(self, acts: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]:
-        return self.network.decode(acts)
 
     def _save(self, folder: Path) -> None:
         self.network.save_model(folder)

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, get_args
 
 import torch
-from jaxtyping import Float
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lmmono.dictionaries.architectures import DAMAGE, read_inference, sae_lens
-from lmmono.dictionaries.estimator import Dictionary, load_dictionary
+from lmmono.dictionaries.estimator import Dictionary, NetworkDictionary, load_dictionary
 from lmmono.dictionaries.vector_source import VectorSource
 from lmmono.errors import DictionaryError, nearest
 from lmmono.files.atomic import disk_faults, write_atomic
@@ -60,7 +59,7 @@ class ImportedCode(Section):
     """Where it came from."""
 
 
-class Imported(Dictionary):
+class Imported(NetworkDictionary):
     """A dictionary that another tool trained; made by `import_dictionary`, never fitted.
 
     Attributes:
@@ -69,7 +68,6 @@ class Imported(Dictionary):
 
     kind: ClassVar[str] = "imported"
     adapter: ClassVar[TypeAdapter[Any]] = TypeAdapter(ImportedCode)
-    network: Any = None
 
     def fit(self, vectors: Any, **options: Any) -> NoReturn:
         """Refuse: the weights are given.
@@ -82,20 +80,9 @@ class Imported(Dictionary):
             f"this {self.arch} dictionary was imported and stays as it is; fit an lm.SAE instead"
         )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the weights by name, as the SAELens folder has them."""
-        self._check_fitted("tensors")
-        return dict(self.network.state_dict())
-
     def _fit(self, source: VectorSource, *, progress: Progress, **options: Any) -> None:
         del source, progress, options
         raise AssertionError("fit refuses before this")
-
-    def _encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-        return self.network.encode(x)
-
-    def _decode(self, acts: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]:
-        return self.network.decode(acts)
 
     def _save(self, folder: Path) -> None:
         write_sae_lens(self.network, self.hook, folder)

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from lmmono.errors import ExplainError, nearest
-from lmmono.recipe.section import Count, OneOf, Section, clash
+from lmmono.recipe.section import Count, OneOf, Section, clash, named_by
 from lmmono.registry.explainers import EXPLAINERS, ProtocolName
 from lmmono.registry.scorers import SCORERS
 
@@ -99,14 +99,10 @@ class Scoring(
         return SCORERS[self.name].reads_explanations
 
 
-def _named(entry: Any) -> Any:
-    return entry if isinstance(entry, dict | Scoring) else {"name": entry}
-
-
 class Score(Section):
     """What is measured on the units, and on what was said of them."""
 
-    scorers: tuple[Annotated[Scoring, BeforeValidator(_named)], ...] = Field(
+    scorers: tuple[Annotated[Scoring, named_by("name")], ...] = Field(
         default_factory=lambda: (Scoring(name="token_selectivity"),)
     )
     """Scorers, by name or with a preset."""

@@ -6,9 +6,9 @@ Each kind is a record of `lmmono.registry.methods`, whose home computes the term
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from lmmono.recipe.section import Count, Fraction, OneOf, Section, clash
+from lmmono.recipe.section import Count, Fraction, OneOf, Section, clash, named_by
 from lmmono.registry.suites import TEXT_CORRUPTIONS
 
 
@@ -245,10 +245,6 @@ class Perturbation(Section, json_schema_extra={"type": ["string", "object"]}):
         return self.kind if self.size is None else f"{self.kind}_{self.size:g}"
 
 
-def _named(entry: Any) -> Any:
-    return entry if isinstance(entry, dict | Section) else {"kind": entry}
-
-
 class LogitDistance(Section):
     """Of what the model says."""
 
@@ -303,7 +299,7 @@ class Continuity(ObjectiveSettings):
     """
 
     kind: Literal["continuity"] = "continuity"
-    perturbations: tuple[Annotated[Perturbation, BeforeValidator(_named)], ...] = ()
+    perturbations: tuple[Annotated[Perturbation, named_by("kind")], ...] = ()
     """What is done to an input; each step draws one. Others are held out for the battery."""
     distances: tuple[Distance, ...] = Field(
         default_factory=lambda: (LogitDistance(),), min_length=1

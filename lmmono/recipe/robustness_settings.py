@@ -5,7 +5,6 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    BeforeValidator,
     Field,
     model_serializer,
     model_validator,
@@ -18,7 +17,7 @@ from lmmono.recipe.objective_settings import (
     Perturbation,
     raise_equal_names,
 )
-from lmmono.recipe.section import Count, Fraction, OneOf, Section, clash
+from lmmono.recipe.section import Count, Fraction, OneOf, Section, clash, named_by
 from lmmono.registry.suites import (
     FAMILIES,
     HYPOTHESES,
@@ -53,18 +52,6 @@ SHOTS = (1, 4, 16, 64, 256)
 
 def _is_none(value: Any) -> bool:
     return value is None  # a field that came later: recipes without it keep their digest
-
-
-def _named(entry: Any) -> Any:
-    return entry if isinstance(entry, dict | Section) else {"name": entry}
-
-
-def _kind_named(entry: Any) -> Any:
-    return entry if isinstance(entry, dict | Section) else {"kind": entry}
-
-
-def _placed(entry: Any) -> Any:
-    return entry if isinstance(entry, dict | Section) else {"path": entry}
 
 
 class FamilySettings(
@@ -166,7 +153,7 @@ class TaskSettings(
     """Column that is the same number in both texts of a contrast pair, if there is one."""
     ood: dict[
         Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")],
-        Annotated[OtherDomain, BeforeValidator(_placed)],
+        Annotated[OtherDomain, named_by("path")],
     ] = {}
     """Texts of other domains by name: a file, or its own columns and classes."""
 
@@ -257,7 +244,7 @@ FlintBaseline = Literal[
 class ContinuityStudy(Section):
     """Suite `continuity`: outputs, gradients, saliency and accuracy of models that are tuned."""
 
-    noises: tuple[Annotated[Perturbation, BeforeValidator(_kind_named)], ...] = Field(
+    noises: tuple[Annotated[Perturbation, named_by("kind")], ...] = Field(
         default_factory=lambda: (
             Perturbation(kind="typos"),
             Perturbation(kind="word_drop"),
@@ -345,13 +332,13 @@ class Robustness(Section):
 
     suites: tuple[SuiteName, ...] = ()
     """Ways in which tasks are made harder; none by default."""
-    tasks: tuple[Annotated[TaskSettings, BeforeValidator(_named)], ...] = (
+    tasks: tuple[Annotated[TaskSettings, named_by("name")], ...] = (
         TaskSettings(name="planted_topic"),
     )
     """Tasks by name (`lmmono ls tasks`), or your own: {path: x.csv, text: body, label: stars}."""
     folder: str | None = None
     """Folder with the sets of tasks that are not planted, as `lmmono ls tasks` names them."""
-    families: tuple[Annotated[FamilySettings, BeforeValidator(_named)], ...] = Field(
+    families: tuple[Annotated[FamilySettings, named_by("name")], ...] = Field(
         default_factory=lambda: (FamilySettings(name="raw"),)
     )
     """Feature families, by name or with settings; others are compared with the first."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 Count = Annotated[int, Field(ge=1)]
@@ -26,6 +26,15 @@ class Section(BaseModel):
         # sections are made by factories
         defer_build=True,
     )
+
+
+def named_by(field: str) -> BeforeValidator:
+    """Let a section be written as the value of one field: `typos` for `{kind: typos}`."""
+
+    def whole(entry: Any) -> Any:
+        return entry if isinstance(entry, dict | Section) else {field: entry}
+
+    return BeforeValidator(whole)
 
 
 class OneOf:
