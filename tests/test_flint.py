@@ -24,6 +24,7 @@ from lmmono.recipe.objective_settings import (
     FlintSettings,
     Perturbation,
 )
+from lmmono.training.objectives import ObjectiveContext
 
 HOW = FineTuning(epochs=12, lr=1e-2, batch_texts=16)
 SMALL = {"n_attributes": 6, "d_hidden": 32, "lr": HOW.lr, "tuning": HOW}
@@ -189,6 +190,9 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(mode, classifier, tmp_p
 def test_what_cannot_be_is_refused_with_the_way_out(classifier):
     with pytest.raises(RobustnessError, match="50000 classes on 24 attributes.*fewer classes"):
         Flint().fit(tiny("gpt2"), TRAIN, VAL, n_classes=50_000, tokenizer=TOKENIZER)
+    of_language = ObjectiveContext(tiny("gpt2"), False, 10, 0, 16)
+    with pytest.raises(RobustnessError, match="this model tells tokens apart; put it into robust"):
+        FlintObjective(FlintSettings(), of_language)
     with pytest.raises(RobustnessError, match="layers 7: the model has blocks 0 to 1"):
         fitted(layers=[7])
     with pytest.raises(RobustnessError, match="finished classifier is for mode='post_hoc'"):

@@ -1,12 +1,15 @@
 """Named loss terms: the seam that every training goes through."""
 
+import json
 import signal
 from pathlib import Path
+from typing import get_args
 
 import lookup_model
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from small_models import tiny
 from test_finetuning import TEST, TRAIN, VAL
@@ -17,8 +20,10 @@ from lmmono.errors import ModelError, RecipeError, RobustnessError, TrainError, 
 from lmmono.pipeline import train
 from lmmono.probes.finetuning import FineTuning, finetune, load_classifier, tune
 from lmmono.recipe import Recipe
-from lmmono.recipe.objective_settings import Decorrelation, SparsePenalty
+from lmmono.recipe.objective_settings import AnyObjective, Decorrelation, SparsePenalty
 from lmmono.recipe.robustness_settings import Tuning
+from lmmono.registry.methods import METHODS
+from lmmono.registry.suites import MonoVariant
 from lmmono.runs.folder import Run
 from lmmono.suites.tuned import tuners
 from lmmono.training.objectives import Loss, Objective, Step, Term, Terms
@@ -265,3 +270,54 @@ def test_a_frozen_classifier_keeps_its_bits_while_a_term_learns() -> None:
         assert torch.equal(tensor, before[name]), name
     assert found.chosen_epoch == 2 and all(p.requires_grad for p in found.network.parameters())
     assert found.history[-1].terms["probing"] < found.history[0].terms["probing"]
+
+
+WANTS: dict[str, dict[str, object]] = {
+    "continuity": {"perturbations": ["word_shuffle", "embedding_gaussian"]},
+    "flint": {"n_attributes": 4, "d_hidden": 8, "min_documents": 1},
+    "r_drop": {"dropout": 0.1},
+}
+"""What an objective needs to be told."""
+
+ADAPTERS = {
+    **{name: {"method": name} for name in ("rslora", "dora", "two_branch", "topk_lora")},
+    **{f"monolora {v}": {"method": "monolora", "variant": v} for v in get_args(MonoVariant)},
+}
+
+TUNED = {
+    **{
+        method.name: {
+            "objectives": (
+                TypeAdapter(AnyObjective).validate_json(
+                    json.dumps({"kind": method.name, **WANTS.get(method.name, {})})
+                ),
+            )
+        }
+        for method in METHODS.values()
+        if method.role in ("objective", "interpreter") and "fine_tuning" in method.places
+    },
+    **ADAPTERS,
+}
+"""Settings of every way to tune that `lmmono ls methods` lists."""
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("name", TUNED)
+def test_every_method_goes_on_after_a_kill_and_is_loaded_to_the_same_bits(
+    tmp_path: Path, name: str
+) -> None:
+    def die(what, done, total, **facts):
+        if done == 1:
+            raise Stopped
+
+    how = {"epochs": 2, "batch_texts": 40, **TUNED[name]}
+    whole = tuned(**how)
+    with pytest.raises(Stopped):
+        tuned(tmp_path / "tuning", progress=die, **how)
+    resumed = tuned(tmp_path / "tuning", **how)
+    said = whole.predict(TEST.texts)
+    assert resumed.history == whole.history
+    assert np.array_equal(resumed.predict(TEST.texts), said)
+    whole.save(tmp_path / "tuned")
+    loaded = load_classifier(tmp_path / "tuned", tiny("gpt2"), TOKENIZER)
+    assert np.array_equal(loaded.predict(TEST.texts), said)

@@ -1,12 +1,16 @@
 """A page of results as far as a study has come, and the figure of scores against loss."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+from planted_results import result
 
+import activation_store as astore
 import lmmono as lm
 from lmmono.errors import RunError
+from lmmono.reports import arm_tables as arms
 from lmmono.reports.figures import training_figure
 from lmmono.reports.result_page import BEGIN, END, markdown, write_result_page
 from lmmono.reports.table import Interval, ReportTable
@@ -63,3 +67,41 @@ def test_scores_are_drawn_against_loss_with_a_line_per_arm(tmp_path: Path) -> No
     assert {"crate", "gpt2", "val loss, nats per token"} <= texts
     with pytest.raises(RunError, match="want a file that ends in"):
         training_figure(table, tmp_path / "a.txt")
+
+
+def test_arms_are_differences_from_the_first_seed_by_seed(tmp_path: Path, monkeypatch) -> None:
+    hook = "blocks.0.mlp.hook_post"
+    with astore.open(tmp_path / "run", mode="w") as store:
+        about = {"hook": hook, "metric": "token_selectivity"}
+        about |= {"seed": 0, "metric_version": 1}
+        rows = [{"unit": u, "value": v, "control": None} for u, v in enumerate((0.2, 0.6))]
+        store.append("all_scores", [{**about, **row} for row in rows])
+
+    def run(arm: str, seed: int, loss: float) -> SimpleNamespace:
+        recipe = SimpleNamespace(arm=arm, seed=seed, robustness=SimpleNamespace(suites=("a",)))
+        return SimpleNamespace(
+            recipe=recipe, val_loss=loss, is_done=lambda _: True, store_path=tmp_path / "run"
+        )
+
+    gains = {"plain": (0.0, 0.0), "up": (0.1, 0.3)}
+    runs = [run(arm, i, 2.0 + gains[arm][i]) for arm in gains for i in range(2)]
+
+    def results(of: SimpleNamespace, _: astore.Store) -> list:
+        gain = gains[of.recipe.arm][of.recipe.seed]
+        curve = [result(level=x, value=0.9 - x + gain * (x > 0)) for x in (0.0, 0.2, 0.4)]
+        shots = result(suite="few_shot", level=None, corruption=None, n_shots=4, value=0.5 + gain)
+        return [*curve, shots]
+
+    monkeypatch.setattr(arms, "run_results", results)
+    units, robust = arms.arm_tables(runs)
+    table = {row[:2]: row[2:] for row in units.rows}
+    assert units.columns == ("measure", "of", "seeds", "plain", "sd", "up")
+    assert table["token_selectivity", "neurons"][1].value == pytest.approx(0.4)
+    assert table["val loss", "model"][-1].value == pytest.approx(0.2)
+    by_measure = {row[0]: row for row in robust.rows}
+    change = by_measure["topic: noisy_labels, symmetric, change"]
+    assert change[3].value == pytest.approx(-0.2), "by hand: (0 + 2 * 0.2 + 0.4) / 4"
+    assert change[5].value == pytest.approx(0.75 * 0.2), "the first of four half steps has none"
+    assert by_measure["topic: few_shot, 4 per class"][5].value == pytest.approx(0.2)
+    assert by_measure["topic: noisy_labels, without noise"][5].value == pytest.approx(0.0)
+    assert arms.arm_tables(runs[:2]) == [], "one arm is compared with nothing"

@@ -23,6 +23,7 @@ SHOWN = {
     "comprehensiveness_random": "random out",
     "mcc": "planted",
     "mcc_untrained": "planted, untrained",
+    "gradient_agreement": "gradients",
     "attribute_flips": "flips",
 }
 """Metrics that are shown, by their column heads."""
@@ -60,7 +61,7 @@ def _table(
                 feature,
                 probe,
                 *(over_seeds(rows[feature, probe].get(name, {})) for name in shown),
-                _difference(rows[feature, probe].get("accuracy", {}), plain)
+                difference(rows[feature, probe].get("accuracy", {}), plain)
                 if probe == "classifier" and feature != BLACK_BOX
                 else None,
             )
@@ -68,7 +69,8 @@ def _table(
         ),
         note="Means over seeds with their 95 % intervals (Student t). Attributes per text: those "
         "with more than a third of the largest relevance. Taken out: by how much the classifier's "
-        "probability falls without the tokens where relevant attributes act.",
+        "probability falls without the tokens where relevant attributes act. Gradients: agreement "
+        "with integrated gradients.",
         spare=tuple(SHOWN[name] for name in reversed(shown[3:])),
     )
 
@@ -78,7 +80,8 @@ def over_seeds(by_seed: Mapping[int, float]) -> Interval | None:
     return _interval(np.array(list(by_seed.values()))) if by_seed else None
 
 
-def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
+    """Return the mean difference over seeds that both have; None where there is none."""
     both = sorted(ours.keys() & theirs.keys())
     return _interval(np.array([ours[seed] - theirs[seed] for seed in both])) if both else None
 

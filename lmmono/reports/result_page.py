@@ -12,6 +12,7 @@ from pathlib import Path
 from lmmono.errors import RunError
 from lmmono.files.atomic import write_atomic
 from lmmono.files.provenance import git_commit
+from lmmono.reports.arm_tables import arm_tables
 from lmmono.reports.figures import training_figure
 from lmmono.reports.side_by_side import dictionary_tables
 from lmmono.reports.study_tables import study_tables
@@ -43,10 +44,15 @@ def write_result_page(
         folders = ", ".join(map(str, studies))
         raise RunError(f"{folders}: no run there; `lmmono run RECIPE` makes some")
     tables = [progress_table(runs), *_study(runs, studies, progress)]
+    has_seeds = len({run.recipe.arm for run in runs}) < len(runs)
+    of_arms = arm_tables(runs) if has_seeds else []
+    tables += of_arms
     for run in runs:
         if run.recipe.dictionary.learn and run.is_done("dictionary"):
             tables += dictionary_tables(run)
-        tables += _suites(run)
+        # of arms at several seeds the tables of each run would be a page each; claims stay
+        if not of_arms or run.recipe.robustness.hypotheses:
+            tables += _suites(run)
     names = ", ".join(str(folder) for folder in studies)
     records = [record for run in runs for record in run.manifest.stages.values()]
     commits = sorted({record.commit or "unknown" for record in records})

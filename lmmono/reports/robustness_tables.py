@@ -41,6 +41,7 @@ from lmmono.studies.hypotheses import (
 )
 from lmmono.suites.results import (
     APART,
+    FINE_TUNING,
     FULL,
     Result,
     areas_and_starts,
@@ -49,6 +50,7 @@ from lmmono.suites.results import (
     severity_changes,
 )
 from lmmono.suites.robustness_run import run_results
+from lmmono.suites.tuned import tuners
 
 
 def robustness_tables(
@@ -116,12 +118,18 @@ def suite_tables(run: Run, *, every: bool = False) -> list[ReportTable]:
             if settings.families and results:
                 baseline = settings.families[0].label
                 tables += [noise_table(results), change_table(results, baseline)]
+                tables.append(tuned_table(results, _ways(run)))
             tables.append(dose_table(results, scored))
             if settings.hypotheses:
                 told, *rest = verdict_tables(verdicts(settings.hypotheses, Evidence(results)))
                 tables += [replace(told, note=told.note + _registered(run)), *rest]
-            tables += [*flint_tables(store), *continuity_tables(store)]
+            tables += [*flint_tables(store), *continuity_tables(store, _ways(run))]
     return [replace(table, title=f"{table.title}, {run.name}") for table in tables if table.rows]
+
+
+def _ways(run: Run) -> list[str]:
+    """Return the ways to tune that the recipe names, in its order."""
+    return [tuner.label for tuner in tuners(run.recipe.robustness.fine_tuning)]
 
 
 def _registered(run: Run) -> str:
@@ -203,6 +211,19 @@ def change_table(results: Sequence[Result], baseline: str) -> ReportTable:
         compare_families(changes, baseline) if changes else [],
         title="Change under noise",
         note="Area under the severity curve less the value at level 0; above 0 is a smaller loss.",
+    )
+
+
+def tuned_table(results: Sequence[Result], ways: Sequence[str]) -> ReportTable:
+    """Return how ways to tune the model differ from the first of them, at each level of noise.
+
+    Without rows where the model was tuned in one way or none.
+    """
+    tuned = [each for each in results if each.suite == FINE_TUNING and each.feature in ways]
+    is_there = bool(ways) and any(each.feature == ways[0] for each in tuned)
+    return comparison_table(
+        compare_families(tuned, ways[0]) if is_there else [],
+        title=f"Tuned models less {ways[0] if ways else 'none'}",
     )
 
 
