@@ -9,6 +9,7 @@ What people wrote stays: only what stands between two marks is made anew.
 from collections.abc import Sequence
 from pathlib import Path
 
+from activation_store.errors import LockedError
 from lmmono.errors import RunError
 from lmmono.files.atomic import write_atomic
 from lmmono.files.provenance import git_commit
@@ -117,7 +118,10 @@ def _suites(run: Run) -> list[ReportTable]:
         return []
     from lmmono.reports.robustness_tables import suite_tables
 
-    return suite_tables(run)
+    try:
+        return suite_tables(run, so_far=True)
+    except LockedError:  # it goes on at this moment: the progress says so
+        return []
 
 
 def markdown(table: ReportTable) -> str:

@@ -95,7 +95,7 @@ def robustness_tables(
     return tables
 
 
-def suite_tables(run: Run, *, every: bool = False) -> list[ReportTable]:
+def suite_tables(run: Run, *, every: bool = False, so_far: bool = False) -> list[ReportTable]:
     """Return what a run's suites came to: areas against its first family, and the verdicts.
 
     Empty where the recipe has no suites, or they are not done.
@@ -103,9 +103,14 @@ def suite_tables(run: Run, *, every: bool = False) -> list[ReportTable]:
     Args:
         run: A run whose suites are done.
         every: Return what `robustness_tables` says instead: each level and difference too.
+        so_far: Return what suites that were begun have stored; their tables say so.
+
+    Raises:
+        LockedError: The suites are being run at this moment.
     """
-    settings = run.recipe.robustness
-    if not settings.suites or not run.is_done("robustness"):
+    settings, is_done = run.recipe.robustness, run.is_done("robustness")
+    is_begun = "robustness" in run.manifest.stages and run.store_path.exists()
+    if not settings.suites or not (is_done or (so_far and is_begun)):
         return []
     tables: list[ReportTable] = []
     with astore.open(run.store_path) as store:
@@ -124,7 +129,8 @@ def suite_tables(run: Run, *, every: bool = False) -> list[ReportTable]:
                 told, *rest = verdict_tables(verdicts(settings.hypotheses, Evidence(results)))
                 tables += [replace(told, note=told.note + _registered(run)), *rest]
             tables += [*flint_tables(store), *continuity_tables(store, _ways(run))]
-    return [replace(table, title=f"{table.title}, {run.name}") for table in tables if table.rows]
+    end = run.name if is_done else f"{run.name}, so far"
+    return [replace(table, title=f"{table.title}, {end}") for table in tables if table.rows]
 
 
 def _ways(run: Run) -> list[str]:
