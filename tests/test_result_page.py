@@ -15,6 +15,7 @@ from lmmono.reports.figures import training_figure
 from lmmono.reports.result_page import BEGIN, END, markdown, write_result_page
 from lmmono.reports.table import Interval, ReportTable
 from lmmono.runs.folder import Run
+from lmmono.suites.results import Result
 
 RECIPE = """
 name: early
@@ -69,6 +70,20 @@ def test_scores_are_drawn_against_loss_with_a_line_per_arm(tmp_path: Path) -> No
         training_figure(table, tmp_path / "a.txt")
 
 
+class Finished(Run):
+    """A run that is done, with a store of any other."""
+
+    val_loss, store_path = 0.0, Path()
+
+    def __init__(self, arm: str, seed: int, loss: float, store: Path) -> None:
+        suites = SimpleNamespace(suites=("noisy_labels",))
+        self.recipe = SimpleNamespace(arm=arm, seed=seed, robustness=suites)
+        self.val_loss, self.store_path = loss, store
+
+    def is_done(self, stage: str) -> bool:
+        return True
+
+
 def test_arms_are_differences_from_the_first_seed_by_seed(tmp_path: Path, monkeypatch) -> None:
     hook = "blocks.0.mlp.hook_post"
     with astore.open(tmp_path / "run", mode="w") as store:
@@ -77,16 +92,11 @@ def test_arms_are_differences_from_the_first_seed_by_seed(tmp_path: Path, monkey
         rows = [{"unit": u, "value": v, "control": None} for u, v in enumerate((0.2, 0.6))]
         store.append("all_scores", [{**about, **row} for row in rows])
 
-    def run(arm: str, seed: int, loss: float) -> SimpleNamespace:
-        recipe = SimpleNamespace(arm=arm, seed=seed, robustness=SimpleNamespace(suites=("a",)))
-        return SimpleNamespace(
-            recipe=recipe, val_loss=loss, is_done=lambda _: True, store_path=tmp_path / "run"
-        )
-
     gains = {"plain": (0.0, 0.0), "up": (0.1, 0.3)}
-    runs = [run(arm, i, 2.0 + gains[arm][i]) for arm in gains for i in range(2)]
+    path = tmp_path / "run"
+    runs = [Finished(arm, i, 2.0 + gains[arm][i], path) for arm in gains for i in range(2)]
 
-    def results(of: SimpleNamespace, _: astore.Store) -> list:
+    def results(of: Run, _: astore.Store) -> list[Result]:
         gain = gains[of.recipe.arm][of.recipe.seed]
         curve = [result(level=x, value=0.9 - x + gain * (x > 0)) for x in (0.0, 0.2, 0.4)]
         shots = result(suite="few_shot", level=None, corruption=None, n_shots=4, value=0.5 + gain)
