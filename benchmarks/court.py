@@ -6,24 +6,78 @@ Prints, for each metric, the share of units whose true explanation ranks above e
 one (lowest of the kinds; `lmmono audit-scorer NAME --densities` has all), and the least density
 from which on it is 95 % for all kinds. What is measured is kept in `--folder`, a file per scorer:
 run again after a kill, it goes on. `--write` writes `lmmono/registry/least_densities.py` from it,
-with the commit, so that records, tables and means know from which density on a scorer holds.
+with the commits, so that records, tables and means know from which density on a scorer holds.
+
+`embedding` and `surprisal` are given what knows words and nothing else: an encoder that counts
+them, a reader that expects those that were named. Real ones err in other ways.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import time
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 import activation_store as astore
+from lmmono.clients.client import Reading
 from lmmono.registry.scorers import SCORERS
 from lmmono.scores.court import DENSITIES, NOISES, CourtVerdict, hold_court, write_court
+from lmmono.scores.embedding import SentenceEncoder
 
-SIDES = {"sides": ["active", "predicted", "random"], "per_side": 20}
-SETTINGS: dict[str, dict[str, object]] = {"simulation_tar": SIDES, "detection": SIDES}
+D_BAG = 512
+"""Numbers that a bag of words is hashed to: texts of 32 words of 20,000 hardly collide."""
+
+
+def bag_of_words(texts: Sequence[str]) -> np.ndarray:
+    """Return a vector per text that counts its words, with signs, so that collisions cancel."""
+    bags = np.zeros((len(texts), D_BAG), np.float32)
+    for bag, text in zip(bags, texts, strict=True):
+        for word in re.findall(r"w\d+", text):
+            key = zlib.crc32(word.encode())
+            bag[key % D_BAG] += 1.0 if key & (1 << 20) else -1.0
+    return bags
+
+
+class WordReader:
+    """A client that expects words that stood before, e^3 times as much as others."""
+
+    name = "word reader"
+
+    def complete(self, *_: Any, **__: Any) -> list[Any]:
+        raise AssertionError("it reads only")
+
+    def read(self, texts: Sequence[str], **_: Any) -> list[Reading]:
+        return [self._read(text) for text in texts]
+
+    def _read(self, text: str) -> Reading:
+        tokens, said = re.findall(r"\s*\S+|\s+$", text), set[str]()
+        logprobs: list[float | None] = []
+        for token in tokens:
+            word = token.strip(" ,'\n")
+            logprobs.append(-1.0 if word in said else -4.0)
+            said.add(word)
+        return Reading(tuple(tokens), (None, *logprobs[1:]))
+
+
+SIDES: dict[str, Any] = {"sides": ["active", "predicted", "random"], "per_side": 20}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "simulation_tar": SIDES,
+    "detection": SIDES,
+    "fuzz": SIDES | {"sides": ["active", "predicted"]},
+    "anthropic_intervals": SIDES,
+    "embedding": SIDES | {"encoder": SentenceEncoder("bag of words", bag_of_words)},
+    "surprisal": SIDES,
+}
+SIDED = ("", "_recall", "_precision", "_f1", "_weighted")
 METRICS: dict[str, tuple[str, ...]] = {
-    "simulation_tar": ("", "_recall", "_precision", "_f1", "_weighted"),
-    "detection": ("", "_recall", "_precision", "_f1", "_weighted"),
+    **dict.fromkeys(SETTINGS, SIDED),
+    "fuzz": SIDED[:4],
     "population": ("_f1", "_iou", "_auprc", "_cosine", "_pearson"),
 }
 HOME = Path("lmmono/registry/least_densities.py")
@@ -31,7 +85,7 @@ HEAD = '''"""From which density on each metric ranks true explanations first; wr
 
     {command}
 
-at commit {commit}: {n_units} units of each density and noise, {n_tokens:,} tokens, seed {seed}.
+at {commits}: {n_units} units of each density and noise, {n_tokens:,} tokens, seed {seed}.
 """
 
 COURT: dict[str, dict[str, float | None]] = {{
@@ -56,15 +110,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/court"))
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--commit", help="where it was measured, for --write; HEAD by default")
+    parser.add_argument("--commit", help="where it is measured; HEAD by default")
     parser.add_argument("--markdown", action="store_true", help="print the tables of the page")
     options = parser.parse_args()
     size = {"n_units": options.units, "n_tokens": options.tokens, "seed": options.seed}
     options.folder.mkdir(parents=True, exist_ok=True)
     place = options.folder / "-".join(str(value) for value in size.values())
     place.mkdir(exist_ok=True)
+    at_hand = {"explanation", "program", "encoder", "client"}
     able = [
-        name for name, each in SCORERS.items() if each.needs in (("explanation",), ("program",))
+        name
+        for name, each in SCORERS.items()
+        if each.reads_explanations and not set(each.needs) - at_hand
     ]
     units = None
     for name in options.only or able:
@@ -77,15 +134,17 @@ def main() -> None:
                 units = write_court(store, **size)
             started = time.process_time()
             verdicts = hold_court(store, units, name, metrics=metrics_of(name),
-                                  settings=SETTINGS.get(name))  # fmt: skip
+                                  settings=SETTINGS.get(name),
+                                  client=WordReader() if name == "surprisal" else None)  # fmt: skip
             seconds = time.process_time() - started
             rows = {verdict.metric: verdict.rows for verdict in verdicts}
-            path.write_text(json.dumps({"seconds": seconds, "rows": rows}))
+            head = options.commit or git_head()
+            path.write_text(json.dumps({"seconds": seconds, "commit": head, "rows": rows}))
         show(path)
     if options.markdown:
         tables(place)
     if options.write:
-        write(place, size, options.commit)
+        write(place, size)
 
 
 def read(path: Path) -> tuple[float, list[CourtVerdict]]:
@@ -143,15 +202,20 @@ def _rankings(verdict: CourtVerdict, noise: str, density: float, kind: str = "")
     ]
 
 
-def write(place: Path, size: dict[str, int], commit: str | None) -> None:
+def git_head() -> str:
+    """Return the commit of this checkout."""
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def write(place: Path, size: dict[str, int]) -> None:
     """Write the constant that the registry reads."""
-    say = ["git", "rev-parse", "--short", "HEAD"]
-    head = subprocess.run(say, capture_output=True, text=True, check=True).stdout.strip()
-    commit = commit or head
+    kept = sorted({json.loads(path.read_text())["commit"] for path in place.glob("*.json")})
+    commits = f"commit{'s' * (len(kept) > 1)} {', '.join(kept)}"
     command = (
         f"python benchmarks/court.py --units {size['n_units']} --tokens {size['n_tokens']} --write"
     )
-    lines = [HEAD.format(command=command, commit=commit, **size)]
+    lines = [HEAD.format(command=command, commits=commits, **size)]
     for path in sorted(place.glob("*.json")):
         for verdict in read(path)[1]:
             least = {noise: verdict.least_density(noise) for noise in NOISES}

@@ -127,3 +127,9 @@ def test_claims_are_noted_once_with_their_digest(tmp_path):
     claims.write_text("about: a\ntests: [{name: x, expected: sideways}]\n")
     with pytest.raises(RecipeError, match=r"tests\.0\.expected"):
         read_registration(claims)
+    claims.write_text("about: a\n")
+    for lines in ("[1]\n", "{}\n", "no json\n"):
+        log.write_text(lines)
+        with pytest.raises(RecipeError, match="is no log of registered files"):
+            register(claims, log, "abc")
+        assert log.read_text() == lines

@@ -42,8 +42,13 @@ def test_a_page_says_how_far_a_study_is_and_keeps_what_people_wrote(tmp_path: Pa
     write_result_page(page, [tmp_path / "runs"])
     assert page.read_text() == text
 
-    page.write_text(f"# Early\n{BEGIN}\n")
-    with pytest.raises(RunError, match="has one of the marks"):
+    for broken in (BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}\n{END}\n{BEGIN}\n{END}"):
+        page.write_text(f"# Early\n{broken}\nAn answer.\n")
+        with pytest.raises(RunError, match="once each in this order, or neither; got"):
+            write_result_page(page, [tmp_path / "runs"])
+        assert page.read_text().endswith("An answer.\n")
+    page.write_bytes(b"\xff\xfe")
+    with pytest.raises(RunError, match="is no UTF-8 text"):
         write_result_page(page, [tmp_path / "runs"])
     with pytest.raises(RunError, match="no run there"):
         write_result_page(page, [tmp_path / "docs"])

@@ -21,7 +21,7 @@ from lmmono.cli.output import Format, Outcome, OutputTable, prints_rows, reports
 from lmmono.cli.serve_verbs import mcp, serve
 from lmmono.cli.store_verbs import DataPath, store_app
 from lmmono.cli.toy_verbs import toy_app
-from lmmono.errors import LmmonoError, RecipeError, RunError, TrainingStopped
+from lmmono.errors import ExplainError, LmmonoError, RecipeError, RunError, TrainingStopped
 from lmmono.files.processes import this_process
 from lmmono.types import Progress, silent
 
@@ -536,6 +536,8 @@ def audit_scorer(
 
     with shown_progress() as progress:
         if densities:
+            if run is not None:
+                raise ExplainError("--densities makes units of its own; leave out --run")
             verdict = audit_densities(name, seed=seed, progress=progress)
             rows = [tuple(row.values()) for row in verdict.rows]
             return OutputTable(tuple(verdict.rows[0]), rows, title=verdict.metric)

@@ -98,8 +98,11 @@ def _with_defined(metrics: list[Metric]) -> list[Metric]:
     ]
 
 
-def _sided(scorer: str, counted: str, weighted: str) -> list[Metric]:
-    """Return the measures of a scorer on records of both sides, and their means where defined."""
+def _sided(scorer: str, counted: str, weighted: str | None) -> list[Metric]:
+    """Return the measures of a scorer on records of both sides, and their means where defined.
+
+    weighted: what the weighted draws of all sides estimate; None where they estimate nothing.
+    """
     formulas = {
         "recall": f"share of firing {counted} that are predicted, on records where the unit fires",
         "precision": f"share of predicted {counted} that fire, on records predicted to fire",
@@ -110,6 +113,7 @@ def _sided(scorer: str, counted: str, weighted: str) -> list[Metric]:
         [
             Metric(f"{scorer}_{name}", 1, "<= 1", "higher", formula)
             for name, formula in formulas.items()
+            if name != "weighted" or weighted is not None
         ]
     )
 
@@ -295,7 +299,13 @@ METRICS: dict[str, Metric] = {
         *(metric for scorer, records in _SIMULATED for metric in _simulated(scorer, records)),
         *(metric for name, contrast in _CLASSIFIED for metric in _classified(name, contrast)),
         *(metric for name, _ in _SIMULATED for metric in _sided(name, "tokens", "Pearson")),
-        *_sided("detection", "records", "F1"),
+        *(
+            metric
+            for name in ("detection", "embedding", "surprisal")
+            for metric in _sided(name, "records", "F1")
+        ),
+        *_sided("anthropic_intervals", "tokens", "Pearson"),
+        *_sided("fuzz", "marked tokens", None),
         *_listed(_INTERPRETERS),
     )
 }

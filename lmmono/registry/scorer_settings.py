@@ -1,14 +1,15 @@
 """The settings of scorers: one frozen class per kind, a sentence under each field.
 
 The same classes check the keywords of `lm.score`, the entries of a recipe's `score.scorers` and
-make the tables of `docs/settings.md`. Plain dataclasses: the registry imports no pydantic.
+make the tables of `docs/settings.md`. Plain dataclasses: pydantic is imported where values come
+in, not by whoever lists scorers.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lmmono.errors import ExplainError, nearest
 
@@ -30,7 +31,18 @@ class ScorerSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SimulationSettings(ScorerSettings):
+class SidedSettings(ScorerSettings):
+    """Records of both sides, by what the unit does and by what its explanation predicts."""
+
+    sides: tuple[Side, ...] = ()
+    """Records of which sides are scored besides, as `_recall`, `_precision`, `_f1`, `_weighted`:
+    `active`, `predicted`, `random`."""
+    per_side: int = _least(1, 20)
+    """Most records of each side."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationSettings(SidedSettings):
     """Records that are simulated, and by whom."""
 
     top: int = _least(0, 20)
@@ -43,15 +55,10 @@ class SimulationSettings(ScorerSettings):
     """Records as in a paper, `openai` or `openai_crate`; None takes the two numbers above."""
     simulator: str = "program"
     """What predicts: `program`, `llm`, or `llm_calibrated`."""
-    sides: tuple[Side, ...] = ()
-    """Records of which sides are scored besides, as `_recall`, `_precision`, `_f1`, `_weighted`:
-    `active`, `predicted`, `random`."""
-    per_side: int = _least(1, 20)
-    """Most records of each side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ContrastSettings(ScorerSettings):
+class ContrastSettings(SidedSettings):
     """Records in which the unit fires, next to silent ones."""
 
     n: int = _least(1, 50)
@@ -73,14 +80,13 @@ class ClassificationSettings(ContrastSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DetectionSettings(ClassificationSettings):
-    """Whole records that a judge tells apart."""
+class FuzzSettings(ClassificationSettings):
+    """Marked tokens that a judge tells apart."""
 
-    sides: tuple[Side, ...] = ()
-    """Records of which sides are scored besides, as `_recall`, `_precision`, `_f1`, `_weighted`:
-    `active`, `predicted`, `random`."""
-    per_side: int = _least(1, 20)
-    """Most records of each side."""
+    sides: tuple[Literal["active", "predicted"], ...] = ()
+    """Records of which sides are scored besides, as `_recall`, `_precision`, `_f1`: `active`, in
+    which firing tokens are marked, and `predicted`, in which predicted ones are. A random record
+    has no marks to judge."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +128,8 @@ class AskedTrialSettings(TrialSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IntervalSettings(ScorerSettings):
-    """Who predicts the short examples of all levels."""
+class IntervalSettings(SidedSettings):
+    """Who predicts the short examples of all levels. Those of the sides are as short."""
 
     simulator: str = "program"
     """What predicts: `program`, `llm`, or `llm_calibrated`."""
@@ -202,19 +208,22 @@ def changed(settings: Settings, scorer: str, changes: Mapping[str, Any]) -> Sett
     >>> changed(TrialSettings(), "intruder", {"size": 3}).size
     3
     """
+    from pydantic import ValidationError
+
     kinds, by_name = _hints(type(settings)), {each.name: each for each in fields(settings)}
     taken: dict[str, Any] = {}
     for name, value in changes.items():
         if name not in by_name:
             way_out = nearest(name, by_name) if by_name else "it has none"
             raise ExplainError(f"{scorer}: no setting {name!r}; {way_out}")
+        least = by_name[name].metadata.get("least")
         # a list of a recipe or a command line stands for a tuple
         taken[name] = tuple(value) if isinstance(value, list) else value
-        least = by_name[name].metadata.get("least")
-        fits = _fits(taken[name], kinds[name])
-        if not fits or (least is not None and value is not None and value < least):
+        try:
+            _checker(kinds[name], least).validate_python(taken[name])
+        except ValidationError:
             wanted = _wanted(kinds[name]) + ("" if least is None else f" >= {least:g}")
-            raise ExplainError(f"{scorer}: {name}: want {wanted}, got {value!r}")
+            raise ExplainError(f"{scorer}: {name}: want {wanted}, got {value!r}") from None
     return replace(settings, **taken)
 
 
@@ -223,21 +232,13 @@ def _hints(kind: type[ScorerSettings]) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Return whether a value is of a field's type; a whole number is a number, a bool is none."""
-    if kind is Any:
-        return True
-    if get_origin(kind) in (UnionType, Union):
-        return any(_fits(value, each) for each in get_args(kind))
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:
-        inner = get_args(kind)[0]
-        return isinstance(value, tuple) and all(_fits(each, inner) for each in value)
-    if kind in (int, float):
-        numbers = int if kind is int else (int, float)
-        return isinstance(value, numbers) and not isinstance(value, bool)
-    return isinstance(value, kind)
+@cache
+def _checker(kind: Any, least: float | int | None) -> Any:
+    """Return what checks values of a field; strictly, so that a bool is no number."""
+    from pydantic import ConfigDict, Field, TypeAdapter
+
+    checked = kind if least is None else Annotated[kind, Field(ge=least)]
+    return TypeAdapter(checked, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
 
 
 _PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -11,9 +11,9 @@ from lmmono.registry.scorer_settings import (
     AskedTrialSettings,
     ClassificationSettings,
     DecorrelationSettings,
-    DetectionSettings,
     EmbeddingSettings,
     FmsSettings,
+    FuzzSettings,
     IntervalSettings,
     LabelledItemSettings,
     LabelledSettings,
@@ -60,6 +60,8 @@ class Scorer:
     """Whether it draws; the rows of one that does not have no seed."""
     per: Literal["unit", "hook"] = "unit"
     """Whether it writes rows of units, which are summed up, or only rows of hooks."""
+    no_sides: str | None = None
+    """Why two-sided records have no meaning for it, where it draws records of an explanation."""
 
     @property
     def reads_explanations(self) -> bool:
@@ -94,6 +96,8 @@ class Scorer:
         if preset is not None and preset not in self.presets:
             presets = ", ".join(self.presets) or "none"
             raise ExplainError(f"{self.name}: no preset {preset!r}; it has: {presets}")
+        if self.no_sides is not None and "sides" in (changes or {}):
+            raise ExplainError(f"{self.name}: no setting 'sides'; {self.no_sides}")
         of_preset = {} if preset is None else self.presets[preset]
         return changed(self.settings, self.name, {**of_preset, **(changes or {})})
 
@@ -162,6 +166,7 @@ _ALL = (
         citation="NeuronEval (arXiv 2506.05774): the measures that hold for rare units",
         about="agreement of predicted and true activations on every stored token",
         settings=PopulationSettings(),
+        no_sides="it draws no records but reads every stored token",
     ),
     Scorer(
         "detection",
@@ -174,18 +179,21 @@ _ALL = (
         chance=0.5,
         citation="Paulo et al. 2024 (arXiv 2410.13928); near misses: own",
         about="telling records in which the unit fires from silent ones by its explanation",
-        settings=DetectionSettings(),
+        settings=ClassificationSettings(),
         presets=_RANKED,
     ),
     Scorer(
         "fuzz",
-        tuple(f"{name}{end}" for name in ("fuzz", "fuzz_active") for end in _RATES),
+        (
+            *(f"{name}{end}" for name in ("fuzz", "fuzz_active") for end in _RATES),
+            *(f"fuzz{name}" for name in _SIDED[:3]),
+        ),
         "lmmono.scores.classification:fuzz",
         needs=("explanation",),
         chance=0.5,
         citation="Paulo et al. 2024 (arXiv 2410.13928)",
         about="telling by the explanation whether marked tokens are those on which the unit fires",
-        settings=ClassificationSettings(),
+        settings=FuzzSettings(),
         presets=_RANKED,
     ),
     Scorer(
@@ -264,6 +272,7 @@ _ALL = (
         about="whether a language model finds the one record of five that has no true marks",
         settings=AskedTrialSettings(),
         presets=_RANKED,
+        no_sides="it reads no explanation, so that nothing is predicted",
     ),
     Scorer(
         "intruder_program",
@@ -275,10 +284,11 @@ _ALL = (
         about="whether an explanation's program predicts least for the one record of five",
         settings=TrialSettings(),
         presets=_RANKED,
+        no_sides="a trial says which record is weakest, not whether the unit fires in one",
     ),
     Scorer(
         "anthropic_intervals",
-        ("anthropic_intervals",),
+        tuple(f"anthropic_intervals{name}" for name in ("", *_SIDED)),
         "lmmono.scores.anthropic_intervals:score_intervals",
         needs=("explanation",),
         chance=0.0,
@@ -308,7 +318,7 @@ _ALL = (
     ),
     Scorer(
         "embedding",
-        ("embedding", "embedding_near_miss"),
+        ("embedding", "embedding_near_miss", *(f"embedding{name}" for name in _SIDED)),
         "lmmono.scores.embedding:score_embedding",
         needs=("explanation", "encoder"),
         chance=0.5,
@@ -319,7 +329,7 @@ _ALL = (
     ),
     Scorer(
         "surprisal",
-        ("surprisal", "surprisal_near_miss"),
+        ("surprisal", "surprisal_near_miss", *(f"surprisal{name}" for name in _SIDED)),
         "lmmono.scores.surprisal:score_surprisal",
         needs=("explanation", "client"),
         chance=0.5,

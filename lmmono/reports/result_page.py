@@ -37,7 +37,8 @@ def write_result_page(
         progress: Told which arms are compared.
 
     Raises:
-        RunError: There is no run, or the page has one of the two marks only.
+        RunError: There is no run, or the page is no UTF-8 text, or its marks are not one of each in
+            order: then nothing is written.
         StoreError: A store cannot be read.
     """
     runs = [open_run(path) for folder in studies for path in find_runs(folder)]
@@ -73,9 +74,17 @@ def write_result_page(
 
 
 def _with(page: Path, body: str) -> str:
-    text = page.read_text("utf-8") if page.exists() else f"# {page.stem}\n\n{BEGIN}\n{END}\n"
-    if (BEGIN in text) != (END in text):
-        raise RunError(f"{page}: has one of the marks {BEGIN} and {END}; want both, or none")
+    try:
+        text = page.read_text("utf-8") if page.exists() else f"# {page.stem}\n\n{BEGIN}\n{END}\n"
+    except UnicodeDecodeError as fault:
+        raise RunError(f"{page}: is no UTF-8 text ({fault.reason}); name another --out") from None
+    counts = text.count(BEGIN), text.count(END)
+    if counts not in ((0, 0), (1, 1)) or text.find(BEGIN) > text.find(END):
+        # anything else would cut away what people wrote
+        raise RunError(
+            f"{page}: want the marks {BEGIN} and {END} once each in this order, or neither; "
+            f"got {counts[0]} and {counts[1]}"
+        )
     if BEGIN not in text:
         return f"{text.rstrip()}\n\n{body}\n"
     before, _, rest = text.partition(BEGIN)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from lmmono.clients.client import Failed
+from lmmono.errors import ExplainError
 from lmmono.explanations.llm_simulation import Simulation
 from lmmono.records.corpus_excerpts import PADDING
 from lmmono.records.sampler import (
@@ -24,8 +25,10 @@ from lmmono.records.sampler import (
     read_interval_records,
 )
 from lmmono.records.seeds import stream
+from lmmono.registry.scorer_settings import IntervalSettings
 from lmmono.scores.score_job import Row, ScoreJob, undefined, usage_columns
 from lmmono.scores.simulators import predictions
+from lmmono.scores.two_sided import sided_rows
 from lmmono.stats.agreement import AGREEMENTS, record_sums
 from lmmono.stats.intervals import unit_intervals, unit_method
 
@@ -50,6 +53,12 @@ def score_intervals(job: ScoreJob) -> list[Row]:
             centre[..., HALF] = 1.0
             no_failures: list[Failed | None] = [None] * len(units)
             rows += _rows(job, records, centre, no_failures, "centre_token")
+    settings = job.settings_as(IntervalSettings)
+    if settings.sides:
+        if settings.simulator != "program":
+            raise ExplainError("sides want simulator='program'")
+        sides = settings.sides, settings.per_side, 2 * HALF + 1
+        rows += sided_rows(job, "anthropic_intervals", *sides, counted="tokens")
     return rows
 
 

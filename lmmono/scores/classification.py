@@ -9,10 +9,9 @@ and what the judge leaves unanswered is counted.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -23,19 +22,21 @@ from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Class, Contrasts
 from lmmono.records.seeds import stream
-from lmmono.records.sides import SidedRecords
-from lmmono.registry.scorer_settings import ClassificationSettings, DetectionSettings
+from lmmono.registry.scorer_settings import ClassificationSettings, FuzzSettings
 from lmmono.scores.judging import (
     CHANCE,
     MIN_RECORDS,
     Items,
     Judgement,
+    Marks,
     judge_by_client,
     judge_by_program,
+    no_marks,
     predicted,
+    read_contrasting,
 )
 from lmmono.scores.score_job import Row, ScoreJob, program_of, undefined, usage_columns
-from lmmono.scores.two_sided import sided_rows
+from lmmono.scores.two_sided import sided_rows, threshold_judge
 from lmmono.stats.rates import (
     ACCURACY_METHOD,
     AUROC_METHOD,
@@ -53,48 +54,51 @@ def detect(job: ScoreJob) -> list[Row]:
     """Score units by whole records: firing ones against silent ones and against near misses."""
     classes: tuple[Class, ...] = ("firing", "silent", "near_miss")
     names = {"silent": "detection", "near_miss": "detection_near_miss"}
-    rows = _Classification(job, classes, names, _whole).rows()
-    settings = job.settings_as(DetectionSettings)
+    rows = _Classification(job, classes, names, no_marks).rows()
+    settings = job.settings_as(ClassificationSettings)
     if settings.sides:
         judge = None if job.client is None else partial(_ask_sides, job, settings)
         sides = settings.sides, settings.per_side, settings.window
-        rows += sided_rows(job, "detection", *sides, by_token=False, judge=judge)
+        rows += sided_rows(job, "detection", *sides, counted="records", judge=judge)
     return rows
 
 
 def _ask_sides(
     job: ScoreJob,
-    settings: DetectionSettings,
-    records: SidedRecords,
+    settings: ClassificationSettings,
+    items: Sequence[Items],
+    present: Sequence[Bool[ndarray, " items"]],
     explanations: Sequence[Explanation],
-) -> list[Bool[ndarray, "sides n"] | Failed]:
+) -> list[Bool[ndarray, " items"] | Failed]:
     """Ask a language model about the records of both sides; what it does not answer is a no."""
     assert job.client is not None
-    shape = records.index.shape[1:]
-    items = [Items(ids.reshape(-1, ids.shape[-1]), None) for ids in records.token_ids()]
     order: list[Int[ndarray, " places"]] = []
-    for unit, index in zip(records.units, records.index, strict=True):
-        rng = stream("order of judged items", job.seed, job.hook, int(unit))
-        order.append(rng.permutation(np.flatnonzero(index.ravel() >= 0)))
+    for explanation, of_unit in zip(explanations, present, strict=True):
+        rng = stream("order of judged items", job.seed, job.hook, explanation.unit)
+        order.append(rng.permutation(np.flatnonzero(of_unit)))
     words = read_vocabulary(job.store)
     answers = judge_by_client(
         job.client, explanations, items, order, words, settings.batch, settings.max_tokens
     )
-    return [answer.failed or (answer.fires == 1).reshape(shape) for answer in answers]
+    return [answer.failed or answer.fires == 1 for answer in answers]
 
 
 def fuzz(job: ScoreJob) -> list[Row]:
     """Score units by marked tokens: true marks against marks in silence and against wrong ones."""
     classes: tuple[Class, ...] = ("firing", "silent", "more_firing")
     names = {"silent": "fuzz", "more_firing": "fuzz_active"}
-    return _Classification(job, classes, names, marked_tokens).rows()
-
-
-Marks = Callable[[Contrasts, int], "Bool[ndarray, 'units records window'] | None"]
-
-
-def _whole(_: Contrasts, __: int) -> None:
-    return None
+    rows = _Classification(job, classes, names, marked_tokens).rows()
+    settings = job.settings_as(FuzzSettings)
+    if settings.sides:
+        if job.client is not None:
+            judge = partial(_ask_sides, job, settings)
+        else:
+            judge = threshold_judge(
+                job, classes, marked_tokens, lambda items, said: predicted(program_of(said), items)
+            )
+        sides = settings.sides, settings.per_side, settings.window
+        rows += sided_rows(job, "fuzz", *sides, counted="marks", judge=judge)
+    return rows
 
 
 def marked_tokens(contrasts: Contrasts, seed: int) -> Bool[ndarray, "units records window"]:
@@ -132,30 +136,17 @@ def _moved(
     return kept
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """The items of all units of one split: `n` records of each class, one class after the other."""
-
-    contrasts: Contrasts
-    items: list[Items]
-    present: Bool[ndarray, "units items"]
-    n: int
-
-    def of(self, i: int, which: int) -> Int[ndarray, " items"]:
-        """Return the items of a class that there are for a unit."""
-        places = np.arange(which * self.n, (which + 1) * self.n)
-        return places[self.present[i, places]]
-
-
 class _Classification:
     """One scorer at work on one hook."""
 
     def __init__(
         self, job: ScoreJob, classes: tuple[Class, ...], names: dict[str, str], marks: Marks
     ) -> None:
-        self._job, self._classes, self._names, self._marks = job, classes, names, marks
-        self._score = self._read("score")
-        self._learn = self._read("explain") if job.client is None else None
+        self._job, self._classes, self._names = job, classes, names
+        self._score = read_contrasting(job, "score", classes, marks)
+        self._learn = None
+        if job.client is None:
+            self._learn = read_contrasting(job, "explain", classes, marks)
         units = [int(unit) for unit in self._score.contrasts.units]
         self._units, self._explanations = units, job.explanations(units)
         rng = [stream("order of judged items", job.seed, job.hook, unit) for unit in units]
@@ -163,20 +154,6 @@ class _Classification:
             of_unit.permutation(np.flatnonzero(present))
             for of_unit, present in zip(rng, self._score.present, strict=True)
         ]
-
-    def _read(self, split: Any) -> _Asked:
-        job, settings = self._job, self._job.settings_as(ClassificationSettings)
-        n = settings.n
-        contrasts = job.reader.contrasts(
-            job.hook, split, n, window=settings.window, units=job.units, ranked=settings.ranked
-        )
-        ids, marks = contrasts.token_ids(self._classes), self._marks(contrasts, self._job.seed)
-        present = contrasts.of(self._classes) >= 0
-        if marks is not None:
-            present = present & marks.any(axis=2)
-        marked = [None] * len(ids) if marks is None else marks
-        items = [Items(one, mark) for one, mark in zip(ids, marked, strict=True)]
-        return _Asked(contrasts, items, present, n)
 
     def rows(self) -> list[Row]:
         """Return the rows of all units, controls included."""

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 import activation_store as astore
+from lmmono.clients.client import Client
 from lmmono.errors import ExplainError
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.token_lookup import Lookup, lookup_text
@@ -263,6 +264,7 @@ def hold_court(
     *,
     metrics: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
+    client: Client | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> tuple[CourtVerdict, ...]:
@@ -271,19 +273,31 @@ def hold_court(
     Args:
         store: A store that `write_court` filled.
         units: What it returned.
-        scorer: A scorer of explanations that needs neither a language model nor labels.
+        scorer: A scorer of explanations that needs neither a model nor labels.
         metrics: Metrics of it that rank; None takes the headline.
-        settings: Changed settings of the scorer.
+        settings: Changed settings of the scorer, `encoder` among them where it needs one.
+        client: Judge of a scorer that needs one.
         seed: Seed of the records.
         progress: Called with how far the work is.
 
     Raises:
-        ExplainError: The scorer needs more than a store, or has no such metric or setting.
+        ExplainError: The scorer reads no explanations, needs more than is there, or has no such
+            setting.
     """
     record = find_scorer(scorer)
     wanted = tuple(metrics or record.metrics[:1])
-    if not record.reads_explanations or set(record.needs) - {"explanation", "program"}:
-        raise ExplainError(f"{scorer} scores no explanations by itself; see `lmmono ls scorers`")
+    if not record.reads_explanations:
+        raise ExplainError(
+            f"{scorer} reads no explanations, so it ranks none; see `lmmono ls scorers`"
+        )
+    at_hand = {
+        "explanation",
+        "program",
+        *(settings or ()),
+        *(() if client is None else ("client",)),
+    }
+    if missing := [need for need in record.needs if need not in at_hand]:
+        raise ExplainError(f"{scorer} needs {', '.join(missing)}, which the court has not")
     kinds = ("true", *FALSE_KINDS)
     values = {name: np.zeros((len(units.hooks), units.n_units, len(kinds))) for name in wanted}
     undefined = {name: np.zeros((len(units.hooks), units.n_units), bool) for name in wanted}
@@ -294,7 +308,8 @@ def hold_court(
         for at, kind in enumerate(kinds):
             # all kinds of one hook after each other: the reader keeps what it read of a hook
             job = ScoreJob(store, hook, reader, tuple(range(units.n_units)), typed,
-                           explainer=explainer_of(kind), controls=False, seed=seed)  # fmt: skip
+                           explainer=explainer_of(kind), controls=False, seed=seed,
+                           client=client)  # fmt: skip
             for row in function(job):
                 if (name := row["metric"]) in values:
                     place = number[hook], row["unit"]

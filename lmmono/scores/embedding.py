@@ -12,12 +12,14 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from lmmono.errors import ExplainError
+from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
 from lmmono.records.sampler import Class
 from lmmono.records.seeds import stream
 from lmmono.registry.scorer_settings import EmbeddingSettings
-from lmmono.scores.judging import area_row, present_classes, shown_text
+from lmmono.scores.judging import Items, area_row, no_marks, present_classes, shown_text
 from lmmono.scores.score_job import Row, ScoreJob
+from lmmono.scores.two_sided import sided_rows, threshold_judge
 
 CLASSES: tuple[Class, ...] = ("firing", "silent", "near_miss")
 
@@ -75,22 +77,31 @@ def score_embedding(job: ScoreJob) -> list[Row]:
         ranked=settings.ranked,
     )
     units, index = contrasts.units.tolist(), contrasts.of(CLASSES)
-    used = np.unique(index[index >= 0])
-    words = read_vocabulary(job.store)
-    texts = [shown_text(contrasts.excerpts.token_ids[i], None, words) for i in used]
-    vectors = _normal(encoder.encode(texts))
-    rows: list[Row] = []
+    words, known = read_vocabulary(job.store), dict[str, ndarray]()
+
+    def vectors(texts: Sequence[str]) -> Float[ndarray, "texts d"]:
+        missing = sorted(set(texts) - known.keys())
+        if missing:
+            known.update(zip(missing, _normal(encoder.encode(missing)), strict=True))
+        return np.array([known[text] for text in texts])
+
+    def cosines(items: Items, explanation: Explanation) -> Float[ndarray, " items"]:
+        texts = [shown_text(ids, None, words) for ids in items.token_ids]
+        if explanation.text is None or not texts:
+            return np.full(len(texts), np.nan)
+        return vectors(texts) @ vectors([QUERY.format(explanation.text)])[0]
+
     explained = job.explanations(units)
-    queries = sorted({each.text for all_of in explained.values() for each in all_of if each.text})
-    vector_of = dict(zip(queries, _normal(encoder.encode([QUERY.format(q) for q in queries])),
-                      strict=True))  # fmt: skip
+    # what all units need is encoded in two batches
+    used = contrasts.excerpts.token_ids[np.unique(index[index >= 0])]
+    vectors([shown_text(ids, None, words) for ids in used])
+    vectors([QUERY.format(e.text) for all_of in explained.values() for e in all_of if e.text])
+    token_ids = contrasts.token_ids(CLASSES)
+    rows: list[Row] = []
     for control, explanations in explained.items():
         for i, (unit, explanation) in enumerate(zip(units, explanations, strict=True)):
-            scores = np.full(len(index[i]), np.nan)
-            if explanation.text is not None:
-                present = index[i] >= 0
-                at = np.searchsorted(used, index[i][present])
-                scores[present] = vectors[at] @ vector_of[explanation.text]
+            scores, present = np.full(len(index[i]), np.nan), index[i] >= 0
+            scores[present] = cosines(Items(token_ids[i][present], None), explanation)
             sides = present_classes(index[i], len(CLASSES))
             for metric, other in (("embedding", 1), ("embedding_near_miss", 2)):
                 named = {"control": control, "details": {"encoder": encoder.name}}
@@ -103,6 +114,10 @@ def score_embedding(job: ScoreJob) -> list[Row]:
                 both = mixed[:n], mixed[n : n + len(sides[1])]
                 row = area_row(job, "embedding", unit, *both, explanation.failed)
                 rows.append(row | {"control": "shuffled_pairing"})
+    if settings.sides:
+        judge = threshold_judge(job, CLASSES[:2], no_marks, cosines)
+        sides = settings.sides, settings.per_side, settings.window
+        rows += sided_rows(job, "embedding", *sides, counted="records", judge=judge)
     return rows
 
 

@@ -6,7 +6,7 @@ answer is NaN: counted, never left out.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,8 +25,11 @@ from lmmono.clients.client import (
     final_answer,
 )
 from lmmono.explanations.explanation import Explanation, Program
+from lmmono.records.sampler import Class, Contrasts
+from lmmono.registry.scorer_settings import ContrastSettings
 from lmmono.scores.score_job import Row, ScoreJob, undefined
 from lmmono.stats.rates import AUROC_METHOD, auroc, auroc_interval
+from lmmono.types import Split
 
 MIN_RECORDS = 5
 """A class with fewer records is too small to score: `too_few_records`."""
@@ -45,6 +48,52 @@ class Items:
     token_ids: Int[ndarray, "items window"]
     marked: Bool[ndarray, "items window"] | None
     """Tokens that are shown as firing; None where whole records are judged."""
+
+    def take(self, chosen: ndarray) -> "Items":
+        """Return some of the items."""
+        marked = None if self.marked is None else self.marked[chosen]
+        return Items(self.token_ids[chosen], marked)
+
+
+Marks = Callable[[Contrasts, int], "Bool[ndarray, 'units records window'] | None"]
+"""Marks the records of all classes, from a seed; None where whole records are judged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contrasting:
+    """The items of all units of one split: `n` records of each class, one class after the other."""
+
+    contrasts: Contrasts
+    items: list[Items]
+    present: Bool[ndarray, "units items"]
+    n: int
+
+    def of(self, i: int, which: int) -> Int[ndarray, " items"]:
+        """Return the items of a class that there are for a unit."""
+        places = np.arange(which * self.n, (which + 1) * self.n)
+        return places[self.present[i, places]]
+
+
+def read_contrasting(
+    job: ScoreJob, split: Split, classes: tuple[Class, ...], marks: Marks
+) -> Contrasting:
+    """Draw the records of a job's classes, and mark them."""
+    settings = job.settings_as(ContrastSettings)
+    n = settings.n
+    contrasts = job.reader.contrasts(
+        job.hook, split, n, window=settings.window, units=job.units, ranked=settings.ranked
+    )
+    ids, marked = contrasts.token_ids(classes), marks(contrasts, job.seed)
+    present = contrasts.of(classes) >= 0
+    if marked is not None:
+        present = present & marked.any(axis=2)
+    by_unit = [None] * len(ids) if marked is None else marked
+    items = [Items(one, mark) for one, mark in zip(ids, by_unit, strict=True)]
+    return Contrasting(contrasts, items, present, n)
+
+
+def no_marks(_: Contrasts, __: int) -> None:
+    """Mark nothing: whole records are judged."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from lmmono.records.record_reader import RecordReader
 from lmmono.registry.metrics import METRICS
 from lmmono.registry.scorer_settings import ScorerSettings
 from lmmono.stats.estimate import LEVEL
+from lmmono.stats.intervals import FEW_DOCUMENTS
 from lmmono.types import Progress, Split, silent
 
 Row = dict[str, Any]
@@ -22,11 +23,6 @@ Settings = TypeVar("Settings", bound=ScorerSettings)
 
 UNSCORED: tuple[Failure, ...] = ("unparsed", "refused", "no_answer")
 """Failures of a judge or a writer. A unit that is silent or fires too rarely counts as chance."""
-
-FEW_DOCUMENTS = 20
-"""An interval over fewer documents is called approximate, since records of one document are alike.
-Measured with document effects of log sd 0.5: 20 records of 3, 8, 40, 170 documents cover 0.43,
-0.69, 0.87, 0.90; on Wikipedia under a trained CRATE 8 documents 0.90, 170 documents 0.92."""
 
 
 @dataclass(frozen=True, slots=True)

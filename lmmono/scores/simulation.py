@@ -158,7 +158,7 @@ def _rows(job: ScoreJob, scorer: str, kinds: tuple[str, ...]) -> list[Row]:
         if settings.simulator != "program" or settings.protocol is not None:
             raise ExplainError("sides want simulator='program' and no protocol")
         sides = settings.sides, settings.per_side, settings.window
-        rows += sided_rows(job, scorer, *sides, by_token=True)
+        rows += sided_rows(job, scorer, *sides, counted="tokens")
     seconds = (time.perf_counter() - started) / max(len(rows), 1)
     return [{"seconds": seconds, **row} for row in rows]
 

@@ -15,10 +15,19 @@ from numpy import ndarray
 from lmmono.clients.client import Failed, Prompt, Reading, Usage
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.stored_explanations import read_vocabulary
-from lmmono.records.sampler import Class, Contrasts
+from lmmono.records.sampler import Class
 from lmmono.registry.scorer_settings import SurprisalSettings
-from lmmono.scores.judging import area_row, failure_of, joined_hash, present_classes, shown_text
+from lmmono.scores.judging import (
+    Items,
+    area_row,
+    failure_of,
+    joined_hash,
+    no_marks,
+    present_classes,
+    shown_text,
+)
 from lmmono.scores.score_job import Row, ScoreJob, usage_columns
+from lmmono.scores.two_sided import sided_rows, threshold_judge
 
 WITH = "The following text has to do with this: {}\n\n"
 """What is read before a text, with the explanation."""
@@ -59,49 +68,61 @@ def score_surprisal(job: ScoreJob) -> list[Row]:
         ranked=settings.ranked,
     )
     units, index = contrasts.units.tolist(), contrasts.of(CLASSES)
-    texts = _texts(job, contrasts)
-    used = sorted(texts)
-    plain = dict(zip(used, job.client.read([WITHOUT + texts[i] for i in used]), strict=True))
+    words, plain = read_vocabulary(job.store), dict[str, Reading]()
+    used = contrasts.excerpts.token_ids[np.unique(index[index >= 0])]
+    _read_plain(job, [shown_text(ids, None, words) for ids in used], plain)
+    token_ids = contrasts.token_ids(CLASSES)
     rows: list[Row] = []
     for control, explanations in job.explanations(units).items():
         for i, (unit, explanation) in enumerate(zip(units, explanations, strict=True)):
-            gains, failed, cost = _gains(job, explanation, index[i], texts, plain)
+            gains, present = np.full(len(index[i]), np.nan), index[i] >= 0
+            texts = [shown_text(ids, None, words) for ids in token_ids[i][present]]
+            gains[present], failed, cost = _gains(job, explanation, texts, plain)
             sides = present_classes(index[i], len(CLASSES))
             for metric, other in (("surprisal", 1), ("surprisal_near_miss", 2)):
                 both = gains[sides[0]], gains[sides[other]]
                 row = area_row(job, metric, unit, *both, explanation.failed or failed)
                 rows.append(row | cost | {"control": control})
                 cost = {"prompt_hash": cost.get("prompt_hash")}  # what it took is told once
+    if settings.sides:
+
+        def gains_of(items: Items, explanation: Explanation) -> Float[ndarray, " items"] | Failed:
+            texts = [shown_text(ids, None, words) for ids in items.token_ids]
+            _read_plain(job, texts, plain)
+            gains, failed, _ = _gains(job, explanation, texts, plain)
+            return failed or gains
+
+        judge = threshold_judge(job, CLASSES[:2], no_marks, gains_of)
+        sides = settings.sides, settings.per_side, settings.window
+        rows += sided_rows(job, "surprisal", *sides, counted="records", judge=judge)
     return rows
 
 
-def _texts(job: ScoreJob, contrasts: Contrasts) -> dict[int, str]:
-    words, index = read_vocabulary(job.store), contrasts.of(CLASSES)
-    ids = contrasts.excerpts.token_ids
-    return {int(i): shown_text(ids[i], None, words) for i in np.unique(index[index >= 0])}
+def _read_plain(job: ScoreJob, texts: Sequence[str], plain: dict[str, Reading]) -> None:
+    """Have the texts that are not among those read yet read without an explanation."""
+    assert job.client is not None
+    missing = sorted(set(texts) - plain.keys())
+    readings = job.client.read([WITHOUT + text for text in missing])
+    plain.update(zip(missing, readings, strict=True))
 
 
 def _gains(
-    job: ScoreJob,
-    explanation: Explanation,
-    index: ndarray,
-    texts: dict[int, str],
-    plain: dict[int, Reading],
-) -> tuple[Float[ndarray, " records"], Failed | None, Row]:
-    """Return the gain of each record, why there are none, and what asking took.
+    job: ScoreJob, explanation: Explanation, texts: Sequence[str], plain: dict[str, Reading]
+) -> tuple[Float[ndarray, " texts"], Failed | None, Row]:
+    """Return the gain of each text, why there are none, and what asking took.
 
-    NaN where there is no record or the model did not read it.
+    NaN where the model did not read it.
     """
-    gains = np.full(len(index), np.nan)
+    gains = np.full(len(texts), np.nan)
     if explanation.text is None:
         return gains, None, {}
     assert job.client is not None
-    before, present = WITH.format(explanation.text), np.flatnonzero(index >= 0)
-    readings: Sequence[Reading] = job.client.read([before + texts[int(index[i])] for i in present])
-    neutral = [plain[int(index[i])] for i in present]
-    for i, reading, other in zip(present, readings, neutral, strict=True):
+    before = WITH.format(explanation.text)
+    readings: Sequence[Reading] = job.client.read([before + text for text in texts])
+    neutral = [plain[text] for text in texts]
+    for i, (reading, other) in enumerate(zip(readings, neutral, strict=True)):
         gains[i] = mean_logprob(reading, before) - mean_logprob(other, WITHOUT)
     failures = [reading.failed for reading in (*readings, *neutral)]
-    failed = failure_of(failures, bool(np.isnan(gains[present]).all()))
+    failed = failure_of(failures, bool(np.isnan(gains).all()))
     usage = usage_columns(sum((reading.usage for reading in readings), Usage()))
     return gains, failed, usage | {"prompt_hash": joined_hash([Prompt(text=before).sha256])}

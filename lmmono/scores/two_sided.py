@@ -2,29 +2,38 @@
 
 `_recall`, of what the unit does, on the active side; `_precision`, of what is predicted, on the
 predicted side; `_f1`, their harmonic mean. `_weighted` is what all draws together, weighted, say of
-every excerpt: Pearson's correlation for simulation, the F1 of whole records for detection. See
-`lmmono.records.sides`. A token is predicted where the program predicts more than the threshold of
-the best F1 on split `explain`, a record where one of its tokens is.
+every excerpt: Pearson's correlation where activations are predicted, the F1 of whole records where
+a judge says yes or no. See `lmmono.records.sides`. A token is predicted where the program predicts
+more than the threshold of the best F1 on split `explain`, a record where one of its tokens is.
+
+What is counted is one of three. tokens: what fires and what is predicted. records: in which
+something fires, and to which the judge says yes. marks: on the active side the firing tokens are
+marked, on the predicted side the predicted ones; the judge believes or denies the marks of a record
+as a whole, and marked tokens are counted (no `_weighted`: each side asks another question).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from lmmono.clients.client import Failed
 from lmmono.errors import ExplainError
 from lmmono.explanations.explanation import Explanation, Program
+from lmmono.records.sampler import MARKED_FRACTION, Class
 from lmmono.records.sides import SidedRecords, read_sides
 from lmmono.records.unit_rows import read_unit_rows
 from lmmono.records.units import checked_units
 from lmmono.registry.scorer_settings import Side
+from lmmono.scores.judging import MIN_RECORDS, Items, Marks, read_contrasting
 from lmmono.scores.population import read_tokens
 from lmmono.scores.score_job import Row, ScoreJob, over_documents, undefined
 from lmmono.stats.agreement import pearson
 from lmmono.stats.intervals import jackknife_interval, ratio_interval
+from lmmono.stats.rates import best_threshold
 
 SIDED = ("recall", "precision", "f1", "weighted")
 """Last parts of the metrics' names."""
@@ -33,8 +42,15 @@ METHOD = "delta method over documents, four more added (Agresti and Coull), Stud
 F1_METHOD = "delta method from recall and precision, each over documents"
 PEARSON_METHOD = "jackknife over documents, Student t on Fisher's z, weighted draws"
 
-Judge = Callable[[SidedRecords, Sequence[Explanation]], "list[Bool[ndarray, 'sides n'] | Failed]"]
-"""Says of each record of each unit whether the unit fires in it, or why there is no answer."""
+Counted = Literal["tokens", "records", "marks"]
+"""What recall and precision count."""
+
+Judge = Callable[
+    [Sequence[Items], Sequence[Bool[ndarray, " items"]], Sequence[Explanation]],
+    "list[Bool[ndarray, ' items'] | Failed]",
+]
+"""Says of the items of each unit, those that there are, whether the unit fires in them, or why
+there is no answer. What is left unanswered is a no."""
 
 
 def sided_rows(
@@ -44,7 +60,7 @@ def sided_rows(
     per_side: int,
     window: int,
     *,
-    by_token: bool,
+    counted: Counted,
     judge: Judge | None = None,
 ) -> list[Row]:
     """Return the rows of a scorer's units by side, controls included.
@@ -55,8 +71,8 @@ def sided_rows(
         sides: Sides to draw; recall wants `active`, precision `predicted`, `_weighted` all three.
         per_side: Most records of a side.
         window: Most tokens of a record.
-        by_token: Count tokens; else whole records.
-        judge: Who says yes to whole records; None lets the program.
+        counted: What is counted.
+        judge: Who says yes to records; None lets the program.
 
     Raises:
         ExplainError: An explanation without a program.
@@ -84,34 +100,89 @@ def sided_rows(
         units=units.tolist(), seed=job.seed,
     )  # fmt: skip
     rows: list[Row] = []
+    names = SIDED[:3] if counted == "marks" else SIDED
     for control, records in zip(said, drawn, strict=True):
         explanations = by_control[control]
-        ids, weights = records.token_ids(), records.weights()
-        answers = judge(records, explanations) if judge is not None else [None] * len(units)
-        for i, unit in enumerate(units.tolist()):
-            explanation, answer = explanations[i], answers[i]
+        of_units = [
+            _seen(records, i, explanation, thresholds[control][i], counted)
+            for i, explanation in enumerate(explanations)
+        ]
+        answers = [None] * len(units) if judge is None else judge(*_asked(of_units), explanations)
+        for i, (unit, seen, answer) in enumerate(
+            zip(units.tolist(), of_units, answers, strict=True)
+        ):
+            explanation = explanations[i]
             failed = explanation.failed or (answer if isinstance(answer, Failed) else None)
             if failed is None and "active" in sides and not records.sizes[i, sides.index("active")]:
                 failed = Failed("silent", "the unit fires in no excerpt of split score")
             facts = _facts(records, i) | {"control": control}
             columns: dict[str, Row] = {}
             if failed is None:
-                assert explanation.program is not None
-                acts = simulate_many(explanation.program, ids[i]) * (ids[i] >= 0)
-                seen = _Seen(
-                    records.acts[i].astype(np.float64),
-                    acts,
-                    (acts > thresholds[control][i]) & (ids[i] >= 0),
-                    ids[i] >= 0,
-                    weights[i],
-                    np.where(records.index[i] >= 0, excerpts.doc_ids[records.index[i]], -1),
-                    None if isinstance(answer, Failed) else answer,
-                )
-                columns = _measured(seen, sides, by_token)
-            for name in SIDED:
+                says = None
+                if answer is not None and not isinstance(answer, Failed):
+                    says = answer.reshape(seen.weights.shape)
+                columns = measured(seen, says, sides, counted)
+            for name in names:
                 told = undefined(failed, 0.0) if failed else columns[name]
                 rows.append(job.row(f"{scorer}_{name}", unit, **facts, **told))
     return rows
+
+
+def threshold_judge(
+    job: ScoreJob,
+    classes: tuple[Class, ...],
+    marks: Marks,
+    score: Callable[[Items, Explanation], Float[ndarray, " items"] | Failed],
+) -> Judge:
+    """Return a judge that says yes above the threshold that is best on records of split `explain`.
+
+    Args:
+        job: The job of the scorer, whose settings say how many records teach the threshold.
+        classes: Firing records, then others that it is told apart from.
+        marks: What is marked in them.
+        score: Returns a number per item, NaN where it has no answer.
+    """
+    learn = read_contrasting(job, "explain", classes, marks)
+
+    def judge(
+        items: Sequence[Items], present: Sequence[ndarray], explanations: Sequence[Explanation]
+    ) -> list[ndarray | Failed]:
+        answers: list[ndarray | Failed] = []
+        for i, explanation in enumerate(explanations):
+            answer: ndarray | Failed = Failed("too_few_records")
+            others = [learn.of(i, which) for which in range(1, len(classes))]
+            firing = learn.of(i, 0)
+            if explanation.failed is not None:
+                answer = explanation.failed
+            elif min(len(firing), max(map(len, others))) >= MIN_RECORDS:
+                answer = _above(
+                    score(learn.items[i], explanation),
+                    firing,
+                    np.concatenate(others),
+                    score(items[i].take(present[i]), explanation),
+                    present[i],
+                )
+            answers.append(answer)
+        return answers
+
+    return judge
+
+
+def _above(
+    taught: ndarray | Failed, firing: ndarray, others: ndarray, asked: ndarray | Failed,
+    present: Bool[ndarray, " items"],
+) -> Bool[ndarray, " items"] | Failed:  # fmt: skip
+    """Return which items are above the threshold that tells firing from other taught ones best."""
+    for each in (taught, asked):
+        if isinstance(each, Failed):
+            return each
+    assert isinstance(taught, ndarray)
+    a, b = (each[~np.isnan(each)] for each in (taught[firing], taught[others]))
+    if not len(a) or not len(b):
+        return Failed("no_answer")
+    is_above = np.zeros(present.shape, bool)
+    is_above[present] = asked > best_threshold(a, b)
+    return is_above
 
 
 def simulate_many(program: Program, ids: ndarray) -> Float[ndarray, "*shape"]:
@@ -164,33 +235,78 @@ def _facts(records: SidedRecords, i: int) -> Row:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class SeenRecords:
     """The records of one unit, and what one explanation says of them."""
 
+    token_ids: Int[ndarray, "sides n window"]
     truth: Float[ndarray, "sides n window"]
     predicted: Float[ndarray, "sides n window"]
     is_yes: Bool[ndarray, "sides n window"]
-    is_token: Bool[ndarray, "sides n window"]
+    marked: Bool[ndarray, "sides n window"] | None
+    """What a judge is shown as firing; None where it sees whole records or is not asked."""
     weights: Float[ndarray, "sides n"]
     documents: ndarray
     """Document of each record; -1 where there is none."""
-    answers: Bool[ndarray, "sides n"] | None
-    """What a judge said of each record; None where the program is asked."""
 
-    def counted(self, by_token: bool) -> tuple[ndarray, ndarray, ndarray]:
+    @property
+    def is_token(self) -> Bool[ndarray, "sides n window"]:
+        """Whether each place holds a token."""
+        return self.token_ids >= 0
+
+    def counted(
+        self, counted: Counted, says: Bool[ndarray, "sides n"] | None
+    ) -> tuple[ndarray, ndarray, ndarray]:
         """Return by record how much fires, is said to fire, and both."""
         fires = (self.truth > 0) & self.is_token
-        if by_token:
-            both = (fires & self.is_yes).sum(axis=2).astype(float)
-            return fires.sum(axis=2).astype(float), self.is_yes.sum(axis=2).astype(float), both
-        says = self.is_yes.any(axis=2) if self.answers is None else self.answers
-        active = fires.any(axis=2)
-        return active.astype(float), says.astype(float), (active & says).astype(float)
+        if counted == "records":
+            yes = self.is_yes.any(axis=2) if says is None else says
+            active = fires.any(axis=2)
+            return active.astype(float), yes.astype(float), (active & yes).astype(float)
+        yes = self.is_yes
+        if counted == "marks":
+            assert self.marked is not None and says is not None
+            fires, yes = fires & self.marked, self.marked & says[..., None]
+        parts = (fires, yes, fires & yes)
+        fire, yes, both = (part.sum(axis=2).astype(float) for part in parts)
+        return fire, yes, both
 
 
-def _measured(seen: _Seen, sides: tuple[Side, ...], by_token: bool) -> dict[str, Row]:
+def _seen(
+    records: SidedRecords, i: int, explanation: Explanation, threshold: float, counted: Counted
+) -> SeenRecords:
+    """Return the records of one unit; nothing is predicted where there is no program."""
+    ids, truth = records.token_ids()[i], records.acts[i].astype(np.float64)
+    acts = np.zeros(truth.shape)
+    if explanation.program is not None:
+        acts = simulate_many(explanation.program, ids) * (ids >= 0)
+    is_yes, marked = (acts > threshold) & (ids >= 0), None
+    if counted == "marks":
+        is_strong = truth >= MARKED_FRACTION * truth.max(axis=2, keepdims=True)
+        of_side = {"active": (truth > 0) & is_strong, "predicted": is_yes}
+        marked = np.stack([of_side[side][at] for at, side in enumerate(records.sides)])
+    index = records.index[i]
+    documents = np.where(index >= 0, records.excerpts.doc_ids[index], -1)
+    return SeenRecords(ids, truth, acts, is_yes, marked, records.weights()[i], documents)
+
+
+def _asked(of_units: Sequence[SeenRecords]) -> tuple[list[Items], list[Bool[ndarray, " items"]]]:
+    """Return the items of each unit, and which of them there are."""
+    items: list[Items] = []
+    for seen in of_units:
+        window = seen.token_ids.shape[2]
+        marked = None if seen.marked is None else seen.marked.reshape(-1, window)
+        items.append(Items(seen.token_ids.reshape(-1, window), marked))
+    return items, [(seen.documents >= 0).ravel() for seen in of_units]
+
+
+def measured(
+    seen: SeenRecords,
+    said: Bool[ndarray, "sides n"] | None,
+    sides: tuple[Side, ...],
+    counted: Counted,
+) -> dict[str, Row]:
     """Return value and interval of each measure of one unit."""
-    fires, says, both = seen.counted(by_token)
+    fires, says, both = seen.counted(counted, said)
     columns: dict[str, Row] = {}
     for name, side, below in (("recall", "active", fires), ("precision", "predicted", says)):
         columns[name] = {"value": 0.0, "nan_fraction": 1.0, "failure": None}
@@ -200,7 +316,7 @@ def _measured(seen: _Seen, sides: tuple[Side, ...], by_token: bool) -> dict[str,
     columns["f1"] = _harmonic(columns["recall"], columns["precision"], sides)
     if set(sides) != {"active", "predicted", "random"}:
         columns["weighted"] = {"value": 0.0, "nan_fraction": 1.0}
-    elif by_token:
+    elif counted == "tokens":
         columns["weighted"] = _weighted_pearson(seen)
     else:
         w = seen.weights
@@ -242,7 +358,7 @@ def _harmonic(recall: Row, precision: Row, sides: tuple[Side, ...]) -> Row:
     return {"value": f1, "nan_fraction": 0.0, **ends, "ci_method": F1_METHOD}
 
 
-def _weighted_pearson(seen: _Seen) -> Row:
+def _weighted_pearson(seen: SeenRecords) -> Row:
     """Return Pearson's correlation over all excerpts, estimated from the weighted draws."""
     t, p = seen.truth * seen.is_token, seen.predicted * seen.is_token
     parts = (seen.is_token, t, p, t * t, p * p, t * p)

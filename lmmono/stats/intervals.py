@@ -22,6 +22,12 @@ from lmmono.stats.estimate import LEVEL, Interval
 Z = float(norm.ppf((1 + LEVEL) / 2))
 """Standard normal quantile of an interval of `LEVEL`."""
 
+FEW_DOCUMENTS = 20
+"""An interval over fewer documents is called approximate, since records of one document are alike.
+Measured with document effects of log sd 0.5: 20 records of 3, 8, 40, 170 documents cover 0.43,
+0.69, 0.87, 0.90; on Wikipedia under a trained CRATE 8 documents 0.90, 170 documents 0.92. The
+percentile bootstrap of a ratio over 3 documents covers 0.76, over 8 documents 0.86."""
+
 FEW_RECORDS, FEW_FIRING = 20, 10
 """With fewer records of a kind, or fewer records that fire, an interval is called approximate.
 
