@@ -116,6 +116,14 @@ def test_the_verb_prints_the_tables_and_names_what_is_not_scored(study, capsys, 
     assert call("compare", tmp_path) == 2
 
 
+def test_the_variance_of_runs_that_are_not_captured_is_refused_with_the_way_out(tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(STUDY)
+    for recipe in lm.Recipe.load(tmp_path / "tiny.yaml", f"out={tmp_path / 'runs'}").runs():
+        Run.create(recipe)
+    assert call("variance", tmp_path / "runs") == 2
+    assert "not captured yet; run `lmmono score" in capsys.readouterr().err
+
+
 def test_the_variance_of_a_mean_score_is_told_by_arm_seed_half_and_draw(study):
     explainer = "token_lookup:window=32"
     (table,) = variance_tables(

@@ -105,10 +105,13 @@ def variance_tables(
         progress: Told how many combinations are measured.
 
     Raises:
-        RunError: There is no run, or one belongs to no arm.
+        RunError: There is no run, or one belongs to no arm or is not captured.
         ExplainError: The arms have different numbers of seeds, or explanations are missing.
     """
     arms = _arms([open_run(path) for folder in folders for path in find_runs(folder)])
+    for run in (run for mine in arms.values() for run in mine):
+        if not run.is_done("capture"):
+            raise RunError(f"{run.dir}: not captured yet; run `lmmono score {run.dir}` first")
     tables: list[ReportTable] = []
     with ExitStack() as stack:
         stores = {
