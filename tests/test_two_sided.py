@@ -30,7 +30,7 @@ def store(tmp_path_factory):
 
 def rows_of(store, scorer, *, reader=None, seed=0, client=None, controls=False, **settings):
     record = find_scorer(scorer)
-    changes = {"sides": SIDES, **({"window": 16} if "window" in record.setting_names else {})}
+    changes = {"sides": SIDES, **({"window": 16} if hasattr(record.settings, "window") else {})}
     changes |= settings
     job = ScoreJob(store, HOOK, reader or RecordReader(store, seed=seed), UNITS,
                    record.with_settings(changes=changes), explainer="token_lookup",
