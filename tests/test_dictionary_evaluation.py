@@ -192,7 +192,7 @@ def test_what_is_not_lost_cannot_be_recovered():
 
 
 def test_recovery_needs_an_ablation_that_hurts_on_every_redraw():
-    draws = DocumentDraws(2, 20, 2, 0, 0.95)
+    draws = DocumentDraws(20, 20, 2, 0, 0.95)
     clean, spliced = np.array([1.0, 1.0, 1.0]), np.array([1.5, 1.5, 1.25])
     found = recovered(draws, clean, spliced, np.array([2.0, 3.0, 2.0]), 18)
     assert found.value == 0.5 and found.n == 18
