@@ -66,12 +66,11 @@ def test_excerpts_of_a_captured_store_are_those_cut_by_hand(tmp_path):
     assert not both, "a document explains and scores"
 
 
-def test_the_same_tokens_make_one_excerpt_and_short_ends_are_counted():
+def test_the_same_tokens_make_one_excerpt_and_short_ends_none():
     token_ids = np.array([1, 2, 3, 4, 1, 2, 3, 4, 1, 2], np.int32)
     doc_ids = np.zeros(10, np.int64)
     excerpts = cut(TokenGrid("score", np.array([0]), 10, token_ids, doc_ids), 4, 3)
     assert excerpts.token_ids.tolist() == [[1, 2, 3, 4]]
-    assert (excerpts.n_duplicates, excerpts.n_short) == (1, 1)
 
 
 def test_every_token_of_an_excerpt_is_in_it_and_no_other_token_is(tmp_path):

@@ -81,10 +81,6 @@ class Excerpts:
     """Cell of the grid that holds the first token of each excerpt; the others follow it."""
     token_ids: Int[ndarray, "n window"]
     """int32; `PADDING` after the last token of an excerpt."""
-    n_duplicates: int = 0
-    """Windows left out because the same tokens came before."""
-    n_short: int = 0
-    """Windows left out because they had too few tokens."""
 
     def __len__(self) -> int:
         return len(self.first_cells)
@@ -177,16 +173,8 @@ def cut(grid: TokenGrid, window: int, min_tokens: int, *, repeats: bool = False)
     columns = np.arange(window)
     cells = np.minimum(starts[:, None] + columns, len(grid.token_ids) - 1)
     token_ids = np.where(columns < lengths[:, None], grid.token_ids[cells], np.int32(PADDING))
-    is_long_enough = lengths >= min_tokens
     is_first = np.full(len(starts), repeats)
     if not repeats:
         is_first[np.unique(token_ids, axis=0, return_index=True)[1]] = True
-    kept = is_long_enough & is_first
-    return Excerpts(
-        grid=grid,
-        window=window,
-        first_cells=starts[kept],
-        token_ids=token_ids[kept],
-        n_duplicates=int((is_long_enough & ~is_first).sum()),
-        n_short=int((~is_long_enough).sum()),
-    )
+    kept = (lengths >= min_tokens) & is_first
+    return Excerpts(grid, window, starts[kept], token_ids[kept])

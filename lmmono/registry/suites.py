@@ -237,8 +237,6 @@ class Learner:
     """`module:function`; takes problems, returns probes; equal problems and seeds, equal bits."""
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     """Further arguments of the function."""
-    chosen_on: Literal["noisy", "clean"] = "noisy"
-    """Whose validation labels its settings are chosen on; clean is an oracle, reported apart."""
 
     def load(self) -> Callable[[Any], Any]:
         """Import and return the function that fits probes to problems."""
@@ -261,7 +259,6 @@ _LEARNERS = (
         "oracle_logistic",
         "cross entropy, L2 chosen on clean validation labels, which no one has",
         "lmmono.probes.logistic:oracle_logistic",
-        chosen_on="clean",
     ),
     Learner(
         "cleanlab",
