@@ -221,8 +221,8 @@ def _compare(
         estimates = pair.differences(seed)
         overlap, undefined = pair.overlap, (pair.undefined_share(0), pair.undefined_share(1))
     else:
-        why = f"no unit fires on {least:g} of the tokens"
-        estimates, method = [MeanDifference(*[math.nan] * 5, why)] * 3, "none"
+        nan, why = math.nan, f"no unit fires on {least:g} of the tokens"
+        estimates, method = [MeanDifference(nan, nan, nan, nan, nan, why)] * 3, "none"
     return Difference(
         scorer.name,
         1,
