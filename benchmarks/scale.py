@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py [--models gpt2-small llama-1b] [--tokens 16384] [--repeats 3]
         [--peer]
+    python benchmarks/scale.py --commits 8
 
 The models have random weights and the sizes of the real ones: GPT-2 small (12 layers, 36,864 GELU
 neurons, d_model 768) and a Llama of 1.2 billion weights (16 layers, 131,072 gated neurons, d_model
@@ -16,6 +17,10 @@ process of its own, so that its peak memory is its own:
 
 Arms take turns; a figure is the median over repeats. Memory is told for this many tokens and for
 four times as many: a stream does not grow.
+
+`--commits` writes 8,192 units that fire on half of all tokens without a model, 2,048 tokens a
+commit in rows of 32, and prints the peak memory of each commit: what units keep is full after the
+first, and later ones replace its rows.
 """
 
 import argparse
@@ -126,6 +131,31 @@ def cache(model, ids: np.ndarray, hook: str, folder: Path) -> None:  # noqa: ANN
     CacheActivationsRunner(config, override_dataset=tokens).run()
 
 
+def commits(n_commits: int) -> None:
+    """Print the peak memory of one commit after the other."""
+    import activation_store as astore
+    from lmmono.files.provenance import peak_memory_bytes, reset_peak_memory
+
+    random = np.random.default_rng(0)
+    base = random.standard_normal((64, 32, 4096), dtype=np.float32)
+    hooks = [f"blocks.{i}.mlp.hook_post" for i in range(2)]
+    # 2.5 standard deviations: about 25 of 4,096 are stored
+    rows = [astore.Rows(hook, d=4096, max_density=1.0, cuts=(2.5,) * 4096) for hook in hooks]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        astore.open(Path(folder) / "store.duckdb", mode="w") as store,
+        store.writer(rows=rows, n_ctx=32, commit_tokens=2**40) as writer,
+    ):
+        for i in range(n_commits):
+            seq = np.arange(64 * i, 64 * (i + 1))
+            docs = np.repeat(seq[:, None], 32, 1)
+            acts = base * np.float32(random.lognormal())
+            writer.add(seq, docs, docs, "train", dict.fromkeys(hooks, acts))
+            reset_peak_memory()
+            writer.commit()
+            print(f"commit {i + 1}: peak {peak_memory_bytes() / 2**20:.0f} MiB", flush=True)
+
+
 def child(arm: str, name: str, n_tokens: int) -> dict[str, float]:
     """Run one arm in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -141,9 +171,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--commits", type=int, metavar="N", help="memory of N commits, no model")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.commits:
+        commits(options.commits)
+        return
     if options.arm:
         result = run_arm(options.arm, options.models[0], options.tokens, options.folder)
         print(json.dumps(result))

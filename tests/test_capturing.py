@@ -233,6 +233,8 @@ def test_a_forecast_is_of_the_bytes_that_a_capture_takes(
         ((n_bytes,),) = store.sql("SELECT sum(n_bytes) FROM shards").fetchall()
     assert told.bytes_per_token == pytest.approx(n_bytes / ids.size, rel=0.02)
     assert told.tokens_per_second > 0
+    weights = sum(w.nbytes for w in model.parameters())
+    assert weights < told.peak_bytes < 2**35
 
 
 def test_a_second_capture_adds_what_is_new_and_refuses_other_tokens_of_a_sequence(

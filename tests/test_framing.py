@@ -233,3 +233,22 @@ def test_a_llama_predicts_stories_best_with_the_rows_that_auto_makes(stories):
     apart = {bos: loss(rows="documents", bos=bos) for bos in ("auto", "never")}
     assert apart["auto"] < end_to_end["auto"]
     assert apart["auto"] < apart["never"]
+
+
+def test_after_another_first_token_a_llama_predicts_worse_and_its_neurons_move(stories):
+    model, texts = stories
+    tokenizer = model.tokenizer
+    words = torch.tensor([tokenizer.encode(t, add_special_tokens=False)[:100] for t in texts])
+
+    def after(first: int) -> tuple[float, torch.Tensor]:
+        ids = torch.cat([torch.full((len(words), 1), first), words], dim=1)
+        logits, acts = lm.run_with_cache(model, ids, "blocks.3.mlp.hook_post")
+        nats = F.cross_entropy(logits[:, :-1].flatten(0, 1), words.flatten())
+        return nats.item(), acts["blocks.3.mlp.hook_post"][:, 1:]
+
+    loss, acts = after(tokenizer.bos_token_id)
+    other_loss, other_acts = after(tokenizer.eos_token_id)
+    assert loss < other_loss - 0.1
+    assert (other_acts - acts).norm() > 0.2 * acts.norm()
+    rows = lm.tokenize(model, texts, n_ctx=64, rows="documents").tokens("explain")
+    assert (rows.ids[rows.doc_ids[:, 0] >= 0][:, 0] == tokenizer.bos_token_id).any()

@@ -15,6 +15,7 @@ from lmmono.models.hooks import (
     editing,
     hook_names,
     hook_width,
+    hook_widths,
     match_hooks,
     run_with_cache,
     run_with_edit,
@@ -51,6 +52,11 @@ def test_the_contract(family: str):
     logits, acts = run_with_cache(model, tokens, closed)
     assert torch.equal(logits, plain), "reading changes no bit"
     _, everything = run_with_cache(model, tokens)
+    pairs = ("scores", "pattern")
+    widths = {
+        n: None if n.endswith(pairs) else x.flatten(2).shape[2] for n, x in everything.items()
+    }
+    assert hook_widths(model) == widths
 
     other = tokens.clone()
     other[:, 3] = (other[:, 3] + 1) % 40

@@ -10,6 +10,7 @@ import forks
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from hub_server import TOKEN, serving
 from huggingface_hub import constants
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
@@ -20,7 +21,13 @@ import activation_store as astore
 import lmmono as lm
 from lmmono.data.tokenizers import build_tokenizer, read_tokenizer
 from lmmono.errors import DataError, ModelError, RecipeError, RunError
-from lmmono.models.pretrained import fit_warnings, model_folder, require_fit
+from lmmono.models.pretrained import (
+    fit_warnings,
+    model_folder,
+    on_best_device,
+    open_section,
+    require_fit,
+)
 from lmmono.pipeline import open_for
 from lmmono.pipeline.whole_run import check_run
 from lmmono.recipe import sections
@@ -310,6 +317,40 @@ def test_open_model_brings_its_tokenizer_and_takes_an_adapter_and_a_type(qwen, t
     torch.testing.assert_close(lm.run_with_cache(merged, text)[0], expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ModelError, match="no adapter here"):
         lm.open_model(qwen, adapter=qwen)
+
+
+def test_a_model_spread_over_memory_and_disk_is_captured_as_the_whole_one(qwen, tmp_path):
+    names = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"]
+    places = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
+    spread = lm.open_model(qwen, device_map=places)
+    assert {weight.device.type for weight in spread.parameters()} == {"cpu", "meta"}
+    models = {
+        "whole": lm.open_model(qwen, device="cpu"),
+        "spread": on_best_device(spread),  # it stays where it is
+        "offloaded": cpu_offload(lm.open_model(qwen, device="cpu")),
+    }
+    facts, query = set(), "SELECT seq_id, pos, unit, act FROM acts ORDER BY ALL"
+    for name, model in models.items():
+        with astore.open(tmp_path / f"{name}.duckdb", mode="w") as store:
+            lm.capture(model, "the red cows", into=store, n_ctx=32, signed=True)
+            (digest,) = store.sql("SELECT value FROM meta WHERE key = 'model_digest'").fetchall()
+            facts.add((digest, str(store.sql(query).fetchall())))
+    assert len(facts) == 1
+
+
+def test_a_device_map_of_a_recipe_is_for_one_process(qwen, monkeypatch):
+    section = sections.PretrainedModel(
+        arch="pretrained", path=str(qwen), untrained=True, device_map="auto"
+    )
+    ids = torch.tensor([[1, 2, 3]])
+    plain = open_section(section.model_copy(update={"device_map": None}), seed=3)
+    with torch.no_grad():
+        assert torch.equal(open_section(section, seed=3)(ids).logits, plain(ids).logits)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ModelError, match=r"spreads one model .* 2 processes were launched"):
+        open_section(section, seed=3)
+    with pytest.raises(ModelError, match="want device='cpu' or device_map='auto', got both"):
+        lm.open_model(qwen, device="cpu", device_map="auto")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks

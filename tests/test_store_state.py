@@ -95,7 +95,7 @@ def test_what_a_killed_writer_left_is_not_part_of_the_store(run):
     with duckdb.connect(run / "store.duckdb", read_only=True) as con:
         (listed,) = names.listed_states(con).values()
         store_id = con.execute("SELECT value FROM meta WHERE key = 'store_id'").fetchone()[0]
-    left = names.write_state(run / "store", store_id, 77, b"never listed")
+    left = names.write_state(run / "store", store_id, 77, lambda file: file.write(b"never listed"))
     assert left != listed
     assert astore.verify(run).left_over == (left.file,)
     capture(run)

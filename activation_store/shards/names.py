@@ -5,10 +5,11 @@ is removed by who writes next.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -166,8 +167,16 @@ class StateFile:
         return None if is_same else "its bytes were changed"
 
 
-def write_state(folder: Path, store_id: str, number: int, data: bytes) -> StateFile:
+def write_state(
+    folder: Path, store_id: str, number: int, write: Callable[[io.BufferedIOBase], object]
+) -> StateFile:
     """Bring a state to the disk; it does not exist for anyone before a commit lists it.
+
+    Args:
+        folder: Folder of the shards.
+        store_id: Id of the store.
+        number: Number of the file.
+        write: Writes the state into the open file.
 
     Raises:
         WriteError: the disk is full or the folder cannot be written.
@@ -176,11 +185,12 @@ def write_state(folder: Path, store_id: str, number: int, data: bytes) -> StateF
     part = folder / f"{name}.part"
     with writing(folder / name):
         with part.open("wb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
+        state = StateFile(name, part.stat().st_size, checksum(part))
         part.replace(folder / name)
-    return StateFile(name, len(data), hashlib.sha256(data).hexdigest())
+    return state
 
 
 def state_file(value: bytes) -> StateFile | None:

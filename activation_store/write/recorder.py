@@ -17,7 +17,13 @@ from activation_store.errors import ContentError, StoreError
 from activation_store.hooks import Dtype, Rows, Skip, Vectors
 from activation_store.store import Store
 from activation_store.write.accumulator import as_tokens
-from activation_store.write.recording import OutputRecorder, first_tensor, padded_inputs, per_token
+from activation_store.write.recording import (
+    OutputRecorder,
+    first_tensor,
+    input_device,
+    padded_inputs,
+    per_token,
+)
 from activation_store.write.writer import COMMIT_TOKENS, Writer
 
 if TYPE_CHECKING:
@@ -182,7 +188,7 @@ def _run(module: "nn.Module", batch: Batch, recorder: OutputRecorder) -> "dict[s
     """
     import torch
 
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    device = input_device(module)
     n, n_ctx = batch.token_ids.shape
     inputs, keywords = batch.inputs, dict(batch.keywords)
     if inputs is None:
@@ -214,13 +220,31 @@ def _run(module: "nn.Module", batch: Batch, recorder: OutputRecorder) -> "dict[s
 
 
 def digest(module: "nn.Module") -> str:
-    """Return the sha256 of a module's parameters and buffers, by name; 64 hexadecimal digits."""
+    """Return the sha256 of a module's parameters and buffers, by name; 64 hexadecimal digits.
+
+    Weights that Accelerate keeps elsewhere are read one part of the module after the other.
+    """
     import torch
 
     sha256 = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         if isinstance(value, torch.Tensor):
             sha256.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            plain = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            sha256.update(plain.numpy().tobytes())
+            plain = _in_memory(module, name, value).contiguous().flatten().view(torch.uint8)
+            sha256.update(plain.numpy())
     return sha256.hexdigest()
+
+
+def _in_memory(module: "nn.Module", name: str, value: "Tensor") -> "Tensor":
+    """Return a parameter or buffer on the CPU, read from where Accelerate keeps it if need be."""
+    if value.device.type != "meta":
+        return value.detach().cpu()
+    from accelerate.utils import align_module_device
+
+    path, _, own_name = name.rpartition(".")
+    part = module.get_submodule(path)
+    with align_module_device(part, "cpu"):
+        whole = getattr(part, own_name)
+        if whole.device.type == "meta":
+            raise ContentError(f"{name}: its weights are nowhere (device meta); load the model.")
+        return whole.detach()

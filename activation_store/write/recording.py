@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from activation_store.errors import ContentError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -52,6 +53,19 @@ class OutputRecorder:
         }
         self._copied |= late
         return bool(late)
+
+
+def input_device(module: "nn.Module") -> "torch.device":
+    """Return the device that a module's inputs go to: that of its first weights in memory.
+
+    Accelerate can spread a model over devices and keep parts of it on the disk (`device_map`);
+    weights that are not in memory then have the device `meta`, which computes nothing, and it
+    moves the inputs of each part by itself.
+    """
+    import torch
+
+    devices = (weight.device for weight in module.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
 def first_tensor(name: str, output: Any) -> "Tensor":

@@ -12,6 +12,7 @@ what it had not committed.
 
 import io
 import json
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,19 @@ RankState: TypeAlias = Mapping[str, np.ndarray]
 def to_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
     """Return the arrays as the bytes of an `.npz` file; the same arrays give the same bytes."""
     file = io.BytesIO()
-    np.savez(file, allow_pickle=False, **dict(arrays))
+    write_arrays(file, arrays.items())
     return file.getvalue()
+
+
+def write_arrays(file: io.BufferedIOBase, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write an `.npz` file one array after the other, so that no two need be in memory.
+
+    numpy's `savez` takes them all at once: of a model with a million units those are gigabytes.
+    """
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, array in arrays:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
 
 
 def from_bytes(data: bytes) -> dict[str, np.ndarray]:

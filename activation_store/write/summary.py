@@ -68,9 +68,12 @@ def write_tables(
 ) -> None:
     """Replace the rows of these hooks in the three tables."""
     with ThreadPoolExecutor(1) as ahead:  # the next hook's rows are made while one's are inserted
-        stats, chosen = ahead.map(unit_stats, hooks), ahead.map(exemplars, hooks)
-        for hook in hooks:
-            _write_rows(con, hook, seed, next(stats), next(chosen))
+        jobs = [ahead.submit(_rows_of, hook) for hook in hooks[:1]]
+        for i, hook in enumerate(hooks):
+            stats, chosen = jobs.pop().result()
+            # one ahead, not all: the rows of a model's layers are more than all else in a commit
+            jobs += [ahead.submit(_rows_of, later) for later in hooks[i + 1 : i + 2]]
+            _write_rows(con, hook, seed, stats, chosen)
     for whole in vectors:
         hook = whole.hook
         con.execute("DELETE FROM hooks WHERE hook = $1 AND kind = 'vectors'", [hook.hook])
@@ -79,6 +82,10 @@ def write_tables(
         facts |= {"skip": _as_json(whole.skip)}
         seen = {"n_tokens": whole.n_tokens, "n_acts": whole.n_vectors}
         _insert_row(con, "hooks", {**facts, **seen, **counts})
+
+
+def _rows_of(hook: RowsTotal) -> tuple[pa.Table, dict[str, pa.Table]]:
+    return unit_stats(hook), exemplars(hook)
 
 
 def _write_rows(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -411,12 +411,18 @@ class Writer:
 
     def _write_state(self) -> StateFile:
         """Bring to the disk what must be remembered; runs in a thread."""
-        arrays = {
-            "settings": np.array(json.dumps(self.settings)),
-            "n_seqs": np.array(self._n_seqs),
-            "given": self._tokens.given,
-        }
-        for hook in self._accumulators:
-            arrays |= hook.dump()
-        data = state.to_bytes(arrays | self._vector_log.dump())
-        return write_state(self._where.folder, self._store_id, self._state_number, data)
+
+        def arrays() -> Iterator[tuple[str, np.ndarray]]:
+            yield "settings", np.array(json.dumps(self.settings))
+            yield "n_seqs", np.array(self._n_seqs)
+            yield "given", self._tokens.given
+            for hook in self._accumulators:
+                yield from hook.dump().items()
+            yield from self._vector_log.dump().items()
+
+        return write_state(
+            self._where.folder,
+            self._store_id,
+            self._state_number,
+            lambda file: state.write_arrays(file, arrays()),
+        )

@@ -281,6 +281,9 @@ def stream(
                         part.split,
                         flat,
                     )
+                    # before the next pass makes as much again
+                    acts.clear()
+                    flat.clear()
                 progress("capture", n_done, total)
     model.train(was_training)
 
@@ -323,6 +326,7 @@ def measure_cuts(
                     strongest_so_far = strongest.get(hook, flat[:0])
                     both = torch.cat([strongest_so_far, flat])
                     strongest[hook] = both.topk(min(n_kept, len(both)), dim=0).values
+                acts.clear()  # before the next pass makes as much again
     model.train(was_training)
     return {
         hook: tuple(values[-1].clamp(min=settings.threshold).tolist())

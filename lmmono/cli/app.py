@@ -99,7 +99,10 @@ def check(
     ],
     files: Annotated[bool, typer.Option(help="Also check that the files they name exist.")] = True,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Run the model briefly: time and size of the capture.")
+        bool,
+        typer.Option(
+            "--measure", help="Run the model briefly: time, size and memory of the capture."
+        ),
     ] = False,
 ) -> None:
     """Check recipes: list every error and every missing file at once. Writes nothing.

@@ -57,10 +57,10 @@ def list_stores(folder: Path) -> OutputTable:
 
 
 def list_hooks(path: Path) -> OutputTable:
-    """List the hook names of a run's model, in the order they run."""
-    from lmmono.models.hooks import hook_names
+    """List the hooks of a run's model in the order they run, with their numbers per token."""
+    from lmmono.models.hooks import hook_widths
 
-    return OutputTable(("hook",), tuple((name,) for name in hook_names(open_run(path).model)))
+    return OutputTable(("hook", "width"), tuple(hook_widths(open_run(path).model).items()))
 
 
 def list_dictionaries(path: Path) -> OutputTable:

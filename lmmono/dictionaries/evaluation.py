@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import activation_store as astore
+from activation_store.write.recording import input_device
 from lmmono.data.tokens import TokenRows
 from lmmono.dictionaries.coding import on_host
 from lmmono.dictionaries.estimator import Dictionary
@@ -294,7 +295,7 @@ class DocumentRows:
             raise DictionaryError(
                 "rows: no token counts: all are padding or skipped; give other rows or another skip"
             )
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self._batch_rows = max(1, batch_tokens // rows.n_ctx)
 
     @property

@@ -239,8 +239,8 @@ class _ModelVectors(VectorSource):
             self._model.train(was_training)
         counted = self._counted.ravel()[pool.tokens]
         order = torch.from_numpy(pool.order[counted[pool.order]])
-        order = order.to(next(self._model.parameters()).device)
-        return {hook: torch.cat(vectors)[order] for hook, vectors in parts.items()}
+        # on the device of the hook: a model may be spread over several
+        return {hook: torch.cat(x)[order.to(x[0].device)] for hook, x in parts.items()}
 
 
 class _Shuffled(VectorSource):

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from activation_store.errors import ContentError
-from activation_store.write.recording import OutputRecorder, padded_inputs
+from activation_store.write.recording import OutputRecorder, input_device, padded_inputs
 from lmmono.errors import ModelError, nearest
 from lmmono.files.docstrings import with_fields
 from lmmono.models.families import no_names, points
@@ -98,9 +98,20 @@ def hook_width(model: nn.Module, name: str) -> int:
     if name.endswith(ATTENTION):
         raise ModelError(f"{name} has one number per pair of tokens, so no width per token")
     network = bare(model)
-    one_token = torch.zeros((1, 1), dtype=torch.long, device=next(network.parameters()).device)
+    one_token = torch.zeros((1, 1), dtype=torch.long)
     _, cache = run_with_cache(network, one_token, name)
     return cache[name].numel()
+
+
+def hook_widths(model: nn.Module) -> dict[str, int | None]:
+    """Return how many numbers each hook has per token, by one pass over one token.
+
+    None where a hook has one number per pair of tokens (scores, patterns), or takes no part.
+    """
+    names = hook_names(model)
+    with recording(model, [n for n in names if not n.endswith(ATTENTION)]) as record:
+        _logits(model, torch.zeros((1, 1), dtype=torch.long), None, None)
+    return {name: record[name].numel() if name in record else None for name in names}
 
 
 @contextmanager
@@ -225,7 +236,7 @@ def token_inputs(
             model cannot be told of.
     """
     network: Any = bare(model)
-    device = next(network.parameters()).device
+    device = input_device(network)
     config = getattr(network, "config", None)
     d_vocab = getattr(config, "vocab_size", None)
     n_ctx = getattr(config, "max_position_embeddings", None)

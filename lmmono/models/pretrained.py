@@ -36,6 +36,7 @@ def open_model(
     dtype: str = "auto",
     adapter: Path | str | None = None,
     device: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Return a pretrained causal language model, in evaluation mode, with its tokenizer.
@@ -50,6 +51,8 @@ def open_model(
         dtype: `auto` for the type that the weights are saved in, or float32, bfloat16, float16.
         adapter: Folder or Hub name of a PEFT adapter (LoRA and its kin), merged into the weights.
         device: Torch device; by default the GPU where there is one.
+        device_map: In place of a device, for a model larger than one: `auto`, `balanced`,
+            `sequential`, or the device of each part (a number, `cpu` or `disk`) as in transformers.
         trust_remote_code: Run the Python files of the folder, where its configuration names some.
 
     Raises:
@@ -61,37 +64,53 @@ def open_model(
     from lmmono.files.processes import best_device
     from lmmono.models.storage import load_model
 
+    if device is not None and device_map is not None:
+        raise ModelError(f"want device={device!r} or device_map={device_map!r}, got both")
     folder = model_folder(path, revision)
-    model: Any = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    model: Any = load_model(
+        folder, dtype=dtype, trust_remote_code=trust_remote_code, device_map=device_map
+    )
     if adapter is not None:
         model = _merged(model, model_folder(adapter))
     if (folder / "tokenizer.json").is_file():
         model.tokenizer = read_tokenizer(folder)
-    return model.to(device or best_device())
+    return model if device_map is not None else model.to(device or best_device())
 
 
 def on_best_device(model: PreTrainedModel) -> PreTrainedModel:
-    """Move a model, in place, to the device that this process works on, and return it."""
+    """Move a model, in place, to the device that this process works on, and return it.
+
+    One that a `device_map` has spread stays as it is.
+    """
     from lmmono.files.processes import best_device
 
+    if hasattr(model, "hf_device_map"):
+        return model
     moved: Any = model  # transformers' own `to` has a type that no checker can call
     return moved.to(best_device())
 
 
 def open_section(section: PretrainedModel, seed: int) -> PreTrainedModel:
-    """Return the model of a recipe's section on the CPU, without a tokenizer.
+    """Return the model of a recipe's section, on the CPU or spread, without a tokenizer.
 
     An untrained one is drawn from the configuration by the seed; other random states stay put.
 
     Raises:
-        ModelError: As `open_model`.
+        ModelError: As `open_model`, or several processes would each spread it.
     """
-    from lmmono.models.storage import initial_model, load_model
+    from lmmono.files.processes import this_process
+    from lmmono.models.storage import initial_model, load_model, spread
 
+    if section.device_map is not None and this_process().n > 1:
+        raise ModelError(
+            f"model.device_map={section.device_map} spreads one model over all GPUs of a process, "
+            f"and {this_process().n} processes were launched; run it without the launcher"
+        )
     folder = model_folder(section.path, section.revision)
     if section.untrained:
-        return initial_model(folder, seed=seed, dtype=section.dtype)
-    model = load_model(folder, dtype=section.dtype)
+        model = initial_model(folder, seed=seed, dtype=section.dtype)
+        return model if section.device_map is None else spread(model, section.device_map)
+    model = load_model(folder, dtype=section.dtype, device_map=section.device_map)
     return model if section.adapter is None else _merged(model, model_folder(section.adapter))
 
 

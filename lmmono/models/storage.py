@@ -32,7 +32,11 @@ def save_model(model: PreTrainedModel, path: Path | str) -> Path:
 
 
 def load_model(
-    path: Path | str, *, dtype: str = "auto", trust_remote_code: bool = False
+    path: Path | str,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Return the causal language model that `save_pretrained` wrote to a folder, in eval mode.
 
@@ -42,6 +46,7 @@ def load_model(
         path: The folder.
         dtype: `auto` for the type that the weights are saved in, or the name of one.
         trust_remote_code: Run the Python files of the folder, where its configuration names some.
+        device_map: How Accelerate spreads the model over devices; None puts all of it on the CPU.
 
     Raises:
         ModelError: The folder is missing or foreign, its weights are truncated or incomplete, or it
@@ -69,6 +74,7 @@ def load_model(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            device_map=device_map,
         )
     model, report = loaded
     _check_complete(folder, model, report)
@@ -94,6 +100,21 @@ def initial_model(folder: Path, *, seed: int, dtype: str = "auto") -> PreTrained
         model = model.to(saved or torch.float32)
     model.loss_type = model.loss_type or "ForCausalLM"
     return model.eval()
+
+
+def spread(model: PreTrainedModel, device_map: str) -> PreTrainedModel:
+    """Spread a model in memory over all GPUs and the memory of the machine; changes it in place."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole: Any = model  # torch types what a module holds as tensors and modules
+    kept = list(whole._no_split_modules or ())  # classes whose parts stay on one device
+    memory = None
+    if device_map != "sequential":
+        memory = get_balanced_memory(model, no_split_module_classes=kept)
+    devices = infer_auto_device_map(model, memory, no_split_module_classes=kept)
+    dispatched: Any = dispatch_model(whole, devices)
+    return dispatched
 
 
 def _require_config(folder: Path) -> None:

@@ -24,6 +24,7 @@ def generate(
     """
     import torch
 
+    from activation_store.write.recording import input_device
     from lmmono.data.framing import text_start
 
     model: Any = run.model  # transformers types `generate` as a tensor
@@ -39,7 +40,7 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokens = torch.tensor([ids], device=model.device)
+        tokens = torch.tensor([ids], device=input_device(model))
         output = model.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),

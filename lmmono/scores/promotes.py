@@ -30,6 +30,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 import activation_store as astore
+from activation_store.write.recording import input_device
 from lmmono.dictionaries.estimator import load_dictionary
 from lmmono.errors import DictionaryError, ModelError
 from lmmono.models.hooks import attached, bare, hook_names
@@ -219,7 +220,7 @@ class _Lens:
 
     def _run(self, n: int, watches: dict[str, Watch]) -> Float[Tensor, "n 1 d_vocab"]:
         """Run n sequences of one token, whichever it is: what is read was put in by watches."""
-        device = next(self._model.parameters()).device
+        device = input_device(self._model)
         was_training = self._model.training
         self._model.eval()
         try:

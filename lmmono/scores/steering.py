@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
+from activation_store.write.recording import input_device
 from lmmono.errors import ExplainError
 from lmmono.models.crate import CACHE_ARGUMENT
 from lmmono.models.hooks import attached, bare, hook_names
@@ -111,7 +112,7 @@ class Steering:
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         extra: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
         extra |= {} if past is None else {CACHE_ARGUMENT: past, "use_cache": True}
-        device = next(model.parameters()).device
+        device = input_device(model)
         watches = {} if change is None else {self._hook: watch}
         with _at_rest(model), attached(model, watches):
             return model(ids.to(device), **extra).logits[:, -1].float().cpu()
@@ -177,7 +178,7 @@ class Steering:
     def _before(self, n_units: int) -> Any:
         """Return keys and values of all tokens but the last, each prompt once for each unit."""
         if self._past is None or self._past[0] != n_units:
-            ids = self.prompts[:, :-1].to(next(self._model.parameters()).device)
+            ids = self.prompts[:, :-1].to(input_device(self._model))
             with _at_rest(self._model):
                 past = self._model(ids, use_cache=True)[CACHE_ARGUMENT]
             past.batch_repeat_interleave(n_units)

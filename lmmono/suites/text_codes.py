@@ -17,6 +17,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from activation_store.write.recorder import digest as weights_digest
+from activation_store.write.recording import input_device
 from lmmono.errors import RobustnessError, nearest
 from lmmono.models.hooks import attached, bare, hook_names, hook_width, match_hooks, run_until
 from lmmono.probes.text_reader import TextReader
@@ -222,7 +223,7 @@ class TextEncoder:
         """Return the rows of each text at a hook; with a seed, under the model's dropout."""
         order: list[int] = []
         parts: list[Tensor] = []
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(dropout_seed or 0)
             for batch in self._batches(ids, None, with_dropout=dropout_seed is not None):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from activation_store.write.recording import input_device
 from lmmono.data.framing import text_start
 from lmmono.data.minimal_pairs import MinimalPair
 from lmmono.data.tokens import TokenRows
@@ -70,14 +71,14 @@ def evaluate(
     model.eval()
     is_token = np.asarray(rows.doc_ids) >= 0  # padding stands last, so that no token sees it
     with recording(model, codes) as acts:
-        for i, ids in enumerate(_batches(rows.ids, batch_rows, model.device)):
+        for i, ids in enumerate(_batches(rows.ids, batch_rows, input_device(model))):
             real = torch.from_numpy(is_token[i * batch_rows : (i + 1) * batch_rows]).to(ids.device)
             losses.append(token_losses(model, ids)[real[:, 1:].flatten()].double().cpu())
             for name, layer_sums in zip(codes, sums, strict=True):
                 layer_sums.add(acts[name][real])
     ista: list[tuple[float | None, float | None]] = []
     if with_layers:
-        ista = _ista_facts(model, next(_batches(rows.ids, batch_rows, model.device)))
+        ista = _ista_facts(model, next(_batches(rows.ids, batch_rows, input_device(model))))
     model.train(was_training)
     nats = torch.cat(losses).numpy()
     return Evaluation(
@@ -121,7 +122,7 @@ def _sentence_log_probs(
     width = max(len(ids) for ids in encoded)
     padded = torch.tensor([ids + [start] * (width - len(ids)) for ids in encoded])
     lengths = torch.tensor([len(ids) for ids in encoded])
-    ids = padded.to(model.device)
+    ids = padded.to(input_device(model))
     losses = token_losses(model, ids).view(len(encoded), width - 1)
     real = torch.arange(1, width, device=ids.device) < lengths.to(ids.device)[:, None]
     return -(losses * real).sum(dim=1)

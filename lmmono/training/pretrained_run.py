@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from activation_store.write.recording import input_device
 from lmmono.data.tokenizers import read_tokenizer
 from lmmono.errors import ModelError
 from lmmono.models.pretrained import (
@@ -62,7 +63,7 @@ def open_pretrained(run: Run, *, progress: Progress = silent) -> dict[str, Any]:
 @torch.no_grad()
 def _require_causal(model: Any) -> None:
     """Refuse a model whose prediction at a token changes with the tokens after it, such as BERT."""
-    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 4, 3]], device=model.device)
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 4, 3]], device=input_device(model))
     first, second = model(input_ids=ids, use_cache=False).logits.float()
     before, after = ((first - second).abs()[part].max() for part in (slice(2), slice(2, None)))
     if before > 1e-3 * after:  # rounding moves equal rows of a batch far less than that

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from activation_store.write.recording import input_device
 from lmmono.data.framing import text_start
 from lmmono.data.vocabulary import shown_tokens
 from lmmono.errors import ModelError
@@ -91,7 +92,7 @@ class Lab:
             raise ModelError(
                 f"want at most {n_ctx - n_more} tokens, for the context has {n_ctx}; got {len(ids)}"
             )
-        return torch.tensor([ids], device=next(self._model.parameters()).device)
+        return torch.tensor([ids], device=input_device(self._model))
 
     @cached_property
     def _vocabulary(self) -> list[str]:
