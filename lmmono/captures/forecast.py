@@ -34,14 +34,14 @@ class Forecast:
     """Tokens a second, model and store together."""
     bytes_per_token: float
     """Bytes of shards per token; text whose units fire more or less often takes more or less."""
-    peak_bytes: float
+    peak_bytes: int
     """Most memory of the process, model included. Further tokens take no more: what units keep is
     full after a few dozen documents, and the trial commits twice."""
 
     def told(self, n_tokens: int) -> str:
         """Return a line for so many tokens.
 
-        >>> Forecast(1000.0, 4200.0, 2.2e9).told(400_000)  # doctest: +ELLIPSIS
+        >>> Forecast(1000.0, 4200.0, 2_200_000_000).told(400_000)  # doctest: +ELLIPSIS
         'about 400,000 tokens: 7 min, 1.7 GB, 2.2 GB of memory (1,000 tokens/s, 4.20 kB per...
         """
         seconds, size = n_tokens / self.tokens_per_second, n_tokens * self.bytes_per_token / 1e9
