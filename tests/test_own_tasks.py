@@ -168,6 +168,12 @@ def test_check_tells_what_is_wrong_with_a_task(entry, message):
 
 
 @pytest.mark.usefixtures("folder")
+def test_check_tells_of_tasks_that_no_suite_uses():
+    with pytest.raises(RecipeError, match=r"tasks\[1\]: no suite uses it; name some, such as"):
+        Recipe.check("own.yaml", "robustness.suites=[]")
+
+
+@pytest.mark.usefixtures("folder")
 def test_check_takes_a_task_that_is_whole():
     assert call("check", "own.yaml") == 0
 

@@ -300,9 +300,12 @@ def _missing_files(recipe: Recipe, tree: Tree) -> Iterator[Fault]:
         want = "want a file, folder or glob that is there"
         wrong.add(path[:3])
         yield _fault(tree, path, f"{want}, got {shown(name)}{hint}")
-    for i, task in enumerate(recipe.robustness.tasks if recipe.robustness.suites else ()):
+    for i, task in enumerate(recipe.robustness.tasks):
         path = ("robustness", "tasks", i)
-        if task.path is not None and path not in wrong:
+        if task.path is not None and not recipe.robustness.suites:
+            message = "no suite uses it; name some, such as robustness.suites=[noisy_labels]"
+            yield _fault(tree, path, message)
+        elif task.path is not None and path not in wrong:
             try:
                 load("lmmono.data.tasks.reading:own_task")(task)
             except DataError as error:

@@ -230,7 +230,9 @@ class PretrainedModel(Section):
     """Folder or Hub name of a PEFT adapter (LoRA and its kin), merged into the weights."""
     untrained: bool = False
     """Draw new weights from the model's configuration by the run's seed, as a control."""
-    device_map: Literal["auto", "balanced", "sequential"] | None = None
+    device_map: Literal["auto", "balanced", "sequential"] | None = Field(
+        default=None, exclude_if=lambda chosen: chosen is None
+    )
     """Spread a model that is larger than one GPU over all of this process and the memory of the
     machine, as Accelerate does; null keeps it on one device."""
 
