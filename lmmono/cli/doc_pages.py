@@ -35,7 +35,8 @@ def metrics_markdown() -> str:
         "",
         "Chance is what a guess gets; where it depends on the data, the controls say it. Least",
         "density: the least share of tokens on which a unit must fire for the scorer to rank its",
-        "true explanation first ([results](results/scorers.md)); empty where not measured.",
+        "true explanation first ([results](results/scorers.md)); empty where not measured, none",
+        "where it does so at no density.",
         "",
         "| scorer | measures | needs | chance | least density | writes | source |",
         "|---|---|---|---|---|---|---|",
@@ -45,6 +46,7 @@ def metrics_markdown() -> str:
         chance = "" if scorer.chance is None else f"{scorer.chance:g}"
         writes = ", ".join(f"`{name}`" for name in scorer.metrics)
         least = "" if scorer.least_density is None else f"{scorer.least_density:g}"
+        least = least.replace("inf", "none")
         cells = (scorer.about, needs, chance, least, writes, scorer.citation)
         parts.append(_row(f"`{scorer.name}`", *cells))
     return "\n".join(parts) + "\n"
