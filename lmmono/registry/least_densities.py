@@ -6,6 +6,11 @@ at commits 671724d, d7afaf3: 24 units of each density and noise, 400,000 tokens,
 """
 
 COURT: dict[str, dict[str, float | None]] = {
+    "anthropic_intervals": {"exact": 0.01, "noisy": 0.01},
+    "anthropic_intervals_recall": {"exact": None, "noisy": None},
+    "anthropic_intervals_precision": {"exact": None, "noisy": None},
+    "anthropic_intervals_f1": {"exact": 0.0001, "noisy": 0.0001},
+    "anthropic_intervals_weighted": {"exact": 0.0001, "noisy": 0.0003},
     "detection": {"exact": 0.001, "noisy": None},
     "detection_recall": {"exact": None, "noisy": None},
     "detection_precision": {"exact": None, "noisy": None},
