@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,9 @@ N_BARS = 24
 N_BUCKETS = 16
 """Parts of a sequence in the profile of positions."""
 BATCH = 64
-"""Units that are read together: their acts are in memory at one time."""
+"""Units that are read together: a table is asked once for all of them."""
+N_BLOCKS = 128
+"""Blocks of `BATCH` units that a server keeps, of some 300 kB each."""
 RANKED = ("density", "mean", "skewness", "kurtosis", "q99", "max_act")
 """Statistics shown with the unit's rank among the units of its hook; 1 is the largest."""
 
@@ -104,8 +106,12 @@ def unit_page(
     Raises:
         ContentError: The store has no such unit.
     """
-    reading = _Reading(store, hook, [unit], options or PageOptions(), counting)
-    for page in reading.pages(name, link or _own_link, ask):
+    shape = options or PageOptions()
+    if counting is None:
+        reading = _Reading(store, hook, [unit], shape, None)
+    else:
+        reading = counting.block(hook, unit // BATCH, shape)
+    for page in reading.pages(name, link or _own_link, ask, [unit]):
         return page
     unit_stats(store, hook, unit)  # raises with the hooks that there are
     raise ContentError(f"{store.path}: no unit {unit} of hook {hook!r}.")
@@ -120,6 +126,7 @@ def unit_pages(
     link: Callable[[str, int], str] | None = None,
     ask: Callable[[str], str] | None = None,
     options: PageOptions | None = None,
+    counting: "Counting | None" = None,
 ) -> Iterator[UnitPage]:
     """Yield the pages of units of a hook, as `unit_page` makes them, read some at a time.
 
@@ -127,7 +134,8 @@ def unit_pages(
     """
     shape = options or PageOptions()
     units = list(dict.fromkeys(int(unit) for unit in units))
-    counting = Counting(store) if len(units) > 1 else None
+    if counting is None and len(units) > 1:
+        counting = Counting(store)
     for first in range(0, len(units), BATCH):
         some = units[first : first + BATCH]
         yield from _Reading(store, hook, some, shape, counting).pages(name, link or _own_link, ask)
@@ -154,16 +162,18 @@ WITH ranks AS (
     WHERE s.hook = $hook AND list_contains($units, s.unit)
     GROUP BY s.unit
 )
-FROM unit_stats JOIN ranks USING (unit) WHERE hook = $hook
+FROM unit_stats JOIN ranks USING (unit) WHERE hook = $hook ORDER BY unit
 """
 
-_CHOSEN = """
-WITH chosen AS MATERIALIZED (
-    SELECT unit, kind, rank, bin, act, doc_id, seq_id, pos FROM exemplars
+_CHOSEN = """SELECT unit, kind, rank, bin, act, doc_id, seq_id, pos FROM exemplars
     WHERE hook = $hook AND unit BETWEEN $first AND $last AND list_contains($units, unit)
     QUALIFY row_number() OVER (
         PARTITION BY unit, kind, CASE kind WHEN 'quantile' THEN bin END ORDER BY rank
-    ) <= CASE kind WHEN 'top' THEN $top_k WHEN 'quantile' THEN $quantile_k ELSE $random_k END
+    ) <= CASE kind WHEN 'top' THEN $top_k WHEN 'quantile' THEN $quantile_k ELSE $random_k END"""
+
+_EXEMPLARS = f"""
+WITH chosen AS MATERIALIZED (
+    {_CHOSEN}
 ),
 near AS MATERIALIZED (
     SELECT c.*, t.pos AS at_pos, coalesce(v.token, '[' || t.token_id || ']') AS token
@@ -171,17 +181,7 @@ near AS MATERIALIZED (
     JOIN token_ids t ON t.seq_id = c.seq_id AND t.doc_id = c.doc_id
         AND t.pos BETWEEN c.pos - $before AND c.pos + $after
     LEFT JOIN vocabulary v ON v.token_id = t.token_id
-)"""
-
-_WINDOWS = f"""{_CHOSEN}
-SELECT unit, kind, rank, bin, act, doc_id, seq_id, pos, min(at_pos) AS first_pos,
-    list(token ORDER BY at_pos) AS tokens
-FROM near
-GROUP BY unit, kind, rank, bin, act, doc_id, seq_id, pos
-ORDER BY unit, kind, bin DESC, rank
-"""
-
-_EXEMPLARS = f"""{_CHOSEN},
+),
 fired AS (
     SELECT unit, seq_id, pos AS at_pos, act AS at_act FROM acts
     WHERE hook = $hook AND unit BETWEEN $first AND $last AND list_contains($units, unit)
@@ -250,18 +250,22 @@ _PROMOTES = """
 SELECT p.unit, p.sign, p.rank, p.token_id, coalesce(v.token, '[' || p.token_id || ']') AS token,
     p.logit, p.control
 FROM promotes p LEFT JOIN vocabulary v USING (token_id)
-WHERE p.hook = $hook AND list_contains($units, p.unit) AND p.rank <= $list_k
+WHERE p.hook = $hook AND p.unit BETWEEN $first AND $last AND list_contains($units, p.unit)
+    AND p.rank <= $list_k
 ORDER BY p.unit, p.sign DESC, p.rank
 """
 
 _NEIGHBOURS = """
 SELECT unit, kind, rank, neighbour, cosine, control FROM neighbours
-WHERE hook = $hook AND list_contains($units, unit) AND rank <= $list_k ORDER BY unit, kind, rank
+WHERE hook = $hook AND unit BETWEEN $first AND $last AND list_contains($units, unit)
+    AND rank <= $list_k
+ORDER BY unit, kind, rank
 """
 
 _EXPLANATIONS = """
 SELECT unit, explainer, seed, text, failure, reason, n_records, model FROM explanations
-WHERE hook = $hook AND list_contains($units, unit) AND coalesce(rank, 1) = 1
+WHERE hook = $hook AND unit BETWEEN $first AND $last AND list_contains($units, unit)
+    AND coalesce(rank, 1) = 1
 ORDER BY unit, explainer, seed NULLS FIRST, created_at
 """
 
@@ -291,50 +295,88 @@ _PANELS = {
 }
 """The query behind each panel."""
 
-_OF_ACTS = ("histogram", "positions", "tokens")
-"""Panels that go through every act of a unit. Of many units each one's acts are read once and
-counted here: SQL over units that lie apart would read all that lies between, four times."""
+_COUNTED = {
+    "stats": _STATS,
+    "exemplars": f"{_CHOSEN}\nORDER BY unit, kind, bin DESC, rank",
+    "promotes": """
+SELECT unit, sign, rank, token_id, logit, control FROM promotes
+WHERE hook = $hook AND unit BETWEEN $first AND $last AND list_contains($units, unit)
+    AND rank <= $list_k
+ORDER BY unit, sign DESC, rank
+""",
+    "neighbours": _NEIGHBOURS,
+    "explanations": _EXPLANATIONS,
+    "scores": _SCORES,
+}
+"""What is left to ask where the tokens are in memory. A unit's acts are read once, and counted
+there: SQL over units that lie apart would read all that lies between, four times."""
 
 Row = dict[str, Any]
 
 
 class Counting:
-    """The tokens of a store in memory, and what the acts of one unit after another come to there.
+    """What one page after another asks of a store, in memory: its tokens, and units by blocks.
 
-    Gives what the queries of `_OF_ACTS` give.
+    Gives what the queries of `_PANELS` give, and may be shared by threads.
     """
 
     def __init__(self, store: Queried) -> None:
         self._store = store
-        rows = store.sql("SELECT seq_id, pos, token_id FROM token_ids").fetchnumpy()
+        rows = store.sql("SELECT seq_id, pos, doc_id, token_id FROM token_ids").fetchnumpy()
         self._width = int(rows["pos"].max(initial=-1)) + 1
         keys = rows["seq_id"].astype(np.int64) * self._width + rows["pos"]
         order = np.argsort(keys)
-        self._keys, self._ids = keys[order], np.asarray(rows["token_id"])[order]
+        self._keys, self._ids, self._docs = (
+            np.asarray(each)[order] for each in (keys, rows["token_id"], rows["doc_id"])
+        )
         self._n_at = np.bincount(rows["pos"], minlength=self._width)
         self._n_of = np.bincount(self._ids)
         self._names = dict(store.sql("SELECT token_id, token FROM vocabulary").fetchall())
+        self.block = lru_cache(maxsize=N_BLOCKS)(self._block)
 
-    def count(
-        self, hook: str, unit: int, max_act: float | None, list_k: int, exemplars: list[Row]
-    ) -> dict[str, list[Row]]:
-        """Return the rows of the three panels; fills the acts of exemplars in."""
+    def _block(self, hook: str, number: int, options: PageOptions) -> "_Reading":
+        units = range(number * BATCH, (number + 1) * BATCH)
+        return _Reading(self._store, hook, units, options, self)
+
+    def fill(
+        self, hook: str, unit: int, max_act: float | None, rows: dict[str, list[Row]], shape: Any
+    ) -> None:
+        """Add the panels that the acts of a unit give, the windows of exemplars, and names."""
         query = "SELECT seq_id, pos, act FROM acts WHERE hook = $hook AND unit = $unit"
-        rows = self._store.sql(query, hook=hook, unit=unit).fetchnumpy()
-        pos, acts = np.asarray(rows["pos"]), np.asarray(rows["act"], np.float32)
-        keys = rows["seq_id"].astype(np.int64) * self._width + pos
+        stored = self._store.sql(query, hook=hook, unit=unit).fetchnumpy()
+        pos, acts = np.asarray(stored["pos"]), np.asarray(stored["act"], np.float32)
+        keys = stored["seq_id"].astype(np.int64) * self._width + pos
         if np.any(np.diff(keys) < 0):  # shards hold a unit's acts in order, but are several
             order = np.argsort(keys)
             pos, acts, keys = pos[order], acts[order], keys[order]
-        for each in exemplars:
-            first = each["seq_id"] * self._width + each["first_pos"]
-            each["acts"] = _looked_up(keys, acts, first, len(each["tokens"]))
+        windows = (self._window(row, keys, acts, shape) for row in rows["exemplars"])
+        rows["exemplars"] = [row for row in windows if row["tokens"]]
+        for row in rows["promotes"]:
+            row["token"] = self._name(row["token_id"])
         bars = np.clip(np.floor(acts * np.float32(N_BARS) / (max_act or 1.0)), 0, N_BARS - 1)
         filled = np.bincount(bars.astype(np.int64), minlength=N_BARS).tolist()
+        rows["histogram"] = [{"bar": bar, "n": n} for bar, n in enumerate(filled) if n]
+        rows["positions"] = self._positions(pos, acts)
+        rows["tokens"] = self._tokens(keys, acts, shape.list_k)
+
+    def _name(self, token_id: int) -> str:
+        return self._names.get(token_id) or f"[{token_id}]"
+
+    def _window(self, row: Row, keys: Any, acts: Any, shape: PageOptions) -> Row:
+        """Return an exemplar with the tokens around it, of its document, and the acts on them."""
+        start = row["seq_id"] * self._width
+        ends = max(0, row["pos"] - shape.before), min(self._width - 1, row["pos"] + shape.after)
+        i, j = np.searchsorted(self._keys, [start + ends[0], start + ends[1] + 1])
+        is_same = self._docs[i:j] == row["doc_id"]
+        places = (self._keys[i:j][is_same] - start).tolist()
+        first, stop = np.searchsorted(keys, [start + ends[0], start + ends[1] + 1])
+        stored = dict(zip((keys[first:stop] - start).tolist(), acts[first:stop].tolist(),
+                          strict=True))  # fmt: skip
         return {
-            "histogram": [{"bar": bar, "n": n} for bar, n in enumerate(filled) if n],
-            "positions": self._positions(pos, acts),
-            "tokens": self._tokens(keys, acts, list_k),
+            **row,
+            "first_pos": places[0] if places else None,
+            "tokens": [self._name(token) for token in self._ids[i:j][is_same].tolist()],
+            "acts": [stored.get(place, 0.0) for place in places],
         }
 
     def _positions(self, pos: Any, acts: Any) -> list[Row]:
@@ -363,7 +405,7 @@ class Counting:
         return [
             {
                 "token_id": token,
-                "token": self._names.get(token, f"[{token}]"),
+                "token": self._name(token),
                 "mass": float(totals[token] / totals.sum()),
                 "frequency": float(self._n_of[token] / len(self._ids)),
                 "n_acts": int(n_acts[token]),
@@ -376,17 +418,8 @@ class Counting:
         ]
 
 
-def _looked_up(keys: Any, acts: Any, first: int, n: int) -> list[float]:
-    """Return the acts at n keys from the first on; 0 where none is stored."""
-    start, stop = np.searchsorted(keys, [first, first + n])
-    found = [0.0] * n
-    for key, act in zip(keys[start:stop].tolist(), acts[start:stop].tolist(), strict=True):
-        found[key - first] = act
-    return found
-
-
 class _Reading:
-    """Some units of one hook, read together."""
+    """Some units of one hook, read together; in Arrow, so that a block of them stays small."""
 
     def __init__(
         self,
@@ -396,20 +429,10 @@ class _Reading:
         options: PageOptions,
         counting: Counting | None,
     ) -> None:
-        self._store, self._options = store, options
+        self._store, self._options, self._counting = store, options, counting
         self._hook, self._units = hook, list(units)
-        queries = dict(_PANELS)
-        if counting is not None:
-            queries = {name: query for name, query in queries.items() if name not in _OF_ACTS}
-            queries["exemplars"] = _WINDOWS  # their acts come with the counting
-        self._rows = {panel: self._read(query) for panel, query in queries.items()}
-        for unit, (stats,) in self._rows["stats"].items():
-            if counting is None:
-                break
-            exemplars, k = self._rows["exemplars"].get(unit, []), options.list_k
-            counted = counting.count(hook, unit, stats["max_act"], k, exemplars)
-            for panel, rows in counted.items():
-                self._rows.setdefault(panel, {})[unit] = rows
+        queries = _PANELS if counting is None else _COUNTED
+        self._tables = {panel: self._read(query) for panel, query in queries.items()}
 
     def _parameters(self, units: Sequence[int], query: str) -> dict[str, Any]:
         options = self._options
@@ -424,33 +447,38 @@ class _Reading:
         known |= {name: getattr(options, name) for name in PageOptions.__dataclass_fields__}
         return {name: known[name] for name in set(re.findall(r"\$(\w+)", query))}
 
-    def _read(self, query: str) -> dict[int, list[Row]]:
+    def _read(self, query: str) -> tuple[Any, Any]:
+        """Return the rows of a panel, and the unit of each, ascending."""
         result = self._store.sql(query, **self._parameters(self._units, query))
-        names = result.columns
-        of_unit: dict[int, list[Row]] = defaultdict(list)
-        for cells in result.fetchall():
-            row = dict(zip(names, cells, strict=True))
-            of_unit[row.pop("unit")].append(row)
-        return of_unit
+        table = result.to_arrow_table()
+        return table.drop_columns("unit"), table["unit"].to_numpy()
+
+    def _rows(self, panel: str, unit: int) -> list[Row]:
+        table, units = self._tables[panel]
+        start, stop = np.searchsorted(units, [unit, unit + 1]).tolist()
+        return table.slice(start, stop - start).to_pylist()
 
     def pages(
         self,
         name: str,
         link: Callable[[str, int], str],
         ask: Callable[[str], str] | None,
+        units: Sequence[int] | None = None,
     ) -> Iterator[UnitPage]:
-        for unit in self._units:
-            if unit not in self._rows["stats"]:
+        """Yield the pages of some of the units, or of all."""
+        for unit in self._units if units is None else units:
+            if not (stats := self._rows("stats", unit)):
                 continue
             queries = {
                 panel: _filled(query, self._parameters([unit], query))
                 for panel, query in _PANELS.items()
             }
-            yield UnitPage(name, self._hook, unit, self._data(unit), queries, link, ask)
+            yield UnitPage(name, self._hook, unit, self._data(unit, stats[0]), queries, link, ask)
 
-    def _data(self, unit: int) -> dict[str, Any]:
-        of = {panel: rows.get(unit, []) for panel, rows in self._rows.items()}
-        (stats,) = of["stats"]
+    def _data(self, unit: int, stats: Row) -> dict[str, Any]:
+        of = {panel: self._rows(panel, unit) for panel in self._tables if panel != "stats"}
+        if self._counting is not None:
+            self._counting.fill(self._hook, unit, stats["max_act"], of, self._options)
         ranks = {name: stats.pop(f"rank_{name}") for name in RANKED}
         n_units = stats.pop("n_units")
         exemplars: dict[str, list[Row]] = {"top": [], "quantile": [], "random": []}

@@ -72,9 +72,12 @@ def measured(source: Any) -> list[Measured]:
         return _read(source, source.path.parent.name)
     if isinstance(source, Sequence) and not isinstance(source, str):
         return [each for part in source for each in measured(part)]
-    path = source.store_path if isinstance(source, Run) else _store_file(Path(source))
+    if isinstance(source, Run):
+        with source.reading() as store:
+            return _read(store, source.name)
+    path = _store_file(Path(source))
     with astore.open(path) as store:
-        return _read(store, source.name if isinstance(source, Run) else path.parent.name)
+        return _read(store, path.parent.name)
 
 
 def check_measure(measure: str) -> str:

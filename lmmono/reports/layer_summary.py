@@ -59,7 +59,7 @@ def layer_summaries(runs: Sequence[Run]) -> list[LayerSummary]:
     """
     found: list[LayerSummary] = []
     for run in runs:
-        with astore.open(run.store_path) as store:
+        with run.reading() as store:
             stats, (scores, controls) = _stats(store), _scores(store)
         beside: dict[str, dict[str, Interval]] = {}
         if (control := run.dir / "untrained" / "store.duckdb").is_file():

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-import activation_store as astore
 from lmmono.errors import RunError
 from lmmono.files.atomic import disk_faults
 from lmmono.reports.robustness_tables import (
@@ -59,7 +58,7 @@ def figures_run(run: Run, *, progress: Progress = silent) -> dict[str, list[str]
     Raises:
         RunError: The folder cannot be written.
     """
-    with astore.open(run.store_path) as store:
+    with run.reading() as store:
         results = [each for each in run_results(run, store) if each.suite not in APART]
     fresh, final = run.dir / f"{FIGURES}.tmp", run.dir / FIGURES
     with disk_faults(fresh):

@@ -113,7 +113,7 @@ def suite_tables(run: Run, *, every: bool = False, so_far: bool = False) -> list
     if not settings.suites or not (is_done or (so_far and is_begun)):
         return []
     tables: list[ReportTable] = []
-    with astore.open(run.store_path) as store:
+    with run.reading() as store:
         results = [each for each in run_results(run, store) if each.suite not in APART]
         if every and settings.families and results:
             baseline, names = settings.families[0].label, settings.hypotheses

@@ -64,7 +64,7 @@ def dictionary_tables(run: Run) -> list[ReportTable]:
     """Return a table for each hook that the run has dictionaries of, results before controls."""
     entries = {planned.name: planned.entry_name for planned in run.recipe.dictionary.planned}
     dictionaries = [one for one in measured(run) if one.name in entries]
-    with astore.open(run.store_path) as store:
+    with run.reading() as store:
         alike, floor = stabilities(store), stabilities(store, "random_directions")
     tables: list[ReportTable] = []
     for hook in dict.fromkeys(one.hook for one in dictionaries):
@@ -138,7 +138,7 @@ def _layer_table(runs: Sequence[Run]) -> ReportTable:
     """Return one row per run and captured hook."""
     rows: list[tuple[str, ...]] = []
     for run in runs:
-        with astore.open(run.store_path) as store:
+        with run.reading() as store:
             hooks = store.sql("SELECT DISTINCT hook FROM unit_stats ORDER BY hook").fetchall()
             rows += [_layer_row(run, store, hook) for (hook,) in hooks]
     return ReportTable(
@@ -206,7 +206,7 @@ def _around_peak(text: str, n_characters: int = 40) -> str:
 
 def _neuron_table(run: Run) -> ReportTable:
     """Return the units of a run whose selectivity is surely highest, each with an excerpt."""
-    with astore.open(run.store_path) as store:
+    with run.reading() as store:
         found = store.sql(
             _MOST_SELECTIVE, min_activations=MIN_ACTIVATIONS, n_neurons=N_NEURONS
         ).fetchall()

@@ -41,9 +41,10 @@ if TYPE_CHECKING:
     from pyarrow import Table
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from activation_store import Store
     from lmmono.data.tokens import TokenCorpus, TokenRows
 else:  # for annotations only: importing these takes seconds, and listing runs needs none of them
-    PreTrainedModel = PreTrainedTokenizerFast = Table = TokenCorpus = TokenRows = object
+    PreTrainedModel = PreTrainedTokenizerFast = Store = Table = TokenCorpus = TokenRows = object
 
 
 _RECIPE_HEAD = "# The recipe of this run, with every default written out."
@@ -57,6 +58,7 @@ class Run:
         self.recipe = recipe
         self.manifest = manifest
         self._whole = set[str]()
+        self._store: Store | None = None
         self.set_aside: Path | None = None
         """Where `create` put what other settings had made here; None if there was nothing."""
 
@@ -103,6 +105,26 @@ class Run:
     def store_path(self) -> Path:
         """Where the activation store lies, or will lie."""
         return self.dir / "store.duckdb"
+
+    @contextmanager
+    def reading(self) -> Generator[Store]:
+        """Give the activation store, open for reading: the same one to who asks within.
+
+        To open a store takes longer than most of what a report asks of it.
+
+        Raises:
+            StoreError: It cannot be opened.
+        """
+        import activation_store
+
+        if self._store is not None:
+            yield self._store
+            return
+        with activation_store.open(self.store_path) as self._store:
+            try:
+                yield self._store
+            finally:
+                self._store = None
 
     @property
     def val_loss(self) -> float:

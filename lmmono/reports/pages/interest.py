@@ -6,11 +6,12 @@ stands low. Units that fired fewer than `MIN_ACTIVATIONS` times are left out, an
 token come last; the page says so.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import activation_store as astore
-from activation_store.pages import PageOptions, unit_pages
+from activation_store.pages import PageOptions, UnitPage, unit_pages
 from activation_store.pages.templating import number, percent, token_text
 from lmmono.reports.side_by_side import MIN_ACTIVATIONS
 
@@ -45,8 +46,8 @@ FROM real r
 JOIN unit_stats s ON s.hook = r.hook AND s.unit = r.unit
 LEFT JOIN controls c ON c.hook = r.hook AND c.unit = r.unit
 WHERE s.n_active >= $least AND ($hook IS NULL OR r.hook = $hook)
+QUALIFY row_number() OVER (PARTITION BY r.hook ORDER BY margin DESC, r.unit) <= $n
 ORDER BY margin DESC, r.hook, r.unit
-LIMIT $n
 """
 
 _WORDS = PageOptions(top_k=0, quantile_k=0, random_k=0, list_k=3)
@@ -104,31 +105,39 @@ def interesting(
         hook: Of one hook; None takes all.
         metric: Score of units to rank by; `lmmono run` always measures `token_selectivity`.
     """
-    rows = ranked(store, 2 * n, hook, metric=metric)
-    if not rows:
-        return []
+    rows = ranked(store, 2 * n, hook, metric=metric)[: 2 * n]
     units_of: dict[str, list[int]] = {}
     for row in rows:
         units_of.setdefault(row["hook"], []).append(row["unit"])
-    data = {
-        (page.hook, page.unit): page.data
+    pages = {
+        (page.hook, page.unit): page
         for each, units in units_of.items()
         for page in unit_pages(store, each, units, options=_WORDS)
     }
+    return best_of(rows, pages, metric=metric)[:n]
+
+
+def best_of(
+    rows: Sequence[Mapping[str, Any]],
+    pages: Mapping[tuple[str, int], UnitPage],
+    *,
+    metric: str = "token_selectivity",
+) -> list[Interesting]:
+    """Return what rows of `ranked` and the pages of their units come to, best first."""
     found: list[Interesting] = []
     for row in rows:
-        page = data[row["hook"], row["unit"]]
+        page = pages[row["hook"], row["unit"]].data
         fields = {name: row[name] for name in Interesting.__dataclass_fields__ if name in row}
         is_one = bool(page["tokens"]) and page["tokens"][0]["mass"] >= ONE_TOKEN
         found.append(Interesting(**fields, metric=metric, why=_why(page), is_one_token=is_one))
     found.sort(key=lambda each: each.is_one_token)  # stable: the ranking stays within each part
-    return found[:n]
+    return found
 
 
 def ranked(
     store: astore.Store, n: int, hook: str | None = None, *, metric: str = "token_selectivity"
 ) -> list[dict[str, Any]]:
-    """Return the units of the largest margins, detectors of one token among them, as rows."""
+    """Return the n units of each hook of the largest margins, as rows, those of one token too."""
     result = store.sql(RANKED, metric=metric, least=MIN_ACTIVATIONS, hook=hook, n=n)
     return [dict(zip(result.columns, row, strict=True)) for row in result.fetchall()]
 
@@ -136,7 +145,7 @@ def ranked(
 def _why(page: dict[str, Any]) -> str:
     """Return what a unit fires on and writes, and what is said of it, in a sentence."""
     parts = [f"Fires on {percent(page['stats']['density'])} of tokens"]
-    shares = [f"{token_text(row['token'])} ({percent(row['mass'])})" for row in page["tokens"]]
+    shares = [f"{token_text(row['token'])} ({percent(row['mass'])})" for row in page["tokens"][:3]]
     if shares:
         parts.append(f"its activation falls on {', '.join(shares)}")
     if page["promotes"]["up"]:

@@ -21,14 +21,15 @@ from typing import Any
 from markupsafe import Markup
 
 import activation_store as astore
-from activation_store.pages import UnitPage, unit_page, unit_pages
+from activation_store.pages import UnitPage, unit_pages
 from activation_store.pages.templating import environment, static
+from activation_store.pages.unit_page import Counting
 from lmmono.errors import RunError
 from lmmono.files.atomic import write_atomic
 from lmmono.registry.metrics import METRICS
 from lmmono.reports.figures import pareto_figure
 from lmmono.reports.layer_summary import layer_summaries
-from lmmono.reports.pages.interest import CRITERION, Interesting, interesting, ranked
+from lmmono.reports.pages.interest import CRITERION, Interesting, best_of, ranked
 from lmmono.reports.pages.twins import SAMPLED_TOKENS, Twin, best_twins
 from lmmono.reports.run_figures import (
     attribute_figure,
@@ -59,13 +60,13 @@ N_TWINS = 6
 """Units of each hook that are put beside their twins."""
 
 _UNITS = """
-SELECT s.unit, s.n_active, s.density, s.kurtosis, s.max_act, a.value, a.ci_low, a.ci_high
+SELECT s.hook, s.unit, s.n_active, s.density, s.kurtosis, s.max_act, a.value, a.ci_low, a.ci_high
 FROM unit_stats s
 LEFT JOIN (
     SELECT hook, unit, value, ci_low, ci_high FROM scores WHERE metric = 'token_selectivity'
     QUALIFY row_number() OVER (PARTITION BY hook, unit ORDER BY created_at DESC) = 1
 ) a USING (hook, unit)
-WHERE s.hook = $hook ORDER BY coalesce(a.ci_low, -1) DESC, s.unit
+ORDER BY s.hook, coalesce(a.ci_low, -1) DESC, s.unit
 """
 
 
@@ -131,26 +132,40 @@ def report(
         if not run.store_path.is_file():
             raise RunError(f"{run.dir}: holds no store yet; run `lmmono capture {run.dir}` first")
     with ExitStack() as stack:
-        stores = [stack.enter_context(astore.open(run.store_path)) for run in opened]
+        stores = [stack.enter_context(run.reading()) for run in opened]
         names = [run.name for run in opened]
-        listed = [interesting(store, N_LISTED) for store in stores]
-        pages: dict[str, str] = {}
+        best = [ranked(store, max(units or 0, 2 * N_LISTED)) for store in stores]
         hooks: list[dict[str, Any]] = []
         chosen: list[dict[str, list[int]]] = []
-        for store, name in zip(stores, names, strict=True):
-            rows_of, units_of = _hooks(store, units)
-            chosen.append(units_of)
-            hooks += [{"run": name, "hook": hook, "rows": rows} for hook, rows in rows_of.items()]
+        for store, name, rows in zip(stores, names, best, strict=True):
+            rows_of = _rows_of(store)
+            hooks += [{"run": name, "hook": hook, "rows": some} for hook, some in rows_of.items()]
+            chosen.append(_chosen(rows_of, rows, units))
         pairs = _pairs(stores, names, chosen)
         for run, twin in ((pair.names[1], pair.twin) for pair in pairs):
             here = chosen[names.index(run)].setdefault(twin.hook, [])
             here += [] if twin.twin in here else [twin.twin]
-        for i, (store, name) in enumerate(zip(stores, names, strict=True)):
-            for hook, some in chosen[i].items():
-                for page in unit_pages(store, hook, some, name=name, link=_linker(name)):
-                    pages[page.id] = page.html
+        pages: dict[str, str] = {}
+        listed: list[list[Interesting]] = []
+        first: tuple[str, Interesting, UnitPage] | None = None
+        for store, name, rows, units_of in zip(stores, names, best, chosen, strict=True):
+            rows = rows[: 2 * N_LISTED]
+            counting, of_listed = Counting(store), dict[tuple[str, int], UnitPage]()
+            for hook, some in units_of.items():
+                more = [row["unit"] for row in rows if row["hook"] == hook]
+                settings: dict[str, Any] = {"link": _linker(name), "counting": counting}
+                for page in unit_pages(store, hook, [*some, *more], name=name, **settings):
+                    if page.unit in more:
+                        of_listed[hook, page.unit] = page
+                    if page.unit in some:
+                        pages[page.id] = _packed(page.html)
                 progress(f"pages {hook}", len(pages), len(pages))
-        first = _first(stores, names, listed)
+            listed.append(best_of(rows, of_listed)[:N_LISTED])
+            for each in listed[-1]:
+                page = of_listed[each.hook, each.unit]
+                pages.setdefault(page.id, _packed(page.html))
+                if each is listed[-1][0] and (first is None or _place(each) > _place(first[1])):
+                    first = name, each, page
         tables = [*run_tables(opened)]
         for store, name in zip(stores, names, strict=True):
             tables += [*explanation_tables(store, name), *score_tables(store, name)]
@@ -168,7 +183,7 @@ def report(
             sampled=SAMPLED_TOKENS,
             hooks=hooks,
             page_id=_page_id,
-            pages={each: _packed(html) for each, html in pages.items()},
+            pages=pages,
             metrics=_metrics(stores),
         )
     return OfflineReport(html, tuple(str(run.dir) for run in opened), len(pages))
@@ -191,26 +206,30 @@ def _linker(name: str) -> Callable[[str, int], str]:
     return lambda hook, unit: f"#{_page_id(name, hook, unit)}"
 
 
-def _hooks(
-    store: astore.Store, units: int | None
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[int]]]:
-    """Return the units of each hook by their statistics, and those that get a page."""
+def _rows_of(store: astore.Store) -> dict[str, list[dict[str, Any]]]:
+    """Return the units of each hook by their statistics."""
     rows_of: dict[str, list[dict[str, Any]]] = {}
+    for row in store.sql(_UNITS).to_arrow_table().to_pylist():
+        rows_of.setdefault(row.pop("hook"), []).append(row)
+    return rows_of
+
+
+def _chosen(
+    rows_of: dict[str, list[dict[str, Any]]], best: Sequence[dict[str, Any]], units: int | None
+) -> dict[str, list[int]]:
+    """Return the units of each hook that get a page: the best, all where `units` is None."""
     units_of: dict[str, list[int]] = {}
-    for (hook,) in store.sql("SELECT DISTINCT hook FROM unit_stats ORDER BY hook").fetchall():
-        result = store.sql(_UNITS, hook=hook)
-        rows = [dict(zip(result.columns, row, strict=True)) for row in result.fetchall()]
-        rows_of[hook] = rows
+    for hook, rows in rows_of.items():
         if units is None:
             units_of[hook] = [row["unit"] for row in rows]
             continue
-        best = [row["unit"] for row in ranked(store, units, hook)]
         # where no unit is scored, those that fire and are most peaked
         peaked = sorted(
-            (row for row in rows if row["n_active"]), key=lambda r: -(r["kurtosis"] or 0)
+            (row for row in rows if row["n_active"]), key=lambda row: -(row["kurtosis"] or 0)
         )
-        units_of[hook] = (best or [row["unit"] for row in peaked])[:units]
-    return rows_of, units_of
+        scored = [row["unit"] for row in best if row["hook"] == hook]
+        units_of[hook] = (scored or [row["unit"] for row in peaked])[:units]
+    return units_of
 
 
 def _pairs(
@@ -227,18 +246,9 @@ def _pairs(
     return pairs
 
 
-def _first(
-    stores: Sequence[astore.Store], names: Sequence[str], listed: Sequence[list[Interesting]]
-) -> tuple[str, Interesting, UnitPage] | None:
-    """Return the unit that a reader sees first: the best of all runs, with its page."""
-    best = [
-        (some[0].margin - some[0].is_one_token, i, some[0]) for i, some in enumerate(listed) if some
-    ]
-    if not best:
-        return None
-    _, i, unit = max(best, key=lambda each: each[0])
-    page = unit_page(stores[i], unit.hook, unit.unit, name=names[i], link=_linker(names[i]))
-    return names[i], unit, page
+def _place(unit: Interesting) -> float:
+    """Return what the first unit of a report is chosen by, among the best of each run."""
+    return unit.margin - unit.is_one_token
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -317,7 +327,7 @@ def _robustness(run: Run) -> list[tuple[str, Markup]]:
     from lmmono.reports.robustness_figures import robustness_panels
     from lmmono.suites.robustness_run import run_results
 
-    with astore.open(run.store_path) as store:
+    with run.reading() as store:
         results = run_results(run, store)
     families = run.recipe.robustness.families
     if not families:

@@ -15,14 +15,19 @@ import activation_store as astore
 
 SAMPLED_TOKENS = 4_096
 """The standard error of a correlation near 0 is then 0.016."""
+N_SPANS = 2
+"""Places of the text that the sample is taken from. A span of sequences is read in a ninth of the
+time of as many sequences that lie apart, for each unit's acts are in order; one span alone might be
+of one document."""
 
-_SHARED = (
-    "SELECT seq_id, pos, token_id FROM token_ids WHERE seq_id IN (SELECT unnest($s::BIGINT[]))"
-)
+_SIZES = "SELECT seq_id, count(*) AS n FROM token_ids GROUP BY seq_id ORDER BY seq_id"
+_TOKENS = "SELECT seq_id, pos, token_id FROM token_ids WHERE seq_id BETWEEN $first AND $last"
 _ACTS = """
-SELECT unit, seq_id, pos, act FROM acts
-WHERE hook = $hook AND seq_id IN (SELECT unnest($seqs::BIGINT[]))
+SELECT unit, seq_id, pos, act FROM acts WHERE hook = $hook AND seq_id BETWEEN $first AND $last
 """
+
+_Span = tuple[int, int]
+"""First and last sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +56,15 @@ def best_twins(
         other: Store that twins are looked for in.
         units: Hook and index of each.
     """
-    seqs = _shared_sequences(store, other)
-    if not seqs:
+    spans = _spans(store, other)
+    (places, ids), (others, other_ids) = (_tokens(each, spans) for each in (store, other))
+    places, mine, theirs = np.intersect1d(places, others, return_indices=True)
+    if not len(places) or not np.array_equal(ids[mine], other_ids[theirs]):
         return []
     found: list[Twin] = []
     for hook in dict.fromkeys(hook for hook, _ in units):
         mine = [unit for each, unit in units if each == hook]
-        matrices = [_standardised(each, hook, seqs) for each in (store, other)]
+        matrices = [_standardised(each, hook, spans, places) for each in (store, other)]
         if any(matrix is None for matrix in matrices):
             continue
         here, there = (matrix for matrix in matrices if matrix is not None)
@@ -74,37 +81,57 @@ def best_twins(
     return found
 
 
-def _shared_sequences(store: astore.Store, other: astore.Store) -> list[int]:
-    """Return sequences that both stores hold, as long as every token of them is the same."""
-    query = "SELECT seq_id, count(*) FROM token_ids GROUP BY seq_id"
-    sizes, others = (dict(each.sql(query).fetchall()) for each in (store, other))
-    shared = sorted(seq for seq, size in sizes.items() if others.get(seq) == size)
-    if not shared:
-        return []
-    drawn = np.random.default_rng(0).permutation(shared)
-    n_drawn = 1 + int(np.searchsorted(np.cumsum([sizes[seq] for seq in drawn]), SAMPLED_TOKENS))
-    chosen = sorted(drawn[:n_drawn].tolist())
-    rows = [each.sql(_SHARED, s=chosen).fetchnumpy() for each in (store, other)]
-    keys = [np.lexsort((each["pos"], each["seq_id"])) for each in rows]
-    same = all(
-        np.array_equal(rows[0][name][keys[0]], rows[1][name][keys[1]])
-        for name in ("seq_id", "pos", "token_id")
-    )
-    return chosen if same else []
+def _spans(store: astore.Store, other: astore.Store) -> list[_Span]:
+    """Return where both stores hold sequences of the same lengths, about `SAMPLED_TOKENS` long."""
+    found, others = (each.sql(_SIZES).fetchnumpy() for each in (store, other))
+    shared, here, there = np.intersect1d(found["seq_id"], others["seq_id"], return_indices=True)
+    sizes = found["n"][here]
+    is_same = sizes == others["n"][there]
+    rng = np.random.default_rng(0)
+    spans: list[_Span] = []
+    for part in np.array_split(np.flatnonzero(is_same), N_SPANS):
+        if not len(part):
+            continue
+        ends = np.cumsum(sizes[part])
+        # starts that leave enough to its right; all of the part where it is too short
+        room = int(np.searchsorted(ends, ends[-1] - SAMPLED_TOKENS / N_SPANS, side="right"))
+        first = int(rng.integers(max(1, room)))
+        stop = int(np.searchsorted(ends - ends[first] + sizes[part[first]],
+                                   SAMPLED_TOKENS / N_SPANS))  # fmt: skip
+        last = part[min(stop, len(part) - 1)]
+        spans.append((int(shared[part[first]]), int(shared[last])))
+    return spans
+
+
+def _tokens(store: astore.Store, spans: Sequence[_Span]) -> tuple[ndarray, ndarray]:
+    """Return the places of the tokens in some spans, and their ids."""
+    rows = [store.sql(_TOKENS, first=first, last=last).fetchnumpy() for first, last in spans]
+    if not rows:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    places = np.concatenate([_places(each) for each in rows])
+    return places, np.concatenate([each["token_id"] for each in rows])
+
+
+def _places(rows: dict[str, ndarray]) -> ndarray:
+    """Return a number for the sequence and position of each row."""
+    return (rows["seq_id"].astype(np.int64) << 32) + rows["pos"]
 
 
 def _standardised(
-    store: astore.Store, hook: str, seqs: Sequence[int]
+    store: astore.Store, hook: str, spans: Sequence[_Span], places: ndarray
 ) -> Float[ndarray, "units tokens"] | None:
     """Return activations less their mean, of length 1 for each unit; silent units are zeros."""
     widths = store.sql("SELECT d FROM hooks WHERE hook = $hook AND kind = 'rows'", hook=hook)
     found = widths.fetchall()
     if not found:
         return None
-    rows = store.sql(_ACTS, hook=hook, seqs=list(seqs)).fetchnumpy()
-    size = store.sql("SELECT max(pos) + 1 FROM token_ids").fetchall()[0][0]
-    acts = np.zeros((found[0][0], len(seqs) * size), np.float32)
-    acts[rows["unit"], np.searchsorted(seqs, rows["seq_id"]) * size + rows["pos"]] = rows["act"]
+    acts = np.zeros((found[0][0], len(places)), np.float32)
+    for first, last in spans:
+        rows = store.sql(_ACTS, hook=hook, first=first, last=last).fetchnumpy()
+        stored = _places(rows)
+        columns = np.minimum(np.searchsorted(places, stored), len(places) - 1)
+        is_shared = places[columns] == stored
+        acts[rows["unit"][is_shared], columns[is_shared]] = rows["act"][is_shared]
     acts -= acts.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(acts, axis=1, keepdims=True)
     return np.divide(acts, norms, out=np.zeros_like(acts), where=norms > 0)
