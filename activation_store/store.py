@@ -322,7 +322,12 @@ class Store:
         with door.watched(cursor, self.limits.seconds):
             statement = query if self._trusted else door.read_only(cursor, query)
             if params:
-                return _bound(cursor, statement, params=params)
+                written = None if self._trusted else door.with_literals(query, params)
+                return (
+                    _table(cursor, statement, params)
+                    if written is None
+                    else _table(cursor, written)
+                )
             return cast(duckdb.DuckDBPyRelation | None, cursor.sql(statement))  # types lack None
 
     def _fault(self, fault: duckdb.Error, query: str, params: Mapping[str, Any]) -> StoreError:
@@ -709,19 +714,22 @@ class QueryResult:
         return self._run("__repr__")
 
 
-def _bound(
-    cursor: duckdb.DuckDBPyConnection, statement: str | duckdb.Statement, params: Mapping[str, Any]
+def _table(
+    cursor: duckdb.DuckDBPyConnection,
+    statement: str | duckdb.Statement,
+    params: Mapping[str, Any] | None = None,
 ) -> pa.Table:
-    """Return the rows of a query with parameters.
+    """Return the rows of a query that has parameters, or had.
 
     DuckDB 1 keeps the rows of `sql(..., params=...)` as single values, which take 2 microseconds
     each to read back; through Arrow the same rows take a fiftieth of that. Arrow's relations
     refuse two columns of one name, so the second becomes `name_1`.
     """
+    values: Any = dict(params) if params else None
     if _ARROW_FROM_CURSOR:
-        table = cursor.execute(statement, dict(params)).to_arrow_table()
+        table = cursor.execute(statement, values).to_arrow_table()
     else:
-        table = cursor.sql(statement, params=dict(params)).to_arrow_table()
+        table = cursor.sql(statement, params=values).to_arrow_table()
     unique: list[str] = []
     for name in table.column_names:
         number, candidate = 0, name

@@ -275,8 +275,9 @@ def check_contents(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> N
         ("function", "function_name", "NOT internal"),
     ):
         rows = con.execute(
-            f"SELECT {column} FROM duckdb_{kind}s() WHERE database_name = $1 AND {condition}",
-            [name],
+            # no parameter: at the first one DuckDB imports pandas, as long as the rest of an open
+            f"SELECT {column} FROM duckdb_{kind}s() "
+            f"WHERE database_name = {quoted(name)} AND {condition}"
         ).fetchall()
         names[kind] = {row[0] for row in rows}
     if "meta" not in names["table"] | names["view"]:

@@ -7,6 +7,7 @@ Ctrl-C and by a limit of time.
 """
 
 import json
+import math
 import os
 import re
 import secrets
@@ -15,7 +16,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +182,9 @@ def read_only(con: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
             "store.append(...) or a writer; for a PRAGMA use its table function, such as "
             "pragma_table_info('hooks'); open with trusted=True to run any SQL."
         )
-    ((serialized,),) = con.execute("SELECT json_serialize_sql($1)", [text or "EXPLAIN"]).fetchall()
+    # no parameter: at the first one DuckDB imports pandas, which takes half a second
+    shown = quoted((text or "EXPLAIN").replace("\0", " "))
+    ((serialized,),) = con.execute(f"SELECT json_serialize_sql({shown})").fetchall()
     tree = json.loads(serialized)
     if tree["error"]:
         raise QueryError(
@@ -191,6 +194,63 @@ def read_only(con: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
     for node in _nodes(tree):
         _check_node(node)
     return statement
+
+
+def with_literals(query: str, params: Mapping[str, Any]) -> str | None:
+    """Return a query with its parameters written out, or None where that is not surely the same.
+
+    At its first parameter DuckDB imports pandas, if it is there: half a second of processor time,
+    which is more than most questions to a store take. Texts, numbers and lists of them are written
+    out; for anything else, and where a name has no value, DuckDB binds, or says what is wrong.
+
+    >>> with_literals("SELECT '$a', $a || $b", {"a": "it's", "b": 3})
+    "SELECT '$a', 'it''s' || (3)"
+    """
+    literals = {name: _literal(value) for name, value in params.items()}
+    if None in literals.values():
+        return None
+    text = query.encode()  # positions of tokens are those of bytes
+    starts = [start for start, _ in duckdb.tokenize(query)]
+    parts: list[bytes] = []
+    used, at = set[str](), 0
+    for i, start in enumerate(starts):
+        if text[start : start + 1] != b"$" or text[start : start + 2] == b"$$":
+            continue
+        match = _PARAMETER.match(text, start)
+        # a name that begins a tag, as in $tag$text$tag$, is no parameter
+        if match is None or starts[i + 1 : i + 2] != [start + 1]:
+            return None
+        name = match.group(1).decode()
+        if name not in literals:
+            return None
+        parts += [text[at:start], str(literals[name]).encode()]
+        at = match.end()
+        used.add(name)
+    return b"".join([*parts, text[at:]]).decode() if used == literals.keys() else None
+
+
+_PARAMETER = re.compile(rb"\$([A-Za-z_]\w*)(?![\w$])")
+_MOST_ITEMS = 1_000
+"""Longer lists take DuckDB's parser longer than a parameter takes."""
+
+
+def _literal(value: Any) -> str | None:
+    """Return a value in SQL, of the type that it has as a parameter; None where that is unsure."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, str) and type(value) is str and "\0" not in value:
+        return quoted(value)
+    if type(value) is bool:
+        return str(value)
+    if type(value) is int and -(2**63) < value < 2**63:
+        return f"({value})"
+    if type(value) is float and math.isfinite(value):
+        return f"({value!r}::DOUBLE)"
+    if type(value) is list and 0 < len(value) <= _MOST_ITEMS and None not in value:
+        items = [_literal(item) for item in value if type(item) in (int, str)]
+        if len(items) == len(value) and len(set(map(type, value))) == 1 and None not in items:
+            return f"[{', '.join(map(str, items))}]"
+    return None
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import duckdb
 import pyarrow as pa
 
+from activation_store.catalog.views import quoted
 from activation_store.errors import ContentError
 
 
@@ -51,8 +52,7 @@ def actual_tables(con: duckdb.DuckDBPyConnection, database: str) -> dict[str, di
         "SELECT t.table_name, c.column_name, c.data_type, NOT c.is_nullable"
         " FROM duckdb_tables() t"
         " JOIN duckdb_columns() c USING (database_oid, schema_oid, table_oid)"
-        " WHERE t.database_name = $1 ORDER BY t.table_name, c.column_index",
-        [database],
+        f" WHERE t.database_name = {quoted(database)} ORDER BY t.table_name, c.column_index"
     ).fetchall()
     tables: dict[str, dict[str, Column]] = {}
     for table, column, kind, is_required in rows:
