@@ -451,7 +451,7 @@ class _Reading:
         """Return the rows of a panel, and the unit of each, ascending."""
         result = self._store.sql(query, **self._parameters(self._units, query))
         table = result.to_arrow_table()
-        return table.drop_columns("unit"), table["unit"].to_numpy()
+        return table.drop_columns("unit"), np.array(table["unit"].to_pylist(), np.int64)
 
     def _rows(self, panel: str, unit: int) -> list[Row]:
         table, units = self._tables[panel]

@@ -85,7 +85,7 @@ def layer_figure(layers: Sequence[LayerSummary] | Sequence[Run]) -> Figure:
     Raises:
         RunError: Nothing was captured.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
 
     found = _summaries(layers)
     figure, axes = _panels(3, width=3.4, height=2.6 + 0.12 * len({each.hook for each in found}))
@@ -95,7 +95,7 @@ def layer_figure(layers: Sequence[LayerSummary] | Sequence[Run]) -> Figure:
             panel.set_xscale("log")
             panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.xaxis.set_major_formatter("{x:g}")
-            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.xaxis.set_minor_locator(NullLocator())
     _legend(figure, axes)
     return figure
 
@@ -187,10 +187,14 @@ def figure_svg(figure: Figure, label: str) -> Markup:
         label: What is seen, for those who do not see it.
     """
     import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     with mpl.rc_context(RC):
-        out = StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": "lmmono"})
+        out, canvas, dpi = StringIO(), figure.canvas, figure.dpi
+        # the bytes that `savefig` gives, which draws all of it once more before
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": "lmmono"})
+        figure.set_canvas(canvas)
+        figure.dpi = dpi
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)

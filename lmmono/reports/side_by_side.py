@@ -166,18 +166,21 @@ def _layer_table(runs: Sequence[Run]) -> ReportTable:
 
 def _layer_row(run: Run, store: astore.Store, hook: str) -> tuple[str, ...]:
     """Return the cells of one hook of one run."""
-    units = store.sql(_UNITS, hook=hook).to_arrow_table()
+    units = {
+        name: np.ma.filled(np.ma.asarray(values, np.float64), np.nan)
+        for name, values in store.sql(_UNITS, hook=hook).fetchnumpy().items()
+    }
     facts = run.model_facts
-    silent = units["n_active"].to_numpy() == 0
+    silent = units["n_active"] == 0
     return (
         run.recipe.folder or run.recipe.name,
         hook,
         f"{facts['val_loss']:.3f} ± {facts['val_loss_se']:.3f}",
-        f"{np.mean(units['density'].to_numpy()):.3f}",
+        f"{np.mean(units['density']):.3f}",
         f"{silent.mean():.1%}",
-        _median(units["kurtosis"].to_numpy()),
-        _median(units["selectivity"].to_numpy()),
-        _median(units["shuffled"].to_numpy()).partition(" ")[0],
+        _median(units["kurtosis"]),
+        _median(units["selectivity"]),
+        _median(units["shuffled"]).partition(" ")[0],
     )
 
 

@@ -44,7 +44,8 @@ scored AS (
         any_value(value) FILTER (control IS NULL) AS value,
         any_value(ci_low) FILTER (control IS NULL) AS ci_low,
         any_value(ci_high) FILTER (control IS NULL) AS ci_high,
-        map_from_entries(list((control, value)) FILTER (control IS NOT NULL)) AS controls
+        list(control ORDER BY control) FILTER (control IS NOT NULL) AS control_names,
+        list(value ORDER BY control) FILTER (control IS NOT NULL) AS control_values
     FROM latest
     GROUP BY hook, unit
     HAVING bool_or(control IS NULL AND value IS NOT NULL AND NOT coalesce(nan_fraction > 0, false))
@@ -165,7 +166,10 @@ def _placed_table(
     """Return the best and the worst units of one scorer, with what is said of them and a text."""
     key: Row = {"metric": metric, "preset": preset, "explainer": explainer, "judge": judge}
     rows = _read(store, _UNITS, k=N_SHOWN, **key)
-    controls = [Controls(sorted((row["controls"] or {}).items())) for row in rows]
+    controls = [
+        Controls(zip(row["control_names"] or [], row["control_values"] or [], strict=True))
+        for row in rows
+    ]
     cells: list[tuple[object, ...]] = []
     texts = excerpts(store, [(row["hook"], row["unit"]) for row in rows])
     for row, beside, text in zip(rows, controls, texts, strict=True):

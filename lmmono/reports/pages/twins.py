@@ -23,7 +23,9 @@ of one document."""
 _SIZES = "SELECT seq_id, count(*) AS n FROM token_ids GROUP BY seq_id ORDER BY seq_id"
 _TOKENS = "SELECT seq_id, pos, token_id FROM token_ids WHERE seq_id BETWEEN $first AND $last"
 _ACTS = """
-SELECT unit, seq_id, pos, act FROM acts WHERE hook = $hook AND seq_id BETWEEN $first AND $last
+SELECT unit, seq_id, pos, act FROM acts
+WHERE hook = $hook AND seq_id BETWEEN $first AND $last
+    AND ($units IS NULL OR list_contains($units, unit))
 """
 
 _Span = tuple[int, int]
@@ -64,10 +66,10 @@ def best_twins(
     found: list[Twin] = []
     for hook in dict.fromkeys(hook for hook, _ in units):
         mine = [unit for each, unit in units if each == hook]
-        matrices = [_standardised(each, hook, spans, places) for each in (store, other)]
-        if any(matrix is None for matrix in matrices):
+        here = _standardised(store, hook, spans, places, mine)
+        there = _standardised(other, hook, spans, places)
+        if here is None or there is None:
             continue
-        here, there = (matrix for matrix in matrices if matrix is not None)
         mine = [unit for unit in mine if unit < len(here)]
         chosen = here[mine]
         correlations = chosen @ there.T
@@ -118,7 +120,11 @@ def _places(rows: dict[str, ndarray]) -> ndarray:
 
 
 def _standardised(
-    store: astore.Store, hook: str, spans: Sequence[_Span], places: ndarray
+    store: astore.Store,
+    hook: str,
+    spans: Sequence[_Span],
+    places: ndarray,
+    units: list[int] | None = None,
 ) -> Float[ndarray, "units tokens"] | None:
     """Return activations less their mean, of length 1 for each unit; silent units are zeros."""
     widths = store.sql("SELECT d FROM hooks WHERE hook = $hook AND kind = 'rows'", hook=hook)
@@ -126,12 +132,18 @@ def _standardised(
     if not found:
         return None
     acts = np.zeros((found[0][0], len(places)), np.float32)
+    seqs, pos = places >> 32, places & (2**32 - 1)
     for first, last in spans:
-        rows = store.sql(_ACTS, hook=hook, first=first, last=last).fetchnumpy()
-        stored = _places(rows)
-        columns = np.minimum(np.searchsorted(places, stored), len(places) - 1)
-        is_shared = places[columns] == stored
-        acts[rows["unit"][is_shared], columns[is_shared]] = rows["act"][is_shared]
+        rows = store.sql(_ACTS, hook=hook, first=first, last=last, units=units).fetchnumpy()
+        # a table instead of a search for each of a million acts; tokens that one store lacks are -1
+        columns = np.full((last - first + 1, 1 + rows["pos"].max(initial=pos.max())), -1)
+        here = np.flatnonzero((first <= seqs) & (seqs <= last))
+        columns[seqs[here] - first, pos[here]] = here
+        of_act = columns[rows["seq_id"] - first, rows["pos"]]
+        if of_act.min(initial=0) < 0:
+            rows = {name: values[of_act >= 0] for name, values in rows.items()}
+            of_act = of_act[of_act >= 0]
+        acts[rows["unit"], of_act] = rows["act"]
     acts -= acts.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(acts, axis=1, keepdims=True)
     return np.divide(acts, norms, out=np.zeros_like(acts), where=norms > 0)
