@@ -90,7 +90,7 @@ class Tags(HTMLParser):
 def test_a_report_is_one_file_that_asks_nobody(page, tmp_path):
     path = page.save(tmp_path / "report.html")
     assert path.read_text("utf-8") == page.html
-    assert re.fullmatch(r"Report\(.*: \d+ unit pages, \d+\.\d MB\)", repr(page))
+    assert re.fullmatch(r"OfflineReport\(.*: \d+ unit pages, \d+\.\d MB\)", repr(page))
     elements = Tags(page.html).elements
     for tag, attributes in elements:
         assert "style" not in attributes and not any(name.startswith("on") for name in attributes)

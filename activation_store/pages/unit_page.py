@@ -25,10 +25,10 @@ N_BARS = 24
 """Bars of the histogram: as many as a panel of 300 pixels shows apart."""
 N_BUCKETS = 16
 """Parts of a sequence in the profile of positions."""
-BATCH = 64
+BATCH = 256
 """Units that are read together: a table is asked once for all of them."""
-N_BLOCKS = 128
-"""Blocks of `BATCH` units that a server keeps, of some 300 kB each."""
+N_BLOCKS = 64
+"""Blocks of `BATCH` units that a server keeps: their rows, without tokens and acts."""
 RANKED = ("density", "mean", "skewness", "kurtosis", "q99", "max_act")
 """Statistics shown with the unit's rank among the units of its hook; 1 is the largest."""
 

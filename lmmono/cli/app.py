@@ -339,7 +339,7 @@ def report(
     ),
     units: Annotated[
         int, typer.Option(min=0, help="Units of each hook that get a page, the best first.")
-    ] = 12,
+    ] = 8,
     all_units: Annotated[bool, typer.Option("--all-units", help="Give every unit a page.")] = False,
 ) -> None:
     """Write runs into one HTML file that opens from disk: where to look, layers, scores, units.

@@ -112,7 +112,7 @@ class _Pair:
 
 
 def report(
-    *runs: str | Path | Run, units: int | None = 12, progress: Progress = silent
+    *runs: str | Path | Run, units: int | None = 8, progress: Progress = silent
 ) -> OfflineReport:
     """Return a report of runs, side by side; each must be captured.
 

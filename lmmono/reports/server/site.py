@@ -26,7 +26,6 @@ from activation_store.pages import text_heatmap, unit_page
 from activation_store.pages.templating import environment
 from activation_store.pages.unit_page import UnitPage
 from lmmono.errors import LmmonoError, RunError
-from lmmono.reports.server import lab as laboratory
 from lmmono.reports.server.console import Busy, json_text
 from lmmono.reports.server.feature import feature_json, hook_of_layer
 from lmmono.reports.server.guard import Access, Guard
@@ -324,6 +323,9 @@ class _Site:
 
     def edit(self, request: Request) -> Response:
         """Show what an edit of one unit changes."""
+        # torch, which no other page needs at the start, takes seconds to import
+        from lmmono.reports.server.lab import KINDS
+
         run, asked = self._run(request), request.query_params
         hook, text = asked.get("hook") or next(iter(run.hooks), ""), asked.get("text") or ""
         unit, kind = _whole(asked.get("unit"), "unit", 0), asked.get("kind") or "ablate"
@@ -340,7 +342,7 @@ class _Site:
             hook=hook,
             unit=unit,
             kind=kind,
-            kinds=laboratory.KINDS,
+            kinds=KINDS,
             value=value,
             text=text,
             effect=effect,
