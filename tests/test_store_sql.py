@@ -11,7 +11,7 @@ import pytest
 from small_store import HOOK, HOSTILE, N_CTX, N_SEQ, WORDS, D, small_store, split
 
 import activation_store as astore
-from activation_store.catalog import catalogue
+from activation_store.catalog import catalogue, door
 from activation_store.unit import marked
 
 
@@ -143,6 +143,47 @@ def test_tokens_without_a_string_are_shown_by_their_ids(tmp_path):
 
 def test_parameters_may_have_any_name(store):
     assert store.sql("SELECT $query + $self", **{"query": 1, "self": 2}).fetchall() == [(3,)]
+
+
+def test_a_parameter_is_the_same_value_written_out_as_bound(store):
+    values = {
+        "a": "it's $b -- é",
+        "b": -3,
+        "c": 2**40,
+        "d": 0.25,
+        "e": True,
+        "f": [1, 2],
+        "g": ["'"],
+    }
+    query = "SELECT $a AS a, - $b AS b, $c AS c, $d AS d, $e AS e, $f AS f, $g AS g, '$a' AS own"
+    assert door.with_literals(query, values) is not None
+    rows = store.sql(query, **values).fetchall()
+    with astore.open(store.path) as again:
+        con = again._cursor()
+        assert con.execute(query, values).fetchall() == rows
+        assert (
+            con.execute(query, values)
+            .to_arrow_table()
+            .equals(store.sql(query, **values).to_arrow_table())
+        )
+    assert door.with_literals("SELECT $a", {"a": "x", "b": 1}) is None, "DuckDB says what is wrong"
+    assert door.with_literals("SELECT $a$ $b $a$, $b", {"b": 1}) is None
+
+
+def test_rows_that_are_here_are_what_duckdb_gives(store):
+    query = """
+        SELECT i, i::FLOAT AS x, nullif(i, 2) AS gap, 's' || i AS s, [i] AS l, i::HUGEINT AS h
+        FROM range(4) t(i) WHERE i < $n
+    """
+    here, own = store.sql(query, n=4), store._cursor().execute(query, {"n": 4})
+    assert here.fetchall() == own.fetchall()
+    some = store.sql(f"SELECT i, x, gap, s FROM ({query})", n=4)
+    assert some._table is not None
+    mine, theirs = some.fetchnumpy(), store.sql(f"SELECT i, x, gap, s FROM ({query})", n=4)
+    for name, values in theirs._relation.fetchnumpy().items():
+        assert mine[name].dtype == values.dtype
+        assert np.ma.allequal(mine[name], values)
+        assert np.ma.isMaskedArray(mine[name]) == np.ma.isMaskedArray(values)
 
 
 def test_a_unit_has_its_statistics_and_shows_itself(small, store):
