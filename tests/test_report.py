@@ -110,6 +110,8 @@ def test_its_unit_pages_are_those_of_the_one_function(page, runs):
     found = dict(re.findall(r'data-page="([^"]+)">([^<]+)<', page.html))
     pages = {name: gzip.decompress(base64.b64decode(text)).decode() for name, text in found.items()}
     assert len(pages) == page.n_units
+    # 3 layers of 512 units are to fit into 15 MB, with 0.6 MB of other things
+    assert max(map(len, found.values())) < 14.4e6 / (3 * 512) * 1.1
     run = open_run(find_runs(runs)[0])
     hook, unit = re.search(r'data-hook="([^"]+)" data-unit="(\d+)"', [*pages.values()][0]).groups()
     with astore.open(run.store_path) as store:
