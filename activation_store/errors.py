@@ -63,6 +63,9 @@ class QueryError(StoreError):
 class DroppedWarning(UserWarning):
     """Activations that a capture leaves out: not finite, beyond their type's range, of one sign."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 def damaged_shard(fault: duckdb.Error, file: Path) -> ShardError:
     """Return the error to tell when DuckDB could not read a shard of the store at `file`."""

@@ -237,6 +237,23 @@ def test_a_connection_that_breaks_half_way_leaves_no_score(store):
     assert (row["value"], row["failure"]) == (None, "no_answer")
 
 
+def test_a_connection_that_breaks_at_a_control_is_asked_again(store):
+    how = {"units": [ON_CAT], "scorer": "detection", "seed": 5}
+    turn, rule = iter(range(10**6)), labels(is_cat)
+    alone = Scripted(rule, name="another")
+    lm.score(store, HOOK, client=alone, controls=False, **how)
+    n_asked = len(alone.prompts)
+    broken = Scripted(lambda question: rule(question) if next(turn) < n_asked else None)
+    lm.score(store, HOOK, client=broken, **how)
+    query = """SELECT control, failure FROM all_scores WHERE seed = 5 AND unit = $unit
+        AND judge = 'scripted' AND metric = 'detection' AND failure IS NOT NULL ORDER BY ALL"""
+    failed = store.sql(query, unit=ON_CAT).fetchall()
+    assert failed == [("matched_density", "no_answer"), ("random_explanation", "no_answer")]
+    assert lm.score(store, HOOK, client=Scripted(rule), **how).n_units == 1
+    assert store.sql(query, unit=ON_CAT).fetchall() == []
+    assert lm.score(store, HOOK, client=Scripted(rule), **how).n_units == 0
+
+
 def test_a_new_explanation_is_scored_and_another_judge_is_asked(store):
     how = {"scorer": "detection", "units": KNOWN, "controls": False, **SETTINGS}
     first, other = Scripted(always), Scripted(never)

@@ -424,6 +424,9 @@ def test_what_else_is_sent_is_a_setting_and_part_of_the_name() -> None:
         assert "temperature" not in calls.bodies[0]
     assert thinking.name.startswith("judge@127.0.0.1+")
     assert len({plain.name, thinking.name, at(calls, extra_body={"top_p": 0.9}).name}) == 3
+    bases = ("http://a/v1", "http://a:9/v1/", "http://a/team/v1", "http://a/other/v1", "http://a")
+    names = [ServerClient("m", base_url=base).name for base in bases]
+    assert names == ["m@a", "m@a", "m@a/team", "m@a/other", "m@a"]
 
 
 def test_a_caller_with_an_event_loop_of_its_own_may_ask() -> None:

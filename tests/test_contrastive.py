@@ -148,12 +148,35 @@ def test_a_head_is_saved_and_resumed_to_the_same_bits(tmp_path, monkeypatch):
     head = ContrastiveHead(d=8, steps=30, seed=1)
     with pytest.raises(Killed):
         head.fit(data, folder=tmp_path / "part")
+    (saved,) = (tmp_path / "part").iterdir()
+    content = saved.read_bytes()
+    saved.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    with pytest.raises(TrainError, match="damaged, so the fit cannot be resumed; remove"):
+        head.fit(data, folder=tmp_path / "part")
+    saved.write_bytes(content)
     head.fit(data, folder=tmp_path / "part")
     assert len(steps) == 26 + 10, "it went on at step 20"
     assert head.losses == plain.losses and torch.equal(head.encode(data[0]), plain.encode(data[0]))
     assert not list((tmp_path / "part").iterdir())
     with pytest.raises(TrainError, match="want an lr below 1e"):
         ContrastiveHead(d=8, steps=30, lr=1e30).fit(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("weights.safetensors", lambda b: b[:-3] + bytes([b[-3] ^ 4]) + b[-2:], "other bytes than"),
+        ("about.json", lambda _: b"{}", "other bytes than were written"),
+        ("about.json", lambda b: b.replace(b'"d_in"', b'"width"'), "damaged, or of another kind"),
+        ("about.json", lambda b: b.replace(b'"d": 8', b'"d": 9'), "damaged, or of another kind"),
+        ("about.json", lambda _: b"[" * 9_999, "recursion limit"),
+    ],
+)
+def test_a_damaged_head_is_refused(tmp_path, name, damage, said):
+    file = ContrastiveHead(d=8, steps=2, seed=1).fit(pairs()).save(tmp_path / "head") / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(RobustnessError, match=said):
+        ContrastiveHead.load(file.parent)
 
 
 def test_families_are_heads_by_name():

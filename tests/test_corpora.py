@@ -210,6 +210,9 @@ BAD_FILES = {
         b'{"text": "a"}\n{"text": \n',
         r"a\.jsonl:2: no JSON at column 10",
     ),
+    "a.jsonl: deep": (b'{"text": "a"}\n' + b"[" * 99_999, r"a\.jsonl:2: no JSON: nested too deep"),
+    "a.jsonl: digits": (b'{"text": ' + b"9" * 5000 + b"}", r"a\.jsonl:1: no JSON: .*more digits"),
+    "a.json: digits": (b'[{"text": ' + b"9" * 5000 + b"}]", r"a\.json: no JSON: .*more digits"),
     "a.jsonl: no object": (b'["text"]\n', r"a\.jsonl:1: want a JSON object, got list"),
     "a.jsonl: no column": (
         b'{"txt": "a", "title": ""}\n',

@@ -198,6 +198,8 @@ def test_synonyms_are_read_as_json_lines_or_vectors(tmp_path) -> None:
 def test_files_that_hold_no_synonyms_are_refused(tmp_path) -> None:
     cases = {
         "a.json": ("{", "no JSON"),
+        "deep.json": ("[" * 99_999, "no JSON"),
+        "digits.json": ("9" * 5000, "no JSON"),
         "b.json": ('{"good": "fine"}', "want an object of lists"),
         "c.txt": ("good\nbad\n", "no line has a word and another"),
         "d.txt": ("good 1 2 3\nbad 1 2\n", "'good', has 3 numbers, want 2"),

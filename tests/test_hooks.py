@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -315,15 +316,16 @@ def test_parallel_blocks_have_no_middle_and_say_so():
 
 
 class ChangesInPlace(torch.nn.Module):
-    """A residual stream that is added to in place after `first` has returned it."""
+    """A residual stream that is changed in place after `first` has returned it."""
 
-    def __init__(self) -> None:
+    def __init__(self, change: Callable[[torch.Tensor], object]) -> None:
         super().__init__()
         self.embed, self.first, self.last = torch.nn.Embedding(9, 4), Double(), torch.nn.Identity()
+        self.change = change
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
         x = self.first(self.embed(input_ids))
-        x += 1.0
+        self.change(x)
         return self.last(torch.relu_(x))
 
 
@@ -332,8 +334,20 @@ class Double(torch.nn.Module):
         return 2 * x
 
 
-def test_what_is_recorded_is_what_the_module_returned_though_it_is_changed_in_place_later():
-    model, ids = ChangesInPlace(), torch.arange(8).view(2, 4)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.add_(1.0),
+        lambda x: x[:, :, 1].mul_(3.0),
+        lambda x: x.data.mul_(2.0),  # this and the next two are no changes for autograd
+        lambda x: x.data[:, :, 1].fill_(5.0),
+        lambda x: x.detach().numpy().fill(7.0),
+        lambda x: setattr(x, "data", x.data + 1.0),
+    ],
+    ids=["add_", "a column", "data", "a column of data", "numpy", "other data"],
+)
+def test_what_is_recorded_is_what_the_module_returned_though_it_is_changed_in_place_later(change):
+    model, ids = ChangesInPlace(change), torch.arange(8).view(2, 4)
     with torch.no_grad():
         wanted = 2 * model.embed(ids)
         with recording(model, "first") as acts:

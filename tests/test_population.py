@@ -11,6 +11,7 @@ import lmmono as lm
 from lmmono.explanations.explanation import Explanation
 from lmmono.explanations.token_lookup import Lookup
 from lmmono.records.record_reader import RecordReader
+from lmmono.records.sampler import Counts
 from lmmono.registry.scorers import find_scorer
 from lmmono.scores.population import count, read_tokens
 from lmmono.scores.score_job import ScoreJob
@@ -116,3 +117,35 @@ def test_an_explanation_without_a_program_is_refused(store, monkeypatch):
                    explainer="people", controls=False)  # fmt: skip
     with pytest.raises(lm.errors.ExplainError, match="by people have no program"):
         find_scorer("population").load()(job)
+
+
+def test_tokens_that_the_capture_left_out_are_no_silence_to_any_measure(planted, tmp_path):
+    skip, split = astore.Skip(token_ids=(5,), first=9), planted.rows("score")
+    with astore.open(tmp_path / "run", "w") as store:
+        rows = [astore.Rows(HOOK, 6, max_density=1.0)]
+        with store.writer(rows=rows, n_ctx=planted.token_ids.shape[1], skip=skip) as writer:
+            for name in ("explain", "score"):
+                arrays = [x[planted.rows(name)] for x in (planted.token_ids, planted.doc_ids)]
+                seq = np.arange(planted.rows(name).start, planted.rows(name).stop)
+                acts = {HOOK: planted.acts[planted.rows(name)]}
+                writer.add(seq, *arrays, name, acts)
+        store.add_vocabulary([f" w{i}" for i in range(D_VOCAB)])
+        lm.explain(store, HOOK, units=[NOISE])
+        how = {"units": [NOISE], "controls": False}
+        lm.score(store, HOOK, scorer=["population", "unit_statistics", "simulation_random"], **how)
+        query = "SELECT metric, value, n_tokens FROM all_scores WHERE unit = $unit"
+        found = {name: (value, n) for name, value, n in store.sql(query, unit=NOISE).fetchall()}
+        program = program_of(store, "token_lookup", NOISE)
+        records = RecordReader(store).records(HOOK, "score", Counts(random=20), units=[NOISE])
+    counts = (np.arange(planted.token_ids.shape[1]) >= 9) & (planted.token_ids[split] != 5)
+    acts = planted.acts[split, :, NOISE][counts].astype(np.float64)
+    predicted = program.simulate(planted.token_ids[split])[counts]
+    assert found["population_f1"][1] == counts.sum() < counts.size
+    cosine = acts @ predicted / np.sqrt(acts @ acts * (predicted @ predicted))
+    assert found["population_cosine"][0] == pytest.approx(cosine)
+    assert found["unit_density"][0] == pytest.approx((acts > 0).mean())
+    cells = records.excerpts.cells_of(records.index[0])
+    kept = (cells >= 0) & counts.reshape(-1)[cells]
+    truth = np.where(kept, planted.acts[split, :, NOISE].reshape(-1)[cells], 0.0)
+    said = program.simulate(records.excerpts.token_ids[records.index[0]])
+    assert found["simulation_random"][0] == pytest.approx(pearsonr(truth[kept], said[kept])[0])

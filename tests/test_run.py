@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from lmmono.errors import RunError
+from lmmono.errors import DataError, RunError
 from lmmono.files import provenance
 from lmmono.files.atomic import disk_faults, write_atomic
 from lmmono.pipeline import run_stages
@@ -265,6 +265,12 @@ def test_a_saved_model_is_read_back_whole(recipe):
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run.dir / "model")
     assert tokenizer.vocab_size == 7 and tokenizer.model_max_length == 8
+    (run.dir / "model/tokenizer.json").write_text("[" * 9_999)
+    with pytest.raises(DataError, match=r"tokenizer.json: broken, or not a tokenizer"):
+        _ = open_run(run.dir).tokenizer
+    (run.dir / "metrics.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(RunError, match=r"metrics.parquet: damaged: .*; bring the file back"):
+        _ = open_run(run.dir).metrics
 
 
 def test_a_refused_write_is_the_users_error_and_leaves_the_old_file(tmp_path):

@@ -216,6 +216,15 @@ def test_finished_units_are_not_scored_again_and_a_run_that_was_cut_goes_on(stor
         if row["hook"] == "blocks.*.mlp.hook_post" and row["metric"] == "simulation_tar"
     }
     assert whole == {12}
+    for controls, n_scored in ((False, 6), (True, 4), (True, 0)):
+        last = lm.score(store, HOOK, seed=2, controls=controls)
+        assert last.n_units == n_scored, "units with a value are scored again for their controls"
+    (n,) = store.sql(
+        "SELECT count(*) FROM all_scores WHERE seed = 2 AND control = $control "
+        "AND metric = 'simulation_tar' AND unit IS NOT NULL",
+        control=CONTROLS[1],
+    ).fetchone()
+    assert n == 4
 
 
 def test_a_subset_gets_the_scores_that_all_units_get(tmp_path):

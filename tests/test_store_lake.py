@@ -490,6 +490,18 @@ def test_a_lake_of_a_newer_schema_is_refused(at):
         at.open()
 
 
+@pytest.mark.parametrize("at", ["sqlite"], indirect=True)
+def test_a_view_in_place_of_a_lakes_table_is_never_run(at):
+    at.open("w").close()
+    place = lake_place.lake_place(at.address, at.data)
+    with lake_place.attach_lake(place, read_only=False, is_shut=False) as con:
+        con.execute(f"DROP TABLE {LAKE}.all_scores")
+        con.execute(f"CREATE VIEW {LAKE}.all_scores AS SELECT error('it ran') AS metric")
+    for mode in ("r", "a"):
+        with pytest.raises(astore.NotAStoreError, match="holds a view 'all_scores', .* as a table"):
+            at.open(mode)
+
+
 def test_a_ducklake_of_others_is_left_alone(at):
     place = lake_place.lake_place(at.address, at.data)
     with lake_place.attach_lake(place, read_only=False, is_shut=False) as con:

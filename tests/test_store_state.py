@@ -54,6 +54,19 @@ def test_only_the_last_state_is_kept_and_the_catalogue_stays_small(run):
     assert len(states(run)) == 1 and states(run) != [file]
 
 
+@pytest.mark.parametrize(
+    "value",
+    [b"garbage", b"{" + b'"a":[' * 180, b"PK\x03\x04" + bytes(99), b"\x80\x04.", b""],
+    ids=["text", "deep JSON", "half a zip file", "a pickle", "nothing"],
+)
+def test_a_state_that_others_made_up_is_one_message(run, value):
+    with catalogue.commit(catalogue.place(run)) as con:
+        con.execute("UPDATE writer_state SET value = $1 WHERE key LIKE 'capture%'", [value])
+    assert not astore.verify(run).ok
+    with pytest.raises(astore.ShardError, match="state in table writer_state cannot be read"):
+        capture(run)
+
+
 def test_a_state_that_lies_in_the_catalogue_is_gone_on_from_too(run, tmp_path):
     (file,) = states(run)
     with catalogue.commit(catalogue.place(run)) as con:

@@ -1,5 +1,7 @@
 """Every byte of a store is checked; a repair drops what is lost, and only that."""
 
+import re
+
 import duckdb
 import numpy as np
 import pyarrow.parquet as pq
@@ -8,6 +10,7 @@ from small_store import HOOK, N_CTX, N_SEQ, small_store
 
 import activation_store as astore
 from activation_store.catalog import catalogue
+from activation_store.catalog.tables import SCHEMA_VERSION
 from activation_store.shards import names as shards
 
 
@@ -209,6 +212,7 @@ LIES = {
     "column q999 is missing": "ALTER TABLE unit_stats DROP COLUMN q999",
     "column act is VARCHAR, want FLOAT": "ALTER TABLE exemplars ALTER act TYPE VARCHAR",
     "table robustness: is missing": "DROP TABLE robustness",
+    "column n_rows may be NULL, want NOT NULL": "ALTER TABLE shards ALTER n_rows DROP NOT NULL",
     "the state of capture x cannot be read": (
         "INSERT INTO writer_state VALUES ('capture x', 'garbage'::BLOB)"
     ),
@@ -230,3 +234,23 @@ def test_exemplars_of_tokens_that_a_repair_dropped_are_no_fault(small):
     shard_of(small, "tokens").unlink()
     assert astore.verify(small.path, repair=True).ok
     assert astore.verify(small.path).ok
+
+
+@pytest.mark.parametrize(
+    ("told", "replaced"),
+    [
+        ("column value is INTEGER, want VARCHAR", ("meta", f"{SCHEMA_VERSION} AS value")),
+        ("column file may be NULL", ("shards", "NULL::VARCHAR AS file")),
+        ("column seq_min is VARCHAR", ("shards", "'a' AS seq_min")),
+        ("table shards: CHECK.* is missing", ("shards", "'evil' AS kind")),
+    ],
+)
+def test_a_catalogue_of_other_types_is_one_message_whatever_is_done_with_it(small, told, replaced):
+    table, values = replaced
+    with duckdb.connect(small.path / "store.duckdb") as con:
+        con.execute(f"CREATE TABLE x AS SELECT * REPLACE ({values}) FROM {table}")
+        con.execute(f"DROP TABLE {table}; ALTER TABLE x RENAME TO {table}")
+    assert any(re.search(told, fault) for fault in astore.verify(small.path).faults)
+    for mode in ("r", "a"):
+        with pytest.raises(astore.NotAStoreError, match="damaged: table"):
+            astore.open(small.path, mode)

@@ -340,6 +340,8 @@ def test_a_second_capture_adds_what_is_new_whatever_its_order(tmp_path: Path) ->
     np.testing.assert_array_equal(acts_of(path), expected)
     with opened(path, stream) as writer, pytest.raises(StoreError, match="sequence 0: its tokens"):
         writer.pending(np.arange(2), stream.tokens[:2] + 1, stream.docs[:2])
+    with opened(path, stream) as writer, pytest.raises(StoreError, match="another split than 'te"):
+        writer.pending(np.arange(2), stream.tokens[:2], stream.docs[:2], "test")
 
 
 def test_tokens_that_are_skipped_are_in_no_statistic_exemplar_act_or_vector(tmp_path: Path) -> None:

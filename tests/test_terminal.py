@@ -77,6 +77,15 @@ def test_on_a_terminal_progress_is_a_bar():
     assert "loss 2.5" in written(console) and "━" in written(console)
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_of_a_hook_with_a_hostile_name_drives_no_terminal(is_terminal):
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120)
+    with shown_progress(console, every_seconds=0) as progress:
+        progress("score [/b]\x1b]0;t\x07[bold]", 1, 1)
+    assert "\x1b]0" not in written(console) and "\x07" not in written(console)
+    assert "score [/b]<U+001B>]0;t<U+0007>[bold]" in written(console)
+
+
 def test_progress_goes_to_stderr(capsys):
     with shown_progress(every_seconds=0) as progress:
         progress("train", 1, 1)

@@ -204,6 +204,14 @@ def test_bytes_that_are_no_text_show_as_hexadecimal(shared: Path) -> None:
     assert shown[220] == " " and shown[198] == "\n" and shown[995] == " world"
 
 
+def test_a_byte_level_vocabulary_without_a_decoder_and_with_foreign_tokens_is_read() -> None:
+    letters = ["å", "®", "¶", "Ġa", "<｜begin▁of▁text｜>"]  # the bytes E5 AE B6, a blank and an a
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    shown = shown_tokens(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert shown == ["<0xE5>", "<0xAE>", "<0xB6>", " a", "<｜begin▁of▁text｜>"]
+
+
 def test_a_sentencepiece_style_vocabulary_shows_blanks_and_bytes(tmp_path: Path) -> None:
     from tokenizers import decoders
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
-from zipfile import BadZipFile
 
 import duckdb
 
@@ -240,7 +239,7 @@ class FolderBackend:
                 continue
             try:
                 state.from_bytes(data if file is None else load_state(data, self._place.folder))
-            except (ValueError, TypeError, OSError, EOFError, BadZipFile) as garbage:
+            except StoreError as garbage:
                 name = "table writer_state" if file is None else file.file
                 faults[LostState(key, name)] = f"the state of {key} cannot be read: {garbage}"
         return faults
@@ -303,6 +302,7 @@ def attach_stores(con: Connection, places: Mapping[str, Place]) -> None:
         if name:
             con.execute(f"ATTACH ':memory:' AS {identifier(name)}")
         catalogue.attach(con, place, source)
+        catalogue.check_columns(con, place, source)
         con.execute("BEGIN")  # a transaction per view takes twice the time
         try:
             con.execute(

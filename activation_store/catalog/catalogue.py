@@ -23,7 +23,15 @@ from pathlib import Path, PurePath
 import duckdb
 
 from activation_store.catalog import door
-from activation_store.catalog.tables import SCHEMA_VERSION, count_rows, expected_tables, schema_sql
+from activation_store.catalog.tables import (
+    SCHEMA_VERSION,
+    actual_checks,
+    column_faults,
+    count_rows,
+    expected_checks,
+    expected_tables,
+    schema_sql,
+)
 from activation_store.catalog.views import (
     MACROS,
     VIEWS,
@@ -218,7 +226,7 @@ def opened(where: Place) -> Generator[duckdb.DuckDBPyConnection]:
 def read_meta(where: Place) -> dict[str, str]:
     """Return table `meta` of the store; raises as `attach` does."""
     with opened(where) as con:
-        return dict(con.execute("SELECT key, value FROM meta").fetchall())
+        return dict(con.execute("SELECT key::VARCHAR, value::VARCHAR FROM meta").fetchall())
 
 
 def attach(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> dict[str, str]:
@@ -236,7 +244,9 @@ def attach(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> dict[str,
     try:
         con.execute(f"ATTACH {quoted(str(where.file))} AS {identifier(name)} (READ_ONLY)")
         check_contents(con, where, name)
-        rows = con.execute(f"SELECT key, value FROM {identifier(name)}.meta").fetchall()
+        # as text, whatever a stranger has put there
+        query = f"SELECT key::VARCHAR, value::VARCHAR FROM {identifier(name)}.meta"
+        rows = con.execute(query).fetchall()
     except duckdb.Error as fault:
         raise unreadable(where, fault) from fault
     return check_meta(str(where.file), dict(rows))
@@ -259,12 +269,14 @@ def check_contents(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> N
     """Look whether the database `name` holds what a store holds, before any query reads from it.
 
     A view or macro runs whatever its maker wrote, so a table that is one, or another one of them,
-    is refused. Reads DuckDB's own lists, which run nothing.
+    is refused; so are columns and checks that are computed. Reads DuckDB's own lists, which run
+    nothing.
 
     A file is looked at once: DuckDB takes 60 ms of processor time to list its functions.
 
     Raises:
-        NotAStoreError: a table is missing or is no base table, or there are other views or macros.
+        NotAStoreError: a table is missing or is no base table, or there are other views, macros or
+            expressions.
     """
     if (signature := _signature(where.file)) in _looked_at | _made_here:
         return
@@ -293,9 +305,44 @@ def check_contents(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> N
             "at all, and which may run anything; nothing of it was run. Drop it with the program "
             "that made it, or ask for the store from somebody you trust."
         )
+    rows = con.execute(_COMPUTED, [name]).fetchall()
+    computed = [column for (column,) in rows]
+    computed += sorted(actual_checks(con, name) - expected_checks())
+    if computed:
+        raise NotAStoreError(
+            f"{where.file}: {computed[0]} is computed by an expression, of which a store has "
+            "none, and which may run for ever; nothing of it was run. Ask for the store from "
+            "somebody you trust."
+        )
     _looked_at.add(signature)
 
 
+_COMPUTED = """
+SELECT 'column ' || table_name || '.' || column_name FROM duckdb_columns()
+WHERE database_name = $1 AND column_default IS NOT NULL
+"""
+"""Columns of a database that are generated or have a default; `schema.sql` has none."""
+
+
+def check_columns(con: duckdb.DuckDBPyConnection, where: Place, name: str) -> None:
+    """Look whether the tables of the database `name` have the columns that a store's have.
+
+    `verify` does without, to say all that is wrong.
+
+    Raises:
+        NotAStoreError: a column is missing, of another type, or may be NULL where none is.
+    """
+    if (signature := _signature(where.file)) in _typed | _made_here:
+        return
+    if fault := next(column_faults(con, name), None):
+        raise NotAStoreError(
+            f"{where.file}: damaged: {fault}; `lmmono store verify` says what else is wrong."
+        )
+    _typed.add(signature)
+
+
+_typed: set[tuple[int, ...]] = set()
+"""Files whose columns were found to be a store's."""
 _looked_at: set[tuple[int, ...]] = set()
 """Files that were found to hold what a store holds; a change of a file changes its signature."""
 _made_here: set[tuple[int, ...]] = set()
@@ -314,7 +361,7 @@ def check_meta(name: str, meta: dict[str, str]) -> dict[str, str]:
         NotAStoreError: it names no version or no id.
         SchemaError: it was written under another version of the schema.
     """
-    version, store_id = meta.get("schema_version", ""), meta.get("store_id", "")
+    version, store_id = meta.get("schema_version") or "", meta.get("store_id") or ""
     if not re.fullmatch(r"[0-9]{1,9}", version) or not re.fullmatch(r"[0-9a-zA-Z_-]+", store_id):
         raise NotAStoreError(f"{name}: table meta names no schema_version and store_id.")
     if int(version) != SCHEMA_VERSION:

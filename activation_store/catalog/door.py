@@ -185,7 +185,13 @@ def read_only(con: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
     # no parameter: at the first one DuckDB imports pandas, which takes half a second
     shown = quoted((text or "EXPLAIN").replace("\0", " "))
     ((serialized,),) = con.execute(f"SELECT json_serialize_sql({shown})").fetchall()
-    tree = json.loads(serialized)
+    try:
+        tree = json.loads(serialized)
+    except RecursionError:
+        raise QueryError(
+            "the query nests some hundred operators or functions in each other, such as a sum of "
+            "as many terms; use a list, as in list_sum([...]), or several columns."
+        ) from None
     if tree["error"]:
         raise QueryError(
             "only SELECT, FROM, WITH, VALUES, DESCRIBE, SUMMARIZE, SHOW and EXPLAIN of these run "
@@ -255,13 +261,14 @@ def _literal(value: Any) -> str | None:
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
     """Yield every node of a serialized query, however deep."""
-    if isinstance(tree, list):
-        for branch in tree:
-            yield from _nodes(branch)
-    elif isinstance(tree, dict):
-        yield tree
-        for branch in tree.values():
-            yield from _nodes(branch)
+    branches = [tree]
+    while branches:
+        branch = branches.pop()
+        if isinstance(branch, dict):
+            yield branch
+            branches += branch.values()
+        elif isinstance(branch, list):
+            branches += branch
 
 
 def _check_node(node: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ A row whose key is there already is replaced, so writing the same rows twice cha
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -46,6 +46,21 @@ def expected_tables() -> dict[str, dict[str, Column]]:
         return actual_tables(con, "memory")
 
 
+@cache
+def expected_checks() -> frozenset[str]:
+    """Return the CHECK clauses of `schema.sql` as DuckDB writes them."""
+    with duckdb.connect(":memory:") as con:
+        con.execute(schema_sql())
+        return actual_checks(con, "memory")
+
+
+def actual_checks(con: duckdb.DuckDBPyConnection, database: str) -> frozenset[str]:
+    """Return the CHECK clauses of a database, each with its table."""
+    query = """SELECT 'table ' || table_name || ': ' || constraint_text FROM duckdb_constraints()
+        WHERE database_name = $1 AND constraint_type = 'CHECK'"""
+    return frozenset(text for (text,) in con.execute(query, [database]).fetchall())
+
+
 def actual_tables(con: duckdb.DuckDBPyConnection, database: str) -> dict[str, dict[str, Column]]:
     """Return every column of the base tables of a database; runs no view of it."""
     rows = con.execute(
@@ -58,6 +73,27 @@ def actual_tables(con: duckdb.DuckDBPyConnection, database: str) -> dict[str, di
     for table, column, kind, is_required in rows:
         tables.setdefault(table, {})[column] = Column(kind, is_required)
     return tables
+
+
+def column_faults(con: duckdb.DuckDBPyConnection, database: str) -> Iterator[str]:
+    """Yield which tables, columns and checks of a database are missing or others than a store's.
+
+    Where there is no fault, DuckDB itself holds the values to types, NOT NULL and checks.
+    """
+    actual = actual_tables(con, database)
+    for table, columns in expected_tables().items():
+        if table not in actual:
+            yield f"table {table}: is missing"
+            continue
+        for name, column in columns.items():
+            if name not in actual[table]:
+                yield f"table {table}: column {name} is missing"
+            elif (kind := actual[table][name].kind) != column.kind:
+                yield f"table {table}: column {name} is {kind}, want {column.kind}"
+            elif column.required and not actual[table][name].required:
+                yield f"table {table}: column {name} may be NULL, want NOT NULL"
+    for check in sorted(expected_checks() - actual_checks(con, database)):
+        yield f"{check} is missing"
 
 
 KEYS: dict[str, tuple[str, ...]] = {

@@ -164,12 +164,19 @@ class LakeBackend:
         """Look whether the lake is one of ours, before any query reads from it.
 
         Raises:
-            NotAStoreError: it is empty, or has other tables.
+            NotAStoreError: it is empty, has other tables, or a view in place of one.
             SchemaError: it was written under another version of the schema.
         """
         if not _tables(con, self.address):
             raise NotAStoreError(
                 f"{self.address.name}: an empty DuckLake; create it with mode='w'."
+            )
+        query = "SELECT view_name FROM duckdb_views() WHERE database_name = $1"
+        views = {name for (name,) in con.execute(query, [LAKE]).fetchall()}
+        if odd := sorted(expected_tables().keys() & views):
+            raise NotAStoreError(
+                f"{self.address.name}: holds a view {odd[0]!r}, which a lake has as a table, and "
+                "which may run anything; nothing of it was run."
             )
         rows = con.execute(f"SELECT key, value FROM {LAKE}.meta").fetchall()
         catalogue.check_meta(self.address.name, dict(rows))

@@ -200,8 +200,8 @@ def state_file(value: bytes) -> StateFile | None:
     try:
         fields: dict[str, Any] = json.loads(value)
         file = StateFile(**fields)
-    except (ValueError, TypeError):  # other JSON is garbage, as whoever reads it as bytes will find
-        return None
+    except (ValueError, TypeError, RecursionError):
+        return None  # other JSON is garbage, as whoever reads it as bytes will find
     is_sound = isinstance(fields["file"], str) and isinstance(fields["n_bytes"], int)
     return file if is_sound else None
 

@@ -121,7 +121,7 @@ def _write_all(
         if batch.seq_ids is not None:
             seq = as_tokens("seq_ids", batch.seq_ids, (n,)).astype(np.int64)
         docs = _doc_ids(batch, seq)
-        pending = writer.pending(seq, batch.token_ids, docs)
+        pending = writer.pending(seq, batch.token_ids, docs, batch.split)
         if pending.any():
             outputs = _run(module, batch, recorder)
             writer.add(

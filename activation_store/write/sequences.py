@@ -4,6 +4,7 @@ Several captures of one store, such as neurons first and latents of a dictionary
 same sequences. Their tokens are written once; later captures are checked against them.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -110,16 +111,17 @@ class TokenLog:
     def __init__(self) -> None:
         self._written = SequenceTable()
         self._by_others = SequenceTable()
+        self._split = SequenceTable()
         self._given = SequenceTable()
         self._splits: list[str] = []
         self._waiting: list[tuple[np.ndarray, ...]] = []
 
-    def check(self, seq: Int32[np.ndarray, " batch"], tokens: Ids, docs: Ids) -> None:
+    def check(self, seq: Int32[np.ndarray, " batch"], tokens: Ids, docs: Ids, split: str) -> None:
         """Refuse sequences that cannot be added; changes nothing.
 
         Raises:
-            ContentError: a sequence that this capture was given before, or whose tokens differ from
-                those that the store holds.
+            ContentError: a sequence that this capture was given before, or whose tokens or split
+                differ from those that the store holds.
         """
         names = seq.astype(np.int64)
         repeated = np.ones(len(names), bool)
@@ -130,10 +132,12 @@ class TokenLog:
                 f"sequence {names[again][0]} was given before; each sequence of a capture has a "
                 "number >= 0 of its own. Leave out what the writer's `pending` does not name."
             )
-        self.check_same(seq, tokens, docs)
+        self.check_same(seq, tokens, docs, split)
 
-    def check_same(self, seq: Int32[np.ndarray, " batch"], tokens: Ids, docs: Ids) -> None:
-        """Refuse sequences that the store holds with other tokens.
+    def check_same(
+        self, seq: Int32[np.ndarray, " batch"], tokens: Ids, docs: Ids, split: str | None
+    ) -> None:
+        """Refuse sequences that the store holds with other tokens or, if given, in another split.
 
         Raises:
             ContentError: there is one; names it.
@@ -147,6 +151,15 @@ class TokenLog:
                 "store; a store holds one corpus, and each sequence of it a number of its own. "
                 "Number these sequences further on, or write them to another store."
             )
+        if split is None:
+            return
+        in_split = self._split.get(names)
+        moved = (in_split > 0) & (in_split != _split_number(split))
+        if moved.any():
+            raise ContentError(
+                f"sequence {names[moved][0]}: the store holds it in another split than {split!r}; "
+                "a sequence is of one split. Write it to another store, or leave it out."
+            )
 
     def is_given(self, seq: Int32[np.ndarray, " batch"]) -> Bool[np.ndarray, " batch"]:
         """Return which sequences this capture was given before."""
@@ -158,6 +171,7 @@ class TokenLog:
         fresh = self._stored(names) == 0
         self._given.put(names, np.ones(len(names), np.uint64))
         self._written.put(names[fresh], digests(tokens, docs)[fresh])
+        self._split.put(names[fresh], np.full(int(fresh.sum()), _split_number(split)))
         if split not in self._splits:
             self._splits.append(split)
         real = (docs >= 0) & fresh[:, None]
@@ -187,16 +201,23 @@ class TokenLog:
     def dump(self) -> bytes:
         """Return the sequences whose tokens this rank has written, after the next commit."""
         names, numbers = self._written.items()
-        return to_bytes({"given": to_ranges(names), "digest": numbers})
+        split = self._split.get(names)
+        return to_bytes({"given": to_ranges(names), "digest": numbers, "split": split})
 
     def restore(self, written: bytes | None, others: Sequence[RankState | None]) -> None:
         """Take up what the store holds: tokens that this rank wrote, and those of the others."""
         if written is not None:
             state = from_bytes(written)
             self._written.put(from_ranges(state["given"]), state["digest"])
+            self._put_split(state)
         for state in others:
             if state is not None:
                 self._by_others.put(from_ranges(state["given"]), state["digest"])
+                self._put_split(state)
+
+    def _put_split(self, state: RankState) -> None:
+        if "split" in state:  # stores of before 30 November 2026 do not say it
+            self._split.put(from_ranges(state["given"]), state["split"])
 
     def restore_given(self, given: Ranges) -> None:
         """Take up which sequences this capture was given."""
@@ -217,3 +238,8 @@ def digests(tokens: Ids, docs: Ids) -> UInt64[np.ndarray, " batch"]:
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z = (z ^ (z >> np.uint64(31))) * (docs >= 0)
     return z.sum(axis=1, dtype=np.uint64) | np.uint64(1)  # 0 means absent
+
+
+def _split_number(split: str) -> np.uint64:
+    """Return a 64-bit hash of a split's name, never 0."""
+    return np.uint64(int.from_bytes(hashlib.sha256(split.encode()).digest()[:8]) | 1)

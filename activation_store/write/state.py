@@ -13,7 +13,9 @@ what it had not committed.
 import io
 import json
 import zipfile
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,7 +24,7 @@ import duckdb
 import numpy as np
 
 from activation_store.catalog.catalogue import Place, unread
-from activation_store.errors import ContentError
+from activation_store.errors import ContentError, ShardError
 from activation_store.shards.names import (
     NUMBERS_PER_RANK,
     file_number,
@@ -57,9 +59,46 @@ def write_arrays(file: io.BufferedIOBase, arrays: Iterable[tuple[str, np.ndarray
 
 
 def from_bytes(data: bytes) -> dict[str, np.ndarray]:
-    """Return the arrays that `to_bytes` wrote."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+    """Return the arrays that `to_bytes` wrote.
+
+    Raises:
+        ShardError: the bytes are something else, as a store made by others may hold.
+    """
+    with understood(), np.load(io.BytesIO(data), allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
+
+
+@contextmanager
+def understood() -> Generator[None]:
+    """Tell what the state of a writer raises that is not what a writer left.
+
+    Raises:
+        ShardError: the state is damaged, or made by others.
+    """
+    try:
+        yield
+    except _GARBAGE as fault:
+        raise ShardError(
+            f"a writer's state in table writer_state cannot be read ({type(fault).__name__}: "
+            f"{fault}); `lmmono store verify --repair` drops it, and what it captured stays."
+        ) from fault
+
+
+_GARBAGE = (
+    ArithmeticError,
+    AttributeError,
+    zipfile.BadZipFile,
+    EOFError,
+    LookupError,
+    MemoryError,  # an array that says it is larger than the machine
+    NotImplementedError,  # a compression of zip files that Python has not
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
+"""What NumPy, zipfile and JSON raise of bytes that are no state."""
 
 
 def seen_to_arrays(seen: Seen) -> dict[str, np.ndarray]:

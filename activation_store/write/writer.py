@@ -149,6 +149,7 @@ class Writer:
         Raises:
             LockedError: another process writes this store.
             ContentError: the capture was begun with other settings, or is of another model.
+            ShardError: what the capture is to be resumed from is damaged.
         """
         with ExitStack() as opening:
             opening.enter_context(catalogue.locked(self._rank.lock(self._where)))
@@ -164,9 +165,10 @@ class Writer:
             with (
                 # without it another rank's commit removes the state that is being read
                 catalogue.locked(self._where.commit_lock, wait),
-                duckdb.connect(self._where.file, read_only=True) as con,
+                catalogue.opened(self._where) as con,
             ):
-                self._resume(con)
+                with state.understood():
+                    self._resume(con)
                 self._store_id = catalogue.read_meta(self._where)["store_id"]
                 shards = [shard.file for shard in listed(con)]
                 self._spool = opening.enter_context(
@@ -269,7 +271,7 @@ class Writer:
             )
 
     def pending(
-        self, seq_ids: Tensor, token_ids: Tensor, doc_ids: Tensor
+        self, seq_ids: Tensor, token_ids: Tensor, doc_ids: Tensor, split: str | None = None
     ) -> Bool[np.ndarray, " batch"]:
         """Tell which sequences this capture does not hold yet: all others can be skipped.
 
@@ -280,16 +282,17 @@ class Writer:
             seq_ids: [batch], numbers of the sequences.
             token_ids: [batch, n_ctx].
             doc_ids: [batch, n_ctx], document of each token; below 0 for padding.
+            split: part of the corpus that the sequences belong to; None leaves it unchecked.
 
         Raises:
             ContentError: a shape that does not fit, or a sequence that the store holds with other
-                tokens or documents.
+                tokens or documents, or in another split.
         """
         n = len(seq_ids)
         seq = as_tokens("seq_ids", seq_ids, (n,))
         tokens = as_tokens("token_ids", token_ids, (n, self._n_ctx))
         docs = as_tokens("doc_ids", doc_ids, (n, self._n_ctx))
-        self._tokens.check_same(seq, tokens, docs)
+        self._tokens.check_same(seq, tokens, docs, split)
         return ~self._tokens.is_given(seq)
 
     def add(
@@ -329,7 +332,7 @@ class Writer:
         }
         keep = ~self._skip.mask(tokens, docs) if self._skip else None
         real = docs >= 0 if keep is None else (docs >= 0) & keep
-        self._tokens.check(seq, tokens, docs)
+        self._tokens.check(seq, tokens, docs, split)
         with self._changing():
             done = 0
             while done < n:

@@ -259,7 +259,7 @@ def stream(
                 batch = part[first : first + batch_rows]
                 n_done += batch.ids.size
                 # by sequence, not by count: a second capture adds the rows that are new
-                is_new = writer.pending(batch.seq_ids, batch.ids, batch.doc_ids)
+                is_new = writer.pending(batch.seq_ids, batch.ids, batch.doc_ids, part.split)
                 if is_new.any():
                     # the batch runs whole, though a commit may have cut it: the last bits of a
                     # matrix product depend on how many rows it has

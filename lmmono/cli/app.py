@@ -639,7 +639,7 @@ def import_crate_lm(
     """
     from lmmono.models.released import import_released
 
-    print(import_released(checkpoint, out, n_heads=n_heads))
+    print(printable(str(import_released(checkpoint, out, n_heads=n_heads))))
 
 
 @import_app.command("llama2c")
@@ -656,7 +656,7 @@ def import_llama2c(
     """
     from lmmono.interop.llama2c import import_llama2c
 
-    print(import_llama2c(checkpoint, out, tokenizer))
+    print(printable(str(import_llama2c(checkpoint, out, tokenizer))))
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def store_compact(place: RunOrStore, data_path: DataPath = None) -> None:
     import activation_store as astore
     from lmmono.cli.querying import store_address
 
-    print(astore.compact(store_address(place), data_path=data_path))
+    print(printable(str(astore.compact(store_address(place), data_path=data_path))))
 
 
 @store_app.command("export")
@@ -89,4 +89,4 @@ def store_export(
     from lmmono.interop.store_export import export_store
 
     with open_stores([place], data_path) as store:
-        print(export_store(store, to, out, tuple(hook or ())))
+        print(printable(str(export_store(store, to, out, tuple(hook or ())))))

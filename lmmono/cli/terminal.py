@@ -12,6 +12,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,6 +24,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from activation_store.printable import printable
 from lmmono.cli.output import short_number
 from lmmono.types import Progress
 
@@ -75,7 +77,8 @@ class LineProgress:
         if rate and done < total:
             parts += [f"{short_number(rate)}/s", f"{(total - done) / rate:.0f} s left"]
         parts += _facts(facts)
-        self._console.print(", ".join(parts), highlight=False, markup=False, soft_wrap=True)
+        line = printable(", ".join(parts))  # it may name a hook of somebody else's store
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class _BarProgress:
@@ -89,7 +92,9 @@ class _BarProgress:
         task = self._tasks.get(what)
         if task is None or done < self._bars.tasks[self._bars.task_ids.index(task)].completed:
             # work of one name begins anew with the next run: a bar of its own
-            self._tasks[what] = self._bars.add_task(what, total=total, completed=done, facts="")
+            # words of a store or a path are no markup of rich's, which fails on `[/x]`
+            label = escape(printable(what))
+            self._tasks[what] = self._bars.add_task(label, total=total, completed=done, facts="")
         self._bars.update(
             self._tasks[what], completed=done, total=total, facts=", ".join(_facts(facts))
         )

@@ -386,11 +386,14 @@ class ServerClient:
 
     @property
     def name(self) -> str:
-        """Model and host, and a hash of `extra_body` where there is one.
+        """Model, host and path, without `/v1`, and a hash of `extra_body` where there is one.
 
-        The port is left out: a server may come back on another one as the same judge.
+        The port is left out: a server may come back on another one as the same judge. A path is
+        not: gateways have a model of one name behind several.
         """
-        name = f"{self._model}@{urlsplit(self._base_url).hostname}"
+        parts = urlsplit(self._base_url)
+        path = parts.path.rstrip("/").removesuffix("/v1")
+        name = f"{self._model}@{parts.hostname}{path}"
         if not self._extra_body:
             return name
         sent = json.dumps(self._extra_body, sort_keys=True)

@@ -406,6 +406,13 @@ def _delimited(
         raise DataError(f"{file.path}:{reader.line_num}: no readable CSV: {error}") from error
 
 
+_ODD_JSON: dict[type[Exception], str] = {
+    RecursionError: "nested too deeply",
+    ValueError: "a number of more digits than Python reads",
+}
+"""What Python's reader of JSON raises beside its own error, in words."""
+
+
 def _whole_json_rows(
     file: SourceFile, columns: Sequence[str] | None
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -418,8 +425,8 @@ def _whole_json_rows(
             yield from _json_rows(file, columns)
             return
         raise DataError(f"{file.path}:{error.lineno}: no JSON: {error.msg}") from error
-    except RecursionError as error:
-        raise DataError(f"{file.path}: no JSON: nested too deeply") from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{file.path}: no JSON: {_ODD_JSON[type(error)]}") from error
     lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
     rows: Any = lists[0] if len(lists) == 1 else value
     if not isinstance(rows, list):
@@ -464,6 +471,8 @@ def _json_rows(
             raise DataError(
                 f"{where}: no JSON at column {error.colno}: {error.msg}; want one object per line"
             ) from error
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{where}: no JSON: {_ODD_JSON[type(error)]}") from error
         if not isinstance(row, dict):
             raise DataError(f"{where}: want a JSON object, got {type(row).__name__}")
         values = cast(dict[str, Any], row)

@@ -16,12 +16,24 @@ def shown_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     tokens = [backend.id_to_token(i) or "" for i in range(len(tokenizer))]
     added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
     plain = [i for i in range(len(tokens)) if i not in added]
-    if "ByteLevel" in json.dumps(json.loads(backend.to_str())["decoder"]):
-        shown = {i: _shown_bytes(bytes(BYTES[character] for character in tokens[i])) for i in plain}
+    parts = json.loads(backend.to_str())
+    # some vocabularies come without a decoder
+    if "ByteLevel" in json.dumps([parts["decoder"], parts["pre_tokenizer"]]):
+        shown = {i: _shown_bytes(_bytes_of(tokens[i])) for i in plain}
     else:
         shown = _shown_after_a_word(backend, plain)
     shown |= added
     return [shown[i] for i in range(len(tokens))]
+
+
+def _bytes_of(token: str) -> bytes:
+    """Return the bytes that a token stands for; its own where it is not written in GPT-2's table.
+
+    Some vocabularies list special tokens among the others, such as `<｜begin▁of▁text｜>`.
+    """
+    if all(character in BYTES for character in token):
+        return bytes(BYTES[character] for character in token)
+    return token.encode()
 
 
 def _shown_bytes(raw: bytes) -> str:

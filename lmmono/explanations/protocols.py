@@ -73,6 +73,11 @@ def find_protocol(name: str) -> Protocol:
     return find("preset", name, PROTOCOLS, ExplainError)
 
 
+def escaped(value: object) -> str:
+    """Return a value as `variant` writes it, so that no value looks like a further setting."""
+    return str(value).replace(",", "%2C")
+
+
 def variant(name: str | None, preset: str | None, changes: dict[str, object]) -> str | None:
     """Return what tells settings apart in stored rows: the preset and what was changed.
 
@@ -80,6 +85,8 @@ def variant(name: str | None, preset: str | None, changes: dict[str, object]) ->
     'token_lookup:openai'
     >>> variant(None, None, {"window": 32, "top": 5})
     'top=5,window=32'
+    >>> variant(None, None, {"model": "judge,window=32"})  # a server may call a model anything
+    'model=judge%2Cwindow=32'
     """
-    changed = ",".join(f"{key}={value}" for key, value in sorted(changes.items()))
+    changed = ",".join(f"{key}={escaped(value)}" for key, value in sorted(changes.items()))
     return ":".join(part for part in (name, preset, changed) if part) or None

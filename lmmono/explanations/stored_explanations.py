@@ -8,6 +8,7 @@ import activation_store as astore
 from lmmono.clients.client import UNANSWERED
 from lmmono.errors import ExplainError, nearest
 from lmmono.explanations.explanation import Explanation, program_from_json
+from lmmono.explanations.protocols import escaped
 from lmmono.records.record_reader import RecordReader
 
 _COLUMNS = (
@@ -44,9 +45,18 @@ def match_stored_hooks(store: astore.Store, patterns: str | Sequence[str] | None
 
 
 def read_vocabulary(store: astore.Store) -> tuple[str, ...]:
-    """Return the string of each token id; empty where the store has none."""
+    """Return the string of each token id; empty where the store has none.
+
+    Raises:
+        ExplainError: An id is left out.
+    """
     rows = store.sql("SELECT token_id, token FROM vocabulary ORDER BY token_id").fetchall()
-    assert [token_id for token_id, _ in rows] == list(range(len(rows))), "ids have no gaps"
+    for wanted, (token_id, _) in enumerate(rows):
+        if token_id != wanted:
+            raise ExplainError(
+                f"{store.path}: table vocabulary has no row of token {wanted}; want all ids from 0 "
+                f"to {rows[-1][0]}, or none: store.append('vocabulary', ...) adds rows"
+            )
     return tuple(token for _, token in rows)
 
 
@@ -77,6 +87,7 @@ def stored_explainer(store: astore.Store, explainer: str, hook: str | None = Non
     for name, model in store.sql(query, hook=hook).fetchall():
         if name == explainer:
             return explainer
+        model = escaped(model)
         # where in the name the model stands depends on the settings named with it
         ways = [f":model={model},", f",model={model}", f":model={model}"]
         if any(name.replace(way, ":" if way[-1] == "," else "") == explainer for way in ways):

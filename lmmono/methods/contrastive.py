@@ -149,15 +149,18 @@ class ContrastiveHead:
         """Return the head that `save` wrote; it gives the same bits.
 
         Raises:
-            RobustnessError: The folder holds none.
+            RobustnessError: The folder holds none, or a damaged one.
         """
-        about, tensors = load_fitted(Path(folder))
-        head = cls(**about["settings"])
-        d_in = int(about["d_in"])
-        net = _network(d_in, head.settings, torch.zeros(d_in))
-        net.load_state_dict(tensors)
-        head._net = net.eval()
-        return head
+
+        def build(about: dict[str, Any], tensors: dict[str, Tensor]) -> ContrastiveHead:
+            head = cls(**about["settings"])
+            d_in = int(about["d_in"])
+            net = _network(d_in, head.settings, torch.zeros(d_in))
+            net.load_state_dict(tensors)
+            head._net = net.eval()
+            return head
+
+        return load_fitted(Path(folder), build)
 
     def _fitted(self) -> "_Head":
         if self._net is None:

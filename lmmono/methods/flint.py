@@ -471,10 +471,10 @@ def load_flint(folder: str | Path, model: nn.Module, tokenizer: Any = None) -> F
     stored = read_json(folder / "flint.json", StoredFlint, RobustnessError)
     if faults := damaged_files(folder, stored.files):
         raise RobustnessError(f"{folder}: {'; '.join(faults)}; fit it again")
-    flint = Flint(mode=stored.mode, seed=stored.seed)
-    flint.settings = FlintSettings.model_validate_json(json.dumps(stored.settings))
     classifier = load_classifier(folder / "classifier", model, tokenizer)
     try:
+        flint = Flint(mode=stored.mode, seed=stored.seed)
+        flint.settings = FlintSettings.model_validate_json(json.dumps(stored.settings))
         weights = load_file(folder / "interpreter.safetensors")
         words = None
         if "word_ids" in weights:
@@ -490,7 +490,7 @@ def load_flint(folder: str | Path, model: nn.Module, tokenizer: Any = None) -> F
             words=words,
         )
         interpreter.load_state_dict(weights)
-    except (KeyError, RuntimeError, SafetensorError) as fault:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as fault:
         raise RobustnessError(f"{folder}: does not fit this model ({fault})") from fault
     flint.tuning, flint.hooks, flint.facts = classifier.settings, stored.hooks, stored.facts
     flint._classifier = classifier  # pyright: ignore[reportPrivateUsage]

@@ -141,7 +141,7 @@ class _FlintDraw:
         kept = self._folder(label)
         phi = kept / "phi.npy" if kept else None
         if not lacks:
-            return [], np.load(phi) if phi is not None and phi.is_file() else None
+            return [], _read_attributes(phi) if phi is not None and phi.is_file() else None
         began = time.perf_counter()
         try:
             by_role, attributes = self._measured(label)
@@ -382,3 +382,12 @@ class _FlintDraw:
             "n": value.n,
             "failure": None if is_value else f"{value.metric} is not defined on these texts",
         }
+
+
+def _read_attributes(path: Path) -> ndarray:
+    try:
+        return np.load(path)
+    except (OSError, ValueError, EOFError) as fault:
+        raise RobustnessError(
+            f"{path}: damaged ({fault}); remove its folder, and the attributes are made again"
+        ) from fault

@@ -95,7 +95,9 @@ def initial_model(folder: Path, *, seed: int, dtype: str = "auto") -> PreTrained
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         torch.manual_seed(seed)
         # drawn in float32 whatever the type, so that the same seed gives the same numbers
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
         saved = config.dtype if dtype == "auto" else getattr(torch, dtype)
         model = model.to(saved or torch.float32)
     model.loss_type = model.loss_type or "ForCausalLM"

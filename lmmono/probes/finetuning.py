@@ -255,12 +255,12 @@ def load_classifier(folder: str | Path, model: nn.Module, tokenizer: Any = None)
     stored = read_json(folder / "classifier.json", StoredClassifier, RobustnessError)
     if faults := damaged_files(folder, stored.files):
         raise RobustnessError(f"{folder}: {'; '.join(faults)}; tune the model again")
-    settings = TypeAdapter(FineTuning).validate_json(json.dumps(stored.settings))
-    with torch.random.fork_rng(devices=[]):
-        network = TextNetwork(bare(model), stored.n_classes, settings)
     try:
+        settings = TypeAdapter(FineTuning).validate_json(json.dumps(stored.settings))
+        with torch.random.fork_rng(devices=[]):
+            network = TextNetwork(bare(model), stored.n_classes, settings)
         restore_weights(network, load_file(folder / "weights.safetensors"))
-    except (KeyError, RuntimeError, SafetensorError) as fault:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as fault:
         raise RobustnessError(
             f"{folder}: its weights do not fit this {type(bare(model)).__name__} ({fault}); give "
             "the model that was tuned"

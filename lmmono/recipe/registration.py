@@ -123,6 +123,6 @@ def register(path: str | Path, log: str | Path, commit: str | None) -> dict[str,
         lines.parent.mkdir(parents=True, exist_ok=True)
         with lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecipeError([f"{log}: is no log of registered files: {error}"]) from None
     return entry

@@ -9,10 +9,11 @@ that explains a unit is ever used to score it.
     excerpts  [--- window ---][--- window ---] [--- window ---][--]    the last one may be too short
 """
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from numpy import ndarray
 
 import activation_store as astore
@@ -67,6 +68,22 @@ def read_grid(store: astore.Store, split: Split | None) -> TokenGrid:
     cell = row * n_ctx + pos
     token_ids[cell], doc_ids[cell] = ids, doc
     return TokenGrid(split, seq_ids, n_ctx, token_ids, doc_ids)
+
+
+def left_out_cells(
+    store: astore.Store, hook: str, grid: TokenGrid
+) -> Bool[ndarray, " cells"] | None:
+    """Return which cells hold tokens that the capture of a hook left out; None where there is none.
+
+    Nothing is stored of them, which is not to be read as silence: see `capture.skip`.
+    """
+    query = "SELECT any_value(skip) FROM hooks WHERE hook = $hook AND kind = 'rows'"
+    ((told,),) = store.sql(query, hook=hook).fetchall()
+    if told is None:
+        return None
+    left_out, shape = json.loads(told), (-1, grid.n_ctx)
+    skip = astore.Skip(tuple(left_out["token_ids"]), left_out["first"])
+    return skip.mask(grid.token_ids.reshape(shape), grid.doc_ids.reshape(shape)).ravel()
 
 
 @dataclass(frozen=True, slots=True)

@@ -340,6 +340,17 @@ _ALL = (
     ),
 )
 
+OWN_CONTROLS = (
+    "matched_density",
+    "random_direction",
+    "random_explanation",
+    "shuffled",
+    "shuffled_labels",
+    "shuffled_pairing",
+)
+"""Controls that scorers make of a unit by themselves; every scorer makes one of them at least. The
+names of control runs are free."""
+
 SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _ALL}
 """Scorers by name; adding one is adding a record."""
 

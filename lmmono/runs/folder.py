@@ -143,16 +143,22 @@ class Run:
         """The numbers of training, as `metrics.parquet` holds them.
 
         Raises:
-            RunError: There are none yet.
+            RunError: There are none yet, or they are damaged.
         """
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         path = self.dir / "metrics.parquet"
         if not path.is_file():
             raise RunError(f"{path}: no such file; {self._model_first()}")
-        # `read_table` imports pandas, which takes longer than all else that lists a run
-        with pq.ParquetFile(path) as file:
-            return file.read()
+        try:
+            # `read_table` imports pandas, which takes longer than all else that lists a run
+            with pq.ParquetFile(path) as file:
+                return file.read()
+        except (OSError, pa.ArrowException) as fault:
+            raise RunError(
+                f"{path}: damaged: {str(fault).splitlines()[0]}; bring the file back"
+            ) from fault
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -234,17 +240,19 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer: of the model, and before there is one, of the corpus."""
-        from transformers import PreTrainedTokenizerFast
+        """The tokenizer: of the model, and before there is one, of the corpus.
+
+        Raises:
+            DataError: The model's is broken.
+        """
+        from lmmono.data.tokenizers import build_tokenizer, read_tokenizer
 
         if self.recipe.is_pretrained:
-            from lmmono.data.tokenizers import build_tokenizer
-
             data = self._data
             return build_tokenizer(data.tokenizer, data.corpus, data.splits)
         if not (self.dir / "model" / "tokenizer.json").is_file():
             return self.corpus.tokenizer
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.dir / "model")
+        tokenizer = read_tokenizer(self.dir / "model")
         # long texts are cut into rows here, so no word of warning about them
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = (
             True

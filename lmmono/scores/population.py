@@ -22,7 +22,7 @@ from functools import cached_property
 from typing import no_type_check
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 import activation_store as astore
@@ -30,7 +30,7 @@ from activation_store.compiled import compiled
 from lmmono.clients.client import Failed
 from lmmono.errors import ExplainError
 from lmmono.explanations.explanation import Explanation, Program
-from lmmono.records.corpus_excerpts import PADDING, TokenGrid, cut, read_grid
+from lmmono.records.corpus_excerpts import PADDING, TokenGrid, cut, left_out_cells, read_grid
 from lmmono.records.unit_rows import read_unit_rows
 from lmmono.records.units import checked_units
 from lmmono.registry.scorer_settings import PopulationSettings
@@ -60,11 +60,14 @@ class StoredTokens:
     """Where they stand."""
     window: int
     """Most tokens that a program reads at once."""
+    left_out: Bool[ndarray, " cells"] | None = None
+    """Cells whose tokens do not count, though programs read them; None for no cell."""
 
     @cached_property
     def cells(self) -> Int[ndarray, " tokens"]:
         """Cell of each token."""
-        return np.flatnonzero(self.grid.token_ids != PADDING)
+        is_token = self.grid.token_ids != PADDING
+        return np.flatnonzero(is_token if self.left_out is None else is_token & ~self.left_out)
 
     @cached_property
     def place(self) -> Int[ndarray, " cells"]:
@@ -109,6 +112,8 @@ class StoredTokens:
             n_tokens = np.bincount(inverse, self.of_id[present], len(values))
             return Levels(values, level_of_id[self.ids], n_tokens)
         acts = program.simulate(self.windows)[self.windows != PADDING]
+        if self.left_out is not None:  # the windows hold all tokens, in their order
+            acts = acts[~self.left_out[self.grid.token_ids != PADDING]]
         values, inverse = _ranked(acts)
         n_tokens = np.bincount(inverse, minlength=len(values)).astype(np.float64)
         return Levels(values, inverse, n_tokens)
@@ -120,13 +125,16 @@ def _ranked(acts: Float[ndarray, " n"]) -> tuple[ndarray, ndarray]:
     return values, inverse.reshape(-1).astype(np.int32)
 
 
-def read_tokens(store: astore.Store, split: Split, window: int) -> StoredTokens:
-    """Read every stored token of a split.
+def read_tokens(
+    store: astore.Store, split: Split, window: int, hook: str | None = None
+) -> StoredTokens:
+    """Read every stored token of a split; with a hook without those that its capture left out.
 
     Raises:
         ExplainError: The store has none.
     """
-    return StoredTokens(read_grid(store, split), window)
+    grid = read_grid(store, split)
+    return StoredTokens(grid, window, None if hook is None else left_out_cells(store, hook, grid))
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +290,9 @@ def score_population(job: ScoreJob) -> list[Row]:
     """
     settings = job.settings_as(PopulationSettings)
     units = checked_units(job.store, job.hook, job.units)
-    learn, scored = (read_tokens(job.store, s, settings.window) for s in ("explain", "score"))
+    learn, scored = (
+        read_tokens(job.store, s, settings.window, job.hook) for s in ("explain", "score")
+    )
     by_control = job.explanations(units.tolist())
     _check_programs(job, by_control.values())
     rows: list[Row] = []

@@ -19,7 +19,13 @@ from lmmono.explanations.stored_explanations import (
 )
 from lmmono.records.record_reader import RecordReader
 from lmmono.records.units import Units, units_of
-from lmmono.registry.scorers import SCORERS, Scorer, find_scorer, least_density
+from lmmono.registry.scorers import (
+    OWN_CONTROLS,
+    SCORERS,
+    Scorer,
+    find_scorer,
+    least_density,
+)
 from lmmono.scores.labelled_items import labels_digest
 from lmmono.scores.score_job import Row, ScoreJob
 from lmmono.scores.summaries import ScoreKey, summary_rows
@@ -114,7 +120,8 @@ def score(
             records are added to the name.
         units: Units of every hook, a `sample`, or None for all that are explained.
         preset: Settings as in a paper.
-        controls: Score the controls too; about four times the work. A mapping also adds control
+        controls: Score the controls too; about four times the work. Units that were scored
+            without them are scored again. A mapping also adds control
             runs, such as `{"untrained_model": other}`: stores that were scored by the same scorers
             under the same settings, whose scores become rows of the control.
         seed: Seed of what is drawn.
@@ -323,12 +330,18 @@ class _ScorerPlan:
     def _scored(self, hook: str) -> set[int]:
         """Return the units whose score is done; -1 for the hook.
 
-        A unit is not done where the judge was out of reach, nor where its explanation was made
-        anew after it was scored.
+        A unit is not done where the judge was out of reach, for a control too, nor where controls
+        are wanted and it was scored without, nor where its explanation was made anew since.
         """
-        query = f"""SELECT coalesce(s.unit, -1) FROM {ScoreKey.LATEST} s
-            WHERE s.metric = $headline AND s.hook = $hook AND s.control IS NULL
-                AND NOT list_contains($unanswered, coalesce(s.failure, ''))
+        query = f"""WITH latest AS (FROM {ScoreKey.LATEST} WHERE hook = $hook),
+            controls AS (FROM latest WHERE list_contains($own, control))
+            SELECT coalesce(s.unit, -1) FROM latest s
+            WHERE s.metric = $headline AND s.control IS NULL
+                AND NOT EXISTS (FROM latest r WHERE r.unit IS NOT DISTINCT FROM s.unit
+                    AND (r.control IS NULL OR list_contains($own, r.control))
+                    AND list_contains($unanswered, coalesce(r.failure, '')))
+                AND (NOT $wants_controls OR s.value IS NULL OR coalesce(s.nan_fraction, 0) > 0
+                    OR EXISTS (FROM controls c WHERE c.unit IS NOT DISTINCT FROM s.unit))
                 AND NOT EXISTS (FROM explanations e WHERE e.hook = s.hook AND e.unit = s.unit
                     AND e.explainer = s.explainer AND e.created_at > s.created_at)"""
         rows = self._request.store.sql(
@@ -336,6 +349,8 @@ class _ScorerPlan:
             headline=self._key.metrics[0],
             hook=hook,
             unanswered=list(UNANSWERED),
+            own=list(OWN_CONTROLS),
+            wants_controls=self._request.controls,
             **self._key.parameters(),
         )
         return {int(unit) for (unit,) in rows.fetchall()}

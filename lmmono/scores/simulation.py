@@ -17,6 +17,7 @@ from lmmono.errors import ExplainError
 from lmmono.explanations.llm_simulation import Simulation
 from lmmono.explanations.protocols import Protocol, find_protocol
 from lmmono.explanations.stored_explanations import read_maxima
+from lmmono.records.corpus_excerpts import left_out_cells
 from lmmono.records.sampler import Records
 from lmmono.records.seeds import stream
 from lmmono.registry.scorer_settings import SimulationSettings
@@ -81,11 +82,15 @@ def simulated(job: ScoreJob, records: Records) -> Iterator[Series]:
     units = [int(unit) for unit in records.units]
     by_control = job.explanations(units)
     largest = read_maxima(job.store, job.hook)
+    left_out = left_out_cells(job.store, job.hook, records.excerpts.grid)
     for first in range(0, len(units), UNITS_AT_ONCE):
         places = np.arange(first, min(first + UNITS_AT_ONCE, len(units)))
         index, truth = records.index[places], records.acts[places]
         present = index >= 0
         ids = np.where(present[:, :, None], records.excerpts.token_ids[index], np.int32(-1))
+        counts = ids >= 0
+        if left_out is not None:
+            counts &= ~left_out[records.excerpts.cells_of(index)]
         for control, of_all_units in by_control.items():
             explanations = [of_all_units[i] for i in places]
             predicted, answers = predictions(job, explanations, ids)
@@ -95,12 +100,12 @@ def simulated(job: ScoreJob, records: Records) -> Iterator[Series]:
                 for i, explanation in zip(places, explanations, strict=True)
             ]
             predicted *= np.array(scale)[:, None, None]
-            sums = record_sums(truth, predicted, ids >= 0)
+            sums = record_sums(truth, predicted, counts)
             yield Series(places, sums, present, answers, control)
             if control is None and job.controls:
                 partner = _partners(job, records, places)[:, :, None]
                 other = np.take_along_axis(truth, partner, axis=1)
-                both = (ids >= 0) & np.take_along_axis(ids >= 0, partner, axis=1)
+                both = counts & np.take_along_axis(counts, partner, axis=1)
                 sums = record_sums(other, predicted, both)
                 # what it took is counted once, with the score itself
                 free: list[Simulation | Failed] = [

@@ -197,7 +197,7 @@ def _thresholds(
     job: ScoreJob, by_control: Mapping[str | None, list[Explanation]], units: ndarray, window: int
 ) -> dict[str | None, list[float]]:
     """Return the threshold of each control's explanation of each unit; NaN where it failed."""
-    tokens = read_tokens(job.store, "explain", window)
+    tokens = read_tokens(job.store, "explain", window, job.hook)
     found: dict[str | None, list[float]] = {control: [] for control in by_control}
     done = 0
     for rows in read_unit_rows(job.store, job.hook, units, tokens.grid):

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from activation_store.compiled import compiled
-from lmmono.records.corpus_excerpts import TokenGrid, read_grid
+from lmmono.records.corpus_excerpts import TokenGrid, left_out_cells, read_grid
 from lmmono.records.unit_rows import UnitRows, read_unit_rows
 from lmmono.records.units import checked_units
 from lmmono.registry.scorer_settings import StatisticsSettings
@@ -55,7 +55,7 @@ class Corpus:
 
     grid: TokenGrid
     documents: Int[ndarray, " cells"]
-    """Rank of each cell's document, from 0; -1 where there is no token."""
+    """Rank of each cell's document, from 0; -1 where no token counts."""
     groups: Int[ndarray, " cells"]
     """Group of each cell; `n_groups` where there is no token."""
     n_groups: int
@@ -88,13 +88,15 @@ class Corpus:
 
 
 def read_corpus(job: ScoreJob, split: Split | None) -> Corpus:
-    """Read the tokens of a split; None reads all splits.
+    """Read the tokens of a split, without those that the capture left out; None reads all splits.
 
     Raises:
         ExplainError: The store has none.
     """
     grid = read_grid(job.store, split)
-    names, rank = np.unique(grid.doc_ids, return_inverse=True)
+    left_out = left_out_cells(job.store, job.hook, grid)
+    doc_ids = grid.doc_ids if left_out is None else np.where(left_out, -1, grid.doc_ids)
+    names, rank = np.unique(doc_ids, return_inverse=True)
     has_padding = int(names[0] < 0)
     documents = rank - has_padding
     n_groups = min(N_GROUPS, len(names) - has_padding)

@@ -54,7 +54,8 @@ _LOCKED: dict[str, str | bool | int | float | list[str]] = {
 }
 
 _OBJECTS = """SELECT table_name FROM system.main.duckdb_tables() WHERE NOT internal
-    UNION ALL SELECT view_name FROM system.main.duckdb_views() WHERE NOT internal ORDER BY ALL"""
+    UNION ALL SELECT 'view ' || view_name FROM system.main.duckdb_views() WHERE NOT internal
+    ORDER BY ALL"""
 
 
 class CodeStore:

@@ -1,6 +1,7 @@
 """Small networks trained by Adam: one loop, repeatable to the bit, resumable after a kill."""
 
 import hashlib
+import io
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -54,7 +55,7 @@ def minimise(
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         torch.manual_seed(seed)
         if path is not None and path.is_file():
-            saved: dict[str, Any] = torch.load(path, weights_only=True)
+            saved = _read_state(path)
             module.load_state_dict(saved["module"])
             optimizer.load_state_dict(saved["optimizer"])
             losses = saved["losses"]
@@ -80,10 +81,33 @@ def minimise(
                     "random": torch.get_rng_state(),
                     "random_cuda": [torch.cuda.get_rng_state(device) for device in devices],
                 }
-                with atomic_file(path) as partial:
-                    torch.save(state, partial)
+                _write_state(path, state)
     if path is not None:
         with suppress(FileNotFoundError):
             os.unlink(path)
     module.eval()
     return losses
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write the state of a training behind its digest: torch reads a flipped bit without a word."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    with atomic_file(path) as partial:
+        partial.write_bytes(hashlib.sha256(data).digest() + data)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Return what `_write_state` wrote.
+
+    Raises:
+        TrainError: The file has other bytes.
+    """
+    content = path.read_bytes()
+    digest, data = content[:32], content[32:]
+    if hashlib.sha256(data).digest() != digest:
+        raise TrainError(
+            f"{path}: damaged, so the fit cannot be resumed; remove the file to start it again"
+        )
+    return torch.load(io.BytesIO(data), weights_only=True)

@@ -119,6 +119,8 @@ def _json_lists(path: Path, text: str) -> dict[str, list[str]]:
         lists = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"synonyms {path}:{error.lineno}: no JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # huge numbers, deep nesting
+        raise DataError(f"synonyms {path}: no JSON: {error}") from error
     fits = isinstance(lists, dict) and all(
         isinstance(others, list) and all(isinstance(other, str) for other in cast(Any, others))
         for others in cast(dict[str, Any], lists).values()

@@ -155,13 +155,20 @@ class ConceptBottleneck:
 
     @classmethod
     def load(cls, folder: str | Path) -> "ConceptBottleneck":
-        """Return what `save` wrote; it gives the same bits."""
-        about, tensors = load_fitted(Path(folder))
-        model = cls(**about["settings"])
-        d, n_classes, n_concepts, n_values = about["sizes"]
-        model._net = _Bottleneck(d, n_classes, n_concepts, n_values, model.settings.mode)
-        model._net.load_state_dict(tensors)
-        return model
+        """Return what `save` wrote; it gives the same bits.
+
+        Raises:
+            RobustnessError: The folder holds none, or a damaged one.
+        """
+
+        def build(about: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptBottleneck:
+            model = cls(**about["settings"])
+            d, n_classes, n_concepts, n_values = about["sizes"]
+            model._net = _Bottleneck(d, n_classes, n_concepts, n_values, model.settings.mode)
+            model._net.load_state_dict(tensors)
+            return model
+
+        return load_fitted(Path(folder), build)
 
     def _fitted(self) -> "_Bottleneck":
         if self._net is None:

@@ -106,13 +106,20 @@ class Dolfin:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Dolfin":
-        """Return what `save` wrote; it gives the same bits."""
-        about, tensors = load_fitted(Path(folder))
-        model = cls(**about["settings"])
-        d_in, n_classes = about["sizes"]
-        model._net = _Features(d_in, n_classes, model.settings)
-        model._net.load_state_dict(tensors)
-        return model
+        """Return what `save` wrote; it gives the same bits.
+
+        Raises:
+            RobustnessError: The folder holds none, or a damaged one.
+        """
+
+        def build(about: dict[str, Any], tensors: dict[str, Tensor]) -> Dolfin:
+            model = cls(**about["settings"])
+            d_in, n_classes = about["sizes"]
+            model._net = _Features(d_in, n_classes, model.settings)
+            model._net.load_state_dict(tensors)
+            return model
+
+        return load_fitted(Path(folder), build)
 
     def _fitted(self) -> "_Features":
         if self._net is None:

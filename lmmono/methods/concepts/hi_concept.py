@@ -141,13 +141,20 @@ class HiConcept:
 
     @classmethod
     def load(cls, folder: str | Path) -> "HiConcept":
-        """Return what `save` wrote; it gives the same bits."""
-        about, tensors = load_fitted(Path(folder))
-        model = cls(**about["settings"])
-        model._net = _Concepts(about["d"], model.settings)
-        model._net.load_state_dict(tensors)
-        model.impacts = torch.tensor(about["impacts"])
-        return model
+        """Return what `save` wrote; it gives the same bits.
+
+        Raises:
+            RobustnessError: The folder holds none, or a damaged one.
+        """
+
+        def build(about: dict[str, Any], tensors: dict[str, Tensor]) -> HiConcept:
+            model = cls(**about["settings"])
+            model._net = _Concepts(about["d"], model.settings)
+            model._net.load_state_dict(tensors)
+            model.impacts = torch.tensor(about["impacts"])
+            return model
+
+        return load_fitted(Path(folder), build)
 
     def _fitted(self) -> "_Concepts":
         if self._net is None:
