@@ -132,6 +132,16 @@ def test_what_is_wrong_with_the_settings_is_told_at_once() -> None:
         url = calls.base_url
     with pytest.raises(ClientError, match="cannot be reached"):
         ServerClient("judge", base_url=url, n_retries=0).complete(chats("a"), max_tokens=5)
+    for url in (
+        "",
+        "localhost:8000/v1",
+        "file:///v1",
+        "http://[::1",
+        "http://a:99999",
+        "http:///v1",
+    ):
+        with pytest.raises(ClientError, match=r"base_url: want an address like http://localhost"):
+            ServerClient("judge", base_url=url)
 
 
 def test_the_key_is_sent_and_nowhere_else(tmp_path, monkeypatch, caplog) -> None:

@@ -193,11 +193,11 @@ def test_the_only_model_need_not_be_named(store) -> None:
     lm.explain(store, HOOK, **settings, preset="openai")
     for name in ("llm_max_act", "llm_max_act:max_tokens=9,temperature=0.5", "llm_max_act:openai"):
         stored = stored_explainer(store, name, HOOK)
-        assert stored != name and "model=A,b:c" in stored
+        assert stored != name and "model=A%2Cb:c" in stored
         assert read_explanations(store, HOOK, name, 0)[1].explainer == stored
     assert stored_explainer(store, "llm_max_act:max_tokens=8") == "llm_max_act:max_tokens=8"
     taken = lm.explain(store, HOOK, explainer="random_explanation", units=[0], of="llm_max_act")
-    assert taken.explainer == "random_explanation:of=llm_max_act:model=A,b:c"
+    assert taken.explainer == "random_explanation:of=llm_max_act:model=A%2Cb:c"
 
 
 @pytest.mark.parametrize("failure", ["no_answer", "refused"])

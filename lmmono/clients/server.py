@@ -372,6 +372,17 @@ class ServerClient:
         n_retries: int = 4,
         extra_body: Mapping[str, Any] | None = None,
     ) -> None:
+        try:
+            parts = urlsplit(base_url)
+            is_address = parts.scheme in ("http", "https") and bool(
+                parts.hostname and parts.port != 0
+            )
+        except ValueError:  # of a host or port that cannot be
+            is_address = False
+        if not is_address:
+            raise ClientError(
+                f"base_url: want an address like http://localhost:8000/v1, got {base_url!r}"
+            )
         self._model, self._base_url, self._key_variable = model, base_url, key_variable
         self._n_at_once, self._timeout, self._n_retries = n_at_once, timeout_seconds, n_retries
         self._extra_body = dict(extra_body or {})
@@ -520,6 +531,8 @@ class ServerClient:
         except openai.APIConnectionError as error:
             if isinstance(error.__cause__, BodyTooLong):  # as older versions of openai tell it
                 return call.failed("unparsed", str(error.__cause__), Usage(1))
+            if type(error.__cause__).__name__ == "DecodingError":  # of httpx: the body is no gzip
+                return call.failed("unparsed", f"cannot be unpacked: {error.__cause__}", Usage(1))
             detail = f"no connection: {type(error.__cause__).__name__}"
             if not self._was_reached:
                 raise ClientError(
