@@ -290,6 +290,13 @@ def test_sql_of_any_type_is_shown_and_what_fails_is_told(study, capfd, query, fo
             assert captured is not None and json.loads(captured.out) == ODD[query]
 
 
+def test_a_result_that_arrow_cannot_hold_is_told(study, capfd):
+    query = f"SELECT {'[' * 200}1{']' * 200} AS deep"
+    assert call("sql", "runs/tiny/crate", query, "--json") == 0
+    assert call("sql", "runs/tiny/crate", query, "--arrow") == 2
+    assert "Arrow cannot hold the result: Recursion level" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("query", ["DROP TABLE scores", "COPY scores TO 'x.csv'", "SELECT nothing"])
 def test_sql_that_could_write_or_fails_is_refused(study, capsys, query):
     assert call("sql", "runs/tiny/crate", query) == 2

@@ -152,12 +152,18 @@ def _statements(query: str, values: dict[str, Any]) -> list[tuple[str, dict[str,
 
 
 def _write_arrow(relation: QueryResult, limit: int | None) -> None:
+    import pyarrow as pa
     from pyarrow import ipc
+
+    from activation_store.errors import QueryError
 
     names = _told_apart(relation.columns)
     plain = [f"#{i} AS {_quoted(name)}" for i, name in enumerate(names, start=1)]
     rows = relation if limit is None else relation.limit(limit)
-    reader = rows.project(", ".join(plain)).to_arrow_reader()
+    try:
+        reader = rows.project(", ".join(plain)).to_arrow_reader()
+    except pa.ArrowException as fault:  # of a type that Arrow has not, such as 100 nested lists
+        raise QueryError(f"Arrow cannot hold the result: {fault}; --json can") from fault
     with ipc.new_stream(sys.stdout.buffer, reader.schema) as stream:
         for batch in reader:
             stream.write_batch(batch)
