@@ -203,6 +203,10 @@ def test_a_shard_of_the_right_size_that_is_no_parquet_is_named_when_the_store_op
 LIES = {
     "no row for": "DELETE FROM hooks WHERE kind = 'rows'",
     "table hooks: has 0 rows, the last commit left 3": "DELETE FROM hooks",
+    "counts 1192 tokens, the store holds 192": "UPDATE hooks SET n_tokens = 1192",
+    "6 units whose density is not in 0 to 1": "UPDATE unit_stats SET density = 2",
+    "exemplars whose act is not finite": "UPDATE exemplars SET act = 'nan' WHERE unit = 1",
+    "does not say how many rows table hooks has": "DELETE FROM meta WHERE key = 'n_rows hooks'",
     "width d of -5": "UPDATE hooks SET d = -5",
     "shards hold unit 5": "UPDATE hooks SET d = 3 WHERE kind = 'rows'",
     "name unit 9": "UPDATE exemplars SET unit = 9 WHERE unit = 1",

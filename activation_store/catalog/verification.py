@@ -99,7 +99,7 @@ def _check(backend: Backend, con: duckdb.DuckDBPyConnection) -> tuple[Report, Br
         faults = list(column_faults(con, database))
         if faults:  # the queries below want every column, of its type
             return Report(backend.path, 0, 0, tuple(faults)), {}
-        faults += _table_faults(con)
+        faults += _table_faults(con, has_counts=not backend.is_lake)
         shards = listed(con)
         states = backend.state_faults(con)
         broken: Broken = {
@@ -132,6 +132,21 @@ _LIES = {
         SELECT hook, kind, count(*) AS a, 0 AS b
         FROM listed ANTI JOIN hooks USING (hook, kind) GROUP BY ALL
     """,
+    "{hook} ({kind}) counts {a} tokens, the store holds {b}": """
+        WITH held AS (
+            SELECT coalesce(sum(n_rows), 0)::BIGINT AS n FROM shards WHERE kind = 'tokens'
+        )
+        SELECT hook, kind, n_tokens AS a, held.n AS b FROM hooks, held
+        WHERE n_tokens > held.n AND NOT EXISTS (SELECT 1 FROM meta WHERE key = 'tokens_lost')
+    """,
+    "{hook} ({kind}) has {a} units whose density is not in 0 to 1": """
+        SELECT hook, 'rows' AS kind, count(*) AS a, 0 AS b FROM unit_stats
+        WHERE NOT density BETWEEN 0 AND 1 GROUP BY hook
+    """,
+    "{hook} ({kind}) has {a} exemplars whose act is not finite": """
+        SELECT hook, 'rows' AS kind, count(*) AS a, 0 AS b FROM exemplars
+        WHERE NOT isfinite(act) GROUP BY hook
+    """,
     "{hook} ({kind}) has a width d of {a}, want >= 1": (
         "SELECT hook, kind, d AS a, 0 AS b FROM hooks WHERE d < 1 OR d IS NULL"
     ),
@@ -150,8 +165,11 @@ _LIES = {
 """What table `hooks` may say against the others: the words, and the query that finds it."""
 
 
-def _table_faults(con: duckdb.DuckDBPyConnection) -> Iterator[str]:
-    """Yield what is wrong with the tables of the catalogue that `con` is in."""
+def _table_faults(con: duckdb.DuckDBPyConnection, *, has_counts: bool) -> Iterator[str]:
+    """Yield what is wrong with the tables of the catalogue that `con` is in.
+
+    Every commit of a folder counts its tables in `meta`, those of a lake do not.
+    """
     for table, key in KEYS.items():
         columns = ", ".join(key)
         # DuckDB checks the sums of the blocks that it reads, so read every column
@@ -167,6 +185,8 @@ def _table_faults(con: duckdb.DuckDBPyConnection) -> Iterator[str]:
     counts = con.execute(
         "SELECT substr(key, 8), value FROM meta WHERE starts_with(key, 'n_rows ') ORDER BY key"
     ).fetchall()
+    for table in sorted(set(COUNTED) - {name for name, _ in counts}) if has_counts else ():
+        yield f"table meta: does not say how many rows table {table} has"
     for table, count in counts:
         if table not in COUNTED:
             continue
