@@ -289,6 +289,9 @@ def test_the_views_of_the_file_are_never_run(tmp_path):
     with duckdb.connect(small.path / "store.duckdb") as con:
         con.execute(OWN_VIEW)
     with astore.open(small.path, "a") as store:
+        for query in ('FROM "Catalogue of".acts', 'SUMMARIZE "catalogue of".main.meta'):
+            with pytest.raises(astore.QueryError, match="is the file of the catalogue"):
+                store.sql(query)
         assert store.sql("FROM acts").columns == ["hook", "unit", "seq_id", "pos", "act"]
         assert store.append("all_scores", [{"metric": "m", "metric_version": 1}]) == 1
     assert astore.verify(small.path).ok

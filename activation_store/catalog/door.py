@@ -148,6 +148,8 @@ _SCALAR_FUNCTIONS_REFUSED = {"currval", "nextval", "sleep_ms", "write_log"}
 """Functions that write, wait, or take the name of a sequence as a text."""
 _PRIVATE = "__ducklake_metadata"
 """How the name of a lake's own database begins, which may hold the tables of others too."""
+_ATTACHED = "catalogue of"
+"""How the names of attached catalogue files begin, whose views are those of their makers."""
 _EXPLAIN = re.compile(r"\s*explain\s+(?:analyze\s+)?(?=select|from|with|values)", re.IGNORECASE)
 
 
@@ -312,6 +314,11 @@ def _check_names(names: Iterable[str]) -> None:
             raise QueryError(
                 f"{name} is the catalogue's own database, which may hold more than the lake; open "
                 "with trusted=True to read it."
+            )
+        if name.lower().startswith(_ATTACHED):
+            raise QueryError(
+                f"{name!r} is the file of the catalogue, whose views may do anything; the same "
+                "tables are found without that name."
             )
 
 
