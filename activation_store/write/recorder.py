@@ -231,7 +231,7 @@ def digest(module: "nn.Module") -> str:
         if isinstance(value, torch.Tensor):
             sha256.update(f"{name} {value.dtype} {list(value.shape)}".encode())
             plain = _in_memory(module, name, value).contiguous().flatten().view(torch.uint8)
-            sha256.update(plain.numpy())
+            sha256.update(plain.numpy().data)
     return sha256.hexdigest()
 
 
@@ -239,11 +239,12 @@ def _in_memory(module: "nn.Module", name: str, value: "Tensor") -> "Tensor":
     """Return a parameter or buffer on the CPU, read from where Accelerate keeps it if need be."""
     if value.device.type != "meta":
         return value.detach().cpu()
+    import torch
     from accelerate.utils import align_module_device
 
     path, _, own_name = name.rpartition(".")
     part = module.get_submodule(path)
-    with align_module_device(part, "cpu"):
+    with align_module_device(part, torch.device("cpu")):
         whole = getattr(part, own_name)
         if whole.device.type == "meta":
             raise ContentError(f"{name}: its weights are nowhere (device meta); load the model.")

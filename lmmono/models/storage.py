@@ -110,7 +110,7 @@ def spread(model: PreTrainedModel, device_map: str) -> PreTrainedModel:
     from accelerate.utils import get_balanced_memory
 
     whole: Any = model  # torch types what a module holds as tensors and modules
-    kept = list(whole._no_split_modules or ())  # classes whose parts stay on one device
+    kept: list[str] = list(whole._no_split_modules or ())  # classes whose parts stay on one device
     memory = None
     if device_map != "sequential":
         memory = get_balanced_memory(model, no_split_module_classes=kept)

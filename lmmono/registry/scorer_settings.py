@@ -237,7 +237,7 @@ def _checker(kind: Any, least: float | int | None) -> Any:
     """Return what checks values of a field; strictly, so that a bool is no number."""
     from pydantic import ConfigDict, Field, TypeAdapter
 
-    checked = kind if least is None else Annotated[kind, Field(ge=least)]
+    checked: Any = kind if least is None else Annotated[kind, Field(ge=least)]
     return TypeAdapter(checked, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
 
 

@@ -173,11 +173,11 @@ def _above(
     present: Bool[ndarray, " items"],
 ) -> Bool[ndarray, " items"] | Failed:  # fmt: skip
     """Return which items are above the threshold that tells firing from other taught ones best."""
-    for each in (taught, asked):
-        if isinstance(each, Failed):
-            return each
-    assert isinstance(taught, ndarray)
-    a, b = (each[~np.isnan(each)] for each in (taught[firing], taught[others]))
+    if isinstance(taught, Failed):
+        return taught
+    if isinstance(asked, Failed):
+        return asked
+    a, b = (values[~np.isnan(values)] for values in (taught[firing], taught[others]))
     if not len(a) or not len(b):
         return Failed("no_answer")
     is_above = np.zeros(present.shape, bool)
