@@ -239,13 +239,10 @@ def _in_memory(module: "nn.Module", name: str, value: "Tensor") -> "Tensor":
     """Return a parameter or buffer on the CPU, read from where Accelerate keeps it if need be."""
     if value.device.type != "meta":
         return value.detach().cpu()
-    import torch
-    from accelerate.utils import align_module_device
-
     path, _, own_name = name.rpartition(".")
-    part = module.get_submodule(path)
-    with align_module_device(part, torch.device("cpu")):
-        whole = getattr(part, own_name)
-        if whole.device.type == "meta":
-            raise ContentError(f"{name}: its weights are nowhere (device meta); load the model.")
-        return whole.detach()
+    # Accelerate's hook on the part that owns the weight; Accelerate itself is not needed to ask it
+    hook = getattr(module.get_submodule(path), "_hf_hook", None)
+    kept = getattr(hook, "weights_map", None)
+    if kept is None:
+        raise ContentError(f"{name}: its weights are nowhere (device meta); load the model.")
+    return kept[own_name].detach().cpu()
