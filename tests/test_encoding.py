@@ -178,7 +178,7 @@ def test_a_damaged_or_foreign_file_of_codes_is_told_with_the_way_out(model, tmp_
     path.unlink()
     with duckdb.connect(str(path)) as con:
         con.execute("CREATE VIEW texts AS SELECT * FROM read_csv('/etc/passwd')")
-    with pytest.raises(RobustnessError, match="no file of codes, it holds texts"):
+    with pytest.raises(RobustnessError, match="no file of codes, it holds view texts"):
         CodeStore(path)
 
 

@@ -145,7 +145,8 @@ def test_hooks_of_different_captures_are_aligned_too(tmp_path):
             x = activations(N, 0, D)
             x[order[3], 5] = np.nan  # not stored, so neither hook gives this token
             zeros = np.zeros((len(order), CTX), np.int64)
-            writer.add(order, zeros, docs[order], "train", {B: x[order]})
+            for split, ids in (("train", order[order < N // 2]), ("val", order[order >= N // 2])):
+                writer.add(ids, zeros[: len(ids)], docs[ids], split, {B: x[ids]})
         stream = store.vectors([A, B], **SMALL)
         assert stream.n_tokens == len(order) * CTX - 1
         found = list(stream)
