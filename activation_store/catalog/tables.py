@@ -78,8 +78,8 @@ def actual_tables(con: duckdb.DuckDBPyConnection, database: str) -> dict[str, di
 def column_faults(con: duckdb.DuckDBPyConnection, database: str) -> Iterator[str]:
     """Yield which tables, columns and checks of a database are missing or others than a store's.
 
-    Where there is no fault, DuckDB itself holds the values to types, NOT NULL and checks; a DuckLake
-    knows no checks.
+    Where there is no fault, DuckDB itself holds the values to types, NOT NULL and checks; of these
+    a DuckLake knows no checks.
     """
     actual = actual_tables(con, database)
     for table, columns in expected_tables().items():
