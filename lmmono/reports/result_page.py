@@ -45,32 +45,40 @@ def write_result_page(
     if not runs:
         folders = ", ".join(map(str, studies))
         raise RunError(f"{folders}: no run there; `lmmono run RECIPE` makes some")
-    tables = [progress_table(runs), *_study(runs, studies, progress)]
+    tables = [progress_table(runs), *_study(runs, studies, progress), *_of_runs(runs)]
+    blocks = [markdown(table) for table in tables]
+    for i, table in enumerate(tables):
+        if table.title == ALONG and table.rows and len(table.columns) > 5:
+            figure = training_figure(table, page.parent / "figures" / f"{page.stem}_training.svg")
+            blocks[i] += f"\n\n![Scores against loss](figures/{figure.name})"
+    body = "\n\n".join([BEGIN, _made(runs, studies, page), *blocks, END])
+    write_atomic(page, _with(page, body))
+    return tables
+
+
+def _of_runs(runs: Sequence[Run]) -> list[ReportTable]:
+    """Return the tables of arms at several seeds, of dictionaries and of suites."""
     has_seeds = len({run.recipe.arm for run in runs}) < len(runs)
     of_arms = arm_tables(runs) if has_seeds else []
-    tables += of_arms
+    tables = [*of_arms]
     for run in runs:
         if run.recipe.dictionary.learn and run.is_done("dictionary"):
             tables += dictionary_tables(run)
         # of arms at several seeds the tables of each run would be a page each; claims stay
         if not of_arms or run.recipe.robustness.hypotheses:
             tables += _suites(run)
-    names = ", ".join(str(folder) for folder in studies)
+    return tables
+
+
+def _made(runs: Sequence[Run], studies: Sequence[Path], page: Path) -> str:
+    """Return by which command and from which commits a page was made."""
     records = [record for run in runs for record in run.manifest.stages.values()]
     commits = sorted({record.commit or "unknown" for record in records})
-    made = (
+    return (
         f"Made by `lmmono results {' '.join(map(str, studies))} --out {page}` at commit "
-        f"{git_commit() or 'unknown'} from {len(runs)} runs in {names}, whose stages were done at "
-        f"{', '.join(commits) or 'none'}."
+        f"{git_commit() or 'unknown'} from {len(runs)} runs in {', '.join(map(str, studies))}, "
+        f"whose stages were done at {', '.join(commits) or 'none'}."
     )
-    blocks = [markdown(table) for table in tables]
-    for i, table in enumerate(tables):
-        if table.title == ALONG and table.rows and len(table.columns) > 5:
-            figure = training_figure(table, page.parent / "figures" / f"{page.stem}_training.svg")
-            blocks[i] += f"\n\n![Scores against loss](figures/{figure.name})"
-    body = "\n\n".join([BEGIN, made, *blocks, END])
-    write_atomic(page, _with(page, body))
-    return tables
 
 
 def _with(page: Path, body: str) -> str:

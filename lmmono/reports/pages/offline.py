@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -145,36 +145,25 @@ def report(
         for run, twin in ((pair.names[1], pair.twin) for pair in pairs):
             here = chosen[names.index(run)].setdefault(twin.hook, [])
             here += [] if twin.twin in here else [twin.twin]
-        pages: dict[str, str] = {}
-        listed: list[list[Interesting]] = []
-        first: tuple[str, Interesting, UnitPage] | None = None
-        for store, name, rows, units_of in zip(stores, names, best, chosen, strict=True):
-            rows = rows[: 2 * N_LISTED]
-            counting, of_listed = Counting(store), dict[tuple[str, int], UnitPage]()
-            for hook, some in units_of.items():
-                more = [row["unit"] for row in rows if row["hook"] == hook]
-                settings: dict[str, Any] = {"link": _linker(name), "counting": counting}
-                for page in unit_pages(store, hook, [*some, *more], name=name, **settings):
-                    if page.unit in more:
-                        of_listed[hook, page.unit] = page
-                    if page.unit in some:
-                        pages[page.id] = _packed(page.html)
-                progress(f"pages {hook}", len(pages), len(pages))
-            listed.append(best_of(rows, of_listed)[:N_LISTED])
-            for each in listed[-1]:
-                page = of_listed[each.hook, each.unit]
-                pages.setdefault(page.id, _packed(page.html))
-                if each is listed[-1][0] and (first is None or _place(each) > _place(first[1])):
-                    first = name, each, page
+        parts = [
+            _run_pages(store, name, rows[: 2 * N_LISTED], units_of, progress)
+            for store, name, rows, units_of in zip(stores, names, best, chosen, strict=True)
+        ]
+        pages = {page_id: html for part in parts for page_id, html in part.pages.items()}
+        firsts = [
+            (name, part.listed[0], part.best)
+            for name, part in zip(names, parts, strict=True)
+            if part.best is not None
+        ]
         tables = [*run_tables(opened)]
         for store, name in zip(stores, names, strict=True):
             tables += [*explanation_tables(store, name), *score_tables(store, name)]
         html = _html(
             runs=[_facts(run) for run in opened],
-            first=first,
+            first=max(firsts, key=lambda first: _place(first[1]), default=None),
             listed=[
-                (name, [(each, _page_id(name, each.hook, each.unit)) for each in some])
-                for name, some in zip(names, listed, strict=True)
+                (name, [(unit, _page_id(name, unit.hook, unit.unit)) for unit in part.listed])
+                for name, part in zip(names, parts, strict=True)
             ],
             criterion=CRITERION.format(metric="token_selectivity", least=MIN_ACTIVATIONS),
             figures=_figures(opened, stores),
@@ -187,6 +176,44 @@ def report(
             metrics=_metrics(stores),
         )
     return OfflineReport(html, tuple(str(run.dir) for run in opened), len(pages))
+
+
+class _RunPages(NamedTuple):
+    """What one run brings to a report."""
+
+    pages: dict[str, str]
+    """HTML of unit pages by their id, packed."""
+    listed: list[Interesting]
+    """The units most worth a look, the best first."""
+    best: UnitPage | None
+    """The page of the first of them."""
+
+
+def _run_pages(
+    store: astore.Store,
+    name: str,
+    rows: list[dict[str, Any]],
+    units_of: dict[str, list[int]],
+    progress: Progress,
+) -> _RunPages:
+    """Return the pages of the chosen units of a run and of those listed, each made once."""
+    pages: dict[str, str] = {}
+    of_candidates: dict[tuple[str, int], UnitPage] = {}
+    counting = Counting(store)
+    for hook, units in units_of.items():
+        candidates = [row["unit"] for row in rows if row["hook"] == hook]
+        settings: dict[str, Any] = {"link": _linker(name), "counting": counting}
+        for page in unit_pages(store, hook, [*units, *candidates], name=name, **settings):
+            if page.unit in candidates:
+                of_candidates[hook, page.unit] = page
+            if page.unit in units:
+                pages[page.id] = _packed(page.html)
+        progress(f"pages {hook}", len(pages), len(pages))
+    listed = best_of(rows, of_candidates)[:N_LISTED]
+    shown = [of_candidates[unit.hook, unit.unit] for unit in listed]
+    for page in shown:
+        pages.setdefault(page.id, _packed(page.html))
+    return _RunPages(pages, listed, shown[0] if shown else None)
 
 
 def _opened(each: str | Path | Run) -> list[Run]:
