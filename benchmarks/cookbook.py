@@ -1,6 +1,6 @@
 """The 25 queries of docs/sql_cookbook.md on one store of 10 M and one of 100 M activations.
 
-    python benchmarks/cookbook.py [--acts 10 100] [--repeats 9] [--folder FOLDER]
+    python benchmarks/cookbook.py [--acts 10 100] [--repeats 9] [--only 12 24] [--folder FOLDER]
 
 Stores and units are those of `store_queries.py`: 6 hooks of 1,536 units at 15 % density, which is
 dense; the text is random, of 4,096 words, and the documents have no scores. Names of the cookbook
@@ -29,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--acts", type=int, nargs="+", default=[10], help="millions")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--only", nargs="+", help="numbers of the questions")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
@@ -41,6 +42,8 @@ def main() -> None:
                     store.attach(path, name)
                 print(f"{store.info().n_acts / 1e6:.1f} M acts, load {os.getloadavg()[0]:.1f}")
                 for number, question, query in RECIPE.findall(PAGE.read_text("utf-8")):
+                    if options.only and number not in options.only:
+                        continue
                     for word, here in WORDS.items():
                         query = query.replace(word, here)
                     store.sql(query).fetchall()
