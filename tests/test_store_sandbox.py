@@ -13,7 +13,7 @@ import pytest
 from small_store import HOOK, HOSTILE, small_store
 
 import activation_store as astore
-from activation_store.catalog import catalogue
+from activation_store.catalog import catalogue, door
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +139,9 @@ def test_a_statement_that_is_not_one_query_is_refused(store, query):
 @pytest.mark.parametrize("query", FUNCTIONS)
 def test_a_table_function_that_could_do_more_than_read_is_refused(store, query):
     before = listing(store.path.parent)
-    with pytest.raises(astore.QueryError, match="not allowed here"):
-        store.sql(fill(store, query))
+    for _ in range(2):  # what passed once is not looked at again; what did not is
+        with pytest.raises(astore.QueryError, match="not allowed here"):
+            store.sql(fill(store, query))
     assert listing(store.path.parent) == before
 
 
@@ -209,6 +210,17 @@ def test_the_environment_and_python_variables_are_not_visible(store):
 )
 def test_queries_that_only_read_run(store, query):
     assert store.sql(query).fetchall()
+
+
+def test_the_tree_of_a_query_is_looked_at_once(store, monkeypatch):
+    looked: list[str] = []
+    monkeypatch.setattr(door, "_check_node", lambda node: looked.append(node.get("type", "")))
+    assert store.sql("SELECT 11 AS once").fetchall() == [(11,)] and looked
+    n_nodes = len(looked)
+    assert store.sql("SELECT 11 AS once").fetchall() == [(11,)]
+    assert len(looked) == n_nodes
+    assert store.sql("SELECT 12 AS once").fetchall() == [(12,)]
+    assert len(looked) > n_nodes
 
 
 @pytest.mark.parametrize(
