@@ -106,7 +106,7 @@ def tiles_of(
     pos = np.ascontiguousarray(pos)
     n_ctx = doc.shape[1]
     no_cut = np.empty(0, np.float32)
-    flat = doc.reshape(-1), token.reshape(-1)
+    flat = doc.reshape(-1), token.reshape(-1), np.zeros(doc.size, np.uint64)
     return Tiles(row * n_ctx + pos, last + 1 - pos, seq[row], pos, *flat, n_ctx, no_cut, no_cut)
 
 

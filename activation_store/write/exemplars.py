@@ -157,11 +157,11 @@ def offer_top(top: Top, u: int, act: float, seq: int, pos: int, doc: int, text: 
     """Let one token into the list of unit u if it belongs there; exact for tokens in any order."""
     k = top.act.shape[1]
     n = top.size[u]
-    place, docs = -1, top.doc[u]
-    # unsigned: numba checks a signed index for one that counts from the end
+    docs, found = top.doc[u], np.uint64(0)
+    # a document is listed once: `or` of what matches, which is compiled to vector instructions
     for i in range(np.uint64(n)):
-        if docs[i] == doc:
-            place = np.int64(i)
+        found |= i + np.uint64(1) if docs[i] == doc else np.uint64(0)
+    place = np.int64(found) - 1
     if place < 0 and n < k:
         place = n
         top.size[u] = n + 1
@@ -176,13 +176,39 @@ def offer_top(top: Top, u: int, act: float, seq: int, pos: int, doc: int, text: 
     top.doc[u, place] = doc
     top.text[u, place] = text
     if top.size[u] == k:
-        # of the same types as above, so that `_ahead` is compiled once
-        acts, worst = top.act[u], np.int64(0)
-        for i in range(np.uint64(1), np.uint64(k)):
-            if not _ahead(acts[i], top.seq[u, i], np.int64(top.pos[u, i]), top, u, worst):
-                worst = np.int64(i)
+        worst = _worst(top, u)
         top.worst[u] = worst
-        top.gate[u] = acts[worst]
+        top.gate[u] = top.act[u, worst]
+
+
+@compiled
+@no_type_check
+def _worst(top: Top, u: int) -> int:
+    """Return the place of the entry of a full list that ranks last."""
+    k, acts, one = np.uint64(top.act.shape[1]), top.act[u], np.uint64(1)
+    # two least numbers side by side: each waits for the one before in its own half only
+    a, b, at_a, at_b = acts[0], np.float32(np.inf), np.uint64(0), np.uint64(0)
+    for i in range(one, k - one, np.uint64(2)):
+        x, y = acts[i], acts[i + one]
+        at_a, a = (i, x) if x < a else (at_a, a)
+        at_b, b = (i + one, y) if y < b else (at_b, b)
+    if k % np.uint64(2) == 0 and acts[k - one] < a:
+        at_a, a = k - one, acts[k - one]
+    worst, least = (at_a, a) if a < b else (at_b, b)
+    n_least = np.uint64(0)
+    for i in range(k):
+        n_least += np.uint64(acts[i] == least)
+    if n_least > 1:
+        for i in range(k):
+            if acts[i] == least and _position(top, u, i) > _position(top, u, worst):
+                worst = i
+    return np.int64(worst)
+
+
+@compiled
+@no_type_check
+def _position(top: Top, u: int, i: int) -> np.uint64:
+    return position_key(top.seq[u, i], np.int64(top.pos[u, i]))
 
 
 @compiled
@@ -191,7 +217,7 @@ def _ahead(act: float, seq: int, pos: int, top: Top, u: int, i: int) -> bool:
     """Tell whether a token ranks before entry i: larger, or as large and earlier."""
     if act != top.act[u, i]:
         return act > top.act[u, i]
-    return position_key(seq, pos) < position_key(top.seq[u, i], np.int64(top.pos[u, i]))
+    return position_key(seq, pos) < _position(top, u, i)
 
 
 @compiled

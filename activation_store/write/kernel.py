@@ -19,7 +19,7 @@ unit). `gather` merges the tiles of many blocks into columns sorted by (unit, se
 from typing import Any, NamedTuple, no_type_check
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, UInt8, UInt16, UInt32
+from jaxtyping import Float32, Int32, Int64, UInt8, UInt16, UInt32, UInt64
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -54,6 +54,8 @@ class Tiles(NamedTuple):
     """Position of the first row within its sequence."""
     doc: Int32[np.ndarray, " rows"]
     token: Int32[np.ndarray, " rows"]
+    text: UInt64[np.ndarray, " rows"]
+    """`text_key` of the row where some unit has asked for it, else zero."""
     n_ctx: int
     """Rows per sequence of the block."""
     cut: Float32[np.ndarray, " rows"]
@@ -428,8 +430,11 @@ def _offer_best(tiles: Tiles, tile: int, unit: int, u: int, top: Top, strip: Str
             if act >= top.gate[unit]:
                 pos = tiles.pos[tile] + at[best]
                 place = row + at[best]
-                first = place - pos  # the sequence's first row
-                text = text_key(tiles.token, tiles.doc, first, first + tiles.n_ctx, place)
+                text = tiles.text[place]
+                if text == 0:  # the same for all units, hooks and threads: hashed once
+                    first = place - pos  # the sequence's first row
+                    text = text_key(tiles.token, tiles.doc, first, first + tiles.n_ctx, place)
+                    tiles.text[place] = text
                 offer_top(top, unit, act, tiles.seq[tile], pos, tiles.doc[place], text)
             best = k
         elif fired[k] > fired[best]:
