@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 TORCH := 2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# a module is compiled once, not by each of the programs that a demo and the tests start
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-newest check bench gpu hf-suite soak docs pages lint types imports recipes
 
 demo: recipes/recipe.schema.json

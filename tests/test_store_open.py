@@ -537,3 +537,13 @@ def test_the_numbers_of_a_store(small):
         assert info.n_bytes == sum(path.stat().st_size for path in files)
         assert str(small.path) in str(info)
         assert [row[0] for row in store.hooks().fetchall()] == [HOOK, HOSTILE, "resid"]
+
+
+def test_sql_takes_no_more_threads_than_the_process_was_given(small):
+    program = "import sys, activation_store as a; print(a.open(sys.argv[1]).sql(sys.argv[2]))"
+    asked = "SELECT current_setting('threads') AS threads"
+    for given in ("3", "1"):
+        env = {**os.environ, "OMP_NUM_THREADS": given}
+        command = [sys.executable, "-c", program, str(small.path), asked]
+        said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+        assert given in re.findall(r"\d+", said)

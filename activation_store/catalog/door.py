@@ -39,6 +39,10 @@ SETTINGS: Settings = {
 }
 """Settings of every connection; the rest of the door is `shut`, for DuckDB takes it only later."""
 
+# a job that was given few cores keeps to them in SQL too, as it does in torch and numpy
+if (_cores := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(_cores):
+    SETTINGS["threads"] = int(_cores)
+
 STORAGE_VERSION = "v1.5.0"
 """Layout of the files that are written: of the oldest DuckDB that this package runs with (1.5.5),
 so that a store made by DuckDB 2 opens there too."""

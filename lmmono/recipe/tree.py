@@ -7,6 +7,7 @@ does not read as null, bool, int or float is text.
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -179,6 +180,8 @@ def read_override(text: str) -> Tree:
     return tree
 
 
+# a run is opened by each stage, and its recipe takes a tenth of a second to parse
+@lru_cache(maxsize=64)
 def _compose(text: str, top: Origin) -> Node | None:
     """Return the nodes of a YAML text, refused before they are built where they are too many."""
     try:
