@@ -1,6 +1,7 @@
 """Tokenizers: trained on training documents only, exact both ways, shown as people read them."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -164,6 +165,19 @@ def test_a_folder_that_is_no_tokenizer_says_what_it_wants(tmp_path: Path) -> Non
 def test_a_broken_tokenizer_is_named_with_its_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(DataError, match="tokenizer.json: broken, or not a tokenizer"):
+        folder_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["[]", '"512"', "{}"])
+def test_a_setting_that_no_text_can_be_read_with_is_met_when_the_tokenizer_is_read(
+    bpe: PreTrainedTokenizerFast, tmp_path: Path, value: str
+) -> None:
+    bpe.save_pretrained(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(
+        re.sub(r'"model_max_length": \d+', f'"model_max_length": {value}', settings.read_text())
+    )
+    with pytest.raises(DataError, match="tokenizer.json: broken, or not a tokenizer.*TypeError"):
         folder_tokenizer(tmp_path)
 
 

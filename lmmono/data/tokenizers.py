@@ -176,15 +176,18 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise DataError(f"{path}: no such file; want a tokenizer as save_pretrained writes it")
     try:
         # trust_remote_code is never None, transformers' default, which asks on standard input
-        return PreTrainedTokenizerFast.from_pretrained(
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        # a setting of a wrong type is met at the first use; no text, for a vocabulary may lack any
+        tokenizer.decode(tokenizer.encode(""))
     except Exception as error:  # tokenizers raises bare Exceptions, transformers what it meets
         reason = str(error).partition("\n")[0]
         raise DataError(
             f"{path}: broken, or not a tokenizer ({type(error).__name__}: {reason}); copy the "
             "folder again"
         ) from error
+    return tokenizer
 
 
 def _with_end_of_text(tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTrainedTokenizerFast:
