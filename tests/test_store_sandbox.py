@@ -433,6 +433,24 @@ def test_rows_memory_and_spill_have_limits(store):
         astore.QueryLimits(seconds=-1.0)
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT list_sum(range(3000000000))",
+        "SELECT unnest(generate_series(1, 3e9::BIGINT))",
+        "SELECT length(main.repeat('a', 3_000_000_000))",
+        "FROM acts WHERE length(lpad('a', 200000000000000000000, 'b')) > 1",
+        "FROM unnest(range(3000000000))",
+        "FROM range(10) t(i), unnest(list_resize([i], 3000000000))",
+    ],
+)
+def test_one_value_that_no_limit_would_end_is_refused(store, query):
+    with pytest.raises(astore.QueryError, match="makes one value of that size"):
+        store.sql(query)
+    assert store.sql("SELECT count(*) FROM range(3000000)").fetchall() == [(3_000_000,)]
+    assert store.sql("SELECT len(range(1000)), repeat('a', 3)").fetchall() == [(1000, "aaa")]
+
+
 def test_what_fails_while_it_runs_is_an_error_of_the_store(store):
     for query in ("SELECT hook::INTEGER FROM hooks", "SELECT ln(-1)", "SELECT error('no')"):
         with pytest.raises(astore.QueryError):

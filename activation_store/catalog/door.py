@@ -55,7 +55,8 @@ class QueryLimits:
     seconds: float | None = 3600.0
     """Wall time of a query, > 0; None waits without end. The default ends what was forgotten."""
     memory_bytes: int | None = None
-    """Memory of DuckDB, >= 1; None leaves it DuckDB's default, 80 % of the machine."""
+    """Memory of DuckDB, >= 1; None leaves it DuckDB's default, 80 % of the machine. DuckDB does not
+    count lists and texts within one row."""
     rows: int | None = None
     """Rows of a result, >= 1; None for any number."""
     spill_bytes: int = 32 * 10**9
@@ -150,6 +151,19 @@ _NAMED_TABLE = {"histogram", "histogram_values", "pragma_table_info"}
 """Table functions whose first argument is the name of a table, also as a text."""
 _SCALAR_FUNCTIONS_REFUSED = {"currval", "nextval", "sleep_ms", "write_log"}
 """Functions that write, wait, or take the name of a sequence as a text."""
+_SIZED_FUNCTIONS = {
+    "array_resize",
+    "generate_series",
+    "list_resize",
+    "lpad",
+    "range",
+    "repeat",
+    "rpad",
+}
+_LARGEST_SIZE = 10**8
+"""Items of a list, or characters of a text, that one call may make. DuckDB looks at limits of time
+and memory between its blocks of rows and not within one value: a list of 3 * 10^9 numbers ended the
+process. As a table the same functions make rows, which have no such bound."""
 _PRIVATE = "__ducklake_metadata"
 """How the name of a lake's own database begins, which may hold the tables of others too."""
 _ATTACHED = "catalogue of"
@@ -303,10 +317,28 @@ def _check_node(node: dict[str, Any]) -> None:
             )
         if name in _NAMED_TABLE:
             _check_names(_names_in_argument(name, node["function"]["children"]))
+        node["function"] = node["function"]["children"]  # it makes rows and not one value
+    elif kind == "FUNCTION" and node["function_name"].lower() in _SIZED_FUNCTIONS:
+        _check_size(node)
     elif kind == "FUNCTION" and node["function_name"].lower() in _SCALAR_FUNCTIONS_REFUSED:
         raise QueryError(f"function {node['function_name'].lower()} is not allowed here.")
     elif kind in ("BASE_TABLE", "SHOW_REF"):
         _check_names([node.get(part, "") for part in ("catalog_name", "schema_name", "table_name")])
+
+
+def _check_size(node: dict[str, Any]) -> None:
+    for argument in node["children"]:
+        while argument.get("type") == "OPERATOR_CAST":
+            argument = argument["child"]  # noqa: PLW2901
+        size = argument.get("value", {}).get("value")
+        # a dict is a number of more than 64 bits
+        if isinstance(size, dict) or (isinstance(size, int | float) and size > _LARGEST_SIZE):
+            name = node["function_name"].lower()
+            shown = "more than 64 bits" if isinstance(size, dict) else f"{size:,}"
+            raise QueryError(
+                f"{name} of {shown} makes one value of that size, which no limit would end; want "
+                f"at most {_LARGEST_SIZE:,}. As a table, FROM range(...) makes any number of rows."
+            )
 
 
 def _names_in_argument(function: str, arguments: Sequence[dict[str, Any]]) -> list[str]:
