@@ -99,20 +99,21 @@ def _of_suites(run: Run) -> Iterator[tuple[tuple[str, str], float]]:
     if not run.recipe.robustness.suites or not run.is_done("robustness"):
         return
     with astore.open(run.store_path) as store:
-        results = [each for each in run_results(run, store) if each.suite not in APART]
-    found: dict[tuple[str, str], list[float]] = {}
+        results = [result for result in run_results(run, store) if result.suite not in APART]
+    draws: dict[tuple[str, str], list[float]] = {}
     for area, start in areas_and_starts(results):
         clean = math.nan if start is None else start.value
-        found.setdefault((f"{_about(area, None)}, without noise", _entrant(area)), []).append(clean)
+        draws.setdefault((f"{_about(area, None)}, without noise", _entrant(area)), []).append(clean)
         change = (f"{_about(area, area.corruption)}, change", _entrant(area))
-        found.setdefault(change, []).append(area.value - clean)
-    for each in results:
-        if each.level is None and each.corruption != REAL:
-            found.setdefault((_about(each, each.corruption), _entrant(each)), []).append(each.value)
-    for key, values in found.items():
-        known = [value for value in values if not math.isnan(value)]
-        if known:
-            yield key, float(np.mean(known))
+        draws.setdefault(change, []).append(area.value - clean)
+    for result in results:
+        if result.level is None and result.corruption != REAL:
+            key = (_about(result, result.corruption), _entrant(result))
+            draws.setdefault(key, []).append(result.value)
+    for key, values in draws.items():
+        defined = [value for value in values if not math.isnan(value)]
+        if defined:
+            yield key, float(np.mean(defined))
 
 
 def _about(result: Result, corruption: str | None) -> str:

@@ -35,10 +35,10 @@ def continuity_tables(store: astore.Store, ways: Sequence[str] = ()) -> list[Rep
         rows.setdefault(measure, {}).setdefault(feature, {})[seed] = value
     tables: list[ReportTable] = []
     for task, rows in values.items():
-        found = list(dict.fromkeys(feature for row in rows.values() for feature in row))
-        features = [*(way for way in ways if way in found), *(f for f in found if f not in ways)]
+        stored = list(dict.fromkeys(feature for row in rows.values() for feature in row))
+        features = [*(way for way in ways if way in stored), *(f for f in stored if f not in ways)]
         tables.append(_table(task, rows, features))
-        tables += [_less(task, rows, features, of) for of in ways[:2] if of in found]
+        tables += [_less(task, rows, features, of) for of in ways[:2] if of in stored]
     return tables
 
 

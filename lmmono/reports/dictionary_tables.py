@@ -71,7 +71,7 @@ def measured(source: Any) -> list[Measured]:
     if isinstance(source, astore.Store):
         return _read(source, source.path.parent.name)
     if isinstance(source, Sequence) and not isinstance(source, str):
-        return [each for part in source for each in measured(part)]
+        return [dictionary for part in source for dictionary in measured(part)]
     if isinstance(source, Run):
         with source.reading() as store:
             return _read(store, source.name)
@@ -109,12 +109,12 @@ def stabilities(store: astore.Store, control: str | None = None) -> dict[tuple[s
 
 def _read(store: astore.Store, run: str) -> list[Measured]:
     rows = store.sql(_MEASURES).to_arrow_table().to_pylist()
-    found: list[Measured] = []
+    dictionaries: list[Measured] = []
     for (hook, name, arch, taken), part in groupby(rows, key=itemgetter(*_ABOUT)):
         control = taken or (arch if arch in CONTROLS else None)
         measures = {_measure(row): _interval(row) for row in part}
-        found.append(Measured(run, hook, name, arch, control, measures))
-    return found
+        dictionaries.append(Measured(run, hook, name, arch, control, measures))
+    return dictionaries
 
 
 def _measure(row: Mapping[str, Any]) -> str:
@@ -123,5 +123,5 @@ def _measure(row: Mapping[str, Any]) -> str:
 
 def _interval(row: Mapping[str, Any]) -> Interval:
     value, low, high = (row[key] for key in ("value", "ci_low", "ci_high"))
-    numbers = [math.nan if each is None else float(each) for each in (value, low, high)]
+    numbers = [math.nan if number is None else float(number) for number in (value, low, high)]
     return numbers[0], numbers[1], numbers[2]

@@ -56,21 +56,21 @@ def pareto_figure(
 
     x, y = (_with_preset(measure) for measure in (x, y))
     points = [
-        each
-        for each in measured(source)
-        if (hooks is None or each.hook in hooks)
-        and not any(math.isnan(each.get(measure)[0]) for measure in (x, y))
+        point
+        for point in measured(source)
+        if (hooks is None or point.hook in hooks)
+        and not any(math.isnan(point.get(measure)[0]) for measure in (x, y))
     ]
     if not points:
         raise RunError(f"pareto: no dictionary has both {x} and {y}; run `lmmono dictionary` first")
-    panels = list(dict.fromkeys((each.run, each.hook) for each in points))
+    panels = list(dict.fromkeys((point.run, point.hook) for point in points))
     n_columns = min(2, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
     with mpl.rc_context(_RC):
         figure = Figure(figsize=(5.5 * n_columns, 4 * n_rows), layout="constrained")
         grid = figure.subplots(n_rows, n_columns, squeeze=False).flat
         for axes, (run, hook) in zip(grid, panels, strict=False):
-            part = [each for each in points if (each.run, each.hook) == (run, hook)]
+            part = [point for point in points if (point.run, point.hook) == (run, hook)]
             _draw(axes, part, x, y)
             axes.set_title(f"{run}: {hook}", fontsize=9)
         for axes in list(grid)[len(panels) :]:
@@ -148,18 +148,18 @@ def training_figure(table: ReportTable, path: str | Path = "training.svg") -> Pa
         for i, (axes, name) in enumerate(zip(panels[0], names, strict=True)):
             for arm, colour in zip(arms, cycle(_COLOURS), strict=False):
                 cells = [(row[3], row[5 + i]) for row in table.rows if row[0] == arm]
-                found = [
+                points = [
                     (x, y)
                     for x, y in cells
                     if isinstance(x, CellInterval) and isinstance(y, CellInterval)
                 ]
                 ends = [
-                    [0.0 if math.isnan(y.low) else y.value - y.low for _, y in found],
-                    [0.0 if math.isnan(y.high) else y.high - y.value for _, y in found],
+                    [0.0 if math.isnan(y.low) else y.value - y.low for _, y in points],
+                    [0.0 if math.isnan(y.high) else y.high - y.value for _, y in points],
                 ]
                 axes.errorbar(
-                    [x.value for x, _ in found],
-                    [y.value for _, y in found],
+                    [x.value for x, _ in points],
+                    [y.value for _, y in points],
                     yerr=ends,
                     marker="o",
                     markersize=3,
@@ -184,7 +184,7 @@ def front(points: Sequence[Measured], x: str, y: str) -> list[Measured]:
         return signs[0] * point.get(x)[0], signs[1] * point.get(y)[0]
 
     kept: list[Measured] = []
-    for point in sorted((each for each in points if each.control is None), key=costs):
+    for point in sorted((point for point in points if point.control is None), key=costs):
         if not kept or costs(point)[1] < costs(kept[-1])[1]:
             kept.append(point)
     return sorted(kept, key=lambda point: point.get(x)[0])
@@ -192,18 +192,18 @@ def front(points: Sequence[Measured], x: str, y: str) -> list[Measured]:
 
 def _draw(axes: "Axes", points: Sequence[Measured], x: str, y: str) -> None:
     """Draw the dictionaries of one run and hook."""
-    archs = dict.fromkeys(each.arch for each in points if each.control is None)
+    archs = dict.fromkeys(point.arch for point in points if point.control is None)
     colours = dict(zip(archs, cycle(_COLOURS), strict=False))
-    for each in points:
-        colour = "0.55" if each.control else colours[each.arch]
-        label = each.control or each.arch
+    for point in points:
+        colour = "0.55" if point.control else colours[point.arch]
+        label = point.control or point.arch
         shown = axes.get_legend_handles_labels()[1]
         axes.errorbar(
-            each.get(x)[0],
-            each.get(y)[0],
-            xerr=_arms(each.get(x)),
-            yerr=_arms(each.get(y)),
-            fmt=_CONTROL_MARKERS.get(each.control or "", "o"),
+            point.get(x)[0],
+            point.get(y)[0],
+            xerr=_arms(point.get(x)),
+            yerr=_arms(point.get(y)),
+            fmt=_CONTROL_MARKERS.get(point.control or "", "o"),
             color=colour,
             markersize=5,
             capsize=2,
@@ -211,7 +211,7 @@ def _draw(axes: "Axes", points: Sequence[Measured], x: str, y: str) -> None:
         )
     best = front(points, x, y)
     axes.plot([p.get(x)[0] for p in best], [p.get(y)[0] for p in best], color="0.3", linewidth=0.8)
-    along = [each.get(x)[0] for each in points]
+    along = [point.get(x)[0] for point in points]
     if x == "l0" and max(along) >= 4 * min(along) > 0:
         axes.set_xscale("log")
     elif x == "l0":  # one L0 aimed at: what they missed it by is not the figure's subject

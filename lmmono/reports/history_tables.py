@@ -110,11 +110,12 @@ def unit_history_table(run: Run, hook: str, unit: int) -> ReportTable:
     with astore.open(run.store_path) as store:
         steps = store.sql(_UNIT, hook=hook, unit=unit).fetchall()
         lives = [
-            store.sql(f"SELECT * EXCLUDE (n_documents) {of}($hook, $unit)", hook=hook, unit=unit)
+            store.sql(
+                f"SELECT * EXCLUDE (n_documents) {of}($hook, $unit)", hook=hook, unit=unit
+            ).fetchall()
             for of in ("FROM birth", "FROM death")
         ]
-        found = [each.fetchall() for each in lives]
-    words = ["never" if not rows or rows[0][0] is None else _ends(*rows[0]) for rows in found]
+    words = ["never" if not rows or rows[0][0] is None else _ends(*rows[0]) for rows in lives]
     return ReportTable(
         title=f"{run.name}: {hook}:{unit}",
         columns=("step", "val loss", "density", "correlation", "other unit"),

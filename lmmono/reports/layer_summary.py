@@ -57,7 +57,7 @@ def layer_summaries(runs: Sequence[Run]) -> list[LayerSummary]:
     Raises:
         StoreError: A store cannot be opened.
     """
-    found: list[LayerSummary] = []
+    layers: list[LayerSummary] = []
     for run in runs:
         with run.reading() as store:
             stats, (scores, controls) = _stats(store), _scores(store)
@@ -72,8 +72,8 @@ def layer_summaries(runs: Sequence[Run]) -> list[LayerSummary]:
             for name, interval in beside.get(hook, {}).items():
                 of_hook[name][UNTRAINED] = interval.value
             measures = {**measures, **scores.get(hook, {})}
-            found.append(LayerSummary(run.name, hook, n_units, measures, dict(of_hook)))
-    return found
+            layers.append(LayerSummary(run.name, hook, n_units, measures, dict(of_hook)))
+    return layers
 
 
 def _stats(store: astore.Store) -> dict[str, tuple[int, dict[str, Interval]]]:

@@ -59,14 +59,14 @@ def figures_run(run: Run, *, progress: Progress = silent) -> dict[str, list[str]
         RunError: The folder cannot be written.
     """
     with run.reading() as store:
-        results = [each for each in run_results(run, store) if each.suite not in APART]
+        results = [result for result in run_results(run, store) if result.suite not in APART]
     fresh, final = run.dir / f"{FIGURES}.tmp", run.dir / FIGURES
     with disk_faults(fresh):
         for folder in (fresh, final):
             shutil.rmtree(folder, ignore_errors=True)
         fresh.mkdir(parents=True)
         families = run.recipe.robustness.families
-        if families and any(each.level and each.corruption != REAL for each in results):
+        if families and any(result.level and result.corruption != REAL for result in results):
             robustness_figures(results, families[0].label, fresh)
         fresh.replace(final)
     return {"figures": sorted(path.name for path in final.iterdir())}
@@ -118,13 +118,13 @@ def robustness_panels(results: Sequence[Result], baseline: str) -> dict[str, Fig
         RunError: No row has a corruption with a level.
         DataError: No row is of the baseline.
     """
-    curves = curves_of([each for each in results if each.corruption != REAL])
+    curves = curves_of([result for result in results if result.corruption != REAL])
     if not curves:
         raise RunError("robustness figures: no row has a corruption with a level")
     styles = _styles(results)
     by_kind: dict[tuple[str, str], list[list[Result]]] = {}
     for curve in curves:
-        first = next(each for each in curve if each.level)
+        first = next(result for result in curve if result.level)
         by_kind.setdefault((first.suite, first.corruption or ""), []).append(curve)
     return {
         re.sub(r"[^A-Za-z0-9_.-]", "_", "_".join(kind)): _figure(panels, baseline, styles)
@@ -144,7 +144,7 @@ def _figure(
         grid = figure.subplots(2, len(panels), squeeze=False, sharex="col")
         for column, curves in enumerate(panels):
             upper, lower = grid[0][column], grid[1][column]
-            first = next(each for each in curves if each.level)
+            first = next(result for result in curves if result.level)
             upper.set_title(title_of(first, short=True), fontsize=9)
             upper.set_ylabel(first.metric)
             _draw_values(upper, curves, styles)
@@ -156,9 +156,10 @@ def _figure(
 
 
 def _draw_values(axes: "Axes", curves: Sequence[Result], styles: Mapping[str, Style]) -> None:
-    for name, mine in by_name(curves).items():
-        points = grouped(sorted(mine, key=lambda each: each.level or 0.0), lambda each: each.level)
-        intervals = [mean_interval([each.value for each in part]) for part in points]
+    for name, family in by_name(curves).items():
+        in_order = sorted(family, key=lambda result: result.level or 0.0)
+        points = grouped(in_order, lambda result: result.level)
+        intervals = [mean_interval([result.value for result in part]) for part in points]
         _line(axes, [part[0].level or 0.0 for part in points], intervals, name, styles[name])
 
 
@@ -166,15 +167,18 @@ def _draw_differences(
     axes: "Axes", curves: Sequence[Result], baseline: str, styles: Mapping[str, Style]
 ) -> None:
     axes.axhline(0.0, color="0.6", linewidth=0.8)
-    whole = [each for each in curves if not math.isnan(each.value)]
-    levels = {each.condition: each.level or 0.0 for each in whole}
-    found: dict[str, list[Comparison]] = {}
-    for each in compare_families(whole, baseline):
-        found.setdefault(family_name(each.feature, each.budget), []).append(each)
-    for name, mine in found.items():
-        mine.sort(key=lambda each: levels[each.condition])
-        intervals = [(e.effect.value, e.effect.ci_low, e.effect.ci_high) for e in mine]
-        _line(axes, [levels[each.condition] for each in mine], intervals, name, styles[name])
+    whole = [result for result in curves if not math.isnan(result.value)]
+    levels = {result.condition: result.level or 0.0 for result in whole}
+    families: dict[str, list[Comparison]] = {}
+    for comparison in compare_families(whole, baseline):
+        name = family_name(comparison.feature, comparison.budget)
+        families.setdefault(name, []).append(comparison)
+    for name, comparisons in families.items():
+        comparisons.sort(key=lambda comparison: levels[comparison.condition])
+        along = [levels[comparison.condition] for comparison in comparisons]
+        effects = [comparison.effect for comparison in comparisons]
+        intervals = [(effect.value, effect.ci_low, effect.ci_high) for effect in effects]
+        _line(axes, along, intervals, name, styles[name])
 
 
 def _line(
@@ -203,7 +207,7 @@ def _line(
 
 def _styles(results: Sequence[Result]) -> dict[str, Style]:
     """Return a style for each family, the same in every figure."""
-    names = sorted({family_name(each.feature, each.budget) for each in results})
+    names = sorted({family_name(result.feature, result.budget) for result in results})
     n = len(_COLOURS)
     return {
         name: (_COLOURS[i % n], _MARKERS[i % n], _DASHES[i // n % len(_DASHES)])

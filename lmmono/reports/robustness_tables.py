@@ -75,7 +75,7 @@ def robustness_tables(
         DataError: No row is of the baseline, or a hypothesis is unknown.
         RunError: There are no rows.
     """
-    results = [each for each in read_results(store, metric) if each.suite not in APART]
+    results = [result for result in read_results(store, metric) if result.suite not in APART]
     if not results:
         raise RunError(f"{store.path}: no rows of {metric} in table robustness")
     compared = compare_families(results, baseline)
@@ -85,7 +85,7 @@ def robustness_tables(
         noise_table(results),
         change_table(results, baseline),
     ]
-    if any((each.split or "").startswith("ood:") for each in results):
+    if any((result.split or "").startswith("ood:") for result in results):
         tables.append(_effective(results))
     if (doses := dose_table(results, read_doses(store, SCORED))).rows:
         tables.append(doses)
@@ -114,7 +114,7 @@ def suite_tables(run: Run, *, every: bool = False, so_far: bool = False) -> list
         return []
     tables: list[ReportTable] = []
     with run.reading() as store:
-        results = [each for each in run_results(run, store) if each.suite not in APART]
+        results = [result for result in run_results(run, store) if result.suite not in APART]
         if every and settings.families and results:
             baseline, names = settings.families[0].label, settings.hypotheses
             tables = robustness_tables(store, baseline=baseline, hypotheses=names)
@@ -126,8 +126,8 @@ def suite_tables(run: Run, *, every: bool = False, so_far: bool = False) -> list
                 tables.append(tuned_table(results, _ways(run)))
             tables.append(dose_table(results, scored))
             if settings.hypotheses:
-                told, *rest = verdict_tables(verdicts(settings.hypotheses, Evidence(results)))
-                tables += [replace(told, note=told.note + _registered(run)), *rest]
+                hypotheses, *rest = verdict_tables(verdicts(settings.hypotheses, Evidence(results)))
+                tables += [replace(hypotheses, note=hypotheses.note + _registered(run)), *rest]
             tables += [*flint_tables(store), *continuity_tables(store, _ways(run))]
     end = run.name if is_done else f"{run.name}, so far"
     return [replace(table, title=f"{table.title}, {end}") for table in tables if table.rows]
@@ -140,10 +140,10 @@ def _ways(run: Run) -> list[str]:
 
 def _registered(run: Run) -> str:
     """Return which file of claims stood in the manifest when the run began."""
-    known = run.manifest.registered
-    if known is None:
+    claims = run.manifest.registered
+    if claims is None:
         return ""
-    return f" Claims: {known['file']}, sha256 {known['sha256'][:12]}, read at {known['time']}."
+    return f" Claims: {claims['file']}, sha256 {claims['sha256'][:12]}, read at {claims['time']}."
 
 
 def _hook_of(run: Run) -> str | None:
@@ -153,10 +153,10 @@ def _hook_of(run: Run) -> str | None:
 
 def _effective(results: Sequence[Result]) -> ReportTable:
     """Return the table of other domains; where there is no line, it says why."""
-    mine = [each for each in results if each.suite == "ood"]
-    dense = sorted({each.feature for each in mine if first_word(each.feature) in DENSE})
+    elsewhere = [result for result in results if result.suite == "ood"]
+    dense = sorted({result.feature for result in elsewhere if first_word(result.feature) in DENSE})
     try:
-        return effective_table(effective_robustness(mine, dense))
+        return effective_table(effective_robustness(elsewhere, dense))
     except DataError as missing:
         return replace(effective_table([]), note=f"Not worked out: {missing}")
 
@@ -165,12 +165,12 @@ def level_tables(results: Sequence[Result]) -> list[ReportTable]:
     """Return a table per task and corruption: families down, levels along, means over seeds."""
     tables: list[ReportTable] = []
     for curves in curves_of(results):
-        first = next(each for each in curves if each.level)
-        ordered = sorted(curves, key=lambda each: each.level or 0.0)
-        levels = list(dict.fromkeys(each.strength for each in ordered))
+        first = next(result for result in curves if result.level)
+        ordered = sorted(curves, key=lambda result: result.level or 0.0)
+        levels = list(dict.fromkeys(result.strength for result in ordered))
         rows = [
-            (name, *(_over_seeds([r for r in mine if r.strength == level]) for level in levels))
-            for name, mine in by_name(curves).items()
+            (name, *(_over_seeds([r for r in family if r.strength == level]) for level in levels))
+            for name, family in by_name(curves).items()
         ]
         tables.append(
             ReportTable(
@@ -196,7 +196,7 @@ def noise_table(results: Sequence[Result]) -> ReportTable:
         first, starts = pairs[0][0], [start for _, start in pairs]
         changes = [replace(area, value=area.value - start.value) for area, start in pairs]
         shares = [replace(area, value=area.value / max(start.value, 1e-9)) for area, start in pairs]
-        cells = (_over_seeds(each) for each in (starts, changes, shares))
+        cells = (_over_seeds(column) for column in (starts, changes, shares))
         shots = "" if first.n_shots is None else f", {first.n_shots} per class"
         condition = f"{first.suite}: {first.corruption}, {first.probe}{shots}"
         rows.append((first.task, condition, family_name(first.feature, first.budget), *cells))
@@ -225,30 +225,33 @@ def tuned_table(results: Sequence[Result], ways: Sequence[str]) -> ReportTable:
 
     Without rows where the model was tuned in one way or none.
     """
-    tuned = [each for each in results if each.suite == FINE_TUNING and each.feature in ways]
-    is_there = bool(ways) and any(each.feature == ways[0] for each in tuned)
+    tuned = [result for result in results if result.suite == FINE_TUNING and result.feature in ways]
+    is_there = bool(ways) and any(result.feature == ways[0] for result in tuned)
     return comparison_table(
         compare_families(tuned, ways[0]) if is_there else [],
         title=f"Tuned models less {ways[0] if ways else 'none'}",
     )
 
 
-def comparison_table(found: Iterable[Comparison], *, title: str, note: str = "") -> ReportTable:
+def comparison_table(
+    comparisons: Iterable[Comparison], *, title: str, note: str = ""
+) -> ReportTable:
     """Return paired differences, one row each."""
     rows = [
         (
-            each.task,
-            _condition(each),
-            family_name(each.feature, each.budget),
-            f"{each.mean:.3f}",
-            f"{each.baseline_mean:.3f}",
-            _difference(each.effect),
-            f"{each.effect.p:.2g}",
-            f"{each.p_holm:.2g}",
-            f"{each.win_rate:.0%}",
-            f"{each.effect.n_seeds}" + (f" ({each.n_lost} lost)" if each.n_lost else ""),
+            comparison.task,
+            _condition(comparison),
+            family_name(comparison.feature, comparison.budget),
+            f"{comparison.mean:.3f}",
+            f"{comparison.baseline_mean:.3f}",
+            _difference(comparison.effect),
+            f"{comparison.effect.p:.2g}",
+            f"{comparison.p_holm:.2g}",
+            f"{comparison.win_rate:.0%}",
+            f"{comparison.effect.n_seeds}"
+            + (f" ({comparison.n_lost} lost)" if comparison.n_lost else ""),
         )
-        for each in found
+        for comparison in comparisons
     ]
     methods = (
         "two-way over seeds and test texts where rows say which texts are right; else over seeds "
@@ -267,26 +270,26 @@ def comparison_table(found: Iterable[Comparison], *, title: str, note: str = "")
     )
 
 
-def _difference(found: Effect) -> str:
-    interval = f" [{found.ci_low:+.3f}, {found.ci_high:+.3f}]"
-    return f"{found.value:+.3f}" + ("" if math.isnan(found.ci_low) else interval)
+def _difference(effect: Effect) -> str:
+    interval = f" [{effect.ci_low:+.3f}, {effect.ci_high:+.3f}]"
+    return f"{effect.value:+.3f}" + ("" if math.isnan(effect.ci_low) else interval)
 
 
-def effective_table(found: Iterable[EffectiveRobustness]) -> ReportTable:
+def effective_table(families: Iterable[EffectiveRobustness]) -> ReportTable:
     """Return how far above the baselines' line each family lies, domain by domain."""
     rows = [
         (
-            each.task,
-            each.split,
-            each.feature,
-            f"{each.at_home:.3f}",
-            f"{each.elsewhere:.3f}",
-            str(each.effect).partition(", p")[0],
-            f"{each.effect.p:.2g}",
-            f"{each.p_holm:.2g}",
-            f"{each.intercept:+.2f} {each.slope:+.2f} x",
+            family.task,
+            family.split,
+            family.feature,
+            f"{family.at_home:.3f}",
+            f"{family.elsewhere:.3f}",
+            str(family.effect).partition(", p")[0],
+            f"{family.effect.p:.2g}",
+            f"{family.p_holm:.2g}",
+            f"{family.intercept:+.2f} {family.slope:+.2f} x",
         )
-        for each in found
+        for family in families
     ]
     return ReportTable(
         title="Effective robustness",
@@ -311,19 +314,19 @@ def dose_table(results: Sequence[Result], scored: Sequence[Dose] = ()) -> Report
     evidence = Evidence(results)
     doses = [dose for measure in ROW_MEASURES for dose in doses_of(results, measure)]
     try:
-        found = dose_responses([*doses, *scored], gains_of(evidence))
+        responses = dose_responses([*doses, *scored], gains_of(evidence))
     except (NotTestedError, DataError):
-        found = []
+        responses = []
     rows = [
         (
-            each.measure,
-            f"{each.width}",
-            f"{each.n}",
-            f"{each.rho:+.2f}" + _interval((each.ci_low, each.ci_high), "+.2f"),
-            f"{each.p:.2g}",
-            f"{each.slope:+.3g}" + _interval((each.slope_low, each.slope_high), "+.3g"),
+            response.measure,
+            f"{response.width}",
+            f"{response.n}",
+            f"{response.rho:+.2f}" + _interval((response.ci_low, response.ci_high), "+.2f"),
+            f"{response.p:.2g}",
+            f"{response.slope:+.3g}" + _interval((response.slope_low, response.slope_high), "+.3g"),
         )
-        for each in found
+        for response in responses
     ]
     return ReportTable(
         title="Gain under label noise against measures of dictionaries",
@@ -340,9 +343,11 @@ def _interval(ends: tuple[float, float], form: str) -> str:
     return "" if math.isnan(ends[0]) else f" [{ends[0]:{form}}, {ends[1]:{form}}]"
 
 
-def verdict_tables(found: Sequence[HypothesisVerdict]) -> list[ReportTable]:
+def verdict_tables(judged: Sequence[HypothesisVerdict]) -> list[ReportTable]:
     """Return the registered hypotheses with what came out, and each control by itself."""
-    rows = tuple((each.name, each.claim, each.outcome, each.reason) for each in found)
+    rows = tuple(
+        (verdict.name, verdict.claim, verdict.outcome, verdict.reason) for verdict in judged
+    )
     tables = [
         ReportTable(
             title="Hypotheses registered before the run",
@@ -354,19 +359,19 @@ def verdict_tables(found: Sequence[HypothesisVerdict]) -> list[ReportTable]:
         )
     ]
     single = [
-        (verdict.name, finding.what, control, each)
-        for verdict in found
+        (verdict.name, finding.what, control, effect)
+        for verdict in judged
         for finding in verdict.findings
-        for control, each in finding.by_control
+        for control, effect in finding.by_control
     ]
     if not single:
         return tables
-    corrected = holm([each.p for *_, each in single])
+    corrected = holm([effect.p for *_, effect in single])
     by_control = tuple(
-        (name, what, control, _difference(each), f"{each.p:.2g}", f"{p:.2g}", _word(each, p))
-        for (name, what, control, each), p in zip(single, corrected, strict=True)
+        (name, what, control, _difference(effect), f"{effect.p:.2g}", f"{p:.2g}", _word(effect, p))
+        for (name, what, control, effect), p in zip(single, corrected, strict=True)
     )
-    methods = ", ".join(sorted({each.ci_method for *_, each in single}))
+    methods = ", ".join(sorted({effect.ci_method for *_, effect in single}))
     return [
         *tables,
         ReportTable(
@@ -379,34 +384,34 @@ def verdict_tables(found: Sequence[HypothesisVerdict]) -> list[ReportTable]:
     ]
 
 
-def _word(found: Effect, p: float) -> str:
+def _word(effect: Effect, p: float) -> str:
     if p >= ALPHA:
         return "inconclusive"
-    return "supported" if found.value > 0 else "opposite"
+    return "supported" if effect.value > 0 else "opposite"
 
 
 def curves_of(results: Sequence[Result]) -> list[list[Result]]:
     """Return the rows of each curve with those of its clean point, which has no kind or its own."""
 
-    def about(each: Result) -> tuple[Any, ...]:
-        return each.suite, each.task, each.learner, each.n_shots, each.metric, each.split
+    def about(row: Result) -> tuple[Any, ...]:
+        return row.suite, row.task, row.learner, row.n_shots, row.metric, row.split
 
-    clean = [each for each in results if each.level == 0.0]
-    noisy = [each for each in results if each.level]
-    found: list[list[Result]] = []
-    for mine in grouped(noisy, lambda each: (about(each), each.corruption)):
-        starts = [each for each in clean if about(each) == about(mine[0])]
-        own = [each for each in starts if each.corruption == mine[0].corruption]
-        found.append([*(own or [r for r in starts if r.corruption is None]), *mine])
-    return found
+    clean = [result for result in results if result.level == 0.0]
+    noisy = [result for result in results if result.level]
+    curves: list[list[Result]] = []
+    for points in grouped(noisy, lambda result: (about(result), result.corruption)):
+        starts = [result for result in clean if about(result) == about(points[0])]
+        own = [result for result in starts if result.corruption == points[0].corruption]
+        curves.append([*(own or [r for r in starts if r.corruption is None]), *points])
+    return curves
 
 
 def by_name(results: Iterable[Result]) -> dict[str, list[Result]]:
     """Return results by family and budget, in the order of their names."""
-    found: dict[str, list[Result]] = {}
-    for each in results:
-        found.setdefault(family_name(each.feature, each.budget), []).append(each)
-    return dict(sorted(found.items()))
+    families: dict[str, list[Result]] = {}
+    for result in results:
+        families.setdefault(family_name(result.feature, result.budget), []).append(result)
+    return dict(sorted(families.items()))
 
 
 def family_name(feature: str, budget: str) -> str:
@@ -416,7 +421,7 @@ def family_name(feature: str, budget: str) -> str:
 
 def _over_seeds(results: Sequence[Result]) -> str:
     """Return the mean over seeds with its interval; says how many rows have no value."""
-    values = [each.value for each in results if not math.isnan(each.value)]
+    values = [result.value for result in results if not math.isnan(result.value)]
     failed = len(results) - len(values)
     if not values:
         return "-" if not results else f"failed: {results[0].failure}"
@@ -427,10 +432,10 @@ def _over_seeds(results: Sequence[Result]) -> str:
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return mean and 95 % interval (Student t) over values; NaN values are left out."""
-    known = np.array([value for value in values if not math.isnan(value)])
-    if len(known) < 2:
-        return (float(known.mean()) if len(known) else math.nan), math.nan, math.nan
-    return student_interval([known])
+    defined = np.array([value for value in values if not math.isnan(value)])
+    if len(defined) < 2:
+        return (float(defined.mean()) if len(defined) else math.nan), math.nan, math.nan
+    return student_interval([defined])
 
 
 def title_of(first: Result, *, short: bool = False) -> str:
@@ -449,8 +454,8 @@ def _strength(level: float | str | None) -> str:
     return f"{level:.3g}" if isinstance(level, float) else str(level or "")
 
 
-def _condition(found: Comparison) -> str:
-    suite, corruption, level, probe, n_shots, _, split = found.condition
+def _condition(comparison: Comparison) -> str:
+    suite, corruption, level, probe, n_shots, _, split = comparison.condition
     kind = "clean" if corruption is None or level == 0.0 else f"{corruption}"
     strength = f" {_strength(level)}" if level else ""
     shots = "" if n_shots is None else f", {n_shots} per class"

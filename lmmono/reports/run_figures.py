@@ -87,10 +87,12 @@ def layer_figure(layers: Sequence[LayerSummary] | Sequence[Run]) -> Figure:
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
-    found = _summaries(layers)
-    figure, axes = _panels(3, width=3.4, height=2.6 + 0.12 * len({each.hook for each in found}))
+    summaries = _summaries(layers)
+    figure, axes = _panels(
+        3, width=3.4, height=2.6 + 0.12 * len({layer.hook for layer in summaries})
+    )
     for panel, measure in zip(axes, ("density", "kurtosis", "dead share"), strict=True):
-        _by_layer(panel, found, measure)
+        _by_layer(panel, summaries, measure)
         if measure == "kurtosis":
             panel.set_xscale("log")
             panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -106,14 +108,14 @@ def score_figure(layers: Sequence[LayerSummary] | Sequence[Run]) -> Figure:
     Raises:
         RunError: Nothing was scored.
     """
-    found = _summaries(layers)
-    scores = dict.fromkeys(name for each in found for name in each.measures)
+    summaries = _summaries(layers)
+    scores = dict.fromkeys(name for layer in summaries for name in layer.measures)
     scores = [name for name in scores if name not in ("density", "kurtosis", "dead share")]
     if not scores:
         raise RunError("score figure: no unit was scored; run `lmmono score` first")
     figure, axes = _panels(len(scores), width=4.2, height=2.6)
     for panel, score in zip(axes, scores, strict=True):
-        _by_layer(panel, found, score)
+        _by_layer(panel, summaries, score)
     _legend(figure, axes)
     return figure
 
@@ -240,12 +242,12 @@ def _attributes(match: re.Match[str]) -> str:
 
 
 def _summaries(layers: Sequence[LayerSummary] | Sequence[Run]) -> list[LayerSummary]:
-    runs = [each for each in layers if isinstance(each, Run)]
-    found = [each for each in layers if isinstance(each, LayerSummary)]
-    found += layer_summaries(runs) if runs else []
-    if not found:
+    runs = [layer for layer in layers if isinstance(layer, Run)]
+    summaries = [layer for layer in layers if isinstance(layer, LayerSummary)]
+    summaries += layer_summaries(runs) if runs else []
+    if not summaries:
         raise RunError("figure of layers: nothing was captured; run `lmmono capture` first")
-    return found
+    return summaries
 
 
 def _panels(n: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -264,14 +266,14 @@ def _panels(n: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]
 
 def _by_layer(axes: Axes, layers: Sequence[LayerSummary], measure: str) -> None:
     """Draw a measure of every run and hook: a row for each hook, a marker for each run."""
-    with_it = [each for each in layers if measure in each.measures]
-    hooks = sorted({each.hook for each in with_it}, key=_depth)
-    runs = list(dict.fromkeys(each.run for each in layers))
+    with_it = [layer for layer in layers if measure in layer.measures]
+    hooks = sorted({layer.hook for layer in with_it}, key=_depth)
+    runs = list(dict.fromkeys(layer.run for layer in layers))
     names = set[str]()
-    for each in with_it:
-        i = runs.index(each.run)
-        place = hooks.index(each.hook) + 0.22 * (i - (len(runs) - 1) / 2)
-        interval = each.measures[measure]
+    for layer in with_it:
+        i = runs.index(layer.run)
+        place = hooks.index(layer.hook) + 0.22 * (i - (len(runs) - 1) / 2)
+        interval = layer.measures[measure]
         axes.errorbar(
             interval.value,
             place,
@@ -280,10 +282,10 @@ def _by_layer(axes: Axes, layers: Sequence[LayerSummary], measure: str) -> None:
             color=COLOURS[i % len(COLOURS)],
             markersize=5,
             capsize=2,
-            label=each.run if each.run not in names else None,
+            label=layer.run if layer.run not in names else None,
         )
-        names.add(each.run)
-        _draw_controls(axes, each.controls.get(measure, {}), place, names)
+        names.add(layer.run)
+        _draw_controls(axes, layer.controls.get(measure, {}), place, names)
     axes.set_yticks(range(len(hooks)), [_short(hook) for hook in hooks])
     axes.set_ylim(len(hooks) - 0.5, -0.5)  # the first layer stands at the top
     axes.set_title(measure, fontsize=9)

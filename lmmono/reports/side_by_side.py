@@ -68,14 +68,14 @@ def dictionary_tables(run: Run) -> list[ReportTable]:
         alike, floor = stabilities(store), stabilities(store, "random_directions")
     tables: list[ReportTable] = []
     for hook in dict.fromkeys(one.hook for one in dictionaries):
-        mine = [one for one in dictionaries if one.hook == hook]
-        mine.sort(key=lambda one: one.control is not None)
+        of_hook = [one for one in dictionaries if one.hook == hook]
+        of_hook.sort(key=lambda one: one.control is not None)
         columns = [
-            (head, about, [_number(one.get(measure)) for one in mine])
+            (head, about, [_number(one.get(measure)) for one in of_hook])
             for head, measure, about in _DICTIONARY_COLUMNS
         ]
         nothing = (math.nan, math.nan, math.nan)
-        between = [(one.hook, entries[one.name]) for one in mine]
+        between = [(one.hook, entries[one.name]) for one in of_hook]
         columns += [
             (
                 "stability",
@@ -89,7 +89,7 @@ def dictionary_tables(run: Run) -> list[ReportTable]:
             ),
         ]
         shown = [column for column in columns if set(column[2]) != {"-"}]
-        names = [(one.name, one.control or "") for one in mine]
+        names = [(one.name, one.control or "") for one in of_hook]
         tables.append(
             ReportTable(
                 title=f"Dictionaries of {run.name}, {hook}",
@@ -210,10 +210,10 @@ def _around_peak(text: str, n_characters: int = 40) -> str:
 def _neuron_table(run: Run) -> ReportTable:
     """Return the units of a run whose selectivity is surely highest, each with an excerpt."""
     with run.reading() as store:
-        found = store.sql(
+        neurons = store.sql(
             _MOST_SELECTIVE, min_activations=MIN_ACTIVATIONS, n_neurons=N_NEURONS
         ).fetchall()
-        texts = excerpts(store, [row[:2] for row in found], before=16, after=8)
+        texts = excerpts(store, [row[:2] for row in neurons], before=16, after=8)
         rows = tuple(
             (
                 hook,
@@ -225,7 +225,7 @@ def _neuron_table(run: Run) -> ReportTable:
                 _around_peak(text),
             )
             for (hook, unit, value, low, high, shuffled, n, density), text in zip(
-                found, texts, strict=True
+                neurons, texts, strict=True
             )
         )
     return ReportTable(

@@ -6,7 +6,7 @@ together, so an interval over them says nothing of the next network of the kind.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,12 @@ from lmmono.types import Progress, silent
 
 Key = tuple[str, str, str]
 """A scorer, the explainer that it scores, as stored, and what the units are: a name of `UNITS`."""
+
+RunScores = dict[Key, dict[str, tuple[float, float]]]
+"""A model's mean and its share of undefined units, by scorer, then by control.
+
+Control "" is the score itself, "defined" the mean over units that have one.
+"""
 
 UNITS = {
     "neurons": "blocks.*.mlp.hook_post",
@@ -63,17 +69,20 @@ def study_tables(folders: Sequence[Path], progress: Progress = silent) -> tuple[
     arms, left_out = _by_arm([open_run(path) for folder in folders for path in find_runs(folder)])
     with ExitStack() as stack:
         stores = {
-            name: [stack.enter_context(astore.open(run.store_path)) for run in mine]
-            for name, mine in arms.items()
+            name: [stack.enter_context(astore.open(run.store_path)) for run in runs]
+            for name, runs in arms.items()
         }
-        scores = {name: [_read_scores(store) for store in mine] for name, mine in stores.items()}
-        keys = list(dict.fromkeys(key for mine in scores.values() for one in mine for key in one))
+        scores = {
+            name: [_read_scores(store) for store in arm_stores]
+            for name, arm_stores in stores.items()
+        }
+        keys = list(dict.fromkeys(chain(*chain(*scores.values()))))
         tables = [_arm_table(arms, stores, left_out)]
         tables += [_score_table(key, scores) for key in keys]
         tables += [_floor_table(scores)] if keys else []
         pairs = [pair for pair in combinations(arms, 2) if are_twins(*(arms[n] for n in pair))]
         if pairs and keys:
-            seeds = {name: [run.recipe.seed for run in mine] for name, mine in arms.items()}
+            seeds = {name: [run.recipe.seed for run in runs] for name, runs in arms.items()}
             tables.append(_twin_table(pairs, scores, stores, seeds, progress))
         presets = _preset_keys(next(iter(stores.values()))[0])
     neurons: list[Scored] = [
@@ -109,17 +118,17 @@ def variance_tables(
         ExplainError: The arms have different numbers of seeds, or explanations are missing.
     """
     arms = _arms([open_run(path) for folder in folders for path in find_runs(folder)])
-    for run in (run for mine in arms.values() for run in mine):
+    for run in chain(*arms.values()):
         if not run.is_done("capture"):
             raise RunError(f"{run.dir}: not captured yet; run `lmmono score {run.dir}` first")
     tables: list[ReportTable] = []
     with ExitStack() as stack:
         stores = {
-            name: [stack.enter_context(astore.open(run.store_path)) for run in mine]
-            for name, mine in arms.items()
+            name: [stack.enter_context(astore.open(run.store_path)) for run in runs]
+            for name, runs in arms.items()
         }
         for scorer in scorers:
-            found = score_variance(
+            variance = score_variance(
                 stores,
                 scorer=scorer,
                 explainers=explainers,
@@ -136,7 +145,7 @@ def variance_tables(
                     f"[{part.share_low:.1%}, {part.share_high:.1%}]",
                     f"{part.variance**0.5:.4f}",
                 )
-                for part in found.components
+                for part in variance.components
             )
             tables.append(
                 ReportTable(
@@ -144,10 +153,11 @@ def variance_tables(
                     columns=("factor", "levels", "share", "95 %", "sd"),
                     rows=rows,
                     note=(
-                        f"Shares of the variance of a model's mean score over {found.values.size} "
-                        "combinations; training seeds lie within arms. Intervals: "
-                        f"{found.ci_method}. One level, so not known: "
-                        f"{', '.join(found.fixed) or 'none'}."
+                        "Shares of the variance of a model's mean score over "
+                        f"{variance.values.size} combinations; training seeds lie within arms. "
+                        "Intervals: "
+                        f"{variance.ci_method}. One level, so not known: "
+                        f"{', '.join(variance.fixed) or 'none'}."
                     ),
                 )
             )
@@ -198,17 +208,15 @@ def _by_arm(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[Run]]:
     if len(left_out) == len(runs):
         first = unscored[0]
         raise RunError(f"{first.dir}: not scored yet; run `lmmono score {first.dir}` first")
-    kept = {arm: [r for r in mine if r.recipe.seed not in begun] for arm, mine in arms.items()}
-    kept = {arm: mine for arm, mine in kept.items() if mine}
+    kept = {
+        arm: [r for r in arm_runs if r.recipe.seed not in begun] for arm, arm_runs in arms.items()
+    }
+    kept = {arm: arm_runs for arm, arm_runs in kept.items() if arm_runs}
     return kept, left_out
 
 
-def _read_scores(store: astore.Store) -> dict[Key, dict[str, tuple[float, float]]]:
-    """Return the model's mean and its share of undefined units, by scorer, then by control.
-
-    Control "" is the score itself, "defined" the mean over units that have one.
-    """
-    found: dict[Key, dict[str, tuple[float, float]]] = {}
+def _read_scores(store: astore.Store) -> RunScores:
+    scores: RunScores = {}
     names = {scorer.metrics[0]: scorer.name for scorer in _scorers()}
     metrics = [*names, *(f"{name}_defined" for name in names)]
     kinds = {hook: kind for kind, hook in UNITS.items()}
@@ -219,9 +227,11 @@ def _read_scores(store: astore.Store) -> dict[Key, dict[str, tuple[float, float]
             continue
         column = "defined" if metric != headline else control or ""
         key = (names[headline], explainer, kinds[hook])
-        found.setdefault(key, {})[column] = (float(value), float(undefined or 0.0))
+        scores.setdefault(key, {})[column] = (float(value), float(undefined or 0.0))
     order = [*names.values(), *UNITS]
-    return dict(sorted(found.items(), key=lambda one: (*map(order.index, one[0][::2]), one[0][1])))
+    return dict(
+        sorted(scores.items(), key=lambda item: (*map(order.index, item[0][::2]), item[0][1]))
+    )
 
 
 def _preset_keys(store: astore.Store) -> list[Scored]:
@@ -253,7 +263,7 @@ def _arm_table(
         density, kurtosis, never, always = np.array(facts, np.float64).T
         n_parameters = runs[0].model_facts["n_parameters"]
         losses = np.array([run.val_loss for run in runs])
-        numbers = [over_seeds(each) for each in (losses, density, kurtosis)]
+        numbers = [over_seeds(values) for values in (losses, density, kurtosis)]
         shares = (f"{never.mean():.1%}", f"{always.mean():.1%}")
         rate = "-" if runs[0].recipe.is_pretrained else f"{runs[0].recipe.train.lr:g}"
         rows.append((name, str(len(runs)), f"{n_parameters:,}", rate, *numbers, *shares))
@@ -285,26 +295,23 @@ def _arm_table(
     )
 
 
-def _score_table(
-    key: Key, scores: dict[str, list[dict[Key, dict[str, tuple[float, float]]]]]
-) -> ReportTable:
+def _score_table(key: Key, scores: dict[str, list[RunScores]]) -> ReportTable:
     """Return one scorer of one explainer and kind of unit: every arm, with its controls."""
     scorer, explainer, kind = key
-    found = {
-        arm: [one[key] for one in mine if key in one]
-        for arm, mine in scores.items()
-        if any(key in one for one in mine)
+    by_arm = {
+        arm: [by_key[key] for by_key in per_seed if key in by_key]
+        for arm, per_seed in scores.items()
+        if any(key in by_key for by_key in per_seed)
     }
-    columns = list(dict.fromkeys(c for mine in found.values() for one in mine for c in one))
-    columns.sort(key=lambda column: (column != "", column != "defined", column))
-    rows = [
-        (
-            arm,
-            f"{np.mean([one[''][1] for one in mine if '' in one] or [np.nan]):.1%}",
-            *(over_seeds(np.array([one[c][0] for one in mine if c in one])) for c in columns),
-        )
-        for arm, mine in found.items()
-    ]
+    columns = sorted(
+        set(chain(*chain(*by_arm.values()))),
+        key=lambda column: (column != "", column != "defined", column),
+    )
+    rows: list[tuple[str, ...]] = []
+    for arm, per_seed in by_arm.items():
+        undefined = [by_control[""][1] for by_control in per_seed if "" in by_control]
+        cells = [over_seeds(np.array([s[c][0] for s in per_seed if c in s])) for c in columns]
+        rows.append((arm, f"{np.mean(undefined or [np.nan]):.1%}", *cells))
     chance = find_scorer(scorer).chance
     return ReportTable(
         title=f"{scorer} of {explainer}, {kind}",
@@ -321,21 +328,21 @@ def _score_table(
     )
 
 
-def _floor_table(scores: dict[str, list[dict[Key, dict[str, tuple[float, float]]]]]) -> ReportTable:
+def _floor_table(scores: dict[str, list[RunScores]]) -> ReportTable:
     """Return every score less each of its floors, arm by arm."""
-    every = [one for mine in scores.values() for one in mine]
-    keys = list(dict.fromkeys(key for one in every for key in one))
-    floors = list(dict.fromkeys(c for one in every for by in one.values() for c in by))
-    floors = sorted(set(floors) - {"", "defined"})
+    every = [*chain(*scores.values())]
+    keys = list(dict.fromkeys(chain(*every)))
+    columns = {column for by_key in every for column in chain(*by_key.values())}
+    floors = sorted(columns - {"", "defined"})
     rows: list[tuple[str, ...]] = []
-    for arm, mine in scores.items():
+    for arm, per_seed in scores.items():
         for key in keys:
-            whole = [one[key] for one in mine if key in one and "" in one[key]]
+            whole = [by_key[key] for by_key in per_seed if key in by_key and "" in by_key[key]]
             if not whole:
                 continue
             cells = [
-                over_seeds(np.array([one[""][0] - one[f][0] for one in whole if f in one]))
-                for f in floors
+                over_seeds(np.array([s[""][0] - s[floor][0] for s in whole if floor in s]))
+                for floor in floors
             ]
             rows.append((arm, f"{key[0]} of {key[1]}", key[2], *cells))
     return ReportTable(
@@ -352,7 +359,7 @@ def _floor_table(scores: dict[str, list[dict[Key, dict[str, tuple[float, float]]
 
 def _twin_table(
     pairs: Sequence[tuple[str, str]],
-    scores: dict[str, list[dict[Key, dict[str, tuple[float, float]]]]],
+    scores: dict[str, list[RunScores]],
     stores: dict[str, list[astore.Store]],
     seeds: dict[str, list[int]],
     progress: Progress,
@@ -361,9 +368,9 @@ def _twin_table(
     rows: list[tuple[str, ...]] = []
     for done, (a, b) in enumerate(pairs, start=1):
         every = [*scores[a], *scores[b]]
-        for key in (key for key in every[0] if all(key in one for one in every)):
+        for key in (key for key in every[0] if all(key in by_key for by_key in every)):
             scorer, explainer, kind = key
-            found = compare(
+            difference = compare(
                 stores[a],
                 stores[b],
                 scorer=scorer,
@@ -371,7 +378,7 @@ def _twin_table(
                 explainer=explainer,
                 seed=seeds[a],
             )
-            rows.append((f"{a} - {b}", kind, scorer, explainer, *_cells(found)))
+            rows.append((f"{a} - {b}", kind, scorer, explainer, *_cells(difference)))
         progress(f"compare {a} - {b}", done, len(pairs))
     return ReportTable(
         title="Twins",
@@ -397,21 +404,23 @@ def _twin_table(
     )
 
 
-def _cells(found: Difference) -> tuple[str, ...]:
+def _cells(difference: Difference) -> tuple[str, ...]:
     return (
-        _estimate(found.raw),
-        _estimate(found.defined),
-        _estimate(found.density_matched),
-        f"{found.overlap:.0%}",
-        f"{found.below[0]:.0%}, {found.below[1]:.0%}",
+        _estimate(difference.raw),
+        _estimate(difference.defined),
+        _estimate(difference.density_matched),
+        f"{difference.overlap:.0%}",
+        f"{difference.below[0]:.0%}, {difference.below[1]:.0%}",
     )
 
 
-def _estimate(found: MeanDifference) -> str:
-    if np.isnan(found.difference):  # a model without a defined unit has no mean
+def _estimate(estimate: MeanDifference) -> str:
+    if np.isnan(estimate.difference):  # a model without a defined unit has no mean
         return "-"
-    interval = "" if np.isnan(found.ci_low) else f" [{found.ci_low:+.3f}, {found.ci_high:+.3f}]"
-    return f"{found.difference:+.3f}{interval}"
+    interval = (
+        "" if np.isnan(estimate.ci_low) else f" [{estimate.ci_low:+.3f}, {estimate.ci_high:+.3f}]"
+    )
+    return f"{estimate.difference:+.3f}{interval}"
 
 
 def over_seeds(values: Float[ndarray, " seeds"]) -> str:

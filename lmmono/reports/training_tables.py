@@ -104,7 +104,7 @@ def _claims(runs: Sequence[Run]) -> tuple[Registration, str] | None:
         return None
     digest = file_sha256(path)
     kept = [run.manifest.registered for run in runs]
-    n_same = sum(each is not None and each["sha256"] == digest for each in kept)
+    n_same = sum(claim is not None and claim["sha256"] == digest for claim in kept)
     words = f"{path}, sha256 {digest[:12]}, stood in the manifest of {n_same} of {len(runs)} runs"
     return read_registration(path), f"{words} before they began."
 
@@ -114,7 +114,7 @@ def _read(run: Run, keys: Sequence[Scored]) -> dict[Scored, KeptTraining]:
     runs = {**kept_runs(run), run.recipe.train.last_step: run}
     untrained = run.dir / "untrained" / "store.duckdb"
     hooks: dict[Scored, list[tuple[HookUnits, ...]]] = {key: [] for key in keys}
-    paths = [one.store_path for one in runs.values()]
+    paths = [step_run.store_path for step_run in runs.values()]
     for path in [*paths, untrained] if untrained.exists() else paths:
         with astore.open(path) as store:
             for key in list(hooks):
@@ -124,16 +124,18 @@ def _read(run: Run, keys: Sequence[Scored]) -> dict[Scored, KeptTraining]:
                     hooks[key].append(tuple(read_units(store, scorer, NEURONS, stored)))
                 except ExplainError:  # not scored by it, such as a preset of one explainer
                     del hooks[key]
-    found: dict[Scored, KeptTraining] = {}
+    trainings: dict[Scored, KeptTraining] = {}
     for key, units in hooks.items():
         models = tuple(
-            KeptModel(step, int(one.model_facts["train_tokens"]), one.val_loss, each)
-            for (step, one), each in zip(runs.items(), units, strict=False)
+            KeptModel(
+                step, int(step_run.model_facts["train_tokens"]), step_run.val_loss, hook_units
+            )
+            for (step, step_run), hook_units in zip(runs.items(), units, strict=False)
         )
         floor = units[len(runs)] if untrained.exists() else ()
         has_chance = find_scorer(key[0]).chance is not None
-        found[key] = KeptTraining(models, floor, has_chance)
-    return found
+        trainings[key] = KeptTraining(models, floor, has_chance)
+    return trainings
 
 
 def _means(trained: KeptTraining, i: int) -> tuple[float, float]:
@@ -181,8 +183,8 @@ def _equal_tokens(pairs: Sequence[tuple[str, str]], trainings: Trainings) -> Rep
     for a, b in pairs:
         for key, by_arm in trainings.items():
             twins = list(zip(by_arm[a], by_arm[b], strict=True))
-            whole = [at_equal_tokens(*each) for each in twins]
-            before = [at_equal_tokens(*each, last_block=False) for each in twins]
+            whole = [at_equal_tokens(*pair) for pair in twins]
+            before = [at_equal_tokens(*pair, last_block=False) for pair in twins]
             for n_tokens in whole[0]:
                 cells = _ways([one[n_tokens] for one in whole], [one[n_tokens] for one in before])
                 rows.append((f"{a} - {b}", _words(key), f"{n_tokens:,}", *cells))
@@ -199,8 +201,8 @@ def _equal_loss(pairs: Sequence[tuple[str, str]], trainings: Trainings) -> Repor
     for a, b in pairs:
         for key, by_arm in trainings.items():
             twins = list(zip(by_arm[a], by_arm[b], strict=True))
-            whole = [at_equal_loss(*each) for each in twins]
-            before = [at_equal_loss(*each, last_block=False) for each in twins]
+            whole = [at_equal_loss(*pair) for pair in twins]
+            before = [at_equal_loss(*pair, last_block=False) for pair in twins]
             level = _over_seeds(np.array([one.level for one in whole]))
             tokens = np.mean([one.n_tokens for one in whole], axis=0)
             met = " and ".join("-" if np.isnan(n) else f"{n:,.0f}" for n in tokens)
@@ -231,7 +233,7 @@ def _ways(
     whole: Sequence[Float[ndarray, "3"]], before: Sequence[Float[ndarray, "3"]]
 ) -> tuple[str, ...]:
     raw, defined, matched = np.array(whole).T
-    return tuple(_difference(each) for each in (raw, np.array(before).T[0], defined, matched))
+    return tuple(_difference(values) for values in (raw, np.array(before).T[0], defined, matched))
 
 
 def _registered(claims: Registration, where: str, trainings: Trainings) -> ReportTable:
@@ -243,25 +245,25 @@ def _registered(claims: Registration, where: str, trainings: Trainings) -> Repor
         for test in claims.tests:
             by_arm = trainings.get(_key(test), {})
             twins = zip(by_arm.get(test.a, ()), by_arm.get(test.b, ()), strict=False)
-            found = [
-                at_equal_loss(*each).differences[way]
+            differences = [
+                at_equal_loss(*pair).differences[way]
                 if family.at == "equal_loss"
-                else [*at_equal_tokens(*each).values()][-1][way]
-                for each in twins
+                else [*at_equal_tokens(*pair).values()][-1][way]
+                for pair in twins
             ]
-            by_test.append((np.array(found), 1 if test.expected == "higher" else -1))
+            by_test.append((np.array(differences), 1 if test.expected == "higher" else -1))
         words = verdicts(by_test, bound=claims.bound, alpha=claims.alpha)
-        for test, found in zip(claims.tests, words, strict=True):
+        for test, verdict in zip(claims.tests, words, strict=True):
             rows.append(
                 (
                     f"{family.at}, {family.way}".replace("_", " "),
                     test.name,
                     _words(_key(test)),
                     test.expected,
-                    str(found.test) if found.test.n else "-",
-                    _p(found.p_holm),
-                    _p(found.p_equivalent_holm),
-                    found.word,
+                    str(verdict.test) if verdict.test.n else "-",
+                    _p(verdict.p_holm),
+                    _p(verdict.p_equivalent_holm),
+                    verdict.word,
                 )
             )
     return ReportTable(

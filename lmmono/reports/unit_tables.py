@@ -131,11 +131,11 @@ def score_tables(store: astore.Store, name: str) -> list[ReportTable]:
     by_key: dict[tuple[Any, ...], dict[str | None, Row]] = {}
     for row in rows:
         by_key.setdefault(tuple(row[part] for part in _KEY), {})[row["control"]] = row
-    by_key = {key: given for key, given in by_key.items() if None in given}
+    by_key = {key: by_control for key, by_control in by_key.items() if None in by_control}
     means = [
-        (_label(row), row["hook"], _interval(row), _controls(given), row["n"], _undefined(row))
-        for given in by_key.values()
-        for row in (given[None],)
+        (_label(row), row["hook"], _interval(row), _controls(by_control), row["n"], _undefined(row))
+        for by_control in by_key.values()
+        for row in (by_control[None],)
     ]
     tables = [
         ReportTable(
@@ -173,14 +173,16 @@ def _placed_table(
     cells: list[tuple[object, ...]] = []
     texts = excerpts(store, [(row["hook"], row["unit"]) for row in rows])
     for row, beside, text in zip(rows, controls, texts, strict=True):
-        said = [] if explainer is None else [_said(store, row["hook"], row["unit"], explainer)]
+        explanation = (
+            [] if explainer is None else [_said(store, row["hook"], row["unit"], explainer)]
+        )
         cells.append(
             (
                 row["place"],
                 f"{row['hook']}:{row['unit']}",
                 _interval(row),
                 beside,
-                *said,
+                *explanation,
                 text,
             )
         )
@@ -266,11 +268,11 @@ def unit_tables(store: astore.Store, hook: str, unit: int, *, k: int = 8) -> lis
     Raises:
         ContentError: The store has no such unit.
     """
-    found = store.unit(hook, unit)
-    stats = {name: value for name, value in found.stats.items() if name not in ("hook", "unit")}
-    shown = [(e.rank, e.act, e.doc_id, e.text) for e in found.exemplars(k, before=24, after=12)]
+    stored = store.unit(hook, unit)
+    stats = {name: value for name, value in stored.stats.items() if name not in ("hook", "unit")}
+    shown = [(e.rank, e.act, e.doc_id, e.text) for e in stored.exemplars(k, before=24, after=12)]
     tokens = store.sql(_TOKENS, hook=hook, unit=unit).fetchall()
-    said = _read(store, _UNIT_EXPLANATIONS, hook=hook, unit=unit)
+    explanations = _read(store, _UNIT_EXPLANATIONS, hook=hook, unit=unit)
     title = f"{hook}:{unit}"
     tables = [
         ReportTable(f"{title}, statistics", ("statistic", "value"), tuple(stats.items())),
@@ -291,7 +293,7 @@ def unit_tables(store: astore.Store, hook: str, unit: int, *, k: int = 8) -> lis
             ("explainer", "seed", "explanation", "records"),
             tuple(
                 (row["explainer"], row["seed"], row["text"] or row["failure"], row["n_records"])
-                for row in said
+                for row in explanations
             ),
         ),
         _unit_score_table(title, _read(store, _UNIT_SCORES, hook=hook, unit=unit)),
@@ -307,11 +309,11 @@ def _unit_score_table(title: str, rows: Sequence[Row]) -> ReportTable:
         by_key.setdefault(key, {})[row["control"]] = row
     cells: list[tuple[object, ...]] = []
     beside: list[Controls] = []
-    for given in by_key.values():
-        row = given.get(None)
+    for by_control in by_key.values():
+        row = by_control.get(None)
         if row is None:
             continue
-        beside.append(_controls(given))
+        beside.append(_controls(by_control))
         is_undefined = bool(row["nan_fraction"]) and row["nan_fraction"] >= 1
         cells.append(
             (
@@ -373,7 +375,7 @@ def _read(store: astore.Store, query: str, **parameters: Any) -> list[Row]:
 def _label(row: Mapping[str, Any]) -> str:
     """Return the name of a scorer with what decides its result: preset, explainer, judge."""
     about = (row["preset"], row["explainer"], row["judge"])
-    parts = [row["metric"], *(str(each) for each in about if each is not None)]
+    parts = [row["metric"], *(str(part) for part in about if part is not None)]
     return ", ".join(parts)
 
 
@@ -382,10 +384,12 @@ def _interval(row: Mapping[str, Any]) -> Interval:
     return Interval(row["value"], *ends)
 
 
-def _controls(given: Mapping[str | None, Row]) -> Controls:
+def _controls(by_control: Mapping[str | None, Row]) -> Controls:
     """Return the values of a score's controls, by their names in order."""
-    names = sorted(name for name in given if name is not None)
-    return Controls({n: given[n]["value"] for n in names if given[n]["value"] is not None})
+    names = sorted(name for name in by_control if name is not None)
+    return Controls(
+        {n: by_control[n]["value"] for n in names if by_control[n]["value"] is not None}
+    )
 
 
 _CONTROLS = {
@@ -399,7 +403,7 @@ _CONTROLS = {
 
 def _about_controls(controls: Iterable[Controls]) -> str:
     """Return a sentence for each kind of control that a table shows."""
-    names = sorted({name for each in controls for name in each})
+    names = sorted({name for shown in controls for name in shown})
     return "".join(f"{name}: {_CONTROLS[name]}. " for name in names if name in _CONTROLS)
 
 
@@ -430,6 +434,8 @@ def excerpts(
     if not units:
         return []
     hooks, indices = zip(*units, strict=True)
-    given = {"hooks": list(hooks), "units": list(indices), "before": before, "after": after}
-    texts = {(hook, unit): text for hook, unit, text in store.sql(_EXCERPTS, **given).fetchall()}
+    arguments = {"hooks": list(hooks), "units": list(indices), "before": before, "after": after}
+    texts = {
+        (hook, unit): text for hook, unit, text in store.sql(_EXCERPTS, **arguments).fetchall()
+    }
     return [texts.get(unit, "") for unit in units]
