@@ -41,7 +41,7 @@ def test_what_failed_is_told_and_not_averaged_over():
     rows = [result(value=v, seed=s, level=0.4) for s, v in enumerate((0.5, 0.7, math.nan))]
     rows += [result("sae", math.nan, level=0.4, failure="one_class")]
     (table,) = level_tables(rows)
-    assert table.rows[0][1].startswith("0.600") and table.rows[0][1].endswith("(1 failed)")
+    assert table.rows[0][1].startswith("0.6 [") and table.rows[0][1].endswith("(1 failed)")
     assert table.rows[1][1] == "failed: one_class"
 
 

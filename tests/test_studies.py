@@ -10,10 +10,10 @@ from test_cli import TINY, call
 import activation_store as astore
 import lmmono as lm
 from lmmono.errors import ExplainError, RunError
+from lmmono.reports.seed_means import over_seeds
 from lmmono.reports.study_tables import (
     _score_table,
     are_twins,
-    over_seeds,
     study_tables,
     variance_tables,
 )
@@ -54,7 +54,7 @@ def test_arms_are_means_over_seeds_and_twins_differ_in_the_architecture_alone(st
     scores = tables["simulation_random of token_lookup:window=32, neurons"]
     (row,) = [row for row in scores.rows if row[0] == "crate"]
     assert row[1] == f"{np.mean([undefined for _, undefined in values]):.1%}"
-    assert row[2] == over_seeds(np.array([value for value, _ in values]))
+    assert row[2] == over_seeds([value for value, _ in values], "simulation_random")
     assert scores.columns == ("arm", "undefined", "score", "defined")
 
     twins = tables["Twins"].rows
@@ -73,15 +73,15 @@ def test_controls_stand_beside_the_score_they_belong_to():
     assert table.columns == ("arm", "undefined", "score", "defined", "shuffled_pairing")
     (row,) = table.rows
     assert row[:2] == ("crate", "40.0%")
-    assert [cell.split()[0] for cell in row[2:]] == ["0.3", "0.5", "0.05"]
+    assert [str(cell).split()[0] for cell in row[2:]] == ["0.3", "0.5", "0.05"]
 
 
 def test_the_interval_over_seeds_is_students():
     values = np.array([0.1, 0.2, 0.6])
     low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
-    assert over_seeds(values) == f"0.3 [{low:.3g}, {high:.3g}]"
-    assert over_seeds(values[:1]) == "0.1"
-    assert over_seeds(values[:0]) == "-"
+    assert str(over_seeds(values)) == f"0.3 [{low:.3g}, {high:.3g}]"
+    assert str(over_seeds(values[:1])) == "0.1"
+    assert over_seeds(values[:0]) is None
 
 
 def test_other_settings_make_no_twins(study):

@@ -5,6 +5,8 @@ never a new meaning. Formulas that several rooms compute stand in `lmmono.stats.
 the tables below is a metric: name, version, unit, what is better, equation.
 """
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -25,6 +27,20 @@ class Metric:
     """Direction of improvement, where there is one."""
     equation: str
     """The formula in one line."""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and largest value that there can be; infinite where the unit names none.
+
+        >>> METRICS["accuracy"].bounds, METRICS["unit_kurtosis"].bounds
+        ((0.0, 1.0), (1.0, inf))
+        """
+        numbers = [float(number) for number in re.findall(r"-?\d+", self.unit)]
+        if self.unit.startswith("["):
+            return numbers[0], numbers[1]
+        if self.unit.startswith("<="):
+            return -math.inf, numbers[0]
+        return (numbers[0], math.inf) if self.unit.startswith(">=") else (-math.inf, math.inf)
 
 
 def _listed(table: str) -> list[Metric]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 import activation_store as astore
-from lmmono.reports.flint_tables import difference, over_seeds
+from lmmono.reports.seed_means import difference, over_seeds
 from lmmono.reports.table import ReportTable
 from lmmono.runs.folder import Run
 from lmmono.suites.results import APART, REAL, Result, areas_and_starts
@@ -81,7 +81,7 @@ def _row(
     values = np.array(list(ours.values()))
     sd = float(values.std(ddof=1)) if len(values) > 1 else None
     cells = (difference(by_arm.get(arm, {}), ours) for arm in others)
-    return (*key, len(values), over_seeds(ours), sd, *cells)
+    return (*key, len(values), over_seeds(values), sd, *cells)
 
 
 def _of_units(run: Run) -> Iterator[tuple[tuple[str, str], float]]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import activation_store as astore
-from lmmono.reports.flint_tables import difference, over_seeds
+from lmmono.reports.seed_means import difference, over_seeds
 from lmmono.reports.table import ReportTable
 from lmmono.suites.results import CONTINUITY
 
@@ -47,7 +47,13 @@ def _table(task: str, rows: Measures, features: Sequence[str]) -> ReportTable:
         title=f"Continuity, {task}",
         columns=("measure", *features),
         rows=tuple(
-            (measure, *(over_seeds(row.get(feature, {})) for feature in features))
+            (
+                measure,
+                *(
+                    over_seeds(row.get(feature, {}).values(), measure.split()[0])
+                    for feature in features
+                ),
+            )
             for measure, row in rows.items()
         ),
         note="Means over seeds with their 95 % intervals (Student t). A small distance is good "

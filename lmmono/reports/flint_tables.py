@@ -1,14 +1,10 @@
 """Tables of suite `flint`: what classifiers and interpreters came to, one table per task."""
 
-import math
 from collections.abc import Mapping
 
-import numpy as np
-from numpy import ndarray
-
 import activation_store as astore
-from lmmono.reports.table import Interval, ReportTable
-from lmmono.stats.intervals import student_interval
+from lmmono.reports.seed_means import difference, over_seeds
+from lmmono.reports.table import ReportTable
 from lmmono.suites.results import FLINT
 
 SHOWN = {
@@ -60,7 +56,7 @@ def _table(
             (
                 feature,
                 probe,
-                *(over_seeds(rows[feature, probe].get(name, {})) for name in shown),
+                *(over_seeds(rows[feature, probe].get(name, {}).values(), name) for name in shown),
                 difference(rows[feature, probe].get("accuracy", {}), plain)
                 if probe == "classifier" and feature != BLACK_BOX
                 else None,
@@ -73,19 +69,3 @@ def _table(
         "with integrated gradients.",
         spare=tuple(SHOWN[name] for name in reversed(shown[3:])),
     )
-
-
-def over_seeds(by_seed: Mapping[int, float]) -> Interval | None:
-    """Return the mean of a number over seeds with its interval; None where there is none."""
-    return _interval(np.array(list(by_seed.values()))) if by_seed else None
-
-
-def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
-    """Return the mean difference over seeds that both have; None where there is none."""
-    both = sorted(ours.keys() & theirs.keys())
-    return _interval(np.array([ours[seed] - theirs[seed] for seed in both])) if both else None
-
-
-def _interval(values: ndarray) -> Interval:
-    mean, low, high = student_interval([values])
-    return Interval(mean, low, high) if len(values) > 1 else Interval(mean, math.nan, math.nan)

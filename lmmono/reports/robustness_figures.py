@@ -18,9 +18,10 @@ from lmmono.reports.robustness_tables import (
     by_name,
     curves_of,
     family_name,
-    mean_interval,
     title_of,
 )
+from lmmono.reports.seed_means import over_seeds
+from lmmono.reports.table import Interval
 from lmmono.runs.folder import Run
 from lmmono.studies.comparisons import Comparison, compare_families
 from lmmono.suites.results import APART, REAL, Result, grouped
@@ -159,8 +160,10 @@ def _draw_values(axes: "Axes", curves: Sequence[Result], styles: Mapping[str, St
     for name, family in by_name(curves).items():
         in_order = sorted(family, key=lambda result: result.level or 0.0)
         points = grouped(in_order, lambda result: result.level)
-        intervals = [mean_interval([result.value for result in part]) for part in points]
-        _line(axes, [part[0].level or 0.0 for part in points], intervals, name, styles[name])
+        means = [over_seeds((r.value for r in part), part[0].metric) for part in points]
+        none = Interval(math.nan, math.nan, math.nan)  # every seed failed
+        ends = [(m.value, m.low, m.high) for m in (mean or none for mean in means)]
+        _line(axes, [part[0].level or 0.0 for part in points], ends, name, styles[name])
 
 
 def _draw_differences(

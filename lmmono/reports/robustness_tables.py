@@ -8,16 +8,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 import activation_store as astore
 from lmmono.errors import DataError, RunError
 from lmmono.registry.metrics import METRICS
 from lmmono.reports.continuity_tables import continuity_tables
 from lmmono.reports.flint_tables import flint_tables
+from lmmono.reports.seed_means import over_seeds
 from lmmono.reports.table import ReportTable
 from lmmono.runs.folder import Run
-from lmmono.stats.intervals import student_interval
 from lmmono.stats.significance import FEW_SEEDS, Effect, holm
 from lmmono.studies.comparisons import Comparison, compare_families
 from lmmono.studies.doses import (
@@ -169,7 +167,13 @@ def level_tables(results: Sequence[Result]) -> list[ReportTable]:
         ordered = sorted(curves, key=lambda result: result.level or 0.0)
         levels = list(dict.fromkeys(result.strength for result in ordered))
         rows = [
-            (name, *(_over_seeds([r for r in family if r.strength == level]) for level in levels))
+            (
+                name,
+                *(
+                    _over_seeds([r for r in family if r.strength == level], first.metric)
+                    for level in levels
+                ),
+            )
             for name, family in by_name(curves).items()
         ]
         tables.append(
@@ -196,7 +200,7 @@ def noise_table(results: Sequence[Result]) -> ReportTable:
         first, starts = pairs[0][0], [start for _, start in pairs]
         changes = [replace(area, value=area.value - start.value) for area, start in pairs]
         shares = [replace(area, value=area.value / max(start.value, 1e-9)) for area, start in pairs]
-        cells = (_over_seeds(column) for column in (starts, changes, shares))
+        cells = (_over_seeds(starts, first.metric), _over_seeds(changes), _over_seeds(shares))
         shots = "" if first.n_shots is None else f", {first.n_shots} per class"
         condition = f"{first.suite}: {first.corruption}, {first.probe}{shots}"
         rows.append((first.task, condition, family_name(first.feature, first.budget), *cells))
@@ -419,23 +423,13 @@ def family_name(feature: str, budget: str) -> str:
     return feature if budget == FULL else f"{feature} ({budget})"
 
 
-def _over_seeds(results: Sequence[Result]) -> str:
+def _over_seeds(results: Sequence[Result], metric: str | None = None) -> str:
     """Return the mean over seeds with its interval; says how many rows have no value."""
-    values = [result.value for result in results if not math.isnan(result.value)]
-    failed = len(results) - len(values)
-    if not values:
+    mean = over_seeds((result.value for result in results), metric)
+    if mean is None:
         return "-" if not results else f"failed: {results[0].failure}"
-    mean, low, high = mean_interval(values)
-    text = f"{mean:.3f}" + ("" if math.isnan(low) else f" [{low:.3f}, {high:.3f}]")
-    return text + (f" ({failed} failed)" if failed else "")
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return mean and 95 % interval (Student t) over values; NaN values are left out."""
-    defined = np.array([value for value in values if not math.isnan(value)])
-    if len(defined) < 2:
-        return (float(defined.mean()) if len(defined) else math.nan), math.nan, math.nan
-    return student_interval([defined])
+    n_failed = sum(math.isnan(result.value) for result in results)
+    return f"{mean}" + (f" ({n_failed} failed)" if n_failed else "")
 
 
 def title_of(first: Result, *, short: bool = False) -> str:

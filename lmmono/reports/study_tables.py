@@ -10,18 +10,16 @@ from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
-from numpy import ndarray
 
 import activation_store as astore
 from lmmono.errors import RunError
 from lmmono.recipe import Recipe
 from lmmono.recipe.sections import PretrainedModel
 from lmmono.registry.scorers import SCORERS, Scorer, find_scorer
+from lmmono.reports.seed_means import over_seeds
 from lmmono.reports.table import ReportTable
 from lmmono.reports.training_tables import Scored, training_tables
 from lmmono.runs.folder import Run, find_runs, open_run
-from lmmono.stats.intervals import student_interval
 from lmmono.studies.differences import Difference, MeanDifference, compare
 from lmmono.studies.score_variance import WHOLE_CORPUS, score_variance
 from lmmono.types import Progress, silent
@@ -257,13 +255,17 @@ def _scorers() -> Iterator[Scorer]:
 def _arm_table(
     arms: dict[str, list[Run]], stores: dict[str, list[astore.Store]], left_out: Sequence[Run]
 ) -> ReportTable:
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[object, ...]] = []
     for name, runs in arms.items():
         facts = [store.sql(_DENSITIES).fetchall()[0] for store in stores[name]]
         density, kurtosis, never, always = np.array(facts, np.float64).T
         n_parameters = runs[0].model_facts["n_parameters"]
         losses = np.array([run.val_loss for run in runs])
-        numbers = [over_seeds(values) for values in (losses, density, kurtosis)]
+        numbers = [
+            over_seeds(losses),
+            over_seeds(density, "density"),
+            over_seeds(kurtosis, "unit_kurtosis"),
+        ]
         shares = (f"{never.mean():.1%}", f"{always.mean():.1%}")
         rate = "-" if runs[0].recipe.is_pretrained else f"{runs[0].recipe.train.lr:g}"
         rows.append((name, str(len(runs)), f"{n_parameters:,}", rate, *numbers, *shares))
@@ -307,12 +309,13 @@ def _score_table(key: Key, scores: dict[str, list[RunScores]]) -> ReportTable:
         set(chain(*chain(*by_arm.values()))),
         key=lambda column: (column != "", column != "defined", column),
     )
-    rows: list[tuple[str, ...]] = []
+    metric, chance = find_scorer(scorer).metrics[0], find_scorer(scorer).chance
+    rows: list[tuple[object, ...]] = []
     for arm, per_seed in by_arm.items():
         undefined = [by_control[""][1] for by_control in per_seed if "" in by_control]
-        cells = [over_seeds(np.array([s[c][0] for s in per_seed if c in s])) for c in columns]
-        rows.append((arm, f"{np.mean(undefined or [np.nan]):.1%}", *cells))
-    chance = find_scorer(scorer).chance
+        cells = (over_seeds((s[c][0] for s in per_seed if c in s), metric) for c in columns)
+        shown = (mean or "-" for mean in cells)
+        rows.append((arm, f"{np.mean(undefined or [np.nan]):.1%}", *shown))
     return ReportTable(
         title=f"{scorer} of {explainer}, {kind}",
         columns=("arm", "undefined", *("score" if c == "" else c for c in columns)),
@@ -334,14 +337,14 @@ def _floor_table(scores: dict[str, list[RunScores]]) -> ReportTable:
     keys = list(dict.fromkeys(chain(*every)))
     columns = {column for by_key in every for column in chain(*by_key.values())}
     floors = sorted(columns - {"", "defined"})
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[object, ...]] = []
     for arm, per_seed in scores.items():
         for key in keys:
             whole = [by_key[key] for by_key in per_seed if key in by_key and "" in by_key[key]]
             if not whole:
                 continue
             cells = [
-                over_seeds(np.array([s[""][0] - s[floor][0] for s in whole if floor in s]))
+                over_seeds(s[""][0] - s[floor][0] for s in whole if floor in s) or "-"
                 for floor in floors
             ]
             rows.append((arm, f"{key[0]} of {key[1]}", key[2], *cells))
@@ -421,11 +424,3 @@ def _estimate(estimate: MeanDifference) -> str:
         "" if np.isnan(estimate.ci_low) else f" [{estimate.ci_low:+.3f}, {estimate.ci_high:+.3f}]"
     )
     return f"{estimate.difference:+.3f}{interval}"
-
-
-def over_seeds(values: Float[ndarray, " seeds"]) -> str:
-    """Return the mean over training seeds, with its interval where there are several."""
-    if not len(values):
-        return "-"
-    mean, low, high = student_interval([values])
-    return f"{mean:.3g}" + ("" if np.isnan(low) else f" [{low:.3g}, {high:.3g}]")

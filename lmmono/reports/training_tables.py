@@ -15,10 +15,10 @@ import activation_store as astore
 from lmmono.errors import ExplainError
 from lmmono.recipe.registration import ArmTest, Registration, file_sha256, read_registration
 from lmmono.registry.scorers import find_scorer
-from lmmono.reports.table import Interval, ReportTable
+from lmmono.reports.seed_means import over_seeds
+from lmmono.reports.table import ReportTable
 from lmmono.runs.folder import Run
 from lmmono.runs.kept import kept_runs
-from lmmono.stats.intervals import student_interval
 from lmmono.stats.significance import mean_test
 from lmmono.studies.along_training import (
     WAYS,
@@ -164,7 +164,11 @@ def _curves(trainings: Trainings) -> ReportTable:
                 np.array([np.subtract(*_means(one, i)) for one in by_arm[arm]])
                 for by_arm in trainings.values()
             ]
-            cells = [Interval(*student_interval([v])) for v in (losses, densities, *scores)]
+            cells = [
+                over_seeds(losses),
+                over_seeds(densities, "density"),
+                *map(over_seeds, scores),
+            ]
             rows.append((arm, len(of_seeds), f"{model.n_tokens:,}", *cells))
     return ReportTable(
         title=ALONG,
@@ -203,7 +207,7 @@ def _equal_loss(pairs: Sequence[tuple[str, str]], trainings: Trainings) -> Repor
             twins = list(zip(by_arm[a], by_arm[b], strict=True))
             whole = [at_equal_loss(*pair) for pair in twins]
             before = [at_equal_loss(*pair, last_block=False) for pair in twins]
-            level = _over_seeds(np.array([one.level for one in whole]))
+            level = over_seeds(one.level for one in whole)
             tokens = np.mean([one.n_tokens for one in whole], axis=0)
             met = " and ".join("-" if np.isnan(n) else f"{n:,.0f}" for n in tokens)
             cells = _ways([one.differences for one in whole], [one.differences for one in before])
@@ -284,11 +288,6 @@ def _p(value: float) -> str:
 def _words(key: Scored) -> str:
     scorer, explainer, preset = key
     return f"{scorer} of {explainer}" + (f", {preset}" if preset else "")
-
-
-def _over_seeds(values: Float[ndarray, " seeds"]) -> str:
-    mean, low, high = student_interval([values])
-    return f"{mean:.3g}" + ("" if np.isnan(low) else f" [{low:.3g}, {high:.3g}]")
 
 
 def _difference(values: Float[ndarray, " seeds"]) -> str:
