@@ -59,7 +59,7 @@ def spliced(
     if isinstance(sae, Dictionary):
         named = {hook_of(model, sae, hook): sae}
     elif hook is None:
-        named = {hook_of(model, each, name): each for name, each in sae.items()}
+        named = {hook_of(model, dictionary, name): dictionary for name, dictionary in sae.items()}
     else:
         raise DictionaryError("several dictionaries are given by hook; leave hook= out")
 
@@ -72,7 +72,7 @@ def spliced(
 
         return watch
 
-    with attached(model, {name: splice(each) for name, each in named.items()}):
+    with attached(model, {name: splice(dictionary) for name, dictionary in named.items()}):
         yield
 
 

@@ -107,7 +107,7 @@ class ContinuityTerm(Objective):
             *GUARD,
             "flip_rate",
             *self._names,
-            *(f"d_{each.name}" for each in self._perturbing),
+            *(f"d_{perturbing.name}" for perturbing in self._perturbing),
         )
 
     def forward(self, step: Step) -> Loss:
@@ -125,7 +125,8 @@ class ContinuityTerm(Objective):
         total = torch.stack([w * v for w, v in zip(weights, values, strict=True)]).sum()
         same = unchanged(step.batch, perturbed.batch) if not step.is_classifier else None
         clean, other = (
-            each if same is None else each[same] for each in (step.outputs.logits, outputs.logits)
+            logits if same is None else logits[same]
+            for logits in (step.outputs.logits, outputs.logits)
         )
         flips = (clean.argmax(dim=-1) != other.argmax(dim=-1)).float().mean()
         columns = {

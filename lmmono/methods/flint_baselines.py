@@ -263,13 +263,13 @@ def pooled(
 ) -> Float[ndarray, "n d"]:
     """Return the activations of hooks, pooled over each text as the classifier pools."""
     last = classifier.settings.pooling == "last"
-    each = [
+    by_hook = [
         np.stack(
             [rows[-1] if last else rows.mean(axis=0) for rows in token_rows(classifier, h, texts)]
         )
         for h in hooks
     ]
-    return np.concatenate(each, axis=1)
+    return np.concatenate(by_hook, axis=1)
 
 
 def text_embeddings(classifier: Classifier, texts: Sequence[str]) -> Float[ndarray, "n d"]:

@@ -119,8 +119,8 @@ class Interpreter(nn.Module):
 
     def attributes(self, acts: Sequence[Tensor]) -> Float[Tensor, "batch pos attribute"]:
         """Return the attributes of every token, padding included."""
-        each = [norm(x.flatten(2).float()) for norm, x in zip(self.norms, acts, strict=True)]
-        return self.hook_attributes(self.psi(torch.cat(each, -1)))
+        normed = [norm(x.flatten(2).float()) for norm, x in zip(self.norms, acts, strict=True)]
+        return self.hook_attributes(self.psi(torch.cat(normed, -1)))
 
     def forward(self, acts: Sequence[Tensor], used: Bool[Tensor, "batch pos"]) -> AttributeReading:
         """Read a batch.

@@ -100,8 +100,8 @@ def word_loss(log_p: Float[Tensor, "batch word"], counts: Float[Tensor, "batch w
     """
     n_words = counts.sum(-1)
     has_words = n_words > 0
-    each = -(counts * log_p).sum(-1) / n_words.clamp_min(1.0)
-    return (each * has_words).sum() / has_words.sum().clamp_min(1)
+    losses = -(counts * log_p).sum(-1) / n_words.clamp_min(1.0)
+    return (losses * has_words).sum() / has_words.sum().clamp_min(1)
 
 
 def embedding_loss(embedding: Float[Tensor, "batch d"], target: Float[Tensor, "batch d"]) -> Scalar:
@@ -116,8 +116,8 @@ def token_loss(
     used: Bool[Tensor, "batch pos"],
 ) -> Scalar:
     """Return the mean of -log p(token t | a_t) over the tokens of all texts."""
-    each = -log_p.gather(-1, ids[..., None])[..., 0]
-    return (each * used).sum() / used.sum().clamp_min(1)
+    losses = -log_p.gather(-1, ids[..., None])[..., 0]
+    return (losses * used).sum() / used.sum().clamp_min(1)
 
 
 def ramp(share: float, first: float, last: float | None = None) -> float:

@@ -102,10 +102,10 @@ class FlintObjective(Objective):
         self, acts: Mapping[str, Tensor], is_token: Bool[Tensor, "batch pos"]
     ) -> AttributeReading:
         """Return what the interpreter makes of activations of its hooks."""
-        each = [acts[hook] for hook in self.hooks]
+        inputs = [acts[hook] for hook in self.hooks]
         if self.settings.detach_inputs:
-            each = [x.detach() for x in each]
-        return self.interpreter(each, counted_tokens(is_token))
+            inputs = [x.detach() for x in inputs]
+        return self.interpreter(inputs, counted_tokens(is_token))
 
     def attributes(
         self, acts: Mapping[str, Tensor], is_token: Tensor

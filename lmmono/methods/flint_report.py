@@ -44,10 +44,10 @@ class FlintReport:
     values: tuple[FlintValue, ...]
 
     def __getitem__(self, metric: str) -> float:
-        return next(each.value for each in self.values if each.metric == metric)
+        return next(row.value for row in self.values if row.metric == metric)
 
     def __repr__(self) -> str:
-        lines = [f"  {each.metric} {each.value:.3f} (n {each.n})" for each in self.values]
+        lines = [f"  {row.metric} {row.value:.3f} (n {row.n})" for row in self.values]
         return "\n".join(["FlintReport", *lines])
 
 

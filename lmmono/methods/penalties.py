@@ -244,9 +244,9 @@ class ReversedDeactivationTerm(Objective):
         flat = z.flatten(0, 1).float()
         now: list[Tensor] = [flat.mean(dim=0), flat.var(dim=0, correction=0)]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for each in now:
-                torch.distributed.all_reduce(each)
-                each /= torch.distributed.get_world_size()
+            for moment in now:
+                torch.distributed.all_reduce(moment)
+                moment /= torch.distributed.get_world_size()
         buffers: Any = [getattr(self, f"{kind}_{i}") for kind in ("mean", "variance")]
         n_seen: Any = self.n_seen
         is_first = bool(n_seen[i] == 0)

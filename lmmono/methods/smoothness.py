@@ -69,7 +69,7 @@ class RDropTerm(Objective):
             embeds, is_token = step.embed(step.batch.ids), step.batch.is_token
             first = step.again(embeds=dropped(embeds, is_token, share))
             second = step.again(embeds=dropped(embeds, is_token, share))
-        p, q = (counted(each.logits, step.batch.is_token).float() for each in (first, second))
+        p, q = (counted(output.logits, step.batch.is_token).float() for output in (first, second))
         return Loss(half_symmetric_kl(p, q).mean(), guard(step), (first.loss + second.loss) / 2)
 
 

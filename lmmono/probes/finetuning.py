@@ -628,7 +628,7 @@ def _train(job: _Tuning, progress: Progress) -> None:
             chosen = epoch
             kept.take()
         if folder is not None:
-            facts = {"history": [asdict(each) for each in history], "chosen": chosen}
+            facts = {"history": [asdict(past) for past in history], "chosen": chosen}
             at = Position((epoch + 1) * per_epoch, job.digest, None, [], facts=facts)
             save_checkpoint(folder, whole, optimizer, at)
     kept.put_back()

@@ -94,7 +94,10 @@ def fuzz(job: ScoreJob) -> list[Row]:
             judge = partial(_ask_sides, job, settings)
         else:
             judge = threshold_judge(
-                job, classes, marked_tokens, lambda items, said: predicted(program_of(said), items)
+                job,
+                classes,
+                marked_tokens,
+                lambda items, explanation: predicted(program_of(explanation), items),
             )
         sides = settings.sides, settings.per_side, settings.window
         rows += sided_rows(job, "fuzz", *sides, counted="marks", judge=judge)

@@ -109,8 +109,8 @@ def write_court(
     for density in densities:
         of_kind = _explanations(tables[hook_of(density, "exact")], density, share, rng)
         for noise in NOISES:
-            for kind, said in of_kind.items():
-                for unit, table in enumerate(said):
+            for kind, unit_tables in of_kind.items():
+                for unit, table in enumerate(unit_tables):
                     fired = np.flatnonzero(table)
                     program = Lookup(fired, table[fired], 0.0)
                     named = (hook_of(density, noise), unit, explainer_of(kind))
@@ -185,7 +185,7 @@ def _explanations(
     rng: np.random.Generator,
 ) -> dict[str, Float[ndarray, "units words"]]:
     """Return the true table of each unit and the false ones, added words sized like true ones."""
-    said = {"true": truths, "random": np.roll(truths, 1, axis=0)}
+    by_kind = {"true": truths, "random": np.roll(truths, 1, axis=0)}
     for kind, (kept_share, added_share) in FALSE_KINDS.items():
         if kind == "random":
             continue
@@ -199,8 +199,8 @@ def _explanations(
             added &= added_share > 0
             sizes = rng.choice(truth[fires], len(truth))
             tables.append(np.where(kept, truth, np.where(added, sizes, 0.0)))
-        said[kind] = np.stack(tables)
-    return said
+        by_kind[kind] = np.stack(tables)
+    return by_kind
 
 
 def _fire(

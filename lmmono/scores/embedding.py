@@ -77,13 +77,13 @@ def score_embedding(job: ScoreJob) -> list[Row]:
         ranked=settings.ranked,
     )
     units, index = contrasts.units.tolist(), contrasts.of(CLASSES)
-    words, known = read_vocabulary(job.store), dict[str, ndarray]()
+    words, encoded = read_vocabulary(job.store), dict[str, ndarray]()
 
     def vectors(texts: Sequence[str]) -> Float[ndarray, "texts d"]:
-        missing = sorted(set(texts) - known.keys())
+        missing = sorted(set(texts) - encoded.keys())
         if missing:
-            known.update(zip(missing, _normal(encoder.encode(missing)), strict=True))
-        return np.array([known[text] for text in texts])
+            encoded.update(zip(missing, _normal(encoder.encode(missing)), strict=True))
+        return np.array([encoded[text] for text in texts])
 
     def cosines(items: Items, explanation: Explanation) -> Float[ndarray, " items"]:
         texts = [shown_text(ids, None, words) for ids in items.token_ids]

@@ -82,7 +82,7 @@ def score_interventions(job: ScoreJob) -> list[Row]:
     sides: list[tuple[str | None, str | None, bool]] = [(name, name, False) for name in explained]
     if job.controls:
         sides.append((None, "random_direction", True))
-    steered_of = {random: {each.unit: each for each in steering.steered(random)} for random in
+    steered_of = {random: {s.unit: s for s in steering.steered(random)} for random in
              {random for _, _, random in sides}}  # fmt: skip
     rows: list[Row] = []
     for of, control, random in sides:

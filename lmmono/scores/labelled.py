@@ -132,8 +132,8 @@ def _measure(
 def _best_concepts(learned: LabelledItems) -> Int[ndarray, " units"]:
     """Return the concept that each unit selects best on the explain split."""
     n_concepts, n_units = learned.labels.shape[1], learned.acts.shape[1]
-    each = [
+    selectivities = [
         selectivity(learned.acts, learned.labels, np.full(n_units, concept))
         for concept in range(n_concepts)
     ]
-    return np.nan_to_num(np.stack(each), nan=-np.inf).argmax(axis=0)
+    return np.nan_to_num(np.stack(selectivities), nan=-np.inf).argmax(axis=0)

@@ -296,7 +296,7 @@ def score_population(job: ScoreJob) -> list[Row]:
     by_control = job.explanations(units.tolist())
     _check_programs(job, by_control.values())
     rows: list[Row] = []
-    sides = [read_unit_rows(job.store, job.hook, units, each.grid) for each in (learn, scored)]
+    sides = [read_unit_rows(job.store, job.hook, units, tokens.grid) for tokens in (learn, scored)]
     done = 0
     for on_learn, on_score in zip(*sides, strict=True):  # the same chunks: they depend on the units
         for i, unit in enumerate(on_score.units.tolist()):

@@ -64,7 +64,7 @@ def _rounds(run: Run) -> Iterator[Round]:
         if (kind := (scoring.preset, scoring.settings)) not in kinds:
             kinds.append(kind)
     for preset, settings in kinds:
-        alike = [each for each in scorings if (each.preset, each.settings) == (preset, settings)]
+        alike = [s for s in scorings if (s.preset, s.settings) == (preset, settings)]
         if alone := [scoring.name for scoring in alike if not scoring.explained]:
             yield "", preset, settings, alone
         if together := [scoring.name for scoring in alike if scoring.explained]:

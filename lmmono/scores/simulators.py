@@ -144,7 +144,9 @@ def predictions(
     explained = [i for i, explanation in enumerate(explanations) if explanation.failed is None]
     simulated = SIMULATORS[name](job, [explanations[i] for i in explained], ids[explained])
     nothing = Simulation(np.zeros((0, 0)))
-    answers: list[Simulation | Failed] = [each.failed or nothing for each in explanations]
+    answers: list[Simulation | Failed] = [
+        explanation.failed or nothing for explanation in explanations
+    ]
     predicted = np.zeros(ids.shape)
     for i, simulation in zip(explained, simulated, strict=True):
         if isinstance(simulation, Failed):

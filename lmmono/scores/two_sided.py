@@ -81,11 +81,11 @@ def sided_rows(
     by_control = job.explanations(units.tolist())
     thresholds = _thresholds(job, by_control, units, window)
     excerpts = job.reader.excerpts("score", window)
-    said = list(by_control)
+    controls = list(by_control)
 
     def predicted(row: int) -> list[Bool[ndarray, " excerpts"]]:
         frames: list[ndarray] = []
-        for control in said:
+        for control in controls:
             program = by_control[control][row].program
             is_yes = np.zeros(len(excerpts), bool)
             if program is not None:
@@ -101,7 +101,7 @@ def sided_rows(
     )  # fmt: skip
     rows: list[Row] = []
     names = SIDED[:3] if counted == "marks" else SIDED
-    for control, records in zip(said, drawn, strict=True):
+    for control, records in zip(controls, drawn, strict=True):
         explanations = by_control[control]
         of_units = [
             _seen(records, i, explanation, thresholds[control][i], counted)
@@ -123,8 +123,8 @@ def sided_rows(
                     says = answer.reshape(seen.weights.shape)
                 columns = measured(seen, says, sides, counted)
             for name in names:
-                told = undefined(failed, 0.0) if failed else columns[name]
-                rows.append(job.row(f"{scorer}_{name}", unit, **facts, **told))
+                outcome = undefined(failed, 0.0) if failed else columns[name]
+                rows.append(job.row(f"{scorer}_{name}", unit, **facts, **outcome))
     return rows
 
 
@@ -198,7 +198,7 @@ def _thresholds(
 ) -> dict[str | None, list[float]]:
     """Return the threshold of each control's explanation of each unit; NaN where it failed."""
     tokens = read_tokens(job.store, "explain", window, job.hook)
-    found: dict[str | None, list[float]] = {control: [] for control in by_control}
+    thresholds: dict[str | None, list[float]] = {control: [] for control in by_control}
     done = 0
     for rows in read_unit_rows(job.store, job.hook, units, tokens.grid):
         for i in range(len(rows.units)):
@@ -213,9 +213,9 @@ def _thresholds(
                 threshold = np.nan
                 if explanation.program is not None:
                     threshold = tokens.predicted(explanation.program).best_threshold(firing)
-                found[control].append(threshold)
+                thresholds[control].append(threshold)
         done += len(rows.units)
-    return found
+    return thresholds
 
 
 def _facts(records: SidedRecords, i: int) -> Row:
@@ -301,12 +301,12 @@ def _asked(of_units: Sequence[SeenRecords]) -> tuple[list[Items], list[Bool[ndar
 
 def measured(
     seen: SeenRecords,
-    said: Bool[ndarray, "sides n"] | None,
+    answers: Bool[ndarray, "sides n"] | None,
     sides: tuple[Side, ...],
     counted: Counted,
 ) -> dict[str, Row]:
     """Return value and interval of each measure of one unit."""
-    fires, says, both = seen.counted(counted, said)
+    fires, says, both = seen.counted(counted, answers)
     columns: dict[str, Row] = {}
     for name, side, below in (("recall", "active", fires), ("precision", "predicted", says)):
         columns[name] = {"value": 0.0, "nan_fraction": 1.0, "failure": None}
@@ -329,7 +329,7 @@ def _ratio(over: ndarray, under: ndarray, documents: ndarray) -> Row:
     """Return a ratio of sums with its interval over documents; not defined where nothing counts."""
     present = documents >= 0
     number = np.unique(documents[present], return_inverse=True)[1]
-    above, below = (np.bincount(number, each[present]) for each in (over, under))
+    above, below = (np.bincount(number, part[present]) for part in (over, under))
     has_any = below > 0
     if not has_any.any():
         return {"value": 0.0, "nan_fraction": 1.0}
@@ -350,8 +350,8 @@ def _harmonic(recall: Row, precision: Row, sides: tuple[Side, ...]) -> Row:
     f1 = 2 * r * p / (r + p)
     # d f1 / d r = f1^2 / (2 r^2), and as much for p; the two sides are drawn apart
     halves = [
-        f1**2 / (2 * each["value"] ** 2) * (each["ci_high"] - each["ci_low"]) / 2
-        for each in (recall, precision)
+        f1**2 / (2 * side["value"] ** 2) * (side["ci_high"] - side["ci_low"]) / 2
+        for side in (recall, precision)
     ]
     half = float(np.hypot(*halves))
     ends = {"ci_low": max(f1 - half, 0.0), "ci_high": min(f1 + half, 1.0)}

@@ -70,7 +70,7 @@ def score_fms(job: ScoreJob) -> list[Row]:
                 settings.depth,
             )
         for metric in ("fms", "fms_corrected"):
-            values = [each[metric] for each in details.values()]
+            values = [parts[metric] for parts in details.values()]
             rows.append(_row(job, metric, control, values, scored) | {"details": details})
     return rows
 

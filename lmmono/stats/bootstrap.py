@@ -129,8 +129,8 @@ class DocumentDraws:
             intervals[whole, 0] = values[0, whole]
             intervals[whole, 1:] = self._ends(values[0, whole], values[1:, whole]).T
         for i in np.flatnonzero(~whole):
-            each = self.estimate(values[:, i])
-            intervals[i] = each.value, each.low, each.high
+            estimate = self.estimate(values[:, i])
+            intervals[i] = estimate.value, estimate.low, estimate.high
         return intervals
 
 

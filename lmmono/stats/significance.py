@@ -55,8 +55,8 @@ def effect(by_task: Sequence[Float[ndarray, " _"]], *, seed: int = 0) -> Effect:
         by_task: Differences of each task, one per seed.
         seed: Seed of the resampling.
     """
-    assert by_task and all(len(each) for each in by_task)
-    n, weights = sum(map(len, by_task)), [len(by_task) * len(each) for each in by_task]
+    assert by_task and all(map(len, by_task))
+    n, weights = sum(map(len, by_task)), [len(by_task) * len(d) for d in by_task]
     shares = np.concatenate([d / w for d, w in zip(by_task, weights, strict=True)])
     groups = by_task if min(map(len, by_task)) > 1 else [shares * n]
     low, high, method = _interval(groups, seed)

@@ -46,9 +46,9 @@ def two_way_mean(by_task: Sequence[Float[ndarray, "seeds items"]]) -> TwoWayMean
     >>> round(found.mean, 3), round(found.ci_low, 3)
     (0.625, -0.282)
     """
-    n_seeds, n_items = (sum(each.shape[axis] for each in by_task) for axis in (0, 1))
-    mean = float(np.mean([each.mean() for each in by_task]))
-    if min(min(each.shape) for each in by_task) < 2:
+    n_seeds, n_items = (sum(x.shape[axis] for x in by_task) for axis in (0, 1))
+    mean = float(np.mean([x.mean() for x in by_task]))
+    if min(min(x.shape) for x in by_task) < 2:
         return TwoWayMean(mean, math.nan, math.nan, math.nan, n_seeds, n_items)
     variance = weight = 0.0
     for x in by_task:

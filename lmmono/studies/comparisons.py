@@ -91,7 +91,7 @@ def _under_condition(
         values = [np.array(of_task) for of_task in pairs.values()]
         differences = [of_task[:, 0] - of_task[:, 1] for of_task in values]
         by_text = None if n_lost else text_differences(ours, theirs)
-        mean, baseline_mean = np.mean([each.mean(axis=0) for each in values], axis=0).tolist()
+        mean, baseline_mean = np.mean([of_task.mean(axis=0) for of_task in values], axis=0).tolist()
         metric = METRICS.get(ours[0].metric)
         sign = -1 if metric and metric.better == "lower" else 1
         comparisons.append(
@@ -110,7 +110,9 @@ def _under_condition(
             )
         )
     corrected = holm([comparison.effect.p for comparison in comparisons])
-    return [replace(each, p_holm=p) for each, p in zip(comparisons, corrected, strict=True)]
+    return [
+        replace(comparison, p_holm=p) for comparison, p in zip(comparisons, corrected, strict=True)
+    ]
 
 
 def text_differences(

@@ -165,7 +165,7 @@ def dose_responses(
 def _response(
     x: Float[ndarray, " n"], y: Float[ndarray, " n"], measure: str, width: int, seed: int
 ) -> DoseResponse:
-    ranks = [_standard(rankdata(each)) for each in (x, y)]
+    ranks = [_standard(rankdata(values)) for values in (x, y)]
     rho = float(np.clip(ranks[0] @ ranks[1], -1, 1))
 
     def of_dealt(dealt: Float[ndarray, "..."], axis: int = -1) -> Float[ndarray, "..."]:

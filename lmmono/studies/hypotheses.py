@@ -174,12 +174,12 @@ def _verdict(hypothesis: Hypothesis, evidence: Evidence) -> HypothesisVerdict:
         raw = hypothesis.load()(evidence)
     except (NotTestedError, DataError) as missing:
         return HypothesisVerdict(*about, "not tested", str(missing))
-    if len(raw) * min(each.least_p for each in raw) >= ALPHA:
+    if len(raw) * min(finding.least_p for finding in raw) >= ALPHA:
         over = f" over {len(raw)} findings" if len(raw) > 1 else ""
         reason = f"{raw[0].n} seeds give no p below {ALPHA}{over}; want more seeds"
         return HypothesisVerdict(*about, "not tested", reason)
-    corrected = holm([each.p for each in raw])
-    findings = tuple(replace(each, p_holm=p) for each, p in zip(raw, corrected, strict=True))
+    corrected = holm([finding.p for finding in raw])
+    findings = tuple(replace(finding, p_holm=p) for finding, p in zip(raw, corrected, strict=True))
     sure: list[Outcome] = [
         name for name in SURE if any(finding.outcome == name for finding in findings)
     ]
@@ -189,7 +189,7 @@ def _verdict(hypothesis: Hypothesis, evidence: Evidence) -> HypothesisVerdict:
         for name in ("supported", "opposite", "not supported")
         if (n := sum(finding.outcome == name for finding in findings))
     )
-    best = max(findings, key=lambda each: each.value)
+    best = max(findings, key=lambda finding: finding.value)
     reason = (
         f"of {len(findings)}: {counts}; best {best.what} against {best.against} {best.value:+.4f} "
         f"[{best.ci_low:+.4f}, {best.ci_high:+.4f}], p = {best.p_holm:.3g} (Holm)"
@@ -221,7 +221,7 @@ def _against_dense(evidence: Evidence, rows: Sequence[Result]) -> list[Finding]:
         raise NotTestedError("no family that is claimed to be robust has rows")
     for feature, budget in arms:
         same = [row for row in rows if row.budget == budget]
-        controls = sorted({each.feature for each in same if evidence.is_dense(each.feature)})
+        controls = sorted({row.feature for row in same if evidence.is_dense(row.feature)})
         if controls:
             effects = {
                 control: _effect(same, feature, control, of_seeds)
@@ -261,12 +261,12 @@ def from_all(what: str, effects: Mapping[str, Effect]) -> Finding:
     """
     least = min(effects, key=lambda name: effects[name].value)
     value, some = effects[least].value, list(effects.values())
-    same_sign = value > 0 or all(each.value < 0 for each in some)
-    p = max(each.p for each in some) if same_sign else 1.0
-    low, high = min(each.ci_low for each in some), min(each.ci_high for each in some)
+    same_sign = value > 0 or all(effect.value < 0 for effect in some)
+    p = max(effect.p for effect in some) if same_sign else 1.0
+    low, high = min(effect.ci_low for effect in some), min(effect.ci_high for effect in some)
     return Finding(
         *(what, least, value, low, high, p, 1.0, some[0].n_seeds, some[0].least_p),
-        all_below=max(each.ci_high for each in some),
+        all_below=max(effect.ci_high for effect in some),
         by_control=tuple(effects.items()),
     )
 
@@ -282,7 +282,7 @@ def differences(
     if not means:
         raise NotTestedError(f"{feature} and the controls share no condition with values")
     for task in sorted({task for task, _ in means}):
-        n_seeds = sum(task == each for each, _ in means)
+        n_seeds = sum(task == other for other, _ in means)
         if n_seeds < MIN_SEEDS:
             raise NotTestedError(f"task {task} has {n_seeds} whole seeds, want {MIN_SEEDS}")
     return {
@@ -321,7 +321,7 @@ def judge_extreme_noise(evidence: Evidence) -> list[Finding]:
 
 def judge_doses(evidence: Evidence) -> list[Finding]:
     """Return how the gain under label noise goes with the measure, width by width."""
-    rows = [each for each in _noisy_labels(evidence, 0.0, 1.0) if is_whole(each)]
+    rows = [row for row in _noisy_labels(evidence, 0.0, 1.0) if is_whole(row)]
     gains = gains_of(evidence, rows)
     top = doses_of(rows, STRONGEST_CONSISTENCY)
     doses = (top or doses_of(rows)) if evidence.doses is None else evidence.doses
@@ -333,7 +333,7 @@ def judge_doses(evidence: Evidence) -> list[Finding]:
             f"dictionaries), so that their consistency is near 0 whatever the code; want at most "
             f"{MAX_ACTIVE:.0%}: sparser dictionaries, or a measure of scorers"
         )
-    widths = Counter(each.width for each in doses if each.feature in gains)
+    widths = Counter(dose.width for dose in doses if dose.feature in gains)
     if max(widths.values(), default=0) < MIN_DICTIONARIES:
         most = ", ".join(f"{n} of width {width}" for width, n in sorted(widths.items()))
         raise NotTestedError(
@@ -362,14 +362,16 @@ def gains_of(evidence: Evidence, rows: Sequence[Result] | None = None) -> Mappin
     if rows is None:
         rows = _noisy_labels(evidence, 0.0, 1.0)
     full = [row for row in rows if is_whole(row)]
-    controls = sorted({each.feature for each in full if evidence.is_dense(each.feature)})
-    claimed = sorted({each.feature for each in full if evidence.is_claimed(each.feature)})
+    controls = sorted({row.feature for row in full if evidence.is_dense(row.feature)})
+    claimed = sorted({row.feature for row in full if evidence.is_claimed(row.feature)})
     if not controls or not claimed:
         raise NotTestedError("want rows of dictionaries and of a dense control at the full budget")
     gains: dict[str, float] = {}
     for feature in claimed:
         by_control = differences(full, feature, controls).values()
-        gains[feature] = min(float(np.mean([each.mean() for each in part])) for part in by_control)
+        gains[feature] = min(
+            float(np.mean([of_task.mean() for of_task in part])) for part in by_control
+        )
     return gains
 
 
@@ -378,12 +380,12 @@ def judge_other_domains(evidence: Evidence) -> list[Finding]:
     rows = [r for r in evidence.results if r.suite == "ood" and r.probe == evidence.probe]
     dense = sorted({row.feature for row in rows if evidence.is_dense(row.feature)})
     compared = [r for r in rows if evidence.is_claimed(r.feature) or r.feature in dense]
-    if not any((each.split or "").startswith("ood:") for each in compared):
+    if not any((row.split or "").startswith("ood:") for row in compared):
         raise NotTestedError("no row of suite ood on another domain")
     distances = effective_robustness(compared, dense)
     if not distances:
         raise NotTestedError("no family that is claimed to be robust has rows")
-    few = min(each.effect.n_seeds for each in distances)
+    few = min(distance.effect.n_seeds for distance in distances)
     if few < MIN_SEEDS:
         raise NotTestedError(f"want {MIN_SEEDS} seeds, got {few}")
     line = "line of " + ", ".join(dense)

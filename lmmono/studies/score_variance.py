@@ -87,7 +87,7 @@ def score_variance(
         raise ExplainError(f"{scorer} scores no explanations of units")
     if halves and scorer in WHOLE_CORPUS:
         raise ExplainError(f"{scorer} reads whole splits; pass halves=False")
-    sizes = {name: len(each) for name, each in stores.items()}
+    sizes = {name: len(arm_stores) for name, arm_stores in stores.items()}
     if not sizes or len(set(sizes.values())) != 1:
         raise ExplainError(f"want as many training seeds of each architecture, got {sizes}")
     levels: dict[str, Sequence[object]] = {
@@ -98,11 +98,11 @@ def score_variance(
         "explainer": list(explainers),
         "judge": list(judges),
     }
-    values = np.empty([len(each) for each in levels.values()])
-    combinations = list(product(*(range(len(each)) for each in levels.values())))
+    values = np.empty([len(choices) for choices in levels.values()])
+    combinations = list(product(*(range(len(choices)) for choices in levels.values())))
     for done, at in enumerate(combinations, start=1):
         arm, which, half, draw, explainer, judge = (
-            each[i] for each, i in zip(levels.values(), at, strict=True)
+            choices[i] for choices, i in zip(levels.values(), at, strict=True)
         )
         store = stores[str(arm)][which]  # pyright: ignore[reportArgumentType, reportCallIssue]
         reader = RecordReader(
@@ -112,7 +112,7 @@ def score_variance(
         )
         values[at] = _mean(store, scorer, reader, hooks, str(explainer), judge, n_units, seed)  # pyright: ignore[reportArgumentType]
         progress(f"variance of {scorer}", done, len(combinations))
-    varied = tuple(name for name, each in levels.items() if len(each) > 1)
+    varied = tuple(name for name, choices in levels.items() if len(choices) > 1)
     fixed = tuple(name for name in levels if name not in varied)
     values = values.reshape([len(levels[name]) for name in varied])
     both = {"architecture", "training seed"} <= set(varied)

@@ -195,7 +195,7 @@ class FeatureFamily:
         if digest is None:
             parts: list[Any] = [self.name, settings.d, settings.k, settings.seed, origin]
             later = (settings.positives, settings.map, settings.spread, settings.steps)
-            parts += [later] if any(each is not None for each in later) else []
+            parts += [later] if any(value is not None for value in later) else []
         else:
             sample = acts[:SAMPLE_ROWS].cpu().contiguous().numpy().tobytes()
             parts = [digest or hashlib.sha256(sample).hexdigest()]

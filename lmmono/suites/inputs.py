@@ -84,8 +84,8 @@ def noised_rows(
         if severity:
             noisy = _noised(bench, texts, clean, (kind, severity, draws[i].seed), names)
         yield [
-            bench.row(about, _judged(each, i, noisy))
-            for about, each in zip(short, probes, strict=True)
+            bench.row(about, _judged(probe, i, noisy))
+            for about, probe in zip(short, probes, strict=True)
         ]
 
 

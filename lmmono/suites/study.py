@@ -142,7 +142,7 @@ def _checked(settings: Mapping[str, Any]) -> Robustness:
 def _with_tuples(value: Any) -> Any:
     """Return a setting with tuples for lists, as sections want them."""
     if isinstance(value, Mapping):
-        return {key: _with_tuples(each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return {key: _with_tuples(setting) for key, setting in value.items()}  # pyright: ignore[reportUnknownVariableType]
     return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
 

@@ -345,9 +345,11 @@ class _Loop:
 
     def _kept_digests(self, before: int) -> dict[int, str]:
         """Return the digests of the weights of the kept steps before a step."""
-        steps = [step for step in self._settings.kept_steps if step < before]
-        facts = {step: open_run(kept_dir(self.run, step)).model_facts for step in steps}
-        return {step: str(each["model_digest"]) for step, each in facts.items()}
+        return {
+            step: str(open_run(kept_dir(self.run, step)).model_facts["model_digest"])
+            for step in self._settings.kept_steps
+            if step < before
+        }
 
     def _facts(self, result: Evaluation) -> dict[str, Any]:
         """Return what the manifest says of the model of this step."""

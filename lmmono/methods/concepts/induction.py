@@ -145,7 +145,10 @@ class InductionGram:
     def _alike(self, others: Any, this: Any) -> Float[ndarray, " _"]:
         if self._likeness == "jsd":
             middle = (others + this) / 2
-            logs = [np.log(np.clip(each, 1e-30, None)) for each in (others, this, middle)]
+            logs = [
+                np.log(np.clip(distribution, 1e-30, None))
+                for distribution in (others, this, middle)
+            ]
             both = (others * (logs[0] - logs[2])).sum(1) + (this * (logs[1] - logs[2])).sum(1)
             return np.exp(-both / 2)
         sizes = np.linalg.norm(others, axis=1) * np.linalg.norm(this)
