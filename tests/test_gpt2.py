@@ -171,6 +171,42 @@ def test_a_config_that_asks_for_other_weights_is_refused(tmp_path):
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(torch.nan, "auto"), (torch.inf, "auto"), (1e6, "float16")]
+)
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value, dtype):
+    model = small()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = value
+    folder = save_model(model, tmp_path / "model")
+    with pytest.raises(
+        ModelError, match=r"NaN or infinite numbers in transformer\.h\.1\.mlp\.c_fc"
+    ):
+        load_model(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("arch", "setting", "value"),
+    [
+        ("crate", "sparsity", "x"),
+        ("crate", "step_size", []),
+        ("crate", "num_attention_heads", -1),
+        ("crate", "layer_norm_eps", -1),
+        ("gpt2", "layer_norm_epsilon", -1),
+        ("gpt2", "activation_function", "none"),
+    ],
+)
+def test_a_config_that_loads_and_cannot_run_is_refused(tmp_path, arch, setting, value):
+    section = CrateModel(arch="crate") if arch == "crate" else Gpt2Model(arch="gpt2")
+    model = build_model(section, d_vocab=30, n_ctx=8, eos_token_id=0, seed=0)
+    folder = save_model(model, tmp_path / "model")
+    load_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {setting: value}))
+    with pytest.raises(ModelError, match=f"{folder}: (not a model lmmono can read|the logits)"):
+        load_model(folder)
+
+
 def test_a_full_disk_leaves_no_part_of_a_model(tmp_path, monkeypatch):
     def fill_up(folder: Path, **_: object) -> None:
         (folder / "config.json").write_text("{}")

@@ -52,6 +52,16 @@ def theirs(arch: str, folder: Path) -> Any:
     return sae_lens().SAE.load_from_disk(folder)
 
 
+def test_a_dictionary_of_others_whose_weights_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    theirs("topk", tmp_path / "sae")
+    path = tmp_path / "sae" / "sae_weights.safetensors"
+    weights = load_file(path)
+    weights["W_dec"][0, 0] = torch.nan
+    save_file({name: weight.clone() for name, weight in weights.items()}, path)
+    with pytest.raises(DictionaryError, match="NaN or infinite numbers in W_dec"):
+        import_dictionary(tmp_path / "sae", format="sae_lens")
+
+
 @pytest.fixture(scope="module", params=SETTINGS)
 def arch(request: pytest.FixtureRequest) -> str:
     return request.param

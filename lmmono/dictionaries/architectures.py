@@ -97,6 +97,8 @@ def read_inference(folder: Path) -> Any:
     Raises:
         DictionaryError: The folder holds no SAE that sae-lens can read.
     """
+    from lmmono.models.storage import odd_weights  # it imports transformers, as sae-lens does
+
     try:
         sae = sae_lens().SAE.load_from_disk(folder)
     except DAMAGE as error:
@@ -104,6 +106,11 @@ def read_inference(folder: Path) -> Any:
             f"{folder}: no SAELens folder that can be read ({error}); want cfg.json and "
             "sae_weights.safetensors as they were written"
         ) from error
+    if odd := odd_weights(sae):
+        raise DictionaryError(
+            f"{folder}: NaN or infinite numbers in {', '.join(odd)}: the fit diverged, or the "
+            "file is damaged; copy the folder again"
+        )
     for parameter in sae.parameters():  # else they are views of the file, which may be replaced
         parameter.data = parameter.data.clone()
     return sae.requires_grad_(False).eval()

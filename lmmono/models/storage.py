@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
@@ -50,7 +51,7 @@ def load_model(
 
     Raises:
         ModelError: The folder is missing or foreign, its weights are truncated or incomplete, or it
-            needs code of its own and that is not allowed.
+            needs code of its own and that is not allowed, or its weights are no numbers.
     """
     folder = Path(path)
     _require_config(folder)
@@ -78,8 +79,16 @@ def load_model(
         )
     model, report = loaded
     _check_complete(folder, model, report)
+    if odd := odd_weights(model):
+        raise ModelError(
+            f"{folder}: NaN or infinite numbers in {', '.join(odd[:3])}: damaged, or beyond the"
+            ' type they are read in; copy the folder again, or read it with dtype="float32"'
+        )
     model.loss_type = model.loss_type or "ForCausalLM"
-    return model.eval()
+    model.eval()
+    if device_map is None and getattr(config, "quantization_config", None) is None:
+        _try_out(folder, model)
+    return model
 
 
 def initial_model(folder: Path, *, seed: int, dtype: str = "auto") -> PreTrainedModel:
@@ -156,6 +165,31 @@ def _check_complete(folder: Path, model: PreTrainedModel, report: Any) -> None:
             f"{folder}: the weights do not fit {type(model).__name__}: {'; '.join(faults[:5])};"
             " copy the folder again or train again"
         )
+
+
+def _try_out(folder: Path, model: Any) -> None:
+    """Run one token: transformers takes any text or number for most settings of a config.json.
+
+    Weights of few bits may need a GPU, and those that are spread may have to come from the disk.
+    """
+    with _told_as_model_errors(folder), torch.no_grad():
+        logits = model(input_ids=torch.zeros((1, 1), dtype=torch.long)).logits
+    if bool(logits.isnan().any()):
+        raise ModelError(
+            f"{folder}: the logits of one token are NaN: a number in config.json or the weights is"
+            " damaged; copy the folder again"
+        )
+
+
+def odd_weights(model: nn.Module) -> list[str]:
+    """Return the names of parameters in memory that hold NaN or infinite numbers."""
+    return [
+        name
+        for name, weights in model.named_parameters()
+        # those of 8 bits or fewer are integers, or have no `isfinite`; those on `meta` no numbers
+        if weights.is_floating_point() and weights.itemsize > 1 and not weights.is_meta
+        if not bool(torch.isfinite(weights.detach()).all())
+    ]
 
 
 @contextmanager

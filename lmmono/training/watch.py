@@ -2,10 +2,10 @@
 
 import math
 
-import torch
 from torch import nn
 
 from lmmono.errors import TrainingDiverged
+from lmmono.models.storage import odd_weights
 from lmmono.recipe.sections import Train
 
 SMOOTHING = 0.9  # the mean is over about ten steps: one odd batch stops nothing
@@ -52,7 +52,7 @@ class LossWatch:
 
 def _message(what: str, step: int, model: nn.Module, train: Train) -> str:
     """Say what went wrong, where, and the ways out."""
-    broken = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    broken = odd_weights(model)
     where = f"; first broken parameter: {broken[0]}" if broken else ""
     return (
         f"{what} at step {step}{where}. Lower train.lr (now {train.lr:g}), raise "
