@@ -29,9 +29,9 @@ class _Lazily(dict[str, Any]):
 
 def _add(table: ModuleType) -> None:
     mapping = getattr(table, "CONFIG_MAPPING", None)
-    known = getattr(mapping, "_extra_content", None)
-    if mapping is not None and type(known) is dict:
-        mapping._extra_content = _Lazily(known)  # pyright: ignore[reportAttributeAccessIssue]
+    registered = getattr(mapping, "_extra_content", None)
+    if mapping is not None and type(registered) is dict:
+        mapping._extra_content = _Lazily(registered)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _WhenImported:

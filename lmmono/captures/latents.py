@@ -193,8 +193,8 @@ def claim(
             f"{source}: its vectors have width {width}, the dictionary wants {code.d_in}; it was "
             "fitted on another hook or model"
         )
-    known = store.sql("SELECT * FROM dictionaries WHERE hook = $hook", hook=source)
-    rows: list[dict[str, Any]] = known.to_arrow_table().to_pylist()
+    stored = store.sql("SELECT * FROM dictionaries WHERE hook = $hook", hook=source)
+    rows: list[dict[str, Any]] = stored.to_arrow_table().to_pylist()
     digest = code.digest
     ours = [row for row in rows if row["digest"] == digest and name in (None, row["name"])]
     row = ours[0] if ours else {"name": name or f"{code.arch}_{code.d_sae}_{digest[:8]}"}
@@ -202,8 +202,8 @@ def claim(
     hook = row.get("latents_hook")
     if hook is None:
         hook = _free_hook(store, source, row["name"], rows)
-        known = {key: value for key, value in row.items() if value is not None}
-        row = {**_described(code, source, digest), **known, "latents_hook": hook}
+        columns = {key: value for key, value in row.items() if value is not None}
+        row = {**_described(code, source, digest), **columns, "latents_hook": hook}
         store.append("dictionaries", [row])
     device = code.tensors()["W_dec"].device
     return Latents(hook, source, code, halves, device)
@@ -227,9 +227,9 @@ def claim_all(
     else:
         pairs = [(named_hook(code), code) for code in codes]
     claims = [claim(store, code, hook, width(hook), halves=halves) for hook, code in pairs]
-    twice = {each.hook for each in claims if sum(each.hook == other.hook for other in claims) > 1}
-    if twice:
-        raise DictionaryError(f"dictionaries: one is given twice: {', '.join(sorted(twice))}")
+    hooks = [latents.hook for latents in claims]
+    if twice := sorted({hook for hook in hooks if hooks.count(hook) > 1}):
+        raise DictionaryError(f"dictionaries: one is given twice: {', '.join(twice)}")
     return claims
 
 

@@ -113,7 +113,7 @@ def sum_units(
                 n_done += batch.ids.size
                 progress("lives of units", n_done, n_all)
     return {
-        hook: UnitSums(steps, n, *(each.numpy().transpose(1, 0, 2) for each in total))
+        hook: UnitSums(steps, n, *(moment.numpy().transpose(1, 0, 2) for moment in total))
         for hook, total in sums.items()
     }
 
@@ -166,22 +166,22 @@ def live(sums: UnitSums, *, n_documents: int | None = None, seed: int = 0) -> Li
     n_draws = N_DRAWS if n_groups >= MIN_DOCUMENTS else 0
     draws = DocumentDraws(n_groups, int(sums.n.sum()), n_draws, seed, LEVEL)
     n = draws.totals(sums.n[:, None])
-    y, yy = (draws.totals(each[:, -1]) for each in (sums.x, sums.xx))
+    y, yy = (draws.totals(moment[:, -1]) for moment in (sums.x, sums.xx))
     correlation = np.full((3, n_steps, n_units), np.nan)
     other = np.full((n_steps, n_units), np.nan)
     born = np.zeros((1 + n_draws, n_steps, n_units), bool)
     alive = np.zeros_like(born)
     tail = (1 - LEVEL) / 2
     for i in range(n_steps):
-        of_step = (each[:, i] for each in (sums.active, sums.x, sums.xx, sums.xy, sums.xz))
-        active, x, xx, xy, xz = (draws.totals(each) for each in of_step)
+        of_step = (moment[:, i] for moment in (sums.active, sums.x, sums.xx, sums.xy, sums.xz))
+        active, x, xx, xy, xz = (draws.totals(moment) for moment in of_step)
         r = _pearson(n, x, y, xx, yy, xy)
         correlation[0, i] = r[0]
         if n_draws:
             defined = np.isfinite(r).all(axis=0)
             ends = np.quantile(r[1:, defined], [tail, 1 - tail], axis=0)
             correlation[1:, i, defined] = ends
-        rolled = (np.roll(each[:1], -1, axis=1) for each in (y, yy))
+        rolled = (np.roll(moment[:1], -1, axis=1) for moment in (y, yy))
         other[i] = _pearson(n[:1], x[:1], next(rolled), xx[:1], next(rolled), xz[:1])[0]
         born[:, i], alive[:, i] = np.nan_to_num(r) > BORN_ABOVE, active > 0
     # silent from a step to the end: no later step, itself included, has an active token

@@ -35,8 +35,8 @@ def _of_module(module: str) -> dict[str, dict[str, str]]:
 def field_sentences(cls: type) -> dict[str, str]:
     """Return what is written under each field of a class, inherited ones included."""
     sentences: dict[str, str] = {}
-    for each in reversed(cls.__mro__):
-        sentences |= _of_module(each.__module__).get(each.__name__, {})
+    for parent in reversed(cls.__mro__):
+        sentences |= _of_module(parent.__module__).get(parent.__name__, {})
     return sentences
 
 

@@ -44,14 +44,14 @@ def read_json(
     try:
         return TypeAdapter[Content](content).validate_json(text)
     except ValidationError as fault:
-        faults = [_fault_line(each) for each in fault.errors(include_url=False)]
+        faults = [_fault_line(detail) for detail in fault.errors(include_url=False)]
         more = f"; and {len(faults) - MAX_TOLD} more" if len(faults) > MAX_TOLD else ""
         raise error(f"{path}: damaged: {'; '.join(faults[:MAX_TOLD])}{more}{end}") from None
 
 
 def settings_faults(what: str, error: ValidationError) -> str:
     """Return a line for each fault of the settings of a call: `what: place: wanted, got`."""
-    return "\n".join(f"{what}: {_fault_line(each)}" for each in error.errors(include_url=False))
+    return "\n".join(f"{what}: {_fault_line(fault)}" for fault in error.errors(include_url=False))
 
 
 def _fault_line(fault: Any) -> str:

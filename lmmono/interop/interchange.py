@@ -566,7 +566,7 @@ def _tensors_only(path: Path) -> dict[str, Tensor]:
 def _exactly(tensors: Weights, names: tuple[str, ...], where: str) -> Weights:
     """Return the tensors if they are those that the class has, no more and no fewer."""
     if set(tensors) != set(names):
-        got, wanted = (", ".join(sorted(map(str, each))) for each in (tensors, names))
+        got, wanted = (", ".join(sorted(map(str, keys))) for keys in (tensors, names))
         raise DictionaryError(f"{where}: got tensors {got}; want {wanted}")
     return tensors
 

@@ -195,7 +195,7 @@ class _Hooked(nn.Module):
         adds = isinstance(self.tokenizer, PreTrainedTokenizerBase) and prepend_bos is not None
         options: dict[str, Any] = {"add_special_tokens": False} if adds else {}
         texts = [text] if isinstance(text, str) else text
-        rows = [bos + list(self.tokenizer.encode(each, **options)) for each in texts]
+        rows = [bos + list(self.tokenizer.encode(one_text, **options)) for one_text in texts]
         if len({len(row) for row in rows}) > 1:
             raise ModelError("texts of several lengths: pass padded ids and an attention_mask")
         return torch.tensor(rows, dtype=torch.long, device=self.network.device)

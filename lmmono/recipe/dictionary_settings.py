@@ -272,9 +272,9 @@ class Dictionaries(Section):
     def planned(self) -> tuple[Planned, ...]:
         """Every dictionary to fit, entry by entry: with each seed, then its controls."""
         return tuple(
-            each
+            planned
             for entry, name in zip(self.learn, self.names, strict=True)
-            for each in self._planned(entry, name)
+            for planned in self._planned(entry, name)
         )
 
     @property
@@ -295,12 +295,12 @@ class Dictionaries(Section):
             raise clash("want every seed once", "seeds")
         taken: dict[str, int] = {}
         for i, (entry, name) in enumerate(zip(self.learn, self.names, strict=True)):
-            for each in self._planned(entry, name):
-                if each.name in taken:
-                    first = f"dictionary.learn[{taken[each.name]}]"
-                    message = f"want a name of its own: {first} gives {each.name} too"
+            for planned in self._planned(entry, name):
+                if planned.name in taken:
+                    first = f"dictionary.learn[{taken[planned.name]}]"
+                    message = f"want a name of its own: {first} gives {planned.name} too"
                     raise clash(message, f"learn.{i}.name", f"learn.{i}.arch")
-                taken[each.name] = i
+                taken[planned.name] = i
         return self
 
     @model_validator(mode="after")

@@ -10,7 +10,9 @@ from lmmono.recipe.section import Count, OneOf, Section, clash, named_by
 from lmmono.registry.explainers import EXPLAINERS, ProtocolName
 from lmmono.registry.scorers import SCORERS
 
-ExplainerName = Annotated[str, OneOf(name for name, each in EXPLAINERS.items() if not each.needs)]
+ExplainerName = Annotated[
+    str, OneOf(name for name, explainer in EXPLAINERS.items() if not explainer.needs)
+]
 """Explainers that need nothing but a store; the others ask a language model, from Python."""
 
 RUNNABLE = {name: scorer for name, scorer in SCORERS.items() if scorer.argument is None}

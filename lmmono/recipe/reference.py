@@ -50,11 +50,11 @@ def _scorer_tables() -> Iterator[str]:
         yield from (f"### settings of {', '.join(names)}", "", first_sentence(kind), "")
         yield from ("| key | type | default | what |", "|---|---|---|---|")
         sentences, defaults = field_sentences(kind), kind()
-        for each, hint in get_type_hints(kind).items():
-            what = " ".join(sentences[each].split())
-            least = kind.__dataclass_fields__[each].metadata.get("least")
+        for key, hint in get_type_hints(kind).items():
+            what = " ".join(sentences[key].split())
+            least = kind.__dataclass_fields__[key].metadata.get("least")
             about = type_text(hint) + ("" if least is None else f" >= {least:g}")
-            cells = (f"`{each}`", about, f"`{_yaml(getattr(defaults, each))}`", what)
+            cells = (f"`{key}`", about, f"`{_yaml(getattr(defaults, key))}`", what)
             yield "| " + " | ".join(cells) + " |"
         yield ""
 
@@ -120,7 +120,7 @@ def sections_of(annotation: Any) -> list[type[Section]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     if get_origin(annotation) in (Union, UnionType, tuple):
-        return [kind for each in get_args(annotation) for kind in sections_of(each)]
+        return [kind for part in get_args(annotation) for kind in sections_of(part)]
     return []
 
 
@@ -134,7 +134,7 @@ def _tag(kind: type[Section]) -> str:
     for name in ("kind", "arch"):
         if name in kind.model_fields:
             names = get_args(_bare(kind.model_fields[name].annotation))
-            return f"{name} {' or '.join(f'`{each}`' for each in names)}" if names else ""
+            return f"{name} {' or '.join(f'`{value}`' for value in names)}" if names else ""
     return ""
 
 
@@ -197,8 +197,8 @@ def _flat(metadata: Sequence[Any]) -> list[Any]:
     """Return metadata with that of `Field(...)` opened."""
     return [
         inner
-        for each in metadata
-        for inner in (each.metadata if isinstance(each, FieldInfo) else [each])
+        for item in metadata
+        for inner in (item.metadata if isinstance(item, FieldInfo) else [item])
     ]
 
 

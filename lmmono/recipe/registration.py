@@ -88,7 +88,8 @@ def read_registration(path: str | Path) -> Registration:
         raise RecipeError([f"{path}: registered tests cannot be read: {first}"]) from None
     except ValidationError as error:
         faults = [
-            f"{path}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()
+            f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+            for fault in error.errors()
         ]
         raise RecipeError(faults) from None
 

@@ -98,7 +98,7 @@ class Tree:
 
     def copy(self, *, without: str) -> "Tree":
         """Return a tree that can be changed without changing this one, a top-level key left out."""
-        values = copy.deepcopy({key: each for key, each in self.values.items() if key != without})
+        values = copy.deepcopy({key: value for key, value in self.values.items() if key != without})
         return Tree(self.top, values, dict(self.origins), list(self.faults))
 
     def origin(self, path: Path) -> Origin:

@@ -78,10 +78,10 @@ def left_out_cells(
     Nothing is stored of them, which is not to be read as silence: see `capture.skip`.
     """
     query = "SELECT any_value(skip) FROM hooks WHERE hook = $hook AND kind = 'rows'"
-    ((told,),) = store.sql(query, hook=hook).fetchall()
-    if told is None:
+    ((skipped,),) = store.sql(query, hook=hook).fetchall()
+    if skipped is None:
         return None
-    left_out, shape = json.loads(told), (-1, grid.n_ctx)
+    left_out, shape = json.loads(skipped), (-1, grid.n_ctx)
     skip = astore.Skip(tuple(left_out["token_ids"]), left_out["first"])
     return skip.mask(grid.token_ids.reshape(shape), grid.doc_ids.reshape(shape)).ravel()
 

@@ -70,13 +70,13 @@ def _simulated(scorer: str, records: str) -> list[Metric]:
     ]
     return metrics + [
         Metric(
-            f"{each.name}_defined",
+            f"{metric.name}_defined",
             2,
             "<= 1",
             "higher",
-            f"mean over units of {each.name} where defined",
+            f"mean over units of {metric.name} where defined",
         )
-        for each in metrics
+        for metric in metrics
     ]
 
 
@@ -104,13 +104,13 @@ def _with_defined(metrics: list[Metric]) -> list[Metric]:
     """Return metrics and, after them, their means over the units where they are defined."""
     return metrics + [
         Metric(
-            f"{each.name}_defined",
+            f"{metric.name}_defined",
             2,
-            each.unit,
-            each.better,
-            f"mean over units of {each.name} if defined",
+            metric.unit,
+            metric.better,
+            f"mean over units of {metric.name} if defined",
         )
-        for each in metrics
+        for metric in metrics
     ]
 
 

@@ -210,7 +210,7 @@ def changed(settings: Settings, scorer: str, changes: Mapping[str, Any]) -> Sett
     """
     from pydantic import ValidationError
 
-    kinds, by_name = _hints(type(settings)), {each.name: each for each in fields(settings)}
+    kinds, by_name = _hints(type(settings)), {setting.name: setting for setting in fields(settings)}
     taken: dict[str, Any] = {}
     for name, value in changes.items():
         if name not in by_name:
@@ -247,7 +247,7 @@ _PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: 
 def _wanted(kind: Any) -> str:
     """Return a type as a message says it."""
     if get_origin(kind) in (UnionType, Union):
-        return " or ".join(_wanted(each) for each in get_args(kind))
+        return " or ".join(_wanted(part) for part in get_args(kind))
     if get_origin(kind) is tuple:
         return f"any of {', '.join(map(repr, get_args(get_args(kind)[0])))}"
     return "null" if kind is type(None) else _PLAIN.get(kind, "anything")

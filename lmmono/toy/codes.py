@@ -90,7 +90,7 @@ def trained(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return [scaled(each.double().numpy()) for each in weight.detach()]
+    return [scaled(encoder.double().numpy()) for encoder in weight.detach()]
 
 
 def _samples(data: ToyData, draw: torch.Generator) -> Float[Tensor, "batch features"]:

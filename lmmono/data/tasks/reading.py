@@ -151,7 +151,7 @@ def own_task(settings: TaskSettings) -> Task:
         split=settings.split,
         noisy=settings.noisy,
         pair=settings.pair,
-        ood={name: each.model_dump(exclude_unset=True) for name, each in settings.ood.items()},
+        ood={name: domain.model_dump(exclude_unset=True) for name, domain in settings.ood.items()},
     )
 
 
