@@ -43,8 +43,8 @@ def text_heatmap(
     if len(numbers) != len(tokens):
         raise ValueError(f"text_heatmap: want one act per token, got {len(numbers)} acts for "
                          f"{len(tokens)} tokens")  # fmt: skip
-    known = [abs(act) for act in numbers if math.isfinite(act)]
-    top = max(known, default=0.0) if scale is None else scale
+    sizes = [abs(act) for act in numbers if math.isfinite(act)]
+    top = max(sizes, default=0.0) if scale is None else scale
     return Heatmap(tuple(whole_characters(list(tokens), peak)), tuple(numbers), top, peak)
 
 
@@ -92,13 +92,13 @@ def in_notebook(markup: Markup) -> str:
 def excerpts_html(excerpts: Iterable[Heatmap]) -> str:
     """Return excerpts as a list for a notebook, all on the scale of the strongest."""
     chosen = list(excerpts)
-    scale = max((each.scale for each in chosen), default=0.0)
+    scale = max((excerpt.scale for excerpt in chosen), default=0.0)
     rows = [
         Markup('<li><span class="act">{}</span> <bdi class="excerpt">{}</bdi></li>').format(
-            "" if each.peak is None else f"{each.acts[each.peak]:.3g}",
-            heat_spans(each.tokens, each.acts, scale, each.peak),
+            "" if excerpt.peak is None else f"{excerpt.acts[excerpt.peak]:.3g}",
+            heat_spans(excerpt.tokens, excerpt.acts, scale, excerpt.peak),
         )
-        for each in chosen
+        for excerpt in chosen
     ]
     return in_notebook(Markup('<ol class="excerpts">{}</ol>').format(Markup("").join(rows)))
 

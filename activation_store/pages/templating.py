@@ -31,7 +31,7 @@ def environment(*packages: str) -> Environment:
 
     # the path is found by the package's name, so a wheel in a zip is fine too
     loaders = [PackageLoader(package) for package in (*packages, OWN)]
-    made = Jinja(
+    templates = Jinja(
         loader=ChoiceLoader(loaders),
         autoescape=True,
         undefined=StrictUndefined,
@@ -39,10 +39,10 @@ def environment(*packages: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"number": number, "percent": percent, "token": token_text}
-    names: dict[str, Any] = made.globals
+    templates.filters |= {"number": number, "percent": percent, "token": token_text}
+    names: dict[str, Any] = templates.globals
     names["log1p"] = math.log1p
-    return made
+    return templates
 
 
 def static(name: str, package: str = OWN) -> str:

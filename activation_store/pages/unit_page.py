@@ -327,7 +327,7 @@ class Counting:
         keys = rows["seq_id"].astype(np.int64) * self._width + rows["pos"]
         order = np.argsort(keys)
         self._keys, self._ids, self._docs = (
-            np.asarray(each)[order] for each in (keys, rows["token_id"], rows["doc_id"])
+            np.asarray(column)[order] for column in (keys, rows["token_id"], rows["doc_id"])
         )
         self._n_at = np.bincount(rows["pos"], minlength=self._width)
         self._n_of = np.bincount(self._ids)
@@ -436,7 +436,7 @@ class _Reading:
 
     def _parameters(self, units: Sequence[int], query: str) -> dict[str, Any]:
         options = self._options
-        known: dict[str, Any] = {
+        values: dict[str, Any] = {
             "hook": self._hook,
             "units": list(units),
             "first": min(units),
@@ -444,8 +444,8 @@ class _Reading:
             "n_bars": N_BARS,
             "n_buckets": N_BUCKETS,
         }
-        known |= {name: getattr(options, name) for name in PageOptions.__dataclass_fields__}
-        return {name: known[name] for name in set(re.findall(r"\$(\w+)", query))}
+        values |= {name: getattr(options, name) for name in PageOptions.__dataclass_fields__}
+        return {name: values[name] for name in set(re.findall(r"\$(\w+)", query))}
 
     def _read(self, query: str) -> tuple[Any, Any]:
         """Return the rows of a panel, and the unit of each, ascending."""

@@ -157,11 +157,11 @@ def offer_top(top: Top, u: int, act: float, seq: int, pos: int, doc: int, text: 
     """Let one token into the list of unit u if it belongs there; exact for tokens in any order."""
     k = top.act.shape[1]
     n = top.size[u]
-    docs, found = top.doc[u], np.uint64(0)
+    docs, slot = top.doc[u], np.uint64(0)
     # a document is listed once: `or` of what matches, which is compiled to vector instructions
     for i in range(np.uint64(n)):
-        found |= i + np.uint64(1) if docs[i] == doc else np.uint64(0)
-    place = np.int64(found) - 1
+        slot |= i + np.uint64(1) if docs[i] == doc else np.uint64(0)
+    place = np.int64(slot) - 1
     if place < 0 and n < k:
         place = n
         top.size[u] = n + 1

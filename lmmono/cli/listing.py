@@ -85,7 +85,10 @@ def list_explainers(_: Path) -> OutputTable:
     """List what explains units, with what each needs besides a store."""
     from lmmono.registry.explainers import EXPLAINERS
 
-    rows = ((each.name, ", ".join(each.needs), each.about) for each in EXPLAINERS.values())
+    rows = (
+        (explainer.name, ", ".join(explainer.needs), explainer.about)
+        for explainer in EXPLAINERS.values()
+    )
     return OutputTable(("explainer", "needs", "about"), tuple(rows))
 
 
@@ -95,14 +98,14 @@ def list_scorers(_: Path) -> OutputTable:
 
     rows = (
         (
-            each.name,
-            ", ".join(each.needs),
-            each.chance,
-            each.least_density,
-            ", ".join(each.presets),
-            each.about,
+            scorer.name,
+            ", ".join(scorer.needs),
+            scorer.chance,
+            scorer.least_density,
+            ", ".join(scorer.presets),
+            scorer.about,
         )
-        for each in SCORERS.values()
+        for scorer in SCORERS.values()
     )
     columns = ("scorer", "needs", "chance", "least_density", "presets", "about")
     return OutputTable(columns, tuple(rows))

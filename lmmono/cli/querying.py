@@ -141,14 +141,17 @@ def _statements(query: str, values: dict[str, Any]) -> list[tuple[str, dict[str,
             return [(query, values)]  # the store says what is wrong
     if not parsed:
         raise RunError("the query is empty; want SQL such as: FROM unit_stats")
-    wanted = {name: None for each in parsed for name in sorted(each.named_parameters)}
+    wanted = {name: None for statement in parsed for name in sorted(statement.named_parameters)}
     if missing := [name for name in wanted if name not in values]:
         raise RunError(f"the query has ${missing[0]}: give its value by --param {missing[0]}=...")
     if unused := [name for name in values if name not in wanted]:
         raise RunError(f"--param {unused[0]}: the query has no ${unused[0]}")
     if len(parsed) == 1 or re.search(r"\bpivot\b", query, re.IGNORECASE):
         return [(query, values)]  # DuckDB makes several statements of one PIVOT
-    return [(each.query, {name: values[name] for name in each.named_parameters}) for each in parsed]
+    return [
+        (statement.query, {name: values[name] for name in statement.named_parameters})
+        for statement in parsed
+    ]
 
 
 def _write_arrow(relation: QueryResult, limit: int | None) -> None:
