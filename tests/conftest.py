@@ -1,5 +1,6 @@
 """Shared test settings: what is checked how, where corpora and the real text lie, and a skip."""
 
+import functools
 import gc
 import inspect
 import os
@@ -20,11 +21,37 @@ settings.load_profile("untimed")
 _jaxtyped = jaxtyping.jaxtyped
 
 
+CHECKED_CALLS = 20
+"""Calls of a function that each test checks: the checks of all took a tenth of the suite's time."""
+
+tests_begun = 0
+
+
+def pytest_runtest_setup() -> None:
+    """Have every function checked again."""
+    global tests_begun
+    tests_begun += 1
+
+
+def first_calls(checked: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that is `checked` for the first calls of each test, then `plain`."""
+    test = calls = 0
+
+    @functools.wraps(plain)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal test, calls
+        test, calls = tests_begun, calls + 1 if test == tests_begun else 1
+        return (checked if calls <= CHECKED_CALLS else plain)(*args, **kwargs)
+
+    return call
+
+
 def jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Check functions and dataclasses that annotate shapes, each argument once.
 
     jaxtyping's own way checks the arguments before the call and again with what it returns, for a
     message of its own; types without shapes are for pyright, which costs no test a second.
+    A function that a test calls a thousand times is checked the first times only.
     """
 
     def decorate(thing: Any) -> Any:
@@ -34,7 +61,8 @@ def jaxtyped(*, typechecker: Callable[[Any], Any]) -> Callable[[Any], Any]:
         if not any("jaxtyping." in repr(hint) for hint in hints):
             return thing
         if inspect.isfunction(thing):
-            return _jaxtyped(typechecker=None)(typechecker(thing))
+            checked = _jaxtyped(typechecker=None)(typechecker(thing))
+            return thing if checked is thing else first_calls(checked, thing)
         return _jaxtyped(typechecker=typechecker)(thing)
 
     return decorate
