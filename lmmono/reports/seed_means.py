@@ -21,10 +21,10 @@ def over_seeds(values: Iterable[float], metric: str | None = None) -> Interval |
     >>> str(over_seeds([0.9, 0.98, 1.0]))
     '0.96 [0.829, 1.09]'
     """
-    known = np.array([value for value in values if not math.isnan(value)])
-    if not len(known):
+    defined = np.array([value for value in values if not math.isnan(value)])
+    if not len(defined):
         return None
-    mean, low, high = student_interval([known])
+    mean, low, high = student_interval([defined])
     least, most = (-math.inf, math.inf) if metric is None else METRICS[metric].bounds
     return Interval(mean, max(low, least), min(high, most))  # NaN, of one seed, stays
 
