@@ -84,6 +84,8 @@ class Finished(Run):
         suites = SimpleNamespace(suites=("noisy_labels",))
         self.recipe = SimpleNamespace(arm=arm, seed=seed, robustness=suites)
         self.val_loss, self.store_path = loss, store
+        began = SimpleNamespace(started=arm)  # of these names the first in the alphabet
+        self.manifest = SimpleNamespace(stages={"train": began})
 
     def is_done(self, stage: str) -> bool:
         return True
@@ -108,7 +110,7 @@ def test_arms_are_differences_from_the_first_seed_by_seed(tmp_path: Path, monkey
         return [*curve, shots]
 
     monkeypatch.setattr(arms, "run_results", results)
-    units, robust = arms.arm_tables(runs)
+    units, robust = arms.arm_tables(runs[::-1])  # the arm that was trained first leads
     table = {row[:2]: row[2:] for row in units.rows}
     assert units.columns == ("measure", "of", "seeds", "plain", "sd", "up")
     assert table["token_selectivity", "neurons"][1].value == pytest.approx(0.4)

@@ -34,8 +34,10 @@ def arm_tables(runs: Sequence[Run]) -> list[ReportTable]:
 
     Empty where there is one arm. Seeds that an arm lacks yet are left out of its differences.
     """
-    arms = list(dict.fromkeys(run.recipe.arm for run in runs if run.recipe.arm is not None))
     done = [run for run in runs if run.recipe.arm is not None and run.is_done("train")]
+    # as the recipe lists them: a study trains its arms in that order, seed by seed
+    done.sort(key=lambda run: run.manifest.stages["train"].started)
+    arms = list(dict.fromkeys(run.recipe.arm for run in done))
     if len(arms) < 2:
         return []
     units: By = {}
