@@ -316,29 +316,50 @@ def _check_node(node: dict[str, Any]) -> None:
                 f"{', '.join(sorted(_TABLE_FUNCTIONS))}. Open with trusted=True to run any SQL."
             )
         if name in _NAMED_TABLE:
-            _check_names(_names_in_argument(name, node["function"]["children"]))
-        node["function"] = node["function"]["children"]  # it makes rows and not one value
+            _check_names(_names_in_argument(name, _arguments(node["function"])))
+        node["function"] = _arguments(node["function"])  # it makes rows and not one value
     elif kind == "FUNCTION" and node["function_name"].lower() in _SIZED_FUNCTIONS:
         _check_size(node)
     elif kind == "FUNCTION" and node["function_name"].lower() in _SCALAR_FUNCTIONS_REFUSED:
         raise QueryError(f"function {node['function_name'].lower()} is not allowed here.")
     elif kind in ("BASE_TABLE", "SHOW_REF"):
-        _check_names([node.get(part, "") for part in ("catalog_name", "schema_name", "table_name")])
+        path = node.get("qualified_name", {}).get("path", [])  # DuckDB 2, beside the three
+        named = [node.get(part, "") for part in ("catalog_name", "schema_name", "table_name")]
+        _check_names([*named, *path])
 
 
 def _check_size(node: dict[str, Any]) -> None:
-    for argument in node["children"]:
+    for argument in _arguments(node):
         while argument.get("type") == "OPERATOR_CAST":
             argument = argument["child"]  # noqa: PLW2901
-        size = argument.get("value", {}).get("value")
-        # a dict is a number of more than 64 bits
-        if isinstance(size, dict) or (isinstance(size, int | float) and size > _LARGEST_SIZE):
+        size = _constant(argument)
+        if isinstance(size, float) and size > _LARGEST_SIZE:
             name = node["function_name"].lower()
-            shown = "more than 64 bits" if isinstance(size, dict) else f"{size:,}"
             raise QueryError(
-                f"{name} of {shown} makes one value of that size, which no limit would end; want "
-                f"at most {_LARGEST_SIZE:,}. As a table, FROM range(...) makes any number of rows."
+                f"{name} of {size:,.0f} makes one value of that size, which no limit would end; "
+                f"want at most {_LARGEST_SIZE:,}. As a table, FROM range(...) makes any number of "
+                "rows."
             )
+
+
+def _arguments(function: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a function is called with; DuckDB 2 holds it under names."""
+    if "children" in function:
+        return function["children"]
+    return [argument["expression"] for argument in function["arguments"]]
+
+
+def _constant(node: dict[str, Any]) -> str | float | None:
+    """Return the text or number that a node is; None where it is computed."""
+    if node.get("type") != "VALUE_CONSTANT":
+        return None
+    if "literal" in node:  # DuckDB 2
+        kind, text = node["literal"]["kind"], node["literal"].get("text")
+        return float(text) if kind in ("INTEGER", "NUMERIC") else text
+    value = node["value"].get("value")
+    if isinstance(value, dict):  # the halves of a number of 128 bits
+        return float(value["upper"]) * 2.0**64
+    return float(value) if isinstance(value, int | float) else value
 
 
 def _names_in_argument(function: str, arguments: Sequence[dict[str, Any]]) -> list[str]:
@@ -350,7 +371,7 @@ def _names_in_argument(function: str, arguments: Sequence[dict[str, Any]]) -> li
     first = arguments[0] if arguments else {}
     if first.get("type") == "COLUMN_REF":
         return first["column_names"]
-    text = first.get("value", {}).get("value") if first.get("type") == "VALUE_CONSTANT" else None
+    text = _constant(first)
     if not isinstance(text, str) or not re.fullmatch(r"\w+(\.\w+)*", text):
         raise QueryError(
             f"table function {function} is not allowed here with a name that is not plain; write "
