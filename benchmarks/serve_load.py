@@ -1,12 +1,14 @@
 """Twenty users of `lmmono serve` on a store of 10 M activations: times, failures, memory.
 
-    python benchmarks/serve_load.py [--acts 10] [--users 20] [--requests 10000] [--folder FOLDER]
+    python benchmarks/serve_load.py [--acts 10] [--users 20] [--requests 10000] [--pause 2]
+        [--folder FOLDER]
 
 The server is a process of its own, started as a user starts it; users are coroutines of this one
-(httpx), each of which asks for the next page when it has the last one, with no pause. They look at
-units (half of the requests), lists of units, the search by a word, the console, the API. Stores
-are those of `store_queries.py`. Prints the median, the 95th percentile and the largest wall time of
-each kind, failures, the memory of the server in five parts of the run, and the load of the machine.
+(httpx), each of which looks at a page for a while before it asks for the next: for `--pause` seconds
+in the mean, drawn from an exponential distribution; with 0 it asks at once. They look at units (half
+of the requests), lists of units, the search by a word, the console, the API. Stores are those of
+`store_queries.py`. Prints the median, the 95th percentile and the largest wall time of each kind,
+failures, the memory of the server in five parts of the run, and the load of the machine.
 """
 
 import argparse
@@ -55,7 +57,7 @@ def processor(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def ask(base: str, n_users: int, n_requests: int, pid: int) -> None:
+async def ask(base: str, n_users: int, n_requests: int, pause: float, pid: int) -> None:
     times: dict[str, list[float]] = defaultdict(list)
     faults: list[str] = []
     sizes: list[float] = []
@@ -78,10 +80,13 @@ async def ask(base: str, n_users: int, n_requests: int, pid: int) -> None:
                 except httpx.HTTPError as fault:
                     faults.append(f"{type(fault).__name__} {path}")
                 times[kind].append(1e3 * (time.perf_counter() - began))
+                if pause:
+                    await asyncio.sleep(draw.expovariate(1 / pause))
 
     began, used = time.perf_counter(), processor(pid)
     await asyncio.gather(*(user(seed) for seed in range(n_users)))
     wall, used = time.perf_counter() - began, processor(pid) - used
+    print(f"{n_users} users, {pause:g} s between pages")
     every = sorted(each for some in times.values() for each in some)
     for kind, some in {**times, "all": every}.items():
         some = sorted(some)
@@ -100,6 +105,7 @@ def main() -> None:
     parser.add_argument("--acts", type=int, default=10, help="millions")
     parser.add_argument("--users", type=int, default=20)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--pause", type=float, default=2.0, help="mean seconds between pages")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
@@ -110,7 +116,9 @@ def main() -> None:
                 assert server.stdout is not None
                 found = re.search(r"http://\S+", server.stdout.readline())
                 assert found is not None, "the server did not start"
-                asyncio.run(ask(found[0], options.users, options.requests, server.pid))
+                asyncio.run(
+                    ask(found[0], options.users, options.requests, options.pause, server.pid)
+                )
             finally:
                 server.terminate()
 

@@ -79,6 +79,7 @@ def serve(
         )
         shown = f"[{host}]" if ":" in host else host
         secret = f"?token={token}" if token else ""
+        listener.listen()  # or who asks as soon as the address is told is refused
         tell(f"http://{shown}:{port}/{secret}")
         uvicorn.Server(config).run(sockets=[listener])
 

@@ -11,7 +11,6 @@ import activation_store as astore
 from activation_store.pages.unit_page import Counting
 from lmmono.errors import RunError, nearest
 from lmmono.reports.server.console import Console, ConsoleLimits
-from lmmono.runs.folder import open_run
 from lmmono.runs.schema_names import schema_names
 
 if TYPE_CHECKING:
@@ -89,7 +88,9 @@ class ServedRun:
         Raises:
             RunError: There is no run folder, or it has no model.
         """
+        # these and what they import take longer than the rest of a first page
         from lmmono.reports.server.lab import Lab
+        from lmmono.runs.folder import open_run
 
         if self.folder is None:
             raise RunError(f"{self.name}: a store alone has no model; serve its run folder")
@@ -184,5 +185,7 @@ def _store_files(place: Path) -> list[Path]:
         return [place / "store.duckdb"]
     if found := sorted(place.glob("*/store.duckdb")):
         return found
+    from lmmono.runs.folder import open_run
+
     run = open_run(place)
     raise RunError(f"{run.dir}: holds no store yet; run `lmmono capture {run.dir}` first")
