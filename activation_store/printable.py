@@ -1,4 +1,4 @@
-"""Text on its way to people: what would drive a terminal is shown instead of sent.
+"""Text and numbers on their way to people: what would drive a terminal is shown, not sent.
 
 Text of a corpus, a model or a file may hold escape sequences (which set titles, fill the clipboard,
 move the cursor) and characters that turn lines around. Every verb prints through `printable`, and
@@ -21,3 +21,20 @@ def printable(text: str) -> str:
     'a<U+001B>]0;title<U+0007> b<U+202E>c'
     """
     return UNSAFE.sub(lambda match: f"<U+{ord(match.group()):04X}>", text)
+
+
+_NOISE = 1e-14
+"""Below it a number is what rounding left of 0: doubles near 1 are 2.2e-16 apart."""
+
+
+def number(value: float | int | None, digits: int = 3) -> str:
+    """Return a number in three digits, or all before the point; "–" for None and NaN.
+
+    >>> number(0.123456), number(4632.1), number(12345), number(-6.94e-18), number(None)
+    ('0.123', '4,632', '12,345', '0', '–')
+    """
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, int) or 10**digits <= abs(value) < 1e9:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}" if abs(value) >= _NOISE else "0"

@@ -4,11 +4,12 @@
         [--folder FOLDER]
 
 The server is a process of its own, started as a user starts it; users are coroutines of this one
-(httpx), each of which looks at a page for a while before it asks for the next: for `--pause` seconds
-in the mean, drawn from an exponential distribution; with 0 it asks at once. They look at units (half
-of the requests), lists of units, the search by a word, the console, the API. Stores are those of
-`store_queries.py`. Prints the median, the 95th percentile and the largest wall time of each kind,
-failures, the memory of the server in five parts of the run, and the load of the machine.
+(httpx), each of which looks at a page for a while before it asks for the next: for `--pause`
+seconds in the mean, drawn from an exponential distribution; with 0 it asks at once. They look at
+units (half of the requests), lists of units, the search by a word, the console, the API. Stores
+are those of `store_queries.py`. Prints the median, the 95th percentile and the largest wall time
+of each kind, failures, the memory of the server in five parts of the run, and the load of the
+machine.
 """
 
 import argparse

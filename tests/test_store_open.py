@@ -49,6 +49,16 @@ def test_a_store_opens_by_its_folder_or_its_file(small, path):
         assert repr(store).startswith(f"Store({small.path}/store.duckdb")
 
 
+def test_to_open_a_store_and_to_ask_with_parameters_imports_no_pandas(small):
+    """DuckDB imports it at the first bound parameter, which takes longer than all the rest."""
+    code = """if True:
+        import sys, activation_store as astore
+        with astore.open(sys.argv[1]) as store:
+            n = len(store.sql("FROM fires($hook, 1)", hook=sys.argv[2]).fetchall())
+        print(n > 0, "pandas" in sys.modules)"""
+    assert python(code, small.path, HOOK).communicate(timeout=60)[0].split() == ["True", "False"]
+
+
 def test_an_empty_store_answers_every_view_and_macro_with_typed_nothing(tmp_path):
     with astore.open(tmp_path, "w") as store:
         for source in ("tokens", "activations", "vectors", "vector_shards", "unit('h', 1)"):

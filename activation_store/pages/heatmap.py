@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from activation_store.pages.escaping import escaped, shown
 from activation_store.pages.templating import static
+from activation_store.printable import number
 from activation_store.read.characters import whole_characters
 
 LEVELS = 9
@@ -95,7 +96,7 @@ def excerpts_html(excerpts: Iterable[Heatmap]) -> str:
     scale = max((excerpt.scale for excerpt in chosen), default=0.0)
     rows = [
         Markup('<li><span class="act">{}</span> <bdi class="excerpt">{}</bdi></li>').format(
-            "" if excerpt.peak is None else f"{excerpt.acts[excerpt.peak]:.3g}",
+            "" if excerpt.peak is None else number(excerpt.acts[excerpt.peak]),
             heat_spans(excerpt.tokens, excerpt.acts, scale, excerpt.peak),
         )
         for excerpt in chosen
@@ -133,7 +134,7 @@ def heat_spans(
                 tag = "b" if is_peak else "span"
                 bare = tokens[i].lstrip(" ") or tokens[i]  # a mark stands at the word
                 parts.append(" " * (len(tokens[i]) - len(bare)))
-                title = f"{acts[i]:.3g}"
+                title = number(acts[i])
                 parts.append(f'<{tag} class="{name}" title="{title}">{_text(bare)}</{tag}>')
         at += size
     return Markup("".join(parts))

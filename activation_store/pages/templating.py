@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from activation_store.pages.escaping import shown
+from activation_store.printable import number
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -50,26 +51,13 @@ def static(name: str, package: str = OWN) -> str:
     return files(package).joinpath("static", name).read_text("utf-8")
 
 
-def number(value: float | int | None) -> str:
-    """Return a number in three digits, or all before the point; "–" for None and NaN.
-
-    >>> number(0.123456), number(4632.1), number(12345), number(None)
-    ('0.123', '4,632', '12,345', '–')
-    """
-    if value is None or value != value:
-        return "–"
-    if isinstance(value, int) or 1000 <= abs(value) < 1e9:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
 def percent(value: float | None) -> str:
     """Return a share in percent, in three digits.
 
     >>> percent(0.01234), percent(None)
     ('1.23 %', '–')
     """
-    return "–" if value is None or value != value else f"{100 * value:.3g} %"
+    return "–" if value is None or value != value else f"{number(100.0 * value)} %"
 
 
 def token_text(token: str | None) -> str:

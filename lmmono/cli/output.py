@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from activation_store.printable import UNSAFE, printable
+from activation_store.printable import UNSAFE, number, printable
 from lmmono.reports.table import Interval, ReportTable
 
 if TYPE_CHECKING:
@@ -274,17 +274,8 @@ def cell_text(value: object) -> str:
     """Return what a cell shows: numbers in four digits, text on one line."""
     if value is None:
         return ""
-    text = short_number(value) if isinstance(value, float) else str(value)
+    text = number(value, 4) if isinstance(value, float) else str(value)
     return printable(text).replace("\n", "⏎").replace("\t", " ")
-
-
-def short_number(value: float | int) -> str:
-    """Return a number in four digits, large ones whole.
-
-    >>> short_number(0.123456), short_number(12345.6)
-    ('0.1235', '12,346')
-    """
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 _LEVELS = (

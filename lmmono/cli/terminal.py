@@ -24,8 +24,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from activation_store.printable import printable
-from lmmono.cli.output import short_number
+from activation_store.printable import number, printable
 from lmmono.types import Progress
 
 LINE_EVERY_SECONDS = 5.0
@@ -75,7 +74,7 @@ class LineProgress:
         share = f"{done / total:.0%}" if total else "-"
         parts = [f"{what}: {done} of {total} ({share})"]
         if rate and done < total:
-            parts += [f"{short_number(rate)}/s", f"{(total - done) / rate:.0f} s left"]
+            parts += [f"{number(rate, 4)}/s", f"{(total - done) / rate:.0f} s left"]
         parts += _facts(facts)
         line = printable(", ".join(parts))  # it may name a hook of somebody else's store
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -105,7 +104,7 @@ class _RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{short_number(speed)}/s" if speed else "")
+        return Text(f"{number(speed, 4)}/s" if speed else "")
 
 
 def _bars(console: Console) -> RichProgress:
@@ -122,4 +121,4 @@ def _bars(console: Console) -> RichProgress:
 
 
 def _facts(facts: Mapping[str, float | int]) -> list[str]:
-    return [f"{name.replace('_', ' ')} {short_number(value)}" for name, value in facts.items()]
+    return [f"{name.replace('_', ' ')} {number(value, 4)}" for name, value in facts.items()]

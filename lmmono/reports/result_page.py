@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from activation_store.errors import LockedError
+from activation_store.printable import number
 from lmmono.errors import RunError
 from lmmono.files.atomic import write_atomic
 from lmmono.files.provenance import git_commit
@@ -167,5 +168,5 @@ def _row(cells: Sequence[object]) -> str:
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = number(value, 4) if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 import activation_store as astore
+from activation_store.printable import number
 from lmmono.reports.dictionary_tables import Interval, measured, stabilities
 from lmmono.reports.table import ReportTable
 from lmmono.reports.unit_tables import excerpts
@@ -85,7 +86,7 @@ def dictionary_tables(run: Run) -> list[ReportTable]:
             (
                 "random",
                 "stability of as many random directions",
-                [f"{floor[key][0]:.3g}" if key in floor else "-" for key in between],
+                [number(floor[key][0]) if key in floor else "-" for key in between],
             ),
         ]
         shown = [column for column in columns if set(column[2]) != {"-"}]
@@ -131,7 +132,7 @@ def _number(interval: Interval) -> str:
     value, low, high = interval
     if math.isnan(value):
         return "-"
-    return f"{value:.3g}" + ("" if math.isnan(low) else f" [{low:.3g}, {high:.3g}]")
+    return number(value) + ("" if math.isnan(low) else f" [{number(low)}, {number(high)}]")
 
 
 def _layer_table(runs: Sequence[Run]) -> ReportTable:
@@ -191,7 +192,7 @@ def _median(values: Float[ndarray, " units"]) -> str:
         return "-"
     draws = np.random.default_rng(0).integers(len(data), size=(N_RESAMPLES, len(data)))
     low, high = np.quantile(np.median(data[draws], axis=1), [0.025, 0.975])
-    return f"{np.median(data):.3g} [{low:.3g}, {high:.3g}]"
+    return f"{number(float(np.median(data)))} [{number(low)}, {number(high)}]"
 
 
 def _around_peak(text: str, n_characters: int = 40) -> str:

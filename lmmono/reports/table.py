@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from activation_store.printable import number
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -21,8 +23,8 @@ class Interval:
         >>> str(Interval(0.2664, 0.2381, 0.296))
         '0.266 [0.238, 0.296]'
         """
-        ends = "" if math.isnan(self.low) else f" [{self.low:.3g}, {self.high:.3g}]"
-        return f"{self.value:.3g}{ends}"
+        ends = "" if math.isnan(self.low) else f" [{number(self.low)}, {number(self.high)}]"
+        return f"{number(self.value)}{ends}"
 
 
 class Controls(dict[str, float]):
@@ -34,7 +36,7 @@ class Controls(dict[str, float]):
         >>> str(Controls(shuffled=0.00123, untrained_model=0.5))
         'shuffled 0.00123, untrained_model 0.5'
         """
-        return ", ".join(f"{name} {value:.3g}" for name, value in self.items())
+        return ", ".join(f"{name} {number(value)}" for name, value in self.items())
 
 
 @dataclass(frozen=True, slots=True)

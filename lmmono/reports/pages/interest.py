@@ -12,7 +12,8 @@ from typing import Any
 
 import activation_store as astore
 from activation_store.pages import PageOptions, UnitPage, unit_pages
-from activation_store.pages.templating import number, percent, token_text
+from activation_store.pages.templating import percent, token_text
+from activation_store.printable import number
 from lmmono.reports.side_by_side import MIN_ACTIVATIONS
 
 ONE_TOKEN = 0.9

@@ -24,6 +24,7 @@ import activation_store as astore
 from activation_store.pages import UnitPage, unit_pages
 from activation_store.pages.templating import environment, static
 from activation_store.pages.unit_page import Counting
+from activation_store.printable import number
 from lmmono.errors import RunError
 from lmmono.files.atomic import write_atomic
 from lmmono.registry.metrics import METRICS
@@ -404,7 +405,7 @@ def _html(**values: Any) -> str:
     figures = {name: values["figures"].get(name, []) for name, _ in SECTIONS}
     values |= {"figures": figures, "tables_of": tables_of, "sections": SECTIONS}
     return template.render(
-        css=css, scripts=scripts, policy=policy, version=version, number_of=_cell, **values
+        css=css, scripts=scripts, policy=policy, version=version, cell_text=_cell, **values
     )
 
 
@@ -422,10 +423,9 @@ def _hash(text: str) -> str:
     return f"'sha256-{digest}'"
 
 
-def _cell(table: ReportTable, cell: object) -> str:  # noqa: ARG001
+def _cell(cell: object) -> str:
     """Return a cell of a table as text."""
     if cell is None:
         return ""
-    if isinstance(cell, float):
-        return f"{cell:.3g}"
-    return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
+    is_number = isinstance(cell, int | float) and not isinstance(cell, bool)
+    return number(cell) if is_number else str(cell)
