@@ -197,7 +197,7 @@ def test_units_are_ranked_by_the_lower_end_less_their_control(tmp_path, monkeypa
         acts = small.acts[HOOK][..., 1]
         assert f"Fires on {100 * (acts > 0).mean():.3g} %" in found[1].why
         told = found[1].control_says
-        assert "0.8 [0.7, 0.95]" in told and "shuffled gives 0.1: clear of it" in told
+        assert "0.8 [0.7, 0.95]. Control: shuffled gives 0.1, so the score is clear" in told
         monkeypatch.setattr(interest, "ONE_TOKEN", 0.0)
         assert [each.unit for each in interest.interesting(store, 2)] == [3, 1]
         monkeypatch.setattr(interest, "MIN_ACTIVATIONS", 10_000)

@@ -10,13 +10,12 @@ from numpy import ndarray
 import activation_store as astore
 from activation_store.printable import number
 from lmmono.reports.dictionary_tables import Interval, measured, stabilities
+from lmmono.reports.pages.interest import MIN_ACTIVATIONS
 from lmmono.reports.table import ReportTable
 from lmmono.reports.unit_tables import excerpts
 from lmmono.runs.folder import Run
 
 N_NEURONS = 6
-MIN_ACTIVATIONS = 100
-"""A neuron that fired less often is not shown: rare firing looks selective by chance."""
 N_RESAMPLES = 1000
 
 _UNITS = """
@@ -220,7 +219,7 @@ def _neuron_table(run: Run) -> ReportTable:
                 hook,
                 str(unit),
                 f"{value:.3f} [{low:.3f}, {high:.3f}]",
-                f"{shuffled:.3f}",
+                number(round(shuffled, 3)),
                 f"{n:,}",
                 f"{density:.4f}",
                 _around_peak(text),

@@ -14,14 +14,16 @@ import activation_store as astore
 from activation_store.pages import PageOptions, UnitPage, unit_pages
 from activation_store.pages.templating import percent, token_text
 from activation_store.printable import number
-from lmmono.reports.side_by_side import MIN_ACTIVATIONS
 
-ONE_TOKEN = 0.9
+MIN_ACTIVATIONS = 100
+"""A unit that fired less often is not listed: rare firing looks selective by chance."""
+ONE_TOKEN = 0.75
+"""Share of its activation from which a unit counts as the detector of one token."""
 
 CRITERION = (
     "Ranked by the lower end of the 95 % interval of {metric} less its largest control. "
     "Units that fired on fewer than {least} tokens are left out: rare firing looks selective by "
-    "chance. Detectors of one token, which carries 90 % of their activation, come last: they are "
+    "chance. Detectors of one token, which carries 75 % of their activation, come last: they are "
     "the easiest to be selective. A high place says that a unit knows its tokens, not that it "
     "matters to the model."
 )
@@ -39,6 +41,16 @@ controls AS (
     WHERE metric = $metric AND unit IS NOT NULL AND control IS NOT NULL
         AND control <> 'untrained_model'
     GROUP BY hook, unit
+),
+alike AS (
+    -- a guess from the excerpts, which is cheap: the share of them whose token is the commonest
+    SELECT hook, unit, max(n) / sum(n) AS share
+    FROM (
+        SELECT e.hook, e.unit, t.token_id, count(*) AS n
+        FROM exemplars e JOIN token_ids t ON t.seq_id = e.seq_id AND t.pos = e.pos
+        WHERE e.kind <> 'random' GROUP BY ALL
+    )
+    GROUP BY hook, unit
 )
 SELECT r.hook, r.unit, r.value, r.ci_low, r.ci_high, c.control, c.control_name, s.n_active,
     s.density, s.kurtosis,
@@ -46,9 +58,12 @@ SELECT r.hook, r.unit, r.value, r.ci_low, r.ci_high, c.control, c.control_name, 
 FROM real r
 JOIN unit_stats s ON s.hook = r.hook AND s.unit = r.unit
 LEFT JOIN controls c ON c.hook = r.hook AND c.unit = r.unit
+LEFT JOIN alike a ON a.hook = r.hook AND a.unit = r.unit
 WHERE s.n_active >= $least AND ($hook IS NULL OR r.hook = $hook)
-QUALIFY row_number() OVER (PARTITION BY r.hook ORDER BY margin DESC, r.unit) <= $n
-ORDER BY margin DESC, r.hook, r.unit
+QUALIFY row_number() OVER (
+    PARTITION BY r.hook ORDER BY coalesce(a.share, 0) >= $one, margin DESC, r.unit
+) <= $n
+ORDER BY coalesce(a.share, 0) >= $one, margin DESC, r.hook, r.unit
 """
 
 _WORDS = PageOptions(top_k=0, quantile_k=0, random_k=0, list_k=3)
@@ -88,7 +103,7 @@ class Interesting:
         ends = f"[{number(self.ci_low)}, {number(self.ci_high)}]"
         clear = "clear of it" if self.margin > 0 else "not clear of it"
         score = f"{self.metric} {number(self.value)} {ends}"
-        return f"{score}; its control {beside}: {clear}."
+        return f"{score}. Control: {beside}, so the score is {clear}."
 
 
 def interesting(
@@ -138,8 +153,9 @@ def best_of(
 def ranked(
     store: astore.Store, n: int, hook: str | None = None, *, metric: str = "token_selectivity"
 ) -> list[dict[str, Any]]:
-    """Return the n units of each hook of the largest margins, as rows, those of one token too."""
-    result = store.sql(RANKED, metric=metric, least=MIN_ACTIVATIONS, hook=hook, n=n)
+    """Return the n units of each hook of the largest margins, as rows; of one token come last."""
+    asked = {"metric": metric, "least": MIN_ACTIVATIONS, "hook": hook, "n": n, "one": ONE_TOKEN}
+    result = store.sql(RANKED, **asked)
     return [dict(zip(result.columns, row, strict=True)) for row in result.fetchall()]
 
 

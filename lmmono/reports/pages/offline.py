@@ -30,7 +30,13 @@ from lmmono.files.atomic import write_atomic
 from lmmono.registry.metrics import METRICS
 from lmmono.reports.figures import pareto_figure
 from lmmono.reports.layer_summary import layer_summaries
-from lmmono.reports.pages.interest import CRITERION, Interesting, best_of, ranked
+from lmmono.reports.pages.interest import (
+    CRITERION,
+    MIN_ACTIVATIONS,
+    Interesting,
+    best_of,
+    ranked,
+)
 from lmmono.reports.pages.twins import SAMPLED_TOKENS, Twin, best_twins
 from lmmono.reports.run_figures import (
     attribute_figure,
@@ -39,7 +45,7 @@ from lmmono.reports.run_figures import (
     loss_figure,
     score_figure,
 )
-from lmmono.reports.side_by_side import MIN_ACTIVATIONS, run_tables
+from lmmono.reports.side_by_side import run_tables
 from lmmono.reports.table import ReportTable
 from lmmono.reports.unit_tables import explanation_tables, score_tables
 from lmmono.runs.folder import Run, find_runs, open_run
@@ -156,11 +162,17 @@ def report(
             for name, part in zip(names, parts, strict=True)
             if part.best is not None
         ]
-        tables = [*run_tables(opened)]
+        # the most selective units stand at the head of the page, with more said of them
+        tables = [
+            table for table in run_tables(opened) if not table.title.startswith("Most selective")
+        ]
         for store, name in zip(stores, names, strict=True):
             tables += [*explanation_tables(store, name), *score_tables(store, name)]
+        facts = [_facts(run) for run in opened]
         html = _html(
-            runs=[_facts(run) for run in opened],
+            runs=facts,
+            facts=_by_run([each["facts"] for each in facts]),
+            stages=_by_run([each["stages"] for each in facts]),
             first=max(firsts, key=lambda first: _place(first[1]), default=None),
             listed=[
                 (name, [(unit, _page_id(name, unit.hook, unit.unit)) for unit in part.listed])
@@ -281,26 +293,33 @@ def _place(unit: Interesting) -> float:
 
 def _facts(run: Run) -> dict[str, Any]:
     """Return what a manifest says of a run."""
-    stages = [
-        {"name": name, "state": record.state, "seconds": record.wall_seconds,
-         "megabytes": record.peak_memory_bytes / 1e6, "commit": record.commit}
+    stages = {
+        name: f"{number(record.wall_seconds)} s, {number(record.peak_memory_bytes / 1e6)} MB"
+        + ("" if record.state == "finished" else f", {record.state}")
         for name, record in run.manifest.stages.items()
-    ]  # fmt: skip
+    }
+    facts = {k: v for k, v in run.model_facts.items() if isinstance(v, int | float | str)}
     recipe = (run.dir / "recipe.yaml").read_text("utf-8")
     return {
         "name": run.name,
         "folder": str(run.dir),
         "about": run.recipe.about,
-        "facts": {k: v for k, v in run.model_facts.items() if isinstance(v, int | float | str)},
+        "facts": {"folder": str(run.dir), "commit": run.manifest.commit or "not known"}
+        | {"seed": run.manifest.seed}
+        | facts,
         "stages": stages,
         "warnings": run.warnings,
-        "commit": run.manifest.commit,
-        "seed": run.manifest.seed,
         "versions": json.dumps(dict(run.manifest.versions), indent=1),
         "machine": json.dumps(dict(run.manifest.machine), indent=1),
         "recipe": recipe,
         "command": f"lmmono run {run.dir}",
     }
+
+
+def _by_run(facts: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return what several runs say of each name, None where one says nothing."""
+    names = dict.fromkeys(name for each in facts for name in each)
+    return {name: [each.get(name) for each in facts] for name in names}
 
 
 def _figures(
@@ -412,7 +431,7 @@ def _html(**values: Any) -> str:
 def _section(table: ReportTable) -> str:
     """Return the section of a report that a table belongs to, by what its title begins with."""
     heads = {"Layers": "layers", "Dictionaries": "dictionaries", "Units of": "explanations"}
-    heads |= {"Scores of": "scores", "Best and worst": "scores", "Most selective": "scores"}
+    heads |= {"Scores of": "scores", "Best and worst": "scores"}
     return next(
         (name for head, name in heads.items() if table.title.startswith(head)), "robustness"
     )

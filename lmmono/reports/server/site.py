@@ -26,6 +26,7 @@ from activation_store.pages import text_heatmap, unit_page
 from activation_store.pages.templating import environment
 from activation_store.pages.unit_page import UnitPage
 from lmmono.errors import LmmonoError, RunError
+from lmmono.reports.pages.interest import ranked
 from lmmono.reports.server.console import Busy, json_text
 from lmmono.reports.server.feature import feature_json, hook_of_layer
 from lmmono.reports.server.guard import Access, Guard
@@ -550,14 +551,16 @@ def _largest(run: ServedRun) -> dict[str, list[float | None]]:
 
 
 def _standing_out(run: ServedRun) -> tuple[str | None, list[dict[str, Any]]]:
-    """Return ten units that stand out, and the metric whose score beats its best control there.
+    """Return ten units worth a look, ranked as a report ranks them, and the metric of the ranking.
 
     Without scores, the most peaked ones of those that fire often enough.
     """
     known = metrics(run)
-    metric = known[0] if known else None
-    rows = list_units(run, sort="gain" if known else "kurtosis", metric=metric).rows[:10]
-    return metric, [row for row in rows if metric is None or row["gain"] is not None]
+    if not known:
+        return None, list_units(run, sort="kurtosis").rows[:10]
+    best = [f"{row['hook']}:{row['unit']}" for row in ranked(run.store, 10, metric=known[0])[:10]]
+    rows = list_units(run, metric=known[0], n_least=None, picked=best).rows
+    return known[0], sorted(rows, key=lambda row: best.index(f"{row['hook']}:{row['unit']}"))
 
 
 def _column_help(run: ServedRun) -> dict[str, list[str]]:
