@@ -43,12 +43,12 @@ controls AS (
     GROUP BY hook, unit
 ),
 alike AS (
-    -- a guess from the excerpts, which is cheap: the share of them whose token is the commonest
+    -- a guess from excerpts of every part of its range, which is cheap: how many have its commonest token
     SELECT hook, unit, max(n) / sum(n) AS share
     FROM (
         SELECT e.hook, e.unit, t.token_id, count(*) AS n
         FROM exemplars e JOIN token_ids t ON t.seq_id = e.seq_id AND t.pos = e.pos
-        WHERE e.kind <> 'random' GROUP BY ALL
+        WHERE e.kind = 'quantile' GROUP BY ALL
     )
     GROUP BY hook, unit
 )
