@@ -43,7 +43,7 @@ controls AS (
     GROUP BY hook, unit
 ),
 alike AS (
-    -- a guess from excerpts of every part of its range, which is cheap: how many have its commonest token
+    -- a guess from excerpts of every part of its range, which is cheap: the commonest token's share
     SELECT hook, unit, max(n) / sum(n) AS share
     FROM (
         SELECT e.hook, e.unit, t.token_id, count(*) AS n
