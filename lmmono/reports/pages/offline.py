@@ -446,5 +446,6 @@ def _cell(cell: object) -> str:
     """Return a cell of a table as text."""
     if cell is None:
         return ""
-    is_number = isinstance(cell, int | float) and not isinstance(cell, bool)
-    return number(cell) if is_number else str(cell)
+    if isinstance(cell, int | float) and not isinstance(cell, bool):
+        return number(cell)
+    return str(cell)
