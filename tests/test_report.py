@@ -290,6 +290,11 @@ def test_chromium_shows_the_report_without_a_word_or_a_request(
     found = axe.Axe().run(tab).response["violations"]
     serious = [each for each in found if each["impact"] in ("serious", "critical")]
     assert not serious, [(each["id"], each["nodes"][0]["html"][:300]) for each in serious]
+    # on A4 nothing is cut off, and a dark screen does not print dark
+    tab.set_viewport_size({"width": 794, "height": 1123})
+    tab.emulate_media(media="print", color_scheme=scheme)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 794
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert said == []
     assert {url.partition("#")[0] for url in asked} == {f"file://{path}"}
     context.close()
