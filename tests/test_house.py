@@ -7,7 +7,10 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from lmmono.stats.bootstrap import ratio
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("lmmono", "activation_store")
@@ -117,3 +120,12 @@ def test_every_make_target_that_is_named_anywhere_exists():
             assert set(named.split()) <= targets, f"{name}: make {named}"
     assert makefile.count("-c constraints.txt") == 1
     assert f"TORCH := {pinned()['torch']}\n" in makefile
+
+
+@pytest.mark.parametrize("test", ["first", "second"])
+def test_shapes_are_checked_in_every_test_however_often_a_function_was_called(test):
+    """What `conftest.py` switches on: without it this and all other shapes go by unseen."""
+    with pytest.raises(Exception, match="violates type hint"):
+        ratio(np.ones(3), np.ones(4))
+    for _ in range(50):  # more calls than a test checks
+        ratio(np.ones(3), np.ones(3))

@@ -550,10 +550,14 @@ def test_the_numbers_of_a_store(small):
 
 
 def test_sql_takes_no_more_threads_than_the_process_was_given(small):
-    program = "import sys, activation_store as a; print(a.open(sys.argv[1]).sql(sys.argv[2]))"
-    asked = "SELECT current_setting('threads') AS threads"
-    for given in ("3", "1"):
-        env = {**os.environ, "OMP_NUM_THREADS": given}
-        command = [sys.executable, "-c", program, str(small.path), asked]
+    program = """
+import sys, activation_store
+for trusted in (False, True):
+    store = activation_store.open(sys.argv[1], trusted=trusted)
+    print(store.sql("SELECT current_setting('threads')").fetchall())
+"""
+    for given in (3, 1):
+        env = {**os.environ, "OMP_NUM_THREADS": str(given)}
+        command = [sys.executable, "-c", program, str(small.path)]
         said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
-        assert given in re.findall(r"\d+", said)
+        assert said == f"[({given},)]\n" * 2

@@ -437,6 +437,7 @@ def test_rows_memory_and_spill_have_limits(store):
     "query",
     [
         "SELECT list_sum(range(3000000000))",
+        "SELECT repeat('a', 10000000000000000000)",  # more than 63 bits, and less than 65
         "SELECT unnest(generate_series(1, 3e9::BIGINT))",
         "SELECT length(main.repeat('a', 3_000_000_000))",
         "FROM acts WHERE length(lpad('a', 200000000000000000000, 'b')) > 1",

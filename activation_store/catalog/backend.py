@@ -187,7 +187,7 @@ class FolderBackend:
         limits: door.QueryLimits,
     ) -> Connection:
         places = {"": self._place, **attached}
-        con = duckdb.connect(":memory:", config={} if trusted else door.SETTINGS)
+        con = duckdb.connect(":memory:", config=door.THREADS if trusted else door.SETTINGS)
         try:
             if not trusted:
                 door.shut(

@@ -29,7 +29,12 @@ from activation_store.errors import QueryError, StoreError
 
 Settings = dict[str, str | bool | int | float | list[str]]
 
+# a job that was given few cores keeps to them in SQL too, as it does in torch and numpy
+_cores = os.environ.get("OMP_NUM_THREADS", "")
+THREADS: Settings = {"threads": int(_cores)} if _cores.isdigit() and int(_cores) else {}
+
 SETTINGS: Settings = {
+    **THREADS,
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
     "allow_community_extensions": False,
@@ -38,10 +43,6 @@ SETTINGS: Settings = {
     "python_enable_replacements": False,
 }
 """Settings of every connection; the rest of the door is `shut`, for DuckDB takes it only later."""
-
-# a job that was given few cores keeps to them in SQL too, as it does in torch and numpy
-if (_cores := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(_cores):
-    SETTINGS["threads"] = int(_cores)
 
 STORAGE_VERSION = "v1.5.0"
 """Layout of the files that are written: of the oldest DuckDB that this package runs with (1.5.5),
@@ -358,7 +359,7 @@ def _constant(node: dict[str, Any]) -> str | float | None:
         return float(text) if kind in ("INTEGER", "NUMERIC") else text
     value = node["value"].get("value")
     if isinstance(value, dict):  # the halves of a number of 128 bits
-        return float(value["upper"]) * 2.0**64
+        return float(value["upper"]) * 2.0**64 + float(value["lower"])
     return float(value) if isinstance(value, int | float) else value
 
 

@@ -23,8 +23,8 @@ ONE_TOKEN = 0.75
 CRITERION = (
     "Ranked by the lower end of the 95 % interval of {metric} less its largest control. "
     "Units that fired on fewer than {least} tokens are left out: rare firing looks selective by "
-    "chance. Detectors of one token, which carries 75 % of their activation, come last: they are "
-    "the easiest to be selective. A high place says that a unit knows its tokens, not that it "
+    "chance. Detectors of one token, which carries {share} of their activation, come last: they "
+    "are the easiest to be selective. A high place says that a unit knows its tokens, not that it "
     "matters to the model."
 )
 

@@ -33,6 +33,7 @@ from lmmono.reports.layer_summary import layer_summaries
 from lmmono.reports.pages.interest import (
     CRITERION,
     MIN_ACTIVATIONS,
+    ONE_TOKEN,
     Interesting,
     best_of,
     ranked,
@@ -171,14 +172,16 @@ def report(
         facts = [_facts(run) for run in opened]
         html = _html(
             runs=facts,
-            facts=_by_run([each["facts"] for each in facts]),
-            stages=_by_run([each["stages"] for each in facts]),
+            facts=_by_run([of_run["facts"] for of_run in facts]),
+            stages=_by_run([of_run["stages"] for of_run in facts]),
             first=max(firsts, key=lambda first: _place(first[1]), default=None),
             listed=[
                 (name, [(unit, _page_id(name, unit.hook, unit.unit)) for unit in part.listed])
                 for name, part in zip(names, parts, strict=True)
             ],
-            criterion=CRITERION.format(metric="token_selectivity", least=MIN_ACTIVATIONS),
+            criterion=CRITERION.format(
+                metric="token_selectivity", least=MIN_ACTIVATIONS, share=f"{ONE_TOKEN:.0%}"
+            ),
             figures=_figures(opened, stores),
             tables=tables,
             pairs=pairs,
@@ -318,8 +321,8 @@ def _facts(run: Run) -> dict[str, Any]:
 
 def _by_run(facts: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """Return what several runs say of each name, None where one says nothing."""
-    names = dict.fromkeys(name for each in facts for name in each)
-    return {name: [each.get(name) for each in facts] for name in names}
+    names = dict.fromkeys(name for of_run in facts for name in of_run)
+    return {name: [of_run.get(name) for of_run in facts] for name in names}
 
 
 def _figures(
